@@ -1,0 +1,1 @@
+"""Sharded checkpoints that are visible only when complete."""

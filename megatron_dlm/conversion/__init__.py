@@ -1,0 +1,1 @@
+"""Weights in and out: reference names, Hugging Face folders."""

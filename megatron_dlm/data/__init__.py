@@ -1,0 +1,1 @@
+"""Tokenizers, indexed shards and the loader; knows no model and no objective."""

@@ -1,0 +1,98 @@
+"""What a shard says of itself: counts, vocabulary, checksums; the `.json` beside `.bin` and `.idx`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_dlm import __version__
+from megatron_dlm.interfaces import InputError, Vocabulary
+from megatron_dlm.platform.codec import decode, encode
+from megatron_dlm.platform.files import write_json
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileDigest:
+    """Size and checksum of one file."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceCount:
+    """What one input file gave."""
+
+    path: str
+    documents: int
+    tokens: int
+    rejects: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Description of one shard (`PREFIX.bin`, `PREFIX.idx`)."""
+
+    format: int = FORMAT
+    tool_version: str = __version__
+    vocabulary: Vocabulary
+    tokenizer_fingerprint: str
+    """SHA-256 of the tokenizer.json that made the ids."""
+    tokenizer_directory: str
+    """Where that tokenizer was; it is copied from there into exports."""
+    backend: str
+    dtype: str
+    """uint16 or int32, of one token in `.bin`."""
+    append_eos: bool
+    num_documents: int
+    num_tokens: int
+    """End-of-document tokens included."""
+    num_text_bytes: int
+    """UTF-8 bytes of the documents; turns nats per token into bits per byte."""
+    unigram_entropy_nats: float
+    """Entropy of the token frequencies, the loss of the best context-free model."""
+    sources: tuple[SourceCount, ...]
+    files: tuple[FileDigest, ...]
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of text per token."""
+        return self.num_text_bytes / self.num_tokens
+
+
+def shard_path(prefix: Path, suffix: str) -> Path:
+    """`PREFIX.bin`, `.idx` or `.json`; a dot in the prefix's name is kept."""
+    return prefix.with_name(prefix.name + suffix)
+
+
+def write_manifest(prefix: Path, manifest: Manifest) -> None:
+    """Write `PREFIX.json`; a shard exists once this is there."""
+    write_json(shard_path(prefix, ".json"), encode(manifest))
+
+
+def read_manifest(prefix: Path) -> Manifest:
+    """Read `PREFIX.json`.
+
+    Args:
+        prefix: path of the shard without suffix.
+
+    Returns:
+        The description.
+
+    Raises:
+        InputError: missing, not JSON, of another format, or with unknown or missing fields.
+    """
+    path = shard_path(prefix, ".json")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"data: {path}: no such file; `megatron-dlm index` writes it") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"data: {path}: unreadable manifest: {error}") from error
+    if isinstance(data, dict) and data.get("format") != FORMAT:
+        raise InputError(f"data: {path}: format {data.get('format')!r} is not {FORMAT}")
+    return decode(Manifest, data, str(path))

@@ -1,0 +1,196 @@
+"""Tokenizers: a Hugging Face `tokenizer.json` with its special tokens; training one; encoding fast.
+
+`gigatoken` encodes where it agrees with the `tokenizers` package on a sample of the real input. Text that
+spells a special token is encoded as plain text, so no document can contain a mask, <eos> or <bos> id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from megatron_dlm.interfaces import InputError, Vocabulary
+from megatron_dlm.platform.files import write_json
+
+logger = logging.getLogger(__name__)
+
+TOKENIZER_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
+EOS_TOKEN, BOS_TOKEN, MASK_TOKEN = "<eos>", "<bos>", "[MASK]"
+SAMPLE_DOCUMENTS = 256
+
+Backend = Literal["auto", "gigatoken", "tokenizers"]
+
+
+class Encoder(Protocol):
+    """Token ids of documents, without special tokens."""
+
+    def __call__(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
+        """One array of ids per text."""
+
+
+@dataclass(frozen=True)
+class LoadedTokenizer:
+    """A tokenizer directory: the model, its special ids and its identity."""
+
+    directory: Path
+    tokenizer: Tokenizer
+    vocabulary: Vocabulary
+    fingerprint: str
+    """SHA-256 of tokenizer.json."""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of `token_ids`, special tokens left out."""
+        return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
+
+def load_tokenizer(directory: Path) -> LoadedTokenizer:
+    """Read `tokenizer.json` and the special tokens named in `tokenizer_config.json`.
+
+    Args:
+        directory: a local directory; nothing is downloaded and no code from it is run.
+
+    Returns:
+        The tokenizer, with special tokens in text encoded as plain text.
+
+    Raises:
+        InputError: a file is missing or unreadable, or a special token is not in the vocabulary.
+    """
+    path = directory / TOKENIZER_FILE
+    try:
+        content = path.read_bytes()
+        tokenizer = Tokenizer.from_str(content.decode("utf-8"))
+        config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"tokenizer: {error.filename}: {error.strerror}") from error
+    except Exception as error:  # tokenizers raises plain Exception for a bad file
+        raise InputError(f"tokenizer: {directory}: not a readable tokenizer: {error}") from error
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return LoadedTokenizer(
+        directory=directory,
+        tokenizer=tokenizer,
+        vocabulary=Vocabulary(
+            size=tokenizer.get_vocab_size(with_added_tokens=True),
+            mask_token_id=_special_id(tokenizer, config, "mask_token", directory),
+            eos_token_id=_special_id(tokenizer, config, "eos_token", directory),
+            bos_token_id=_special_id(tokenizer, config, "bos_token", directory),
+        ),
+        fingerprint=hashlib.sha256(content).hexdigest(),
+    )
+
+
+def _special_id(tokenizer: Tokenizer, config: dict[str, object], role: str, directory: Path) -> int:
+    entry = config.get(role)
+    token = entry.get("content") if isinstance(entry, dict) else entry
+    token_id = tokenizer.token_to_id(token) if isinstance(token, str) else None
+    if token_id is None:
+        raise InputError(f"tokenizer: {directory / CONFIG_FILE}: {role} {token!r} is not in the vocabulary")
+    return token_id
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary_size: int, directory: Path) -> None:
+    """Train a byte-level BPE and write it as a Hugging Face tokenizer directory.
+
+    Args:
+        texts: documents.
+        vocabulary_size: ids in all: 3 special tokens, 256 bytes, merges.
+        directory: made if absent.
+
+    Raises:
+        InputError: vocabulary_size is below 259, or the texts hold too few merges to reach it.
+    """
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special_tokens = [EOS_TOKEN, BOS_TOKEN, MASK_TOKEN]
+    smallest = len(alphabet) + len(special_tokens)
+    if vocabulary_size < smallest:
+        raise InputError(f"vocab-size: {vocabulary_size} is below {smallest} (bytes and special tokens)")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        special_tokens=special_tokens,
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if tokenizer.get_vocab_size() < vocabulary_size:
+        raise InputError(
+            f"vocab-size: the text yields only {tokenizer.get_vocab_size()} of {vocabulary_size} tokens; "
+            "ask for fewer or give more text"
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(directory / TOKENIZER_FILE, json.loads(tokenizer.to_str()))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": EOS_TOKEN,
+        "bos_token": BOS_TOKEN,
+        "mask_token": MASK_TOKEN,
+        "clean_up_tokenization_spaces": False,
+    }
+    write_json(directory / CONFIG_FILE, config)
+
+
+def choose_encoder(loaded: LoadedTokenizer, sample: Sequence[str], backend: Backend) -> tuple[str, Encoder]:
+    """The fastest encoder that gives the ids of the `tokenizers` package on `sample`.
+
+    Args:
+        loaded: the tokenizer.
+        sample: documents of the real input; the first 256 are compared.
+        backend: "auto" takes gigatoken where it can read the tokenizer; a name forces that one.
+
+    Returns:
+        Name of the backend and the encoder.
+
+    Raises:
+        InputError: gigatoken gives other ids, or was asked for and cannot read the tokenizer.
+    """
+
+    def slow(texts: Sequence[str]) -> list[NDArray[np.uint32]]:
+        encodings = loaded.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.asarray(encoding.ids, dtype=np.uint32) for encoding in encodings]
+
+    if backend == "tokenizers":
+        return "tokenizers", slow
+    try:
+        fast = _gigatoken_encoder(loaded)
+    except ValueError as error:
+        if backend == "gigatoken":
+            raise InputError(f"backend: gigatoken cannot read {loaded.directory}: {error}") from error
+        logger.info("gigatoken cannot read this tokenizer (%s); using tokenizers", error)
+        return "tokenizers", slow
+    head = list(sample[:SAMPLE_DOCUMENTS])
+    for text, ours, theirs in zip(head, fast(head), slow(head), strict=True):
+        if not np.array_equal(ours, theirs):
+            raise InputError(
+                f"backend: gigatoken and tokenizers give different ids for {text[:60]!r}; "
+                "use --backend tokenizers"
+            )
+    return "gigatoken", fast
+
+
+def _gigatoken_encoder(loaded: LoadedTokenizer) -> Encoder:
+    import gigatoken
+
+    description = json.loads((loaded.directory / TOKENIZER_FILE).read_text(encoding="utf-8"))
+    # Without added tokens, text that spells one is plain text.
+    description["added_tokens"] = []
+    encode: Callable[..., list[list[int]]] = gigatoken.Tokenizer.from_json(
+        json.dumps(description)
+    ).encode_batch_list
+
+    def fast(texts: Sequence[str]) -> list[NDArray[np.uint32]]:
+        return [np.asarray(ids, dtype=np.uint32) for ids in encode(list(texts))]
+
+    return fast

@@ -1,0 +1,1 @@
+"""Likelihood of held-out data with common random numbers."""

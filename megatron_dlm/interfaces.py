@@ -1,0 +1,96 @@
+"""The few frozen dataclasses that cross layers: what the loader, objectives, denoiser and head exchange.
+
+Shape legend: B microbatch sequences, L tokens, R rows that reach the head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+
+class InputError(ValueError):
+    """Something the user can mend: a bad value, file or combination. One line: field, value, rule."""
+
+
+class AttentionPattern(str, Enum):
+    """Which positions a query may look at."""
+
+    CAUSAL = "causal"
+    BIDIRECTIONAL = "bidirectional"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """The ids a model is built for; comes from the tokenizer through the data manifest.
+
+    Every family counts the mask token in `size`. Ids in the padding that tensor parallelism adds are
+    outside the vocabulary.
+    """
+
+    size: int
+    """Number of ids, mask token included."""
+    mask_token_id: int
+    """Absorbing state of masked diffusion; any id, not always the last."""
+    eos_token_id: int
+    """Ends a document."""
+    bos_token_id: int
+    """Starts autoregressive sampling."""
+
+    def __post_init__(self) -> None:
+        for name in ("mask_token_id", "eos_token_id", "bos_token_id"):
+            value = getattr(self, name)
+            if not 0 <= value < self.size:
+                raise InputError(f"vocabulary.{name}: {value} is outside [0, {self.size})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenBatch:
+    """Clean token blocks of one microbatch, on the CPU."""
+
+    token_ids: Tensor
+    """int64 [B, L + 1]; the last column is one token of look-ahead, the next block's first token."""
+    sample_indices: NDArray[np.int64]
+    """int64 [B], position of each sample in the run; the address of all its random draws."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInputs:
+    """What the denoiser reads."""
+
+    token_ids_BL: Tensor
+    """int64 [B, L]."""
+    position_ids_BL: Tensor
+    """int64 [B, L] or [1, L]; rotary positions."""
+    sigma_B: Tensor
+    """float32 [B]; noise level -ln(alpha) fed to the time embedder, zeros for families without it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowTargets:
+    """Targets of the rows that reach the head, flattened."""
+
+    clean_R: Tensor
+    """int64 [R], the token to predict."""
+    weight_R: Tensor
+    """float32 [R], weight of the row in the training loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Targets:
+    """What the loss of one microbatch needs, on the CPU."""
+
+    clean_BL: Tensor
+    """int64 [B, L], the token to predict at each position."""
+    weight_BL: Tensor
+    """float32 [B, L], training weight; 0 where a position carries no loss and never reaches the head."""
+    bound_weight_BL: Tensor
+    """float32 [B, L], weight that makes the sum the NELBO (NLL for AR) in nats; same zeros as weight_BL."""
+    token_count: int
+    """Tokens the sum is divided by: all positions, not only those with a loss."""

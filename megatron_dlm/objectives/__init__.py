@@ -1,0 +1,1 @@
+"""What is learnt: corruption, targets and token losses of each family."""

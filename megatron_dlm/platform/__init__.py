@@ -1,0 +1,1 @@
+"""torch.distributed and megatron-core; knows no objective, data or training."""

@@ -1,0 +1,116 @@
+"""Strict JSON for frozen dataclasses: the record of a run's configuration.
+
+Encoding writes plain values and, where a field's declared type is a base class, the name of the concrete
+class; decoding refuses unknown fields, missing fields and wrong types and names the path.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from megatron_dlm.interfaces import InputError
+
+T = TypeVar("T")
+CLASS_KEY = "class"
+
+
+def encode(value: Any) -> Any:
+    """A dataclass, tuple, enum, path or scalar as plain JSON values."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {CLASS_KEY: type(value).__name__, **fields}
+    if isinstance(value, tuple):
+        return [encode(item) for item in value]
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Path):
+        return str(value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"cannot encode {type(value).__name__}")
+
+
+def decode(declared: type[T], data: Any, path: str = "config") -> T:
+    """The dataclass that `encode` wrote.
+
+    Args:
+        declared: the dataclass type, or a base class of the type that was encoded.
+        data: parsed JSON.
+        path: name of the value in error messages.
+
+    Returns:
+        An instance of `declared` or of the subclass the record names.
+
+    Raises:
+        InputError: unknown or missing field, unknown class, value of the wrong type.
+    """
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: expected an object, found {type(data).__name__}")
+    cls = _resolve_class(declared, data.get(CLASS_KEY, declared.__name__), path)
+    hints = get_type_hints(cls)
+    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    found = set(data) - {CLASS_KEY}
+    if unknown := sorted(found - known):
+        raise InputError(f"{path}.{unknown[0]}: unknown field of {cls.__name__}")
+    if missing := sorted(known - found):
+        raise InputError(f"{path}.{missing[0]}: missing field of {cls.__name__}")
+    return cls(**{name: _decode_value(hints[name], data[name], f"{path}.{name}") for name in known})
+
+
+def _resolve_class(declared: type[T], name: str, path: str) -> type[T]:
+    """`declared` or its subclass called `name`; only classes that are already imported can be named."""
+    candidates = [declared]
+    while candidates:
+        candidate = candidates.pop()
+        if candidate.__name__ == name:
+            return candidate
+        candidates.extend(candidate.__subclasses__())
+    raise InputError(f"{path}: {name!r} is not a {declared.__name__}")
+
+
+def _decode_value(declared: Any, value: Any, path: str) -> Any:
+    origin = get_origin(declared)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in get_args(declared):
+            return None
+        (declared,) = [arg for arg in get_args(declared) if arg is not type(None)]
+        return _decode_value(declared, value, path)
+    if origin is Literal:
+        return _expect(value in get_args(declared), value, path, f"one of {get_args(declared)}")
+    if origin is tuple:
+        _expect(isinstance(value, list), value, path, "a list")
+        arguments = get_args(declared)
+        types_of_items = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
+        _expect(len(types_of_items) == len(value), value, path, f"{len(types_of_items)} items")
+        return tuple(
+            _decode_value(t, v, f"{path}[{i}]")
+            for i, (t, v) in enumerate(zip(types_of_items, value, strict=True))
+        )
+    if dataclasses.is_dataclass(declared):
+        return decode(declared, value, path)  # type: ignore[arg-type]
+    return _decode_scalar(declared, value, path)
+
+
+def _decode_scalar(declared: Any, value: Any, path: str) -> Any:
+    if isinstance(declared, type) and issubclass(declared, Enum):
+        _expect(value in {member.value for member in declared}, value, path, declared.__name__)
+        return declared(value)
+    if declared is Path:
+        return Path(_expect(isinstance(value, str), value, path, "a path"))
+    if declared is float:
+        return float(
+            _expect(isinstance(value, (int, float)) and not isinstance(value, bool), value, path, "a number")
+        )
+    accepts: Callable[[Any], bool] = lambda v: type(v) is declared  # noqa: E731
+    return _expect(accepts(value), value, path, declared.__name__)
+
+
+def _expect(holds: bool, value: Any, path: str, what: str) -> Any:
+    if not holds:
+        raise InputError(f"{path}: expected {what}, found {value!r}")
+    return value

@@ -1,0 +1,120 @@
+"""Lets megatron-core run on a CPU: the `torch.cuda` calls it makes unconditionally go to the CPU.
+
+The only patching in the project. Installed when there is no CUDA device; a CUDA run never imports this file.
+Each redirection can go once megatron-core asks for a device instead of assuming CUDA (NVIDIA/Megatron-LM).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+CPU = torch.device("cpu")
+
+
+def install() -> None:
+    """Redirect `torch.cuda` to the CPU for the rest of the process; a second call changes nothing.
+
+    Raises:
+        RuntimeError: megatron-core was imported first, so it has seen GPU extras this call would hide.
+    """
+    if isinstance(torch.cuda.current_device, _Redirect):
+        return
+    if "megatron.core" in sys.modules:
+        raise RuntimeError("platform.cpu.install must run before megatron.core is imported")
+    _hide_gpu_extras()
+    for name, replacement in _REPLACEMENTS.items():
+        setattr(torch.cuda, name, replacement)
+    _CudaToCpu().__enter__()
+
+
+def _hide_gpu_extras() -> None:
+    # A transformer-engine wheel without GPU libraries raises RuntimeError on import, which megatron-core
+    # does not catch; `apex` on PyPI is another project. Both must look absent.
+    for module in ("transformer_engine", "apex"):
+        sys.modules.setdefault(module, None)  # type: ignore[arg-type]
+
+
+class _Redirect:
+    """A stand-in function that returns a fixed value and marks that `install` has run."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.value
+
+
+class _Event:
+    """CPU work is done when the call returns, so an event has always happened."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.record = self.wait = self.synchronize = _Redirect(None)
+        self.query = _Redirect(True)
+
+
+class _Stream:
+    """CPU work has one order, so streams never wait."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.wait_stream = self.wait_event = self.synchronize = _Redirect(None)
+
+    def record_event(self, event: _Event | None = None) -> _Event:
+        return event or _Event()
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        return None
+
+
+_REPLACEMENTS: dict[str, Any] = {
+    "current_device": _Redirect(CPU),
+    "device_count": _Redirect(1),
+    "set_device": _Redirect(None),
+    "synchronize": _Redirect(None),
+    "empty_cache": _Redirect(None),
+    "Stream": _Stream,
+    "Event": _Event,
+    "current_stream": _Redirect(_Stream()),
+    "default_stream": _Redirect(_Stream()),
+    "stream": _Redirect(contextlib.nullcontext()),
+    # megatron-core saves and restores the CPU and the CUDA generator; here both are the one CPU generator.
+    "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
+    "set_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
+    "manual_seed": lambda seed: torch.manual_seed(seed),
+}
+
+
+class _CudaToCpu(TorchFunctionMode):
+    """Rewrites device arguments that name CUDA in any torch call."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if "device" in kwargs:
+            kwargs["device"] = _to_cpu(kwargs["device"])
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        if func in (torch.Tensor.pin_memory, torch.Tensor.cuda):
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # The optimizer tells its parameter classes apart by names such as torch.cuda.FloatTensor.
+            return func(*args).replace("torch.", "torch.cuda.")
+        return func(*args, **kwargs)
+
+
+def _to_cpu(device: Any) -> Any:
+    names_cuda = isinstance(device, int) or str(device).startswith("cuda")
+    return CPU if names_cuda else device

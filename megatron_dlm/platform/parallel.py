@@ -1,0 +1,162 @@
+"""Sizes of the parallel axes, and this process's place in them."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from megatron_dlm.interfaces import InputError
+from megatron_dlm.platform.launch import ProcessEnvironment, start_process_group
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How one model is spread over processes; the rest of the world is data parallel."""
+
+    tensor_model_parallel_size: int = 1
+    """Processes that share each layer's weights."""
+    pipeline_model_parallel_size: int = 1
+    """Pipeline stages; must divide the number of layers."""
+    use_distributed_optimizer: bool = True
+    """Shard optimizer state over data parallel ranks (ZeRO-1)."""
+    intra_op_threads: int = 1
+    """CPU threads of one process; a different count changes the last bits of a CPU run."""
+    collective_timeout_seconds: float = 1800.0
+    """How long a collective waits for a silent peer before the job ends."""
+
+    def __post_init__(self) -> None:
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "intra_op_threads"):
+            if getattr(self, name) < 1:
+                raise InputError(f"parallel.{name}: {getattr(self, name)} is below 1")
+        if self.collective_timeout_seconds <= 0:
+            raise InputError(
+                f"parallel.collective_timeout_seconds: {self.collective_timeout_seconds} is not above 0"
+            )
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Replicas of the model in a world of `world_size` processes.
+
+        Args:
+            world_size: processes of the job.
+
+        Returns:
+            World size over tensor x pipeline.
+
+        Raises:
+            InputError: tensor x pipeline does not divide the world.
+        """
+        tensor, pipeline = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
+        if world_size % (tensor * pipeline):
+            raise InputError(
+                f"parallel: tensor_model_parallel_size {tensor} x pipeline_model_parallel_size {pipeline} "
+                f"does not divide the world size {world_size}"
+            )
+        return world_size // (tensor * pipeline)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelState:
+    """This process's ranks and groups, after everything has started."""
+
+    rank: int
+    world_size: int
+    tensor_rank: int
+    tensor_size: int
+    tensor_group: ProcessGroup
+    pipeline_rank: int
+    pipeline_size: int
+    pipeline_group: ProcessGroup
+    data_rank: int
+    data_size: int
+    data_group: ProcessGroup
+    device: torch.device
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Holds the token embedding."""
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Holds the final layer and the head."""
+        return self.pipeline_rank == self.pipeline_size - 1
+
+
+def prepare_device(environment: ProcessEnvironment, intra_op_threads: int) -> torch.device:
+    """Choose the device, make megatron-core importable on it, pin the thread count.
+
+    Must run before anything imports megatron-core.
+
+    Args:
+        environment: from `launch.detect_environment`.
+        intra_op_threads: CPU threads of this process.
+
+    Returns:
+        cuda:local_rank where CUDA is present, else cpu.
+    """
+    import torch
+
+    torch.set_num_threads(intra_op_threads)
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", environment.local_rank)
+        torch.cuda.set_device(device)
+        return device
+    from megatron_dlm.platform import cpu
+
+    cpu.install()
+    return torch.device("cpu")
+
+
+def start_parallel(environment: ProcessEnvironment, config: ParallelConfig) -> ParallelState:
+    """Start the default process group and megatron-core's groups; all ranks call it once.
+
+    Args:
+        environment: from `launch.detect_environment`.
+        config: sizes of the axes; checked against the world size first.
+
+    Returns:
+        This process's place.
+    """
+    config.data_parallel_size(environment.world_size)
+    device = prepare_device(environment, config.intra_op_threads)
+    start_process_group(
+        environment,
+        backend="nccl" if device.type == "cuda" else "gloo",
+        timeout_seconds=config.collective_timeout_seconds,
+    )
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+    )
+    return ParallelState(
+        rank=environment.rank,
+        world_size=environment.world_size,
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+        tensor_group=parallel_state.get_tensor_model_parallel_group(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+        data_group=parallel_state.get_data_parallel_group(),
+        device=device,
+    )
+
+
+def stop_parallel() -> None:
+    """End megatron-core's groups and the default group, after all ranks have arrived."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    dist.barrier()
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()

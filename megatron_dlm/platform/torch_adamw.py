@@ -1,0 +1,66 @@
+"""Three defects of megatron-core 0.16.1's DistributedOptimizer over torch's AdamW, mended per instance.
+
+They appear wherever neither transformer-engine nor apex provides FusedAdam, on CUDA too; with FusedAdam
+nothing here does anything. Each has a test that fails once megatron-core no longer needs it.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+
+def _adamw_optimizers(optimizer: Any) -> Iterator[Any]:
+    """The parts of a (chained) megatron optimizer that wrap torch's AdamW."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            yield part
+
+
+def prepare_to_load(optimizer: Any) -> None:
+    """Make a fresh optimizer able to build its loading state dict and to take the loaded tensors.
+
+    Call before `sharded_state_dict(is_loading=True)`.
+
+    Args:
+        optimizer: what `get_megatron_optimizer` returned; changed in place.
+    """
+    for part in _adamw_optimizers(optimizer):
+        # Without state, the loading state dict fails on `assert len(steps) == 1`.
+        for group in part.optimizer.param_groups:
+            for param in group["params"]:
+                if not part.optimizer.state[param]:
+                    part.optimizer.state[param] = {
+                        "step": torch.zeros((), dtype=torch.float32),
+                        "exp_avg": torch.zeros_like(param),
+                        "exp_avg_sq": torch.zeros_like(param),
+                    }
+        if hasattr(part, "_set_main_param_and_optimizer_states"):
+            part._set_main_param_and_optimizer_states = types.MethodType(_set_states, part)
+
+
+def finish_load(optimizer: Any) -> None:
+    """Give every parameter a step counter of its own; call after `load_state_dict`.
+
+    megatron-core loads ONE step tensor shared by all parameters, which AdamW then raises once a parameter:
+    training goes on with wrong bias corrections and no error.
+
+    Args:
+        optimizer: what `get_megatron_optimizer` returned; changed in place.
+    """
+    for part in _adamw_optimizers(optimizer):
+        for state in part.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+
+def _set_states(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+    """As the method it stands for, without its KeyError on "step", which torch keeps per parameter."""
+    group, index = self.model_param_group_index_map[model_param]
+    main_param = self.optimizer.param_groups[group]["params"][index]
+    destination = {"param": main_param, **self.optimizer.state[main_param]}
+    for name, tensor in tensors.items():
+        if name != "step":
+            destination[name].copy_(tensor)

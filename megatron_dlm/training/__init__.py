@@ -1,0 +1,1 @@
+"""The loop, its configuration, its steps and its hooks."""

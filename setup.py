@@ -1,0 +1,46 @@
+"""Package definition of megatron-dlm; tool settings are in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+# Fast Adam and LayerNorm kernels need NVIDIA's apex built from source (see README.md);
+# the `apex` on PyPI is an unrelated project and must never be listed here.
+EXTRAS = {
+    "cpu": ["torch==2.13.0"],
+    "gpu": ["transformer-engine[pytorch]", "nvidia-dali-cuda130"],
+    "mpi": ["mpi4py"],
+    "hf": ["transformers>=4.51"],
+    "eval": ["matplotlib"],
+    "test": ["pytest>=8", "pytest-timeout", "hypothesis"],
+}
+EXTRAS["dev"] = [*EXTRAS["test"], "ruff==0.17.6", "mypy==2.4.1", "pydoclint==0.12.0"]
+
+setup(
+    name="megatron-dlm",
+    version="0.1.0",
+    description="Megatron-style distributed training of discrete diffusion language models",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["megatron_dlm", "megatron_dlm.*"]),
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core==0.16.1",
+        # megatron-core's checkpoint writer hangs for ever when psutil is missing.
+        "psutil",
+        "numpy>=1.26",
+        "safetensors>=0.4",
+        "tokenizers>=0.20",
+        "gigatoken>=0.10",
+        "tyro>=1.0,<2",
+        "tensorboard>=2.16",
+        "rich>=13",
+    ],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["megatron-dlm = megatron_dlm.cli.main:main"]},
+    classifiers=["Programming Language :: Python :: 3", "Operating System :: POSIX :: Linux"],
+)
