@@ -19,7 +19,7 @@ def sha256_of(path: Path) -> str:
 
 
 def flush_to_disk(path: Path) -> None:
-    """fsync a file or a directory."""
+    """Flush a file or a directory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -101,6 +102,8 @@ def prepare_device(environment: ProcessEnvironment, intra_op_threads: int) -> to
     """
     import torch
 
+    # One queue to the GPU keeps megatron-core's overlapped collectives in order; it warns where unset.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     torch.set_num_threads(intra_op_threads)
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     if torch.cuda.is_available():

@@ -20,6 +20,8 @@ class NoiseSource:
     """Draws addressed by stream name and position under one seed."""
 
     seed: int
+    purpose: str = "train"
+    """Keeps validation draws apart from training draws of the same seed."""
 
     def words(self, stream: str, position: int, count: int) -> NDArray[np.uint64]:
         """Raw random words.
@@ -32,7 +34,7 @@ class NoiseSource:
         Returns:
             uint64 [count].
         """
-        digest = hashlib.sha256(f"{self.seed}/{stream}".encode()).digest()
+        digest = hashlib.sha256(f"{self.seed}/{self.purpose}/{stream}".encode()).digest()
         key = np.frombuffer(digest[:16], dtype="<u8")
         # The low counter words run over the draws of one position, so positions never overlap.
         counter = np.array([0, 0, position, 0], dtype=np.uint64)

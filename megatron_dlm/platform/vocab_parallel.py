@@ -52,12 +52,12 @@ class VocabShard:
         return logits_RVp
 
     def locate(self, ids_R: Tensor) -> tuple[Tensor, Tensor]:
-        """Columns of `ids_R` in this shard (int64 [R], 0 where absent) and whether it holds them (bool [R])."""
+        """Columns of `ids_R` in this shard (int64 [R], 0 where absent); whether it holds them (bool [R])."""
         present_R = (ids_R >= self.start) & (ids_R < self.stop)
         return torch.where(present_R, ids_R - self.start, 0), present_R
 
     def sum(self, partial: Tensor) -> Tensor:
-        """Sum over the ranks of the vocabulary; differentiable where the result is used alike on all ranks."""
+        """Sum over the ranks of the vocabulary; differentiable, the result being used alike on all ranks."""
         return partial if self.group is None else _AllReduceSum.apply(partial, self.group)
 
     def max(self, partial: Tensor) -> Tensor:

@@ -1,0 +1,126 @@
+"""Saves and loads a run: sharded tensors by megatron-core, everything else as JSON beside them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+from megatron_dlm.checkpointing.storage import CheckpointRoot, verify
+from megatron_dlm.interfaces import InputError
+from megatron_dlm.models.denoiser import Denoiser
+from megatron_dlm.platform import torch_adamw
+from megatron_dlm.platform.files import write_json
+from megatron_dlm.platform.parallel import ParallelState
+
+RUN_RECORD, PROGRESS_RECORD = "run.json", "progress.json"
+
+# Byte objects inside a checkpoint are pickles; torch then accepts tensors and plain containers only.
+os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
+
+
+def save(
+    root: CheckpointRoot,
+    step: int,
+    denoiser: Denoiser,
+    optimizer: Any,
+    parallel: ParallelState,
+    records: dict[str, Any],
+) -> None:
+    """Write one checkpoint; it is visible only once complete. All ranks call it.
+
+    Args:
+        root: the run's checkpoints, on storage that all ranks share.
+        step: optimizer steps done.
+        denoiser: this process's stage.
+        optimizer: megatron-core's.
+        parallel: this process's place.
+        records: JSON values by file name, written by rank 0.
+    """
+    if parallel.rank == 0:
+        root.prepare(step)
+    dist.barrier()
+    state = _model_state(denoiser, parallel)
+    state["optimizer"] = optimizer.sharded_state_dict(
+        dict(state), is_loading=False, metadata=_metadata(parallel)
+    )
+    strategy = FullyParallelSaveStrategyWrapper(
+        TorchDistSaveShardedStrategy("torch_dist", 1), parallel.data_group, False
+    )
+    described = {key: value for key, value in _metadata(parallel).items() if key != "dp_cp_group"}
+    dist_checkpointing.save(state, str(root.temporary(step)), strategy, content_metadata=described)
+    if parallel.rank == 0:
+        for name, record in records.items():
+            write_json(root.temporary(step) / name, record)
+        root.publish(step)
+    dist.barrier()
+
+
+def load(directory: Path, denoiser: Denoiser, optimizer: Any | None, parallel: ParallelState) -> None:
+    """Load weights, and the optimizer's state where one is given. All ranks call it.
+
+    Args:
+        directory: a checkpoint that `verify_on_all_ranks` has accepted.
+        denoiser: this process's stage; changed in place.
+        optimizer: megatron-core's, or None to take the weights alone.
+        parallel: this process's place; may differ from the one that saved.
+    """
+    state = _model_state(denoiser, parallel)
+    if optimizer is not None:
+        torch_adamw.prepare_to_load(optimizer)
+        state["optimizer"] = optimizer.sharded_state_dict(
+            dict(state), is_loading=True, metadata=_metadata(parallel)
+        )
+    strategy = FullyParallelLoadStrategyWrapper(
+        get_default_load_sharded_strategy(str(directory)), parallel.data_group
+    )
+    loaded = dist_checkpointing.load(state, str(directory), strategy)
+    denoiser.load_state_dict(loaded["model"])
+    if optimizer is not None:
+        optimizer.load_state_dict(loaded["optimizer"])
+        torch_adamw.finish_load(optimizer)
+
+
+def verify_on_all_ranks(directory: Path, parallel: ParallelState) -> None:
+    """Rank 0 verifies a checkpoint; all ranks raise what it found.
+
+    Args:
+        directory: a checkpoint.
+        parallel: this process's place.
+
+    Raises:
+        InputError: the checkpoint is incomplete or damaged.
+    """
+    found: list[str | None] = [None]
+    if parallel.rank == 0:
+        try:
+            verify(directory)
+        except InputError as error:
+            found = [str(error)]
+    dist.broadcast_object_list(found, src=0)
+    if found[0] is not None:
+        raise InputError(found[0])
+
+
+def _model_state(denoiser: Denoiser, parallel: ParallelState) -> dict[str, Any]:
+    return {"model": denoiser.sharded_state_dict(metadata=_metadata(parallel))}
+
+
+def _metadata(parallel: ParallelState) -> dict[str, Any]:
+    return {
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": parallel.data_group,
+        # The other sharding types cannot be loaded with torch's AdamW, or only on the same layout.
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": True,
+    }

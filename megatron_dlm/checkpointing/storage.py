@@ -1,0 +1,140 @@
+"""Checkpoint directories on disk: named by step, complete or absent, verified by a SHA-256 manifest."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_dlm.interfaces import InputError
+from megatron_dlm.platform.files import commit, flush_to_disk, sha256_of, write_json
+
+MANIFEST = "manifest.json"
+_STEP = re.compile(r"step-(\d{8})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Where and how often a run is saved."""
+
+    save_every: int = 1000
+    """Steps between checkpoints; one is also written at the end and when the run is asked to stop."""
+    keep_last: int = 0
+    """Complete checkpoints to keep; 0 keeps all."""
+    initialize_from: Path | None = None
+    """Checkpoint whose weights start a new run with fresh optimizer, schedule, data and step 0."""
+
+    def __post_init__(self) -> None:
+        if self.save_every < 1:
+            raise InputError(f"checkpoint.save_every: {self.save_every} is below 1")
+        if self.keep_last < 0:
+            raise InputError(f"checkpoint.keep_last: {self.keep_last} is below 0")
+
+
+@dataclass(frozen=True)
+class CheckpointRoot:
+    """The directory that holds a run's checkpoints, `step-00000100` and so on."""
+
+    path: Path
+
+    def final(self, step: int) -> Path:
+        """Where the checkpoint of `step` appears once complete."""
+        return self.path / f"step-{step:08d}"
+
+    def temporary(self, step: int) -> Path:
+        """Where the checkpoint of `step` is written."""
+        return self.path / f"step-{step:08d}.tmp"
+
+    def complete(self) -> list[Path]:
+        """Complete checkpoints, oldest first; unfinished ones are passed over."""
+        if not self.path.is_dir():
+            return []
+        return sorted(p for p in self.path.iterdir() if _STEP.fullmatch(p.name) and (p / MANIFEST).is_file())
+
+    def prepare(self, step: int) -> Path:
+        """An empty temporary directory for `step`; leftovers of killed saves are removed."""
+        for leftover in self.path.glob("step-*.tmp"):
+            shutil.rmtree(leftover)
+        temporary = self.temporary(step)
+        temporary.mkdir(parents=True)
+        return temporary
+
+    def publish(self, step: int) -> Path:
+        """Write the manifest of the temporary directory, flush everything, make it visible.
+
+        An older directory of the same step is replaced.
+
+        Args:
+            step: of the checkpoint.
+
+        Returns:
+            The final path.
+        """
+        temporary, final = self.temporary(step), self.final(step)
+        files = {}
+        for path in sorted(temporary.iterdir()):
+            flush_to_disk(path)
+            files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        write_json(temporary / MANIFEST, {"files": files})
+        if final.exists():
+            shutil.rmtree(final)
+        commit(temporary, final)
+        return final
+
+    def retain(self, keep_last: int) -> None:
+        """Remove all but the newest `keep_last` complete checkpoints; 0 keeps all."""
+        for path in self.complete()[:-keep_last] if keep_last else []:
+            shutil.rmtree(path)
+
+
+def verify(directory: Path) -> None:
+    """Compare every file of a checkpoint with its manifest.
+
+    Args:
+        directory: a checkpoint.
+
+    Raises:
+        InputError: no manifest, or a file that is missing, foreign, or of another size or content.
+    """
+    files = read_json(directory / MANIFEST).get("files")
+    if not isinstance(files, dict):
+        raise InputError(f"checkpoint: {directory / MANIFEST}: lists no files")
+    present = {path.name for path in directory.iterdir()} - {MANIFEST}
+    for name in sorted(present | set(files)):
+        path = directory / name
+        if name not in files:
+            raise InputError(f"checkpoint: {path}: not in the manifest")
+        if not path.is_file() or path.stat().st_size != files[name]["bytes"]:
+            raise InputError(
+                f"checkpoint: {path}: missing, or not the {files[name]['bytes']} bytes of the manifest"
+            )
+        if sha256_of(path) != files[name]["sha256"]:
+            raise InputError(f"checkpoint: {path}: SHA-256 differs from the manifest")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a checkpoint.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The parsed object.
+
+    Raises:
+        InputError: missing or not a JSON object.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(
+            f"checkpoint: {path}: no such file; not a complete checkpoint (step-NNNNNNNN directory)"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"checkpoint: {path}: unreadable: {error}") from error
+    if not isinstance(data, dict):
+        raise InputError(f"checkpoint: {path}: not a JSON object")
+    return data

@@ -1,0 +1,56 @@
+"""Command-line arguments from dataclasses, with every complaint as one line."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from collections.abc import Sequence
+from typing import TypeVar
+
+import tyro
+
+from megatron_dlm.interfaces import InputError
+
+T = TypeVar("T")
+
+
+def parse(declared: type[T], arguments: Sequence[str], *, verb: str, default: T | None = None) -> T:
+    """An instance of `declared` from `--field value` arguments.
+
+    Args:
+        declared: a frozen dataclass.
+        arguments: of the command line.
+        verb: shown in the usage.
+        default: values the arguments override; required fields must be given where it is None.
+
+    Returns:
+        The instance.
+
+    Raises:
+        InputError: unknown or missing argument, or a value of the wrong type or range.
+    """
+    complaint = io.StringIO()
+    options = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                declared,
+                args=list(arguments),
+                prog=f"megatron-dlm {verb}",
+                config=(tyro.conf.AvoidSubcommands,),
+                **options,
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise InputError(_one_line(complaint.getvalue())) from None
+    finally:
+        sys.stdout.flush()
+
+
+def _one_line(panel: str) -> str:
+    """The words of tyro's error panel without its frame and its pointer to --help."""
+    words = "".join(" " if character in "│╭╮╰╯─" else character for character in panel).split()
+    text = " ".join(words)
+    return text.split("For full helptext")[0].removeprefix("Parsing error").strip()

@@ -1,0 +1,69 @@
+"""The command `megatron-dlm VERB`: finds the verb's file and turns errors into one line and an exit code.
+
+Exit codes: 0 done, 1 error, 2 bad configuration or usage, 3 stopped by a signal and saved.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from megatron_dlm import __version__
+from megatron_dlm.interfaces import InputError
+
+VERBS = {
+    "tokenizer": "train a byte-level BPE tokenizer from text",
+    "index": "text files to an indexed shard (.bin, .idx, manifest)",
+    "train": "train a model, or continue a run",
+    "evaluate": "NELBO of a checkpoint on held-out data (nats/token, bits/byte)",
+    "export": "checkpoint to a Hugging Face folder",
+}
+
+USAGE = f"""usage: megatron-dlm VERB [arguments]
+
+Training of discrete diffusion language models. Version {__version__}.
+
+verbs:
+{chr(10).join(f"  {name:<10} {what}" for name, what in VERBS.items())}
+
+`megatron-dlm VERB --help` lists a verb's arguments with their units.
+exit codes: 0 done, 1 error, 2 bad configuration or usage, 3 stopped by a signal and saved
+"""
+
+
+def main() -> None:
+    """Run the verb named by the command line."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        sys.exit(0 if arguments else 2)
+    if arguments[0] == "--version":
+        print(__version__)
+        return
+    verb = arguments[0]
+    if verb not in VERBS:
+        fail("megatron-dlm", f"verb: {verb!r} is not one of {', '.join(VERBS)}")
+    try:
+        sys.exit(importlib.import_module(f"megatron_dlm.cli.{verb}").run(arguments[1:]))
+    except InputError as error:
+        fail(f"megatron-dlm {verb}", str(error))
+
+
+def fail(program: str, message: str) -> None:
+    """Print one line and exit with code 2.
+
+    Before the process group exists all ranks find the same fault, so only the first speaks.
+
+    Args:
+        program: command and verb.
+        message: field, value and rule.
+    """
+    from megatron_dlm.platform.launch import detect_environment
+
+    torch_distributed = sys.modules.get("torch.distributed")
+    started = torch_distributed is not None and torch_distributed.is_initialized()
+    rank = detect_environment().rank
+    if started or rank == 0:
+        where = f" on rank {rank}" if started else ""
+        print(f"{program}: error{where}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    sys.exit(2)

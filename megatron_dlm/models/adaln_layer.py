@@ -1,0 +1,117 @@
+"""The adaLN transformer layer and the final adaLN layer (DiT, arXiv:2212.09748; arXiv:2602.15014).
+
+Shape legend, as in megatron-core: s sequence, b batch, d hidden size, c conditioning size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_layer import BaseTransformerLayer, get_transformer_layer_offset
+from torch import Tensor, nn
+
+from megatron_dlm.models.config import LAYER_NORM_EPSILON
+from megatron_dlm.models.time_embedding import linear_fp32
+
+
+@dataclass
+class AdaLNLayerSubmodules:
+    """What an adaLN layer is built of."""
+
+    self_attention: ModuleSpec
+    mlp: ModuleSpec
+
+
+class ModulatedNorm(nn.Module):
+    """Bias-free LayerNorm in float32, then x * (1 + scale) + shift."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """float32 [s, b, d] from x [s, b, d] and shift, scale [b, d]."""
+        normed = F.layer_norm(x.float(), (x.shape[-1],), self.weight.float(), None, LAYER_NORM_EPSILON)
+        return torch.addcmul(shift, normed, 1.0 + scale)
+
+
+class AdaLNTransformerLayer(MegatronModule, BaseTransformerLayer):
+    """Attention and MLP, each behind a modulated norm and a gate; the residual stream is float32.
+
+    The conditioning vector comes in megatron-core's `context` argument, which recomputation passes on.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: AdaLNLayerSubmodules,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+        vp_stage: int | None = None,
+        *,
+        conditioning_size: int,
+    ) -> None:
+        super().__init__(config=config)
+        self.layer_number = layer_number + get_transformer_layer_offset(
+            config, vp_stage, pg_collection.pp.rank()
+        )
+        self.norm1 = ModulatedNorm(config.hidden_size)
+        self.self_attention = build_module(
+            submodules.self_attention,
+            config=config,
+            layer_number=self.layer_number,
+            pg_collection=pg_collection,
+        )
+        self.norm2 = ModulatedNorm(config.hidden_size)
+        self.mlp = build_module(submodules.mlp, config=config, tp_group=pg_collection.tp)
+        self.modulation = nn.Linear(conditioning_size, 6 * config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        context: Tensor,
+        rotary_pos_emb: Tensor,
+        **unused: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """One layer.
+
+        Args:
+            hidden_states: float32 [s, b, d].
+            attention_mask: not read; the attention core knows its pattern.
+            context: float32 [b, c].
+            rotary_pos_emb: float32 [s, b or 1, 1, head_dim].
+            **unused: inference arguments of megatron-core's block.
+
+        Returns:
+            float32 [s, b, d], and `context` for the next layer.
+        """
+        dtype = self.config.params_dtype
+        shift1, scale1, gate1, shift2, scale2, gate2 = linear_fp32(self.modulation, context).chunk(6, dim=-1)
+        normed = self.norm1(hidden_states, shift1, scale1).to(dtype)
+        attended, _ = self.self_attention(normed, attention_mask, rotary_pos_emb=rotary_pos_emb)
+        hidden_states = torch.addcmul(hidden_states, gate1, attended.float())
+        transformed, bias = self.mlp(self.norm2(hidden_states, shift2, scale2).to(dtype))
+        hidden_states = torch.addcmul(hidden_states, gate2, (transformed + bias).float())
+        return hidden_states, context
+
+
+class FinalLayer(nn.Module):
+    """The modulated norm before the head."""
+
+    def __init__(self, hidden_size: int, conditioning_size: int) -> None:
+        super().__init__()
+        self.norm = ModulatedNorm(hidden_size)
+        self.modulation = nn.Linear(conditioning_size, 2 * hidden_size)
+
+    def forward(self, hidden_states: Tensor, c: Tensor) -> Tensor:
+        """float32 [s, b, d] from [s, b, d] and c [b, conditioning_size]."""
+        shift, scale = linear_fp32(self.modulation, c).chunk(2, dim=-1)
+        return self.norm(hidden_states, shift, scale)

@@ -1,0 +1,47 @@
+"""Attention cores and rotary angles.
+
+Shape legend, as in megatron-core: s sequence, b batch, n heads of this rank, h channels of a head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.enums import AttnMaskType
+from torch import Tensor, nn
+
+ROTARY_BASE = 10000.0
+
+
+def rotary_angles(position_ids_BL: Tensor, head_dim: int) -> Tensor:
+    """Rotary angles over the whole head, halves not interleaved, as megatron-core applies them.
+
+    Args:
+        position_ids_BL: int64 [B, L], or [1, L] when all samples share positions.
+        head_dim: channels of a head, even.
+
+    Returns:
+        float32 [L, B or 1, 1, head_dim].
+    """
+    channels = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids_BL.device)
+    frequencies = 1.0 / ROTARY_BASE ** (channels / head_dim)
+    angles = position_ids_BL.t().float()[..., None] * frequencies
+    return torch.cat([angles, angles], dim=-1)[:, :, None, :]
+
+
+class SdpaAttention(nn.Module):
+    """PyTorch's scaled dot product attention as a megatron-core attention core; causal or unmasked."""
+
+    def __init__(self, *, attn_mask_type: AttnMaskType, **unused: Any) -> None:
+        super().__init__()
+        if attn_mask_type not in (AttnMaskType.causal, AttnMaskType.no_mask):
+            raise ValueError(f"SdpaAttention has no mask for {attn_mask_type}")
+        self._causal = attn_mask_type == AttnMaskType.causal
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *unused: Any, **kwargs: Any) -> Tensor:
+        """[s, b, n * h] from query, key and value of [s, b, n, h]."""
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=self._causal)
+        return out.permute(2, 0, 1, 3).flatten(2)

@@ -1,0 +1,129 @@
+"""The denoiser's shape, and megatron-core's configuration of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from megatron_dlm.interfaces import InputError
+from megatron_dlm.platform.parallel import ParallelConfig
+
+if TYPE_CHECKING:
+    from megatron.core.transformer import TransformerConfig
+
+Precision = Literal["fp32", "bf16"]
+LAYER_NORM_EPSILON = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of the paper's DiT; see `sizes.py` for the published ones."""
+
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    ffn_hidden_size: int
+    """Width of the MLP; 4 x hidden_size in the paper."""
+    conditioning_size: int = 128
+    """Width of the time embedding that feeds adaLN."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "num_layers",
+            "hidden_size",
+            "num_attention_heads",
+            "ffn_hidden_size",
+            "conditioning_size",
+        ):
+            if getattr(self, name) < 1:
+                raise InputError(f"model.{name}: {getattr(self, name)} is below 1")
+        if self.hidden_size % self.num_attention_heads:
+            raise InputError(
+                f"model.num_attention_heads: {self.num_attention_heads} does not divide "
+                f"model.hidden_size {self.hidden_size}"
+            )
+        if self.head_dim % 2:
+            raise InputError(f"model.hidden_size: head dimension {self.head_dim} is odd; rotary needs pairs")
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    def padded_heads(self, tensor_size: int) -> int:
+        """Heads after padding to a multiple of the tensor parallel size; padded ones stay zero."""
+        return -(-self.num_attention_heads // tensor_size) * tensor_size
+
+    def check_parallel(self, parallel: ParallelConfig) -> None:
+        """Refuse layouts this shape cannot take.
+
+        Args:
+            parallel: sizes of the axes.
+
+        Raises:
+            InputError: tensor parallelism does not divide the MLP, or stages do not divide the layers.
+        """
+        tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+        if self.ffn_hidden_size % tensor:
+            raise InputError(
+                f"parallel.tensor_model_parallel_size: {tensor} does not divide "
+                f"model.ffn_hidden_size {self.ffn_hidden_size}"
+            )
+        if self.num_layers % stages:
+            raise InputError(
+                f"parallel.pipeline_model_parallel_size: {stages} does not divide "
+                f"model.num_layers {self.num_layers}"
+            )
+
+
+def transformer_config(
+    model: ModelConfig, parallel: ParallelConfig, precision: Precision
+) -> TransformerConfig:
+    """megatron-core's configuration for `model`.
+
+    Args:
+        model: shape.
+        parallel: sizes of the axes; checked with `ModelConfig.check_parallel` before.
+        precision: fp32, or bf16 parameters under fp32 main parameters and gradients.
+
+    Returns:
+        A configuration whose residual stream and pipeline tensors are fp32 at any precision.
+    """
+    import torch
+    import torch.nn.functional as F
+    from megatron.core.transformer import TransformerConfig
+
+    def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+        return F.gelu(x, approximate="tanh")
+
+    config = TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.padded_heads(parallel.tensor_model_parallel_size),
+        kv_channels=model.head_dim,
+        ffn_hidden_size=model.ffn_hidden_size,
+        activation_func=gelu_tanh,
+        layernorm_epsilon=LAYER_NORM_EPSILON,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        fp32_residual_connection=True,
+        bf16=precision == "bf16",
+        params_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+        pipeline_dtype=torch.float32,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        # Losses are summed and divided once by the tokens of the global batch.
+        calculate_per_token_loss=True,
+        # Weights are drawn by models/initialization.py.
+        perform_initialization=False,
+        cuda_graph_scope=[],
+        # These need GPU extensions.
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+    )
+    # Gradients of the time embedder, replicated on every stage, are summed over the pipeline.
+    config.has_cond_embedder = True
+    return config

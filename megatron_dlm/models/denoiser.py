@@ -1,0 +1,118 @@
+"""One pipeline stage of the denoiser: embedding, adaLN layers, final layer; the head hangs on the last.
+
+Shape legend: B microbatch sequences, L tokens, D hidden size; hidden states are [L, B, D].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.enums import ModelType
+from megatron.core.tensor_parallel import VocabParallelEmbedding
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlock
+from torch import Tensor
+
+from megatron_dlm.interfaces import AttentionPattern, ModelInputs, Vocabulary
+from megatron_dlm.models.adaln_layer import FinalLayer
+from megatron_dlm.models.attention import rotary_angles
+from megatron_dlm.models.config import ModelConfig
+from megatron_dlm.models.head import Head
+from megatron_dlm.models.layer_spec import layer_spec
+from megatron_dlm.models.time_embedding import TimeEmbedder
+from megatron_dlm.platform.parallel import ParallelState
+from megatron_dlm.platform.vocab_parallel import VocabShard, padded_vocabulary_size
+
+
+class Denoiser(MegatronModule):
+    """The stage of the model that this process holds."""
+
+    # megatron-core's schedules and its search for tied embeddings ask for these.
+    model_type = ModelType.encoder_or_decoder
+    share_embeddings_and_output_weights = False
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: TransformerConfig,
+        vocabulary: Vocabulary,
+        attention: AttentionPattern,
+        parallel: ParallelState,
+    ) -> None:
+        super().__init__(config=config)
+        self.model = model
+        self.vocabulary = vocabulary
+        self.pre_process, self.post_process = parallel.is_first_stage, parallel.is_last_stage
+        self._pipeline_rank = parallel.pipeline_rank
+        if self.pre_process:
+            self.embedding = VocabParallelEmbedding(
+                padded_vocabulary_size(vocabulary.size, parallel.tensor_size),
+                model.hidden_size,
+                init_method=_leave_uninitialised,
+                config=config,
+                tp_group=parallel.tensor_group,
+            )
+        self.time_embedder = TimeEmbedder(model.conditioning_size, first_stage=self.pre_process)
+        self.block = TransformerBlock(
+            config=config,
+            spec=layer_spec(model, attention),
+            pre_process=self.pre_process,
+            post_process=self.post_process,
+            # The adaLN final layer is ours.
+            post_layer_norm=False,
+        )
+        if self.post_process:
+            vocab = VocabShard.of_rank(
+                vocabulary, parallel.tensor_rank, parallel.tensor_group, parallel.tensor_size
+            )
+            self.final_layer = FinalLayer(model.hidden_size, model.conditioning_size)
+            self.head = Head(model.hidden_size, vocab, config.params_dtype, parallel.device)
+        self.to(device=parallel.device, dtype=config.params_dtype)
+
+    def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
+        """Take the previous stage's output; megatron-core's schedules call this."""
+        self.block.set_input_tensor(input_tensor[0])
+
+    def forward(self, inputs: ModelInputs) -> Tensor:
+        """Hidden states of this stage.
+
+        Args:
+            inputs: on this device; every stage gets them, only the first reads the token ids.
+
+        Returns:
+            float32 [L, B, D]; on the last stage after the final layer, ready for `head`.
+        """
+        c = self.time_embedder(inputs.sigma_B)
+        hidden_states = None
+        if self.pre_process:
+            hidden_states = self.embedding(inputs.token_ids_BL).transpose(0, 1).float().contiguous()
+        hidden_states = self.block(
+            hidden_states=hidden_states,
+            attention_mask=None,
+            context=c,
+            rotary_pos_emb=rotary_angles(inputs.position_ids_BL, self.model.head_dim),
+        )
+        return self.final_layer(hidden_states, c) if self.post_process else hidden_states
+
+    def logits(self, inputs: ModelInputs) -> Tensor:
+        """float32 [B, L, Vp] of this rank's columns; for evaluation of small batches on one stage."""
+        hidden_states = self.forward(inputs)
+        length, batch_size, _ = hidden_states.shape
+        return self.head(hidden_states.flatten(0, 1)).view(length, batch_size, -1).transpose(0, 1)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> ShardedStateDict:
+        """As megatron-core's, with the time embedder's copies on later stages marked as replicas."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        for name, tensor in state.items():
+            if name.startswith(f"{prefix}time_embedder."):
+                tensor.replica_id = (self._pipeline_rank, *tensor.replica_id[1:])
+        return state
+
+
+def _leave_uninitialised(weight: Tensor) -> Tensor:
+    return weight

@@ -1,0 +1,158 @@
+"""From hidden states to losses: vocabulary-parallel, only the rows that carry a loss, a chunk at a time.
+
+Forward and gradient of a chunk are formed together while its logits exist, so no [B, L, V] tensor ever does.
+Shape legend: R rows, D hidden size, Vp vocabulary columns of this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor, nn
+
+from megatron_dlm.interfaces import RowTargets, Targets
+from megatron_dlm.models.layer_spec import allow_padding
+from megatron_dlm.platform.vocab_parallel import VocabShard
+
+RowLoss = Callable[[Tensor, RowTargets, VocabShard], tuple[Tensor, Tensor]]
+"""An objective's `loss_and_dlogits`."""
+ROW_MULTIPLE = 16
+"""Chunks are padded to a multiple of this, which FP8 matrix products need."""
+
+
+class Head(nn.Module):
+    """Untied linear head with bias over this rank's share of the vocabulary."""
+
+    def __init__(self, hidden_size: int, vocab: VocabShard, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.vocab = vocab
+        width = vocab.stop - vocab.start
+        self.weight = nn.Parameter(torch.empty(width, hidden_size, dtype=dtype, device=device))
+        self.bias = nn.Parameter(torch.empty(width, dtype=dtype, device=device))
+        for parameter in (self.weight, self.bias):
+            set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
+
+    def forward(self, hidden_RD: Tensor) -> Tensor:
+        """float32 [R, Vp] logits of this rank's columns, padding included."""
+        return _logits(hidden_RD.to(self.weight.dtype), self.weight, self.bias)
+
+    def losses(
+        self, hidden_sbD: Tensor, targets: Targets, row_loss: RowLoss, rows_per_chunk: int
+    ) -> tuple[Tensor, Tensor]:
+        """Weighted loss and bound of one microbatch.
+
+        Args:
+            hidden_sbD: [s, b, D] output of the final layer.
+            targets: of the microbatch, on the CPU; rows of weight 0 are skipped.
+            row_loss: losses and logit gradients of a chunk.
+            rows_per_chunk: most rows whose logits exist at a time.
+
+        Returns:
+            float32 scalars: the sum of weight * loss, with its gradient, and the bound's sum without.
+        """
+        device = hidden_sbD.device
+        weight_N = targets.weight_BL.t().reshape(-1)
+        # Row indices come from the CPU, beside the draws: no device synchronisation.
+        rows_R = weight_N.nonzero()[:, 0]
+        row_targets = RowTargets(
+            clean_R=targets.clean_BL.t().reshape(-1)[rows_R].to(device),
+            weight_R=weight_N[rows_R].to(device),
+        )
+        bound_weight_R = targets.bound_weight_BL.t().reshape(-1)[rows_R].to(device)
+        hidden_RD = hidden_sbD.flatten(0, 1).index_select(0, rows_R.to(device)).to(self.weight.dtype)
+        loss, losses_R = _ChunkedLoss.apply(
+            hidden_RD, self.weight, self.bias, self.vocab, row_targets, row_loss, rows_per_chunk
+        )
+        return loss, torch.dot(losses_R, bound_weight_R)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> ShardedStateDict:
+        """Shards along the vocabulary; its padding may differ on loading."""
+        state = self.state_dict(prefix="", keep_vars=True)
+        return allow_padding(
+            make_sharded_tensors_for_checkpoint(
+                state,
+                prefix,
+                {"weight": 0, "bias": 0},
+                sharded_offsets,
+                dp_cp_group=(metadata or {}).get("dp_cp_group"),
+            )
+        )
+
+
+def _logits(hidden_RD: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.mm(hidden_RD, weight.t()).float().add_(bias.float())
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Sum of weighted row losses; the gradients are made in forward and scaled in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_RD: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        vocab: VocabShard,
+        targets: RowTargets,
+        row_loss: RowLoss,
+        rows_per_chunk: int,
+    ) -> tuple[Tensor, Tensor]:
+        num_rows = hidden_RD.shape[0]
+        losses_R = hidden_RD.new_zeros(num_rows, dtype=torch.float32)
+        needs_gradient = any(ctx.needs_input_grad[:3])
+        if needs_gradient:
+            dhidden_RD = torch.zeros_like(hidden_RD)
+            dweight = torch.zeros_like(weight, dtype=torch.float32)
+            dbias = torch.zeros_like(bias, dtype=torch.float32)
+        for start, stop in _chunk_bounds(num_rows, rows_per_chunk):
+            chunk_RD = _pad_rows(hidden_RD[start:stop])
+            chunk_targets = RowTargets(
+                clean_R=_pad_rows(targets.clean_R[start:stop]),
+                weight_R=_pad_rows(targets.weight_R[start:stop]),
+            )
+            chunk_losses_R, dlogits_RVp = row_loss(_logits(chunk_RD, weight, bias), chunk_targets, vocab)
+            losses_R[start:stop] = chunk_losses_R[: stop - start]
+            if needs_gradient:
+                dlogits_RVp.mul_(chunk_targets.weight_R[:, None])
+                dbias.add_(dlogits_RVp.sum(dim=0))
+                low_RVp = dlogits_RVp.to(weight.dtype)
+                dhidden_RD[start:stop] = torch.mm(low_RVp, weight)[: stop - start]
+                if weight.dtype == torch.float32:
+                    dweight.addmm_(low_RVp.t(), chunk_RD)
+                else:
+                    dweight.add_(torch.mm(low_RVp.t(), chunk_RD))
+        if needs_gradient:
+            ctx.group = vocab.group
+            ctx.save_for_backward(dhidden_RD, dweight.to(weight.dtype), dbias.to(bias.dtype))
+        ctx.mark_non_differentiable(losses_R)
+        return torch.dot(losses_R, targets.weight_R), losses_R
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, unused: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        dhidden_RD, dweight, dbias = ctx.saved_tensors
+        dhidden_RD.mul_(grad)
+        if ctx.group is not None:
+            # Each rank has seen only its own columns.
+            dist.all_reduce(dhidden_RD, group=ctx.group)
+        return dhidden_RD, dweight.mul_(grad), dbias.mul_(grad), None, None, None, None
+
+
+def _chunk_bounds(num_rows: int, rows_per_chunk: int) -> list[tuple[int, int]]:
+    """Nearly equal chunks of at most `rows_per_chunk` rows; no rows, no chunks."""
+    num_chunks = -(-num_rows // rows_per_chunk)
+    edges = [num_rows * i // num_chunks for i in range(num_chunks + 1)] if num_chunks else [0]
+    return list(zip(edges[:-1], edges[1:], strict=True))
+
+
+def _pad_rows(rows: Tensor) -> Tensor:
+    """Zero rows up to a multiple of ROW_MULTIPLE; a padded row has weight 0."""
+    missing = -rows.shape[0] % ROW_MULTIPLE
+    return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows

@@ -1,0 +1,123 @@
+"""The contract of a family: how to corrupt a microbatch and what a row of logits costs.
+
+A new family is one file with a config and a class, and one line in `registry.py`.
+Shape legend: B microbatch sequences, L tokens, R rows that need the head, Vp this rank's vocabulary columns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_dlm.interfaces import AttentionPattern, ModelInputs, RowTargets, Targets, TokenBatch, Vocabulary
+from megatron_dlm.platform.rng import NoiseSource
+from megatron_dlm.platform.vocab_parallel import VocabShard
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorruptionContext:
+    """The address of a microbatch's random draws."""
+
+    noise: NoiseSource
+    batch_start: int
+    """Position in the run of the global batch's first sample."""
+    global_batch_size: int
+    """Samples among which the times are stratified."""
+    training: bool
+    """False asks for the bound's weights, whatever the training loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """Base of every family's configuration; the concrete class is the choice of family."""
+
+    name: ClassVar[str]
+    attention: ClassVar[AttentionPattern]
+
+    def build(self, vocabulary: Vocabulary) -> Objective:
+        """The family over `vocabulary`."""
+        raise TypeError(f"{type(self).__name__} is no family; choose one from objectives/registry.py")
+
+
+class Objective(ABC):
+    """A family of language models: what the network reads and what it is scored on."""
+
+    @abstractmethod
+    def corrupt(self, batch: TokenBatch, context: CorruptionContext) -> tuple[ModelInputs, Targets]:
+        """Draw the noise of one microbatch.
+
+        Runs on the CPU without gradient or collectives; equal on every stage and rank that calls it.
+
+        Args:
+            batch: clean blocks with their positions in the run.
+            context: address of the draws.
+
+        Returns:
+            What the denoiser reads and what the loss needs.
+        """
+
+    @abstractmethod
+    def token_losses(self, logits_RVp: Tensor, targets: RowTargets, vocab: VocabShard) -> Tensor:
+        """Unweighted loss of R rows, float32 [R]; reduces over the vocabulary only.
+
+        Args:
+            logits_RVp: float32 [R, Vp]; may be overwritten.
+            targets: of the same rows.
+            vocab: this rank's columns.
+
+        Returns:
+            float32 [R], equal on all ranks of the vocabulary.
+        """
+
+    def loss_and_dlogits(
+        self, logits_RVp: Tensor, targets: RowTargets, vocab: VocabShard
+    ) -> tuple[Tensor, Tensor]:
+        """Row losses and their gradients in the logits; autograd unless a family has a closed form.
+
+        Args:
+            logits_RVp: float32 [R, Vp]; may be overwritten.
+            targets: of the same rows.
+            vocab: this rank's columns.
+
+        Returns:
+            float32 [R] losses and float32 [R, Vp] gradients of each row's unweighted loss.
+        """
+        with torch.enable_grad():
+            leaf = logits_RVp.detach().requires_grad_()
+            losses_R = self.token_losses(leaf.clone(), targets, vocab)
+            (dlogits,) = torch.autograd.grad(losses_R.sum(), leaf)
+        return losses_R.detach(), dlogits
+
+
+def corruption_fingerprint(inputs: ModelInputs, targets: Targets, batch: TokenBatch) -> int:
+    """A 63-bit digest of one microbatch's draws; sums over microbatches do not depend on the layout.
+
+    Args:
+        inputs: from `corrupt`.
+        targets: from `corrupt`.
+        batch: the samples, whose positions are hashed too.
+
+    Returns:
+        Sum over the samples of a hash of (position, network input, sigma, bound weights), modulo 2**63.
+    """
+    rows = zip(
+        batch.sample_indices.tolist(),
+        inputs.token_ids_BL.numpy(),
+        inputs.position_ids_BL.expand_as(inputs.token_ids_BL).numpy(),
+        inputs.sigma_B.numpy(),
+        targets.bound_weight_BL.numpy(),
+        strict=True,
+    )
+    total = 0
+    for position, *arrays in rows:
+        digest = hashlib.blake2b(str(position).encode(), digest_size=8)
+        for array in arrays:
+            digest.update(np.ascontiguousarray(array).tobytes())
+        total += int.from_bytes(digest.digest(), "little")
+    return total % 2**63

@@ -1,0 +1,56 @@
+"""Vocabulary-parallel cross-entropy with the mask token and the padding left out of the softmax.
+
+Shape legend: R rows, Vp vocabulary columns of this rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_dlm.platform.vocab_parallel import VocabShard
+
+
+def cross_entropy(logits_RVp: Tensor, clean_R: Tensor, vocab: VocabShard) -> Tensor:
+    """-log softmax(logits)[clean], differentiable.
+
+    Args:
+        logits_RVp: float32 or float64 [R, Vp], overwritten where excluded.
+        clean_R: int64 [R], never the mask token.
+        vocab: this rank's columns.
+
+    Returns:
+        [R], equal on all ranks of the vocabulary.
+    """
+    logits_RVp = vocab.exclude_(logits_RVp)
+    shifted_RVp = logits_RVp - vocab.max(logits_RVp.amax(dim=1))[:, None]
+    column_R, present_R = vocab.locate(clean_R)
+    target_R = torch.where(present_R, shifted_RVp.gather(1, column_R[:, None])[:, 0], 0.0)
+    sum_R, target_R = vocab.sum(torch.stack([shifted_RVp.exp().sum(dim=1), target_R]))
+    return sum_R.log() - target_R
+
+
+@torch.no_grad()
+def cross_entropy_and_dlogits(
+    logits_RVp: Tensor, clean_R: Tensor, vocab: VocabShard
+) -> tuple[Tensor, Tensor]:
+    """As `cross_entropy`, with the gradient softmax - one_hot(clean) written over the logits.
+
+    Args:
+        logits_RVp: float32 or float64 [R, Vp]; becomes the gradient.
+        clean_R: int64 [R], never the mask token.
+        vocab: this rank's columns.
+
+    Returns:
+        [R] losses and [R, Vp] gradients, the memory of the argument.
+    """
+    vocab.exclude_(logits_RVp)
+    logits_RVp.sub_(vocab.max(logits_RVp.amax(dim=1))[:, None])
+    column_R, present_R = vocab.locate(clean_R)
+    target_R = torch.where(present_R, logits_RVp.gather(1, column_R[:, None])[:, 0], 0.0)
+    probability_RVp = logits_RVp.exp_()
+    sum_R, target_R = vocab.sum(torch.stack([probability_RVp.sum(dim=1), target_R]))
+    probability_RVp.div_(sum_R[:, None])
+    one_hot_R = -present_R.to(probability_RVp.dtype)
+    probability_RVp.scatter_add_(1, column_R[:, None], one_hot_R[:, None])
+    return sum_R.log() - target_R, probability_RVp

@@ -1,0 +1,119 @@
+"""Where metrics go: metrics.jsonl, TensorBoard, the terminal. Only rank 0 writes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, Protocol
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Writer(Protocol):
+    """Takes one set of metrics at a time."""
+
+    def write(self, kind: str, step: int, metrics: dict[str, float | int]) -> None:
+        """Record `metrics` of `step`; `kind` is train or validation."""
+
+    def close(self) -> None:
+        """Flush everything."""
+
+
+class JsonLinesWriter:
+    """Appends one JSON object a call; floats keep all their bits."""
+
+    def __init__(self, directory: Path, first_step: int) -> None:
+        """Drop lines of steps after `first_step`, which a resumed run will write again."""
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / METRICS_FILE
+        kept = [json.dumps(entry) for entry in read_metrics(directory) if entry["step"] <= first_step]
+        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, kind: str, step: int, metrics: dict[str, float | int]) -> None:
+        """Append one line."""
+        self._file.write(json.dumps({"kind": kind, "step": step, **metrics}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class TensorBoardWriter:
+    """Scalars `kind/name` over steps."""
+
+    def __init__(self, directory: Path, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step + 1)
+
+    def write(self, kind: str, step: int, metrics: dict[str, float | int]) -> None:
+        """One scalar a metric."""
+        for name, value in metrics.items():
+            self._writer.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._writer.close()
+
+
+class ConsoleWriter:
+    """A live line on a terminal, plain lines elsewhere."""
+
+    def __init__(self, num_steps: int, first_step: int) -> None:
+        self._num_steps = num_steps
+        self._live: Any = None
+        if sys.stdout.isatty():
+            from rich.progress import BarColumn, Progress, TextColumn
+
+            self._live = Progress(BarColumn(bar_width=20), TextColumn("{task.description}"))
+            self._task = self._live.add_task("starting", total=num_steps, completed=first_step)
+            self._live.start()
+
+    def write(self, kind: str, step: int, metrics: dict[str, float | int]) -> None:
+        """Show one line; validation lines stay on the screen."""
+        line = self._line(kind, step, metrics)
+        if self._live is None:
+            print(line, flush=True)
+        elif kind == "train":
+            self._live.update(self._task, completed=step, description=line)
+        else:
+            self._live.console.print(line)
+
+    def _line(self, kind: str, step: int, metrics: dict[str, float | int]) -> str:
+        head = f"{kind} step {step}/{self._num_steps}"
+        if kind == "validation":
+            return (
+                f"{head} | {metrics['nats_per_token']:.4f} +- {metrics['standard_error']:.4f} nats/token "
+                f"| {metrics['bits_per_byte']:.4f} bits/byte"
+            )
+        return (
+            f"{head} | loss {metrics['loss']:.4f} | {metrics['nats_per_token']:.4f} nats/token "
+            f"| {metrics['tokens_per_second']:,.0f} tokens/s | lr {metrics['lr']:.2e} "
+            f"| gradient norm {metrics['grad_norm']:.3f} | ETA {duration(metrics['eta_seconds'])}"
+        )
+
+    def close(self) -> None:
+        """End the live line."""
+        if self._live is not None:
+            self._live.stop()
+
+
+def duration(seconds: float) -> str:
+    """h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """Entries of a run's metrics.jsonl; a last line cut short by a kill is left out."""
+    path = directory / METRICS_FILE
+    entries = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            break
+    return entries

@@ -1,0 +1,98 @@
+"""Opening a checkpoint for use: evaluation and export."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_dlm.interfaces import InputError
+from megatron_dlm.platform.launch import detect_environment
+from megatron_dlm.platform.parallel import ParallelConfig, ParallelState, start_parallel, stop_parallel
+from megatron_dlm.training.run import RunRecord, read_run_record
+from megatron_dlm.training.run_config import EvaluationConfig, check_run
+
+if TYPE_CHECKING:
+    from megatron_dlm.evaluation.likelihood import Likelihood
+    from megatron_dlm.models.denoiser import Denoiser
+
+
+@dataclass(frozen=True)
+class OpenedCheckpoint:
+    """A checkpoint's weights on this process, at any layout."""
+
+    record: RunRecord
+    denoiser: Denoiser
+    parallel: ParallelState
+
+
+@contextmanager
+def open_checkpoint(record: RunRecord, parallel_config: ParallelConfig) -> Iterator[OpenedCheckpoint]:
+    """Start the groups, load the weights; stops the groups at the end. All processes of the job enter it.
+
+    Args:
+        record: of the checkpoint.
+        parallel_config: layout to load on.
+
+    Yields:
+        The loaded stage.
+    """
+    parallel = start_parallel(detect_environment(), parallel_config)
+    from megatron_dlm.checkpointing.manager import load, verify_on_all_ranks
+    from megatron_dlm.training.session import build_denoiser
+
+    verify_on_all_ranks(record.directory, parallel)
+    config = replace(record.config, parallel=parallel_config)
+    denoiser = build_denoiser(config, record.vocabulary, parallel)
+    load(record.directory, denoiser, None, parallel)
+    yield OpenedCheckpoint(record, denoiser.eval(), parallel)
+    stop_parallel()
+
+
+def evaluate_checkpoint(
+    checkpoint: Path,
+    data: Path,
+    evaluation: EvaluationConfig,
+    parallel_config: ParallelConfig,
+    micro_batch_size: int,
+) -> tuple[Likelihood, bool]:
+    """The bound of one checkpoint on one shard.
+
+    Args:
+        checkpoint: a step-NNNNNNNN directory.
+        data: prefix of the held-out shard.
+        evaluation: batches and their size.
+        parallel_config: layout to evaluate on.
+        micro_batch_size: samples of one forward pass.
+
+    Returns:
+        The estimate, and whether this process is rank 0.
+
+    Raises:
+        InputError: unusable checkpoint, shard or sizes.
+    """
+    from megatron_dlm.data.packing import TokenBlocks
+    from megatron_dlm.data.shard import Shard
+
+    record = read_run_record(checkpoint)
+    training = replace(
+        record.config.training, micro_batch_size=micro_batch_size, global_batch_size=evaluation.batch_size
+    )
+    config = replace(record.config, parallel=parallel_config, training=training, evaluation=evaluation)
+    check_run(config, detect_environment().world_size)
+    shard = Shard(data)
+    if shard.manifest.tokenizer_fingerprint != record.tokenizer_fingerprint:
+        raise InputError(f"data: {data} was made by another tokenizer than the data of {checkpoint}")
+    blocks = TokenBlocks(shard, config.data.seq_length)
+    with open_checkpoint(record, parallel_config) as opened:
+        from megatron_dlm.training.session import Validation
+        from megatron_dlm.training.step import PipelineRunner
+
+        objective = config.objective.build(record.vocabulary)
+        runner = PipelineRunner(
+            opened.denoiser, objective, opened.parallel, config.training.head_rows_per_chunk
+        )
+        validation = Validation(runner, blocks, shard.manifest.bytes_per_token, config, opened.parallel)
+        return validation.run(evaluation), opened.parallel.rank == 0

@@ -1,0 +1,163 @@
+"""What happens around steps: metrics, validation, checkpoints, signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from megatron_dlm.checkpointing.manager import PROGRESS_RECORD, RUN_RECORD, save
+from megatron_dlm.checkpointing.storage import CheckpointRoot
+from megatron_dlm.platform.codec import encode
+from megatron_dlm.telemetry.writers import ConsoleWriter, JsonLinesWriter, TensorBoardWriter, Writer
+from megatron_dlm.training.session import Session
+from megatron_dlm.training.trainer import Hook, Progress, StepReport
+
+
+class Telemetry:
+    """The writers of rank 0; on other ranks it takes everything and writes nothing."""
+
+    def __init__(self, session: Session, first_step: int) -> None:
+        self._writers: list[Writer] = []
+        if session.parallel.rank == 0:
+            directory = session.config.directory
+            self._writers = [
+                JsonLinesWriter(directory, first_step),
+                TensorBoardWriter(directory, first_step),
+                ConsoleWriter(session.config.training.num_steps, first_step),
+            ]
+
+    def write(self, kind: str, step: int, metrics: dict[str, float | int]) -> None:
+        """Pass on to all writers."""
+        for writer in self._writers:
+            writer.write(kind, step, metrics)
+
+    def close(self) -> None:
+        """Close all writers."""
+        for writer in self._writers:
+            writer.close()
+
+
+class LoggingHook(Hook):
+    """Reports every few steps: means since the last report."""
+
+    def __init__(self, telemetry: Telemetry) -> None:
+        self._telemetry = telemetry
+        self._seconds = 0.0
+        self._tokens = 0
+
+    def after_step(self, session: Session, progress: Progress, report: StepReport) -> None:
+        """Write the step's losses and the speed since the last report."""
+        self._seconds += report.seconds
+        self._tokens += report.tokens
+        if progress.step % session.config.telemetry.log_every:
+            return
+        speed = self._tokens / self._seconds
+        steps_left = session.config.training.num_steps - progress.step
+        metrics: dict[str, float | int] = {
+            "loss": report.loss,
+            "nats_per_token": report.nats_per_token,
+            "lr": report.lr,
+            "grad_norm": report.grad_norm,
+            "tokens_per_second": speed,
+            "eta_seconds": steps_left * report.tokens / speed,
+            "consumed_samples": progress.consumed_samples,
+            "fingerprint": progress.fingerprint,
+        }
+        self._telemetry.write("train", progress.step, metrics)
+        self._seconds, self._tokens = 0.0, 0
+
+    def on_end(self, session: Session, progress: Progress) -> None:
+        """Close the writers; this hook therefore comes last."""
+        self._telemetry.close()
+
+
+class EvaluationHook(Hook):
+    """Validation bound before the first step, every few steps and at the end."""
+
+    def __init__(self, telemetry: Telemetry) -> None:
+        self._telemetry = telemetry
+
+    def on_start(self, session: Session, progress: Progress) -> None:
+        """Evaluate a new run's initial model."""
+        if progress.step == 0:
+            self._evaluate(session, progress)
+
+    def after_step(self, session: Session, progress: Progress, report: StepReport) -> None:
+        """Evaluate when due."""
+        last = progress.step == session.config.training.num_steps
+        if last or progress.step % session.config.evaluation.every == 0:
+            self._evaluate(session, progress)
+
+    def _evaluate(self, session: Session, progress: Progress) -> None:
+        result = session.validation.run(session.config.evaluation)
+        metrics: dict[str, float | int] = {
+            "nats_per_token": result.nats_per_token,
+            "standard_error": result.standard_error,
+            "bits_per_byte": result.bits_per_byte,
+            "tokens": result.tokens,
+        }
+        self._telemetry.write("validation", progress.step, metrics)
+
+
+class CheckpointHook(Hook):
+    """Saves every few steps and at the end, whether the run is done or asked to stop."""
+
+    def __init__(self, root: CheckpointRoot, saved_step: int) -> None:
+        self._root = root
+        self._saved_step = saved_step
+
+    def after_step(self, session: Session, progress: Progress, report: StepReport) -> None:
+        """Save when due."""
+        if progress.step % session.config.checkpoint.save_every == 0:
+            self._save(session, progress)
+
+    def on_end(self, session: Session, progress: Progress) -> None:
+        """Save what has not been saved."""
+        if progress.step != self._saved_step:
+            self._save(session, progress)
+
+    def _save(self, session: Session, progress: Progress) -> None:
+        records = {
+            RUN_RECORD: {
+                "config": encode(session.config),
+                "vocabulary": encode(session.data.vocabulary),
+                "tokenizer_fingerprint": session.data.tokenizer_fingerprint,
+            },
+            PROGRESS_RECORD: {
+                "step": progress.step,
+                "consumed_samples": progress.consumed_samples,
+                "fingerprint": progress.fingerprint,
+                "world_size": session.parallel.world_size,
+            },
+        }
+        save(self._root, progress.step, session.denoiser, session.optimizer, session.parallel, records)
+        self._saved_step = progress.step
+        if session.parallel.rank == 0:
+            self._root.retain(session.config.checkpoint.keep_last)
+
+
+class SignalHook(Hook):
+    """Stops the run after the current step when any rank got SIGTERM or SIGUSR1; a second one ends it."""
+
+    def __init__(self) -> None:
+        self._received = 0
+
+    def on_start(self, session: Session, progress: Progress) -> None:
+        """Take over the signals that schedulers send before they kill."""
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self._received:
+            os._exit(128 + number)
+        self._received = number
+
+    def after_step(self, session: Session, progress: Progress, report: StepReport) -> None:
+        """Agree with all ranks, so that none waits for one that has left."""
+        received = torch.tensor(self._received, device=session.parallel.device)
+        dist.all_reduce(received, op=dist.ReduceOp.MAX)
+        progress.stop_requested = bool(received)

@@ -1,0 +1,95 @@
+"""AdamW of the recipe on megatron-core's data parallel wrapper and distributed optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from megatron_dlm.interfaces import InputError
+from megatron_dlm.models.config import Precision
+from megatron_dlm.platform.parallel import ParallelConfig
+
+if TYPE_CHECKING:
+    from megatron_dlm.models.denoiser import Denoiser
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW as in arXiv:2602.15014."""
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    """Decoupled decay of ALL parameters: norms, biases and embeddings too."""
+    clip_grad: float = 1.0
+    """Largest norm of the whole gradient; 0 leaves it as it is."""
+
+    def __post_init__(self) -> None:
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"optimizer.{name}: {getattr(self, name)} is outside [0, 1)")
+        for name in ("weight_decay", "clip_grad"):
+            if getattr(self, name) < 0:
+                raise InputError(f"optimizer.{name}: {getattr(self, name)} is below 0")
+
+
+def wrap_data_parallel(denoiser: Denoiser, parallel: ParallelConfig) -> Any:
+    """megatron-core's DistributedDataParallel around one stage, gradients in float32.
+
+    Args:
+        denoiser: initialised stage.
+        parallel: tells whether the optimizer is sharded.
+
+    Returns:
+        The wrapped stage; its `module` is the stage.
+    """
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        # Without this a NaN loss makes every parameter NaN and training goes on.
+        check_for_nan_in_grad=True,
+    )
+    return DistributedDataParallel(denoiser.config, ddp_config, denoiser)
+
+
+def build_optimizer(
+    config: OptimizerConfig, parallel: ParallelConfig, precision: Precision, model: Any
+) -> Any:
+    """megatron-core's optimizer over the wrapped stage.
+
+    Args:
+        config: AdamW.
+        parallel: tells whether optimizer state is sharded over data parallel ranks.
+        precision: of the parameters.
+        model: from `wrap_data_parallel`.
+
+    Returns:
+        A `MegatronOptimizer`; its learning rate is set every step by the loop.
+    """
+    import torch
+    from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+    from megatron.core.optimizer import get_megatron_optimizer
+
+    megatron_config = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=0.0,
+        adam_beta1=config.beta1,
+        adam_beta2=config.beta2,
+        adam_eps=config.epsilon,
+        weight_decay=config.weight_decay,
+        clip_grad=config.clip_grad,
+        bf16=precision == "bf16",
+        params_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+    )
+    # An empty override table: megatron-core's default exempts biases and 1-D parameters from decay.
+    return get_megatron_optimizer(megatron_config, [model], config_overrides={})
+
+
+def set_learning_rate(optimizer: Any, lr: float) -> None:
+    """Set the learning rate of every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr

@@ -1,0 +1,149 @@
+"""A training run from configuration to exit: check, start, resume, fit."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_dlm.checkpointing.storage import CheckpointRoot, read_json
+from megatron_dlm.interfaces import InputError, Vocabulary
+from megatron_dlm.platform.codec import decode
+from megatron_dlm.platform.launch import detect_environment
+from megatron_dlm.platform.parallel import prepare_device, start_parallel, stop_parallel
+from megatron_dlm.training.run_config import RunConfig, check_run
+
+if TYPE_CHECKING:
+    from megatron_dlm.training.session import RunData, Session
+    from megatron_dlm.training.trainer import Progress
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecord:
+    """What a checkpoint says of the run that wrote it."""
+
+    directory: Path
+    config: RunConfig
+    vocabulary: Vocabulary
+    tokenizer_fingerprint: str
+
+
+def read_run_record(checkpoint: Path) -> RunRecord:
+    """The record of one checkpoint.
+
+    Args:
+        checkpoint: a step-NNNNNNNN directory.
+
+    Returns:
+        Its configuration and vocabulary.
+
+    Raises:
+        InputError: not a complete checkpoint, or a record of another version.
+    """
+    read_json(checkpoint / "manifest.json")
+    path = checkpoint / "run.json"
+    data = read_json(path)
+    return RunRecord(
+        directory=checkpoint,
+        config=decode(RunConfig, data.get("config"), f"{path}: config"),
+        vocabulary=decode(Vocabulary, data.get("vocabulary"), f"{path}: vocabulary"),
+        tokenizer_fingerprint=str(data.get("tokenizer_fingerprint")),
+    )
+
+
+def checkpoint_root(config: RunConfig) -> CheckpointRoot:
+    """Where the run's checkpoints are."""
+    return CheckpointRoot(config.directory / "checkpoints")
+
+
+def train(config: RunConfig) -> bool:
+    """Run, or continue, one training run; every process of the job calls it.
+
+    Args:
+        config: of the run.
+
+    Returns:
+        True when the run reached its last step, False when a signal ended it early (it is saved).
+
+    Raises:
+        InputError: the configuration, the data or the checkpoint to start from cannot be used; nothing has
+            started then.
+    """
+    environment = detect_environment()
+    check_run(config, environment.world_size)
+    prepare_device(environment, config.parallel.intra_op_threads)
+    from megatron_dlm.training.session import Session, open_data
+
+    data = open_data(config.data)
+    start = _find_start(config, data)
+    parallel = start_parallel(environment, config.parallel)
+    session = Session(config, data, parallel)
+    progress = _restore(session, start)
+    _fit(session, progress)
+    # Not after an error: the other ranks may never arrive.
+    stop_parallel()
+    return progress.step >= config.training.num_steps
+
+
+def _find_start(config: RunConfig, data: RunData) -> RunRecord | None:
+    """The checkpoint to start from, checked against this run; None for a run from scratch."""
+    complete = checkpoint_root(config).complete()
+    source = complete[-1] if complete else config.checkpoint.initialize_from
+    if source is None:
+        return None
+    record = read_run_record(source)
+    _refuse_change(record, "model", record.config.model, config.model)
+    _refuse_change(record, "vocabulary", record.vocabulary, data.vocabulary)
+    if complete:
+        _refuse_change(record, "objective", record.config.objective, config.objective)
+        if record.config.data.seq_length != config.data.seq_length:
+            _mismatch(record, "data.seq_length", record.config.data.seq_length, config.data.seq_length)
+        if record.config.training.seed != config.training.seed:
+            _mismatch(record, "training.seed", record.config.training.seed, config.training.seed)
+    return record
+
+
+def _refuse_change(record: RunRecord, path: str, saved: Any, asked: Any) -> None:
+    if type(saved) is not type(asked):
+        _mismatch(record, path, type(saved).__name__, type(asked).__name__)
+    for field in dataclasses.fields(saved):
+        old, new = getattr(saved, field.name), getattr(asked, field.name)
+        if old != new:
+            _mismatch(record, f"{path}.{field.name}", old, new)
+
+
+def _mismatch(record: RunRecord, name: str, saved: Any, asked: Any) -> None:
+    raise InputError(f"{name}: {asked} differs from {saved} in checkpoint {record.directory}")
+
+
+def _restore(session: Session, start: RunRecord | None) -> Progress:
+    """Load what `start` holds: everything for this run's own checkpoint, weights alone for another's."""
+    from megatron_dlm.checkpointing.manager import PROGRESS_RECORD, load, verify_on_all_ranks
+    from megatron_dlm.training.trainer import Progress
+
+    if start is None:
+        return Progress()
+    verify_on_all_ranks(start.directory, session.parallel)
+    resumes = start.directory.parent == checkpoint_root(session.config).path
+    load(start.directory, session.denoiser, session.optimizer if resumes else None, session.parallel)
+    if not resumes:
+        # The optimizer's main parameters were copied from the weights before this load.
+        session.optimizer.reload_model_params()
+        return Progress()
+    saved = read_json(start.directory / PROGRESS_RECORD)
+    return Progress(int(saved["step"]), int(saved["consumed_samples"]), int(saved["fingerprint"]))
+
+
+def _fit(session: Session, progress: Progress) -> None:
+    from megatron_dlm.training.hooks import CheckpointHook, EvaluationHook, LoggingHook, SignalHook, Telemetry
+    from megatron_dlm.training.trainer import fit
+
+    telemetry = Telemetry(session, progress.step)
+    # Evaluation before the checkpoint: a resumed run must not skip the evaluation of its first step.
+    hooks = [
+        SignalHook(),
+        EvaluationHook(telemetry),
+        CheckpointHook(checkpoint_root(session.config), progress.step),
+        LoggingHook(telemetry),
+    ]
+    fit(session, progress, hooks)

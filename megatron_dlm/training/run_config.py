@@ -1,0 +1,146 @@
+"""The whole configuration of a run, and every check of it that needs no process."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_dlm.checkpointing.storage import CheckpointConfig
+from megatron_dlm.data.loader import DataConfig
+from megatron_dlm.interfaces import InputError
+from megatron_dlm.models.config import ModelConfig, Precision
+from megatron_dlm.objectives.base import ObjectiveConfig
+from megatron_dlm.objectives.registry import OBJECTIVES
+from megatron_dlm.platform.codec import decode
+from megatron_dlm.platform.parallel import ParallelConfig
+from megatron_dlm.training.lr_schedule import LrScheduleConfig
+from megatron_dlm.training.optimizer import OptimizerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Length and batch of a run."""
+
+    num_steps: int
+    """Optimizer steps of the run."""
+    global_batch_size: int
+    """Samples of one optimizer step, over all processes."""
+    micro_batch_size: int = 1
+    """Samples of one forward-backward of one process."""
+    seed: int = 1
+    """Addresses every draw: weights, data order, noise."""
+    precision: Precision = "fp32"
+    """bf16 keeps fp32 main parameters, gradients and residual stream."""
+    head_rows_per_chunk: int = 1024
+    """Most rows whose logits exist at a time; bounds the head's memory."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "global_batch_size", "micro_batch_size", "head_rows_per_chunk"):
+            if getattr(self, name) < 1:
+                raise InputError(f"training.{name}: {getattr(self, name)} is below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Validation during training, always with the same blocks and noise."""
+
+    every: int = 1000
+    """Steps between evaluations; one is also made before the first step and after the last."""
+    num_batches: int = 16
+    """Batches of one evaluation; the validation shard is read again, with other noise, where it is shorter."""
+    batch_size: int = 64
+    """Samples among which the times of one evaluation batch are stratified."""
+
+    def __post_init__(self) -> None:
+        for name in ("every", "num_batches", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"evaluation.{name}: {getattr(self, name)} is below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TelemetryConfig:
+    """What a run reports."""
+
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl, TensorBoard points and, without a terminal, printed lines."""
+
+    def __post_init__(self) -> None:
+        if self.log_every < 1:
+            raise InputError(f"telemetry.log_every: {self.log_every} is below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that defines a run; recorded in each checkpoint."""
+
+    directory: Path
+    """Holds checkpoints/, tensorboard/ and metrics.jsonl; a run continues from what it finds here."""
+    model: ModelConfig
+    objective: ObjectiveConfig
+    data: DataConfig
+    training: TrainingConfig
+    schedule: LrScheduleConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
+
+
+def check_run(config: RunConfig, world_size: int) -> None:
+    """Refuse impossible combinations.
+
+    Args:
+        config: of the run.
+        world_size: processes of the job.
+
+    Raises:
+        InputError: sizes that do not divide, or no family chosen.
+    """
+    if type(config.objective) not in OBJECTIVES.values():
+        raise InputError(f"objective: choose a family, one of {', '.join(OBJECTIVES)}")
+    data_size = config.parallel.data_parallel_size(world_size)
+    config.model.check_parallel(config.parallel)
+    micro = config.training.micro_batch_size
+    batches = {
+        "training.global_batch_size": config.training.global_batch_size,
+        "evaluation.batch_size": config.evaluation.batch_size,
+    }
+    for name, size in batches.items():
+        if size % (micro * data_size):
+            raise InputError(
+                f"{name}: {size} is not a multiple of training.micro_batch_size {micro} "
+                f"x data parallel size {data_size}"
+            )
+
+
+def load_recipe(path: Path) -> RunConfig:
+    """The configuration of a recipe or of an earlier run.
+
+    Args:
+        path: a Python file with a function `recipe() -> RunConfig`, or the run.json of a checkpoint.
+
+    Returns:
+        The configuration, before overrides.
+
+    Raises:
+        InputError: missing file, other suffix, no such function, or a record with wrong fields.
+    """
+    if not path.is_file():
+        raise InputError(f"recipe: {path}: no such file")
+    if path.suffix == ".json":
+        try:
+            return decode(RunConfig, json.loads(path.read_text(encoding="utf-8")), str(path))
+        except json.JSONDecodeError as error:
+            raise InputError(f"recipe: {path}: not JSON: {error}") from error
+    if path.suffix != ".py":
+        raise InputError(f"recipe: {path}: suffix {path.suffix!r} is neither .py nor .json")
+    spec = importlib.util.spec_from_file_location("megatron_dlm_recipe", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, "recipe", None)):
+        raise InputError(f"recipe: {path}: has no function recipe() -> RunConfig")
+    return module.recipe()

@@ -1,0 +1,185 @@
+"""Everything a run needs, built once in order: data, model, optimizer, runner."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megatron_dlm.data.loader import DataConfig, TrainOrder, microbatch_positions, read_batch
+from megatron_dlm.data.packing import TokenBlocks
+from megatron_dlm.data.shard import Shard
+from megatron_dlm.evaluation.likelihood import Likelihood, estimate_likelihood
+from megatron_dlm.interfaces import InputError, TokenBatch, Vocabulary
+from megatron_dlm.models.config import transformer_config
+from megatron_dlm.models.denoiser import Denoiser
+from megatron_dlm.models.initialization import initialize
+from megatron_dlm.objectives.base import CorruptionContext
+from megatron_dlm.platform.parallel import ParallelState
+from megatron_dlm.platform.rng import NoiseSource
+from megatron_dlm.training.optimizer import build_optimizer, wrap_data_parallel
+from megatron_dlm.training.run_config import EvaluationConfig, RunConfig
+from megatron_dlm.training.step import BatchSums, PipelineRunner
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Opened and checked shards."""
+
+    train: TokenBlocks
+    validation: TokenBlocks
+    vocabulary: Vocabulary
+    tokenizer_fingerprint: str
+    validation_bytes_per_token: float
+
+
+def open_data(config: DataConfig) -> RunData:
+    """Open both shards; needs no process group.
+
+    Args:
+        config: prefixes and sequence length.
+
+    Returns:
+        The blocks and what the manifests say.
+
+    Raises:
+        InputError: a shard is missing, damaged or too short, or the two were made by different tokenizers.
+    """
+    train, validation = Shard(config.train), Shard(config.validation)
+    if train.manifest.tokenizer_fingerprint != validation.manifest.tokenizer_fingerprint:
+        raise InputError(
+            f"data.validation: {config.validation} was made by another tokenizer than {config.train}"
+        )
+    return RunData(
+        train=TokenBlocks(train, config.seq_length),
+        validation=TokenBlocks(validation, config.seq_length),
+        vocabulary=train.manifest.vocabulary,
+        tokenizer_fingerprint=train.manifest.tokenizer_fingerprint,
+        validation_bytes_per_token=validation.manifest.bytes_per_token,
+    )
+
+
+def build_denoiser(config: RunConfig, vocabulary: Vocabulary, parallel: ParallelState) -> Denoiser:
+    """This process's stage, with uninitialised weights."""
+    megatron_config = transformer_config(config.model, config.parallel, config.training.precision)
+    return Denoiser(config.model, megatron_config, vocabulary, config.objective.attention, parallel)
+
+
+class Validation:
+    """Runs evaluation batches of one model: always the same blocks, times and noise."""
+
+    def __init__(
+        self,
+        runner: PipelineRunner,
+        blocks: TokenBlocks,
+        bytes_per_token: float,
+        config: RunConfig,
+        parallel: ParallelState,
+    ) -> None:
+        self._runner = runner
+        self._blocks = blocks
+        self._bytes_per_token = bytes_per_token
+        self._micro_batch_size = config.training.micro_batch_size
+        self._noise = NoiseSource(config.training.seed, "validation")
+        self._parallel = parallel
+
+    def run(self, config: EvaluationConfig) -> Likelihood:
+        """The bound over `config.num_batches` batches; all ranks call it."""
+
+        def run_batch(index: int) -> tuple[float, int]:
+            sums = self._run_batch(index * config.batch_size, config.batch_size)
+            return sums.bound, sums.tokens
+
+        return estimate_likelihood(run_batch, config.num_batches, self._bytes_per_token)
+
+    def _run_batch(self, start: int, batch_size: int) -> BatchSums:
+        context = CorruptionContext(
+            noise=self._noise, batch_start=start, global_batch_size=batch_size, training=False
+        )
+        return self._runner.run(
+            self._batches(start, batch_size),
+            context,
+            micro_batch_size=self._micro_batch_size,
+            seq_length=self._blocks.seq_length,
+        )
+
+    def _batches(self, start: int, batch_size: int) -> Iterator[TokenBatch]:
+        for positions in microbatch_positions(
+            start,
+            global_batch_size=batch_size,
+            micro_batch_size=self._micro_batch_size,
+            data_rank=self._parallel.data_rank,
+            data_size=self._parallel.data_size,
+        ):
+            yield read_batch(self._blocks, positions % self._blocks.num_blocks, positions)
+
+
+class Session:
+    """A run's model, optimizer and data on this process."""
+
+    def __init__(self, config: RunConfig, data: RunData, parallel: ParallelState) -> None:
+        self.config = config
+        self.data = data
+        self.parallel = parallel
+        self.denoiser = build_denoiser(config, data.vocabulary, parallel)
+        initialize(self.denoiser, parallel, config.training.seed)
+        self.model: Any = wrap_data_parallel(self.denoiser, config.parallel)
+        self.optimizer = build_optimizer(
+            config.optimizer, config.parallel, config.training.precision, self.model
+        )
+        self.runner = PipelineRunner(
+            self.model,
+            config.objective.build(data.vocabulary),
+            parallel,
+            config.training.head_rows_per_chunk,
+        )
+        self.validation = Validation(
+            self.runner, data.validation, data.validation_bytes_per_token, config, parallel
+        )
+        self._noise = NoiseSource(config.training.seed)
+        self._order = TrainOrder(data.train.num_blocks, self._noise)
+        self._connect()
+
+    def _connect(self) -> None:
+        """Tell megatron-core's schedules how gradients are finished and scaled."""
+        from megatron.core.distributed import finalize_model_grads
+
+        self.denoiser.config.finalize_model_grads_func = finalize_model_grads
+        self.denoiser.config.grad_scale_func = self.optimizer.scale_loss
+
+    def run_batch(self, first_sample: int) -> BatchSums:
+        """Forward and backward of the global batch that starts at `first_sample`; gradients are left ready.
+
+        Args:
+            first_sample: samples consumed before this step.
+
+        Returns:
+            Sums over the global batch, equal on all ranks.
+        """
+        training = self.config.training
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        context = CorruptionContext(
+            noise=self._noise,
+            batch_start=first_sample,
+            global_batch_size=training.global_batch_size,
+            training=True,
+        )
+        return self.runner.run(
+            self._train_batches(first_sample),
+            context,
+            micro_batch_size=training.micro_batch_size,
+            seq_length=self.config.data.seq_length,
+        )
+
+    def _train_batches(self, first_sample: int) -> Iterator[TokenBatch]:
+        for positions in microbatch_positions(
+            first_sample,
+            global_batch_size=self.config.training.global_batch_size,
+            micro_batch_size=self.config.training.micro_batch_size,
+            data_rank=self.parallel.data_rank,
+            data_size=self.parallel.data_size,
+        ):
+            yield read_batch(self.data.train, self._order(np.asarray(positions)), positions)

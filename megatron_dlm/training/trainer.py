@@ -1,0 +1,88 @@
+"""The loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_dlm.training.optimizer import set_learning_rate
+from megatron_dlm.training.session import Session
+
+
+@dataclass
+class Progress:
+    """How far a run has come; all that a resume needs besides the tensors."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    consumed_samples: int = 0
+    fingerprint: int = 0
+    """Digest of the last step's corruption."""
+    stop_requested: bool = False
+    """Set by a hook; the loop ends after the current step."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimizer step did."""
+
+    loss: float
+    """Training loss per token; for low-variance weights not an NLL."""
+    nats_per_token: float
+    """The NELBO (AR: NLL) on the step's own batch and noise."""
+    lr: float
+    grad_norm: float
+    tokens: int
+    seconds: float
+
+
+class Hook:
+    """Something done at the edges of steps; a subclass overrides what it needs."""
+
+    def on_start(self, session: Session, progress: Progress) -> None:
+        """Before the first step of this process."""
+
+    def after_step(self, session: Session, progress: Progress, report: StepReport) -> None:
+        """After each optimizer step, on all ranks."""
+
+    def on_end(self, session: Session, progress: Progress) -> None:
+        """After the last step, on all ranks."""
+
+
+def fit(session: Session, progress: Progress, hooks: Sequence[Hook]) -> None:
+    """Train from `progress` to the configured number of steps, or until a hook asks to stop.
+
+    Args:
+        session: model, optimizer and data.
+        progress: where to begin; kept up to date.
+        hooks: called in this order.
+    """
+    for hook in hooks:
+        hook.on_start(session, progress)
+    while progress.step < session.config.training.num_steps and not progress.stop_requested:
+        report = train_step(session, progress)
+        for hook in hooks:
+            hook.after_step(session, progress, report)
+    for hook in hooks:
+        hook.on_end(session, progress)
+
+
+def train_step(session: Session, progress: Progress) -> StepReport:
+    """One optimizer step; moves `progress` on."""
+    started = time.monotonic()
+    sums = session.run_batch(progress.consumed_samples)
+    lr = session.config.schedule.at(progress.step)
+    set_learning_rate(session.optimizer, lr)
+    _, grad_norm, _ = session.optimizer.step()
+    progress.step += 1
+    progress.consumed_samples += session.config.training.global_batch_size
+    progress.fingerprint = sums.fingerprint
+    return StepReport(
+        loss=sums.loss / sums.tokens,
+        nats_per_token=sums.bound / sums.tokens,
+        lr=lr,
+        grad_norm=float(grad_norm),
+        tokens=sums.tokens,
+        seconds=time.monotonic() - started,
+    )
