@@ -69,7 +69,9 @@ class Denoiser(MegatronModule):
                 vocabulary, parallel.tensor_rank, parallel.tensor_group, parallel.tensor_size
             )
             self.final_layer = FinalLayer(model.hidden_size, model.conditioning_size)
-            self.head = Head(model.hidden_size, vocab, config.params_dtype, parallel.device)
+            self.head = Head(
+                model.hidden_size, vocab, parallel.tensor_group, config.params_dtype, parallel.device
+            )
         self.to(device=parallel.device, dtype=config.params_dtype)
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:

@@ -29,9 +29,17 @@ ROW_MULTIPLE = 16
 class Head(nn.Module):
     """Untied linear head with bias over this rank's share of the vocabulary."""
 
-    def __init__(self, hidden_size: int, vocab: VocabShard, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        vocab: VocabShard,
+        tensor_group: dist.ProcessGroup,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
         super().__init__()
         self.vocab = vocab
+        self._tensor_group = tensor_group
         width = vocab.stop - vocab.start
         self.weight = nn.Parameter(torch.empty(width, hidden_size, dtype=dtype, device=device))
         self.bias = nn.Parameter(torch.empty(width, dtype=dtype, device=device))
@@ -82,6 +90,7 @@ class Head(nn.Module):
                 prefix,
                 {"weight": 0, "bias": 0},
                 sharded_offsets,
+                tp_group=self._tensor_group,
                 dp_cp_group=(metadata or {}).get("dp_cp_group"),
             )
         )

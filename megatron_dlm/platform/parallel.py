@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from dataclasses import dataclass
@@ -105,7 +106,7 @@ def prepare_device(environment: ProcessEnvironment, intra_op_threads: int) -> to
     # One queue to the GPU keeps megatron-core's overlapped collectives in order; it warns where unset.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     torch.set_num_threads(intra_op_threads)
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    _silence_megatron()
     if torch.cuda.is_available():
         device = torch.device("cuda", environment.local_rank)
         torch.cuda.set_device(device)
@@ -114,6 +115,18 @@ def prepare_device(environment: ProcessEnvironment, intra_op_threads: int) -> to
 
     cpu.install()
     return torch.device("cpu")
+
+
+def _silence_megatron() -> None:
+    """Drop warnings that tell a user nothing: absent GPU extras, and internals of megatron-core and torch."""
+    for message in (
+        "Transformer Engine and Apex are not installed",
+        "Apex is not installed",
+        "The .grad attribute of a Tensor that is not a leaf Tensor",
+        "`torch.distributed.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
 
 
 def start_parallel(environment: ProcessEnvironment, config: ParallelConfig) -> ParallelState:
