@@ -18,7 +18,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron_dlm.checkpointing.storage import CheckpointRoot, verify
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.models.denoiser import Denoiser
-from megatron_dlm.platform import torch_adamw
+from megatron_dlm.platform import distributed_optimizer
 from megatron_dlm.platform.files import write_json
 from megatron_dlm.platform.parallel import ParallelState
 
@@ -50,9 +50,10 @@ def save(
         root.prepare(step)
     dist.barrier()
     state = _model_state(denoiser, parallel)
-    state["optimizer"] = optimizer.sharded_state_dict(
-        dict(state), is_loading=False, metadata=_metadata(parallel)
-    )
+    with distributed_optimizer.correct_slices_for_saving(optimizer):
+        state["optimizer"] = optimizer.sharded_state_dict(
+            dict(state), is_loading=False, metadata=_metadata(parallel)
+        )
     strategy = FullyParallelSaveStrategyWrapper(
         TorchDistSaveShardedStrategy("torch_dist", 1), parallel.data_group, False
     )
@@ -76,7 +77,7 @@ def load(directory: Path, denoiser: Denoiser, optimizer: Any | None, parallel: P
     """
     state = _model_state(denoiser, parallel)
     if optimizer is not None:
-        torch_adamw.prepare_to_load(optimizer)
+        distributed_optimizer.prepare_to_load(optimizer)
         state["optimizer"] = optimizer.sharded_state_dict(
             dict(state), is_loading=True, metadata=_metadata(parallel)
         )
@@ -87,7 +88,7 @@ def load(directory: Path, denoiser: Denoiser, optimizer: Any | None, parallel: P
     denoiser.load_state_dict(loaded["model"])
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
-        torch_adamw.finish_load(optimizer)
+        distributed_optimizer.finish_load(optimizer)
 
 
 def verify_on_all_ranks(directory: Path, parallel: ParallelState) -> None:

@@ -1,16 +1,53 @@
-"""Three defects of megatron-core 0.16.1's DistributedOptimizer over torch's AdamW, mended per instance.
+"""Four defects in how megatron-core 0.16.1's DistributedOptimizer is saved and loaded, mended per instance.
 
-They appear wherever neither transformer-engine nor apex provides FusedAdam, on CUDA too; with FusedAdam
-nothing here does anything. Each has a test that fails once megatron-core no longer needs it.
+Three appear where neither transformer-engine nor apex provides FusedAdam (torch's AdamW then stands in), on
+CUDA too; the fourth, wrong slices in `fully_reshardable` saves, appears everywhere. Each has a test that
+fails once megatron-core no longer needs it.
 """
 
 from __future__ import annotations
 
 import types
 from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import torch
+
+
+@contextmanager
+def correct_slices_for_saving(optimizer: Any) -> Iterator[None]:
+    """Save every parameter's state from its own place; hold around `sharded_state_dict` of a save.
+
+    megatron-core gathers the state of all buckets without the padding at their ends, then cuts it at places
+    counted with that padding: from the second padded bucket on, each parameter is saved with its
+    neighbour's numbers, and the last ones with zeros.
+
+    Args:
+        optimizer: what `get_megatron_optimizer` returned.
+
+    Yields:
+        Nothing.
+    """
+    buffers = [
+        buffer
+        for part in getattr(optimizer, "chained_optimizers", [optimizer])
+        for buffer in getattr(part, "buffers", [])
+    ]
+    padded = [buffer.param_index_map for buffer in buffers]
+    try:
+        for buffer in buffers:
+            paddings = [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buffer.buckets]
+            shifts = [0, *accumulate(paddings)]
+            buffer.param_index_map = {
+                param: (start - shifts[bucket], end - shifts[bucket], bucket)
+                for param, (start, end, bucket) in buffer.param_index_map.items()
+            }
+        yield
+    finally:
+        for buffer, index_map in zip(buffers, padded, strict=True):
+            buffer.param_index_map = index_map
 
 
 def _adamw_optimizers(optimizer: Any) -> Iterator[Any]:
