@@ -16,7 +16,7 @@ EXTRAS = {
     "eval": ["matplotlib"],
     "test": ["pytest>=8", "pytest-timeout", "hypothesis"],
 }
-EXTRAS["dev"] = [*EXTRAS["test"], "ruff==0.17.6", "mypy==2.4.1", "pydoclint==0.12.0"]
+EXTRAS["dev"] = [*EXTRAS["test"], "ruff==0.17.6", "mypy==2.4.1"]
 
 setup(
     name="megatron-dlm",

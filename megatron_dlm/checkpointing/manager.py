@@ -50,7 +50,7 @@ def save(
         root.prepare(step)
     dist.barrier()
     state = _model_state(denoiser, parallel)
-    with distributed_optimizer.correct_slices_for_saving(optimizer):
+    with distributed_optimizer.correct_slices(optimizer):
         state["optimizer"] = optimizer.sharded_state_dict(
             dict(state), is_loading=False, metadata=_metadata(parallel)
         )
@@ -78,9 +78,10 @@ def load(directory: Path, denoiser: Denoiser, optimizer: Any | None, parallel: P
     state = _model_state(denoiser, parallel)
     if optimizer is not None:
         distributed_optimizer.prepare_to_load(optimizer)
-        state["optimizer"] = optimizer.sharded_state_dict(
-            dict(state), is_loading=True, metadata=_metadata(parallel)
-        )
+        with distributed_optimizer.correct_slices(optimizer):
+            state["optimizer"] = optimizer.sharded_state_dict(
+                dict(state), is_loading=True, metadata=_metadata(parallel)
+            )
     strategy = FullyParallelLoadStrategyWrapper(
         get_default_load_sharded_strategy(str(directory)), parallel.data_group
     )

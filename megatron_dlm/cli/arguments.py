@@ -6,7 +6,7 @@ import contextlib
 import io
 import sys
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
@@ -31,16 +31,17 @@ def parse(declared: type[T], arguments: Sequence[str], *, verb: str, default: T 
         InputError: unknown or missing argument, or a value of the wrong type or range.
     """
     complaint = io.StringIO()
-    options = {} if default is None else {"default": default}
+    options: dict[str, Any] = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
+            parsed: T = tyro.cli(
                 declared,
                 args=list(arguments),
                 prog=f"megatron-dlm {verb}",
                 config=(tyro.conf.AvoidSubcommands,),
                 **options,
             )
+            return parsed
     except SystemExit as stop:
         if stop.code in (0, None):
             raise

@@ -36,7 +36,7 @@ def run(arguments: list[str]) -> int:
     """Parse, evaluate, report; returns the exit code."""
     config = parse(EvaluateConfig, arguments, verb="evaluate")
     from megatron_dlm.platform.files import write_json
-    from megatron_dlm.training.evaluate import evaluate_checkpoint
+    from megatron_dlm.training.use_checkpoint import evaluate_checkpoint
 
     evaluation = EvaluationConfig(num_batches=config.num_batches, batch_size=config.batch_size)
     result, is_first = evaluate_checkpoint(
@@ -45,7 +45,8 @@ def run(arguments: list[str]) -> int:
     if is_first:
         print(
             f"{config.checkpoint}: {result.nats_per_token:.4f} +- {result.standard_error:.4f} nats/token, "
-            f"{result.bits_per_byte:.4f} bits/byte, perplexity {result.perplexity:.2f}, {result.tokens:,} tokens"
+            f"{result.bits_per_byte:.4f} bits/byte, perplexity {result.perplexity:.2f}, "
+            f"{result.tokens:,} tokens"
         )
         if config.output is not None:
             write_json(config.output, asdict(result) | {"perplexity": result.perplexity})

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_dlm.cli.arguments import parse
 from megatron_dlm.interfaces import InputError
 
-USAGE = """usage: megatron-dlm train RECIPE [--field.name VALUE ...]
+if TYPE_CHECKING:
+    from megatron_dlm.training.run_config import RunConfig
+
+USAGE = """usage: megatron-dlm train RECIPE [--field.name VALUE ...] [--dry-run PROCESSES]
 
 RECIPE is a Python file with a function recipe() -> RunConfig, such as those under examples/, or the run.json
 of a checkpoint. `megatron-dlm train RECIPE --help` lists every field with its unit and the recipe's value.
-Start one process per device with torchrun, srun or mpirun; see examples/torchrun, examples/slurm, examples/mpi.
+Start one process per device: examples/torchrun/train.sh, examples/slurm/train.sh, examples/mpi/train.sh.
+--dry-run checks the configuration for a job of that many processes, prints its layout and starts nothing.
 A run continues from the newest complete checkpoint in its directory. SIGTERM or SIGUSR1 saves and stops it
 with exit code 3.
 """
@@ -27,9 +32,50 @@ def run(arguments: list[str]) -> int:
         raise InputError(f"recipe: expected a file before {arguments[0]}; see megatron-dlm train --help")
     from megatron_dlm.training.run_config import RunConfig, load_recipe
 
+    overrides, processes = _take_dry_run(arguments[1:])
     config = parse(
-        RunConfig, arguments[1:], verb=f"train {arguments[0]}", default=load_recipe(Path(arguments[0]))
+        RunConfig, overrides, verb=f"train {arguments[0]}", default=load_recipe(Path(arguments[0]))
     )
+    if processes is not None:
+        print(describe_layout(config, processes))
+        return 0
     from megatron_dlm.training.run import train
 
     return 0 if train(config) else EXIT_PREEMPTED
+
+
+def _take_dry_run(arguments: list[str]) -> tuple[list[str], int | None]:
+    """The arguments without `--dry-run PROCESSES`, and its number."""
+    if "--dry-run" not in arguments:
+        return arguments, None
+    index = arguments.index("--dry-run")
+    value = arguments[index + 1] if index + 1 < len(arguments) else ""
+    if not value.isdigit() or int(value) < 1:
+        raise InputError(f"--dry-run: {value!r} is not a number of processes")
+    return arguments[:index] + arguments[index + 2 :], int(value)
+
+
+def describe_layout(config: RunConfig, processes: int) -> str:
+    """What a job of that many processes would run; raises InputError where it cannot."""
+    from megatron_dlm.models.sizes import parameter_count
+    from megatron_dlm.training.run_config import check_run
+
+    check_run(config, processes)
+    parallel, training = config.parallel, config.training
+    padded_heads = config.model.padded_heads(parallel.tensor_model_parallel_size)
+    data_size = parallel.data_parallel_size(processes)
+    tokens = training.global_batch_size * config.data.seq_length
+    microbatches = training.global_batch_size // (training.micro_batch_size * data_size)
+    lines = {
+        "objective": config.objective.name,
+        "processes": f"{processes} = {parallel.tensor_model_parallel_size} tensor "
+        f"x {parallel.pipeline_model_parallel_size} pipeline x {data_size} data parallel",
+        "model": f"{parameter_count(config.model, 0):,} body parameters, {config.model.num_layers} layers, "
+        f"{config.model.num_attention_heads} heads ({padded_heads} with padding), {training.precision}",
+        "step": f"{training.global_batch_size} samples x {config.data.seq_length} = {tokens:,} tokens, "
+        f"{microbatches} microbatches of {training.micro_batch_size} a process",
+        "run": f"{training.num_steps:,} steps, {training.num_steps * tokens / 1e9:,.1f}B tokens",
+        "directory": str(config.directory),
+        "data": f"{config.data.train}, validation {config.data.validation}",
+    }
+    return "\n".join(f"{name:<10} {value}" for name, value in lines.items())

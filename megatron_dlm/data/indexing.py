@@ -138,7 +138,13 @@ class RejectLog:
         self._lines: list[str] = []
 
     def filter(self, documents: list[Document]) -> list[Document]:
-        """The usable ones of `documents`.
+        """Drop and list the unusable ones.
+
+        Args:
+            documents: as read.
+
+        Returns:
+            Those with text.
 
         Raises:
             InputError: more rejects so far than allowed.

@@ -22,7 +22,8 @@ class TokenBlocks:
         self._shard = shard
         if self.num_blocks < 1:
             raise InputError(
-                f"data.seq_length: {seq_length} needs {seq_length + 1} tokens, {shard.prefix} has {len(shard.tokens)}"
+                f"data.seq_length: {seq_length} needs {seq_length + 1} tokens, "
+                f"{shard.prefix} has {len(shard.tokens)}"
             )
 
     def read(self, block_indices: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -6,6 +6,7 @@ Shape legend: R rows, D hidden size, Vp vocabulary columns of this rank.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -62,7 +63,7 @@ class Head(nn.Module):
             rows_per_chunk: most rows whose logits exist at a time.
 
         Returns:
-            float32 scalars: the sum of weight * loss, with its gradient, and the bound's sum without.
+            The sum of weight * loss (float32, with its gradient) and the bound's sum (float64, without).
         """
         device = hidden_sbD.device
         weight_N = targets.weight_BL.t().reshape(-1)
@@ -74,10 +75,19 @@ class Head(nn.Module):
         )
         bound_weight_R = targets.bound_weight_BL.t().reshape(-1)[rows_R].to(device)
         hidden_RD = hidden_sbD.flatten(0, 1).index_select(0, rows_R.to(device)).to(self.weight.dtype)
+        # Inside a Function gradients always look disabled, so it is told here.
+        wants_gradient = torch.is_grad_enabled()
         loss, losses_R = _ChunkedLoss.apply(
-            hidden_RD, self.weight, self.bias, self.vocab, row_targets, row_loss, rows_per_chunk
+            hidden_RD,
+            self.weight,
+            self.bias,
+            self.vocab,
+            row_targets,
+            row_loss,
+            rows_per_chunk,
+            wants_gradient,
         )
-        return loss, torch.dot(losses_R, bound_weight_R)
+        return loss, torch.dot(losses_R.double(), bound_weight_R.double())
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
@@ -113,11 +123,11 @@ class _ChunkedLoss(torch.autograd.Function):
         targets: RowTargets,
         row_loss: RowLoss,
         rows_per_chunk: int,
+        wants_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         num_rows = hidden_RD.shape[0]
         losses_R = hidden_RD.new_zeros(num_rows, dtype=torch.float32)
-        needs_gradient = any(ctx.needs_input_grad[:3])
-        if needs_gradient:
+        if wants_gradient:
             dhidden_RD = torch.zeros_like(hidden_RD)
             dweight = torch.zeros_like(weight, dtype=torch.float32)
             dbias = torch.zeros_like(bias, dtype=torch.float32)
@@ -129,7 +139,7 @@ class _ChunkedLoss(torch.autograd.Function):
             )
             chunk_losses_R, dlogits_RVp = row_loss(_logits(chunk_RD, weight, bias), chunk_targets, vocab)
             losses_R[start:stop] = chunk_losses_R[: stop - start]
-            if needs_gradient:
+            if wants_gradient:
                 dlogits_RVp.mul_(chunk_targets.weight_R[:, None])
                 dbias.add_(dlogits_RVp.sum(dim=0))
                 low_RVp = dlogits_RVp.to(weight.dtype)
@@ -138,27 +148,27 @@ class _ChunkedLoss(torch.autograd.Function):
                     dweight.addmm_(low_RVp.t(), chunk_RD)
                 else:
                     dweight.add_(torch.mm(low_RVp.t(), chunk_RD))
-        if needs_gradient:
+        if wants_gradient:
             ctx.group = vocab.group
             ctx.save_for_backward(dhidden_RD, dweight.to(weight.dtype), dbias.to(bias.dtype))
         ctx.mark_non_differentiable(losses_R)
         return torch.dot(losses_R, targets.weight_R), losses_R
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, unused: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, unused: Tensor) -> tuple[Tensor | None, ...]:
         dhidden_RD, dweight, dbias = ctx.saved_tensors
         dhidden_RD.mul_(grad)
         if ctx.group is not None:
             # Each rank has seen only its own columns.
             dist.all_reduce(dhidden_RD, group=ctx.group)
-        return dhidden_RD, dweight.mul_(grad), dbias.mul_(grad), None, None, None, None
+        return dhidden_RD, dweight.mul_(grad), dbias.mul_(grad), None, None, None, None, None
 
 
 def _chunk_bounds(num_rows: int, rows_per_chunk: int) -> list[tuple[int, int]]:
     """Nearly equal chunks of at most `rows_per_chunk` rows; no rows, no chunks."""
     num_chunks = -(-num_rows // rows_per_chunk)
     edges = [num_rows * i // num_chunks for i in range(num_chunks + 1)] if num_chunks else [0]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(itertools.pairwise(edges))
 
 
 def _pad_rows(rows: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ class MDLM(Objective):
 
     def corrupt(self, batch: TokenBatch, context: CorruptionContext) -> tuple[ModelInputs, Targets]:
         """Mask each token with probability 1 - alpha_t; the NELBO's weight is -alpha'_t / (1 - alpha_t)."""
-        clean_BL = batch.token_ids[:, :-1].numpy()
+        clean_BL = np.ascontiguousarray(batch.token_ids[:, :-1].numpy())
         t_B = stratified_times(batch.sample_indices, context, time_epsilon=self._config.time_epsilon)
         alpha_B, dalpha_B = log_linear_alpha(t_B), log_linear_dalpha(t_B)
         uniform_BL = context.noise.uniform("mdlm/mask", batch.sample_indices, clean_BL.shape[1])

@@ -17,8 +17,8 @@ import torch
 
 
 @contextmanager
-def correct_slices_for_saving(optimizer: Any) -> Iterator[None]:
-    """Save every parameter's state from its own place; hold around `sharded_state_dict` of a save.
+def correct_slices(optimizer: Any) -> Iterator[None]:
+    """Save every parameter's state from its own place; hold around `sharded_state_dict`.
 
     megatron-core gathers the state of all buckets without the padding at their ends, then cuts it at places
     counted with that padding: from the second padded bucket on, each parameter is saved with its

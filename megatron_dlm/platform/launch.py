@@ -123,20 +123,21 @@ def start_process_group(environment: ProcessEnvironment, *, backend: str, timeou
         timeout_seconds: how long a collective waits for a peer before the job ends.
     """
     import torch.distributed as dist
+    from torch.distributed import HashStore, PrefixStore, Store, TCPStore
 
     timeout = datetime.timedelta(seconds=timeout_seconds)
     world_size, rank = environment.world_size, environment.rank
     if environment.launcher == "single":
-        store: dist.Store = dist.HashStore()
+        store: Store = HashStore()
     elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # The agent's store outlives a restart and keeps gloo's old addresses (torch 2.13: --max-restarts
         # then hangs); a prefix of its own gives each attempt a clean store.
-        agent = dist.TCPStore(
+        agent = TCPStore(
             environment.master_addr, environment.master_port, world_size, is_master=False, timeout=timeout
         )
-        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", agent)
+        store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", agent)
     else:
-        store = dist.TCPStore(
+        store = TCPStore(
             environment.master_addr, environment.master_port, world_size, is_master=rank == 0, timeout=timeout
         )
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)

@@ -123,6 +123,8 @@ def _silence_megatron() -> None:
         "Transformer Engine and Apex are not installed",
         "Apex is not installed",
         "The .grad attribute of a Tensor that is not a leaf Tensor",
+        "`load_state_dict` is deprecated",
+        "Please use DTensor instead",
         "`torch.distributed.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated",
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -26,7 +26,8 @@ class LrScheduleConfig:
             raise InputError(f"schedule.min_lr: {self.min_lr} is outside [0, schedule.lr {self.lr}]")
         if not 0 <= self.warmup_steps < self.decay_steps:
             raise InputError(
-                f"schedule.warmup_steps: {self.warmup_steps} is outside [0, schedule.decay_steps {self.decay_steps})"
+                f"schedule.warmup_steps: {self.warmup_steps} is outside "
+                f"[0, schedule.decay_steps {self.decay_steps})"
             )
 
     def at(self, step: int) -> float:

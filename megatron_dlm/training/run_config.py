@@ -49,7 +49,7 @@ class EvaluationConfig:
     every: int = 1000
     """Steps between evaluations; one is also made before the first step and after the last."""
     num_batches: int = 16
-    """Batches of one evaluation; the validation shard is read again, with other noise, where it is shorter."""
+    """Batches of one evaluation; a shorter validation shard is read again, with other noise."""
     batch_size: int = 64
     """Samples among which the times of one evaluation batch are stratified."""
 

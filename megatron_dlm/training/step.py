@@ -1,4 +1,4 @@
-"""One pass of a global batch through megatron-core's pipeline schedules; the only file that knows their contract."""
+"""One pass of a global batch through megatron-core's schedules; only this file knows their contract."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class PipelineRunner:
             )
             tokens = torch.tensor(targets.token_count, dtype=torch.int, device=loss.device)
             # Cloned: the schedule may change what it was given in place.
-            sums = torch.stack([loss.detach(), bound.detach(), tokens.float()]).double()
+            sums = torch.stack([loss.detach().double(), bound, tokens.double()])
             return loss, tokens, {"sums": sums}
 
         return model(inputs), loss_of

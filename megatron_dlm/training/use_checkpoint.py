@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from megatron_dlm.checkpointing.storage import read_json
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.platform.launch import detect_environment
 from megatron_dlm.platform.parallel import ParallelConfig, ParallelState, start_parallel, stop_parallel
@@ -15,6 +16,9 @@ from megatron_dlm.training.run import RunRecord, read_run_record
 from megatron_dlm.training.run_config import EvaluationConfig, check_run
 
 if TYPE_CHECKING:
+    from megatron_dlm.data.packing import TokenBlocks
+    from megatron_dlm.data.shard import Shard
+    from megatron_dlm.data.tokenizer import LoadedTokenizer
     from megatron_dlm.evaluation.likelihood import Likelihood
     from megatron_dlm.models.denoiser import Denoiser
 
@@ -73,19 +77,13 @@ def evaluate_checkpoint(
     Raises:
         InputError: unusable checkpoint, shard or sizes.
     """
-    from megatron_dlm.data.packing import TokenBlocks
-    from megatron_dlm.data.shard import Shard
-
     record = read_run_record(checkpoint)
     training = replace(
         record.config.training, micro_batch_size=micro_batch_size, global_batch_size=evaluation.batch_size
     )
     config = replace(record.config, parallel=parallel_config, training=training, evaluation=evaluation)
     check_run(config, detect_environment().world_size)
-    shard = Shard(data)
-    if shard.manifest.tokenizer_fingerprint != record.tokenizer_fingerprint:
-        raise InputError(f"data: {data} was made by another tokenizer than the data of {checkpoint}")
-    blocks = TokenBlocks(shard, config.data.seq_length)
+    shard, blocks = _open_held_out(record, data)
     with open_checkpoint(record, parallel_config) as opened:
         from megatron_dlm.training.session import Validation
         from megatron_dlm.training.step import PipelineRunner
@@ -96,3 +94,64 @@ def evaluate_checkpoint(
         )
         validation = Validation(runner, blocks, shard.manifest.bytes_per_token, config, opened.parallel)
         return validation.run(evaluation), opened.parallel.rank == 0
+
+
+def export_checkpoint(
+    record: RunRecord,
+    tokenizer: LoadedTokenizer,
+    data: Path,
+    output: Path,
+    dtype: Literal["fp32", "bf16", "fp16"],
+    check_samples: int,
+) -> None:
+    """Write one checkpoint as a Hugging Face folder, on one process.
+
+    Args:
+        record: of the checkpoint.
+        tokenizer: the one the data was indexed with.
+        data: prefix of a shard for the fixed-noise check.
+        output: folder to make.
+        dtype: of the exported weights.
+        check_samples: sequences of the fixed-noise check.
+    """
+    import numpy as np
+    import torch
+
+    _, blocks = _open_held_out(record, data)
+    with open_checkpoint(record, ParallelConfig()) as opened:
+        from megatron_dlm.checkpointing.manager import PROGRESS_RECORD
+        from megatron_dlm.conversion.to_hugging_face import ExportSource, export
+        from megatron_dlm.data.loader import read_batch
+        from megatron_dlm.objectives.base import CorruptionContext
+        from megatron_dlm.platform.rng import NoiseSource
+
+        positions = np.arange(check_samples, dtype=np.int64)
+        context = CorruptionContext(
+            noise=NoiseSource(record.config.training.seed, "export"),
+            batch_start=0,
+            global_batch_size=check_samples,
+            training=False,
+        )
+        batch = read_batch(blocks, positions % blocks.num_blocks, positions)
+        inputs, targets = record.config.objective.build(record.vocabulary).corrupt(batch, context)
+        source = ExportSource(
+            denoiser=opened.denoiser,
+            parallel=opened.parallel,
+            objective=record.config.objective,
+            tokenizer=tokenizer,
+            seq_length=record.config.data.seq_length,
+            steps=int(read_json(record.directory / PROGRESS_RECORD)["step"]),
+        )
+        dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+        export(source, inputs, targets, output, dtypes[dtype])
+
+
+def _open_held_out(record: RunRecord, data: Path) -> tuple[Shard, TokenBlocks]:
+    """The shard at `data`, which the model's tokenizer must have made, and its blocks."""
+    from megatron_dlm.data.packing import TokenBlocks
+    from megatron_dlm.data.shard import Shard
+
+    shard = Shard(data)
+    if shard.manifest.tokenizer_fingerprint != record.tokenizer_fingerprint:
+        raise InputError(f"data: {data} was made by another tokenizer than the data of {record.directory}")
+    return shard, TokenBlocks(shard, record.config.data.seq_length)

@@ -1,0 +1,246 @@
+"""The main job end to end, as the commands a user would type; quickstart.sh installs and runs it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shlex
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_dlm.data.corpus import read_documents
+from megatron_dlm.interfaces import InputError
+from megatron_dlm.telemetry.plots import plot_loss
+from megatron_dlm.telemetry.writers import duration, read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+VOCABULARY_SIZE = 8192
+PROCESSES = 2
+HELD_OUT_EVERY = 20
+SMALLEST_CORPUS_BYTES = 10_000_000
+
+
+def main() -> int:
+    """Run every stage; returns the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--objective", choices=("mdlm", "ar"), default="mdlm")
+    parser.add_argument(
+        "--data", type=Path, help=".jsonl or .txt file; default: the standard library's sources"
+    )
+    parser.add_argument("--json-key", default="text", help="member of each JSON line that holds the text")
+    parser.add_argument(
+        "--output", type=Path, help="directory, emptied first (default runs/quickstart-OBJECTIVE)"
+    )
+    parser.add_argument("--steps", type=int, default=300, help="optimizer steps")
+    arguments = parser.parse_args()
+    output: Path = arguments.output or ROOT / "runs" / f"quickstart-{arguments.objective}"
+    try:
+        Quickstart(output, arguments.objective, arguments.steps).run(arguments.data, arguments.json_key)
+    except InputError as error:
+        print(f"quickstart: error: {error}", file=sys.stderr)
+        return 2
+    except subprocess.CalledProcessError as error:
+        print(f"quickstart: error: {shlex.join(error.cmd)} ended with {error.returncode}", file=sys.stderr)
+        return 1
+    return 0
+
+
+class Quickstart:
+    """The stages, in order, over one output directory."""
+
+    def __init__(self, output: Path, objective: str, steps: int) -> None:
+        self._started = time.monotonic()
+        self._output = output
+        self._objective = objective
+        self._steps = steps
+        self._run_directory = output / "run"
+
+    def run(self, data: Path | None, json_key: str) -> None:
+        """All stages, then the summary."""
+        if data is not None and not data.is_file():
+            raise InputError(f"--data: {data}: no such file")
+        shutil.rmtree(self._output, ignore_errors=True)
+        self._output.mkdir(parents=True)
+        texts = standard_library_sources() if data is None else documents_of(data, json_key)
+        train_text, held_out_text = self._split(texts)
+        tokenizer, shards = self._index(train_text, held_out_text)
+        stopped_at = self._train(shards)
+        checkpoint = max((self._run_directory / "checkpoints").glob("step-????????"))
+        evaluation = self._evaluate(checkpoint, shards)
+        export = self._export(checkpoint, tokenizer, shards)
+        self._report(stopped_at, evaluation, export, shards)
+
+    def _split(self, texts: Iterator[str]) -> tuple[Path, Path]:
+        """Every twentieth document is held out."""
+        paths = self._output / "train.jsonl", self._output / "held-out.jsonl"
+        counts = [0, 0]
+        with paths[0].open("w", encoding="utf-8") as train, paths[1].open("w", encoding="utf-8") as held_out:
+            for index, text in enumerate(texts):
+                held = index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+                (held_out if held else train).write(json.dumps({"text": text}) + "\n")
+                counts[held] += 1
+        if not all(counts):
+            raise InputError(
+                f"--data: {sum(counts)} documents; at least {HELD_OUT_EVERY} are needed to hold one out"
+            )
+        print(f"corpus: {counts[0]} training and {counts[1]} held-out documents")
+        return paths
+
+    def _index(self, train_text: Path, held_out_text: Path) -> tuple[Path, tuple[Path, Path]]:
+        tokenizer = self._output / "tokenizer"
+        call(
+            "tokenizer",
+            "train",
+            "--input",
+            train_text,
+            "--output",
+            tokenizer,
+            "--vocab-size",
+            VOCABULARY_SIZE,
+        )
+        shards = self._output / "data" / "train", self._output / "data" / "held-out"
+        for text, shard in zip((train_text, held_out_text), shards, strict=True):
+            call("index", "--input", text, "--output", shard, "--tokenizer", tokenizer)
+        return tokenizer, shards
+
+    def _train(self, shards: tuple[Path, Path]) -> int:
+        """Train on two processes, stop half way by SIGTERM, resume; returns the step of the stop."""
+        command = [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", PROCESSES),
+            *("-m", "megatron_dlm", "train", ROOT / "examples" / self._objective / "tiny.py"),
+            *("--directory", self._run_directory),
+            *("--data.train", shards[0], "--data.validation", shards[1]),
+            *("--training.num-steps", self._steps, "--schedule.decay-steps", self._steps),
+            *("--evaluation.every", max(1, self._steps // 4)),
+            *("--parallel.tensor-model-parallel-size", PROCESSES),
+            *("--parallel.intra-op-threads", max(1, (os.cpu_count() or 1) // PROCESSES)),
+        ]
+        words = announce(command)
+        process = subprocess.Popen(words)
+        while process.poll() is None and self._last_step() < self._steps // 2:
+            time.sleep(0.2)
+        if process.poll() is not None:
+            raise subprocess.CalledProcessError(process.returncode, words)
+        print("-- SIGTERM: the run saves and stops", flush=True)
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+        checkpoints = sorted((self._run_directory / "checkpoints").glob("step-????????"))
+        stopped_at = int(checkpoints[-1].name.removeprefix("step-"))
+        print(f"-- stopped and saved at step {stopped_at}; the same command resumes", flush=True)
+        subprocess.run(announce(command), check=True)
+        return stopped_at
+
+    def _last_step(self) -> int:
+        return max((entry["step"] for entry in read_metrics(self._run_directory)), default=0)
+
+    def _evaluate(self, checkpoint: Path, shards: tuple[Path, Path]) -> dict[str, Any]:
+        result = self._output / "evaluation.json"
+        call("evaluate", checkpoint, "--data", shards[1], "--num-batches", 4, "--output", result)
+        return read_json(result)
+
+    def _export(self, checkpoint: Path, tokenizer: Path, shards: tuple[Path, Path]) -> dict[str, Any]:
+        folder, result = self._output / "hugging-face", self._output / "export-check.json"
+        call("export", checkpoint, folder, "--tokenizer", tokenizer, "--data", shards[1])
+        check = [sys.executable, ROOT / "examples" / "check_export.py", folder, "--output", result]
+        subprocess.run(announce(check), check=True)
+        return read_json(result)
+
+    def _report(
+        self, stopped_at: int, evaluation: dict[str, Any], export: dict[str, Any], shards: tuple[Path, Path]
+    ) -> None:
+        from rich.console import Console
+        from rich.table import Table
+
+        curve = self._output / "loss.png"
+        manifest = read_json(shards[1].with_suffix(".json"))
+        entropy = manifest["unigram_entropy_nats"]
+        plot_loss(self._run_directory, curve, title=f"{self._objective}, tiny", unigram_entropy=entropy)
+        entries = read_metrics(self._run_directory)
+        start = next(entry["nats_per_token"] for entry in entries if entry["kind"] == "validation")
+        speeds = [entry["tokens_per_second"] for entry in entries if entry["kind"] == "train"]
+        end = evaluation["nats_per_token"]
+        table = Table("quantity", "value", title=f"{self._objective} quickstart")
+        rows = {
+            "training tokens in the corpus": f"{read_json(shards[0].with_suffix('.json'))['num_tokens']:,}",
+            "steps; stopped by SIGTERM and resumed at": f"{self._steps}; {stopped_at}",
+            "training speed (median)": f"{statistics.median(speeds):,.0f} tokens/s on {PROCESSES} processes",
+            "ln(V - 1)": f"{math.log(VOCABULARY_SIZE - 1):.4f} nats/token",
+            "validation bound, start": f"{start:.4f} nats/token",
+            "unigram entropy of the held-out data": f"{entropy:.4f} nats/token",
+            "validation bound, end": f"{end:.4f} +- {evaluation['standard_error']:.4f} nats/token",
+            "validation bound, end, per byte": f"{evaluation['bits_per_byte']:.4f} bits/byte",
+            "export against trained model": f"{export['relative_difference']:.1e} relative, on fixed noise",
+            "below the unigram entropy": "yes" if end < entropy else "NO",
+            "loss curve": str(curve),
+            "Hugging Face folder": str(self._output / "hugging-face"),
+            "time": duration(time.monotonic() - self._started),
+        }
+        for name, value in rows.items():
+            table.add_row(name, value)
+        Console(width=110).print(table)
+        print(f"generated: {export['generated']!r}")
+        (self._output / "summary.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        if end >= entropy:
+            raise InputError(
+                f"--steps: {self._steps} steps left the bound {end:.4f} above the entropy {entropy:.4f}"
+            )
+
+
+def standard_library_sources() -> Iterator[str]:
+    """The .py files of the running Python's standard library."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    total = 0
+    for path in sorted(library.rglob("*.py")):
+        if "site-packages" in path.parts or "dist-packages" in path.parts:
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            # Tests of other encodings.
+            continue
+        total += len(text)
+        if text.strip():
+            yield text
+    if total < SMALLEST_CORPUS_BYTES:
+        raise InputError(f"{library}: only {total:,} bytes of source; pass a text file with --data")
+
+
+def documents_of(path: Path, json_key: str) -> Iterator[str]:
+    """The documents of a user's file; an unusable line ends the run."""
+    for document in read_documents(path, json_key):
+        if document.text is None:
+            raise InputError(f"--data: {path}:{document.line_number}: {document.reject_reason}")
+        yield document.text
+
+
+def announce(command: list[Any]) -> list[str]:
+    """Show a command as a user would type it; returns its words."""
+    words = [str(word) for word in command]
+    print("\n$ " + shlex.join(words).replace(sys.executable, "python"), flush=True)
+    return words
+
+
+def call(*arguments: Any) -> None:
+    """Run one `megatron-dlm` verb."""
+    command = announce(["megatron-dlm", *arguments])
+    subprocess.run([sys.executable, "-m", "megatron_dlm", *command[1:]], check=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object."""
+    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return data
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Start any recipe with Slurm: one task per GPU through srun; the run saves and requeues before its time ends.
+#
+#   sbatch -N 16 --gpus-per-node 8 --ntasks-per-node 8 examples/slurm/train.sh RECIPE [--field.name VALUE ...]
+#   examples/slurm/train.sh --dry-run RECIPE ...        prints command and layout without Slurm
+#
+# Outside Slurm the dry run takes NUM_NODES and GPUS_PER_NODE (default 1 and 1). PYTHON is the interpreter
+# with megatron-dlm installed, seen from every node. A preset MASTER_ADDR or MASTER_PORT is kept.
+#SBATCH --job-name=megatron-dlm
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=USR1@120
+#SBATCH --output=slurm-%j.log
+set -euo pipefail
+dry_run=false
+if [[ ${1:-} == --dry-run ]]; then
+    dry_run=true
+    shift
+fi
+if [[ $# -eq 0 ]]; then
+    sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    exit 2
+fi
+python=${PYTHON:-python}
+# srun hands USR1 (sent 120 s before the time limit) to the tasks, which save and end with exit code 3.
+command=(srun --kill-on-bad-exit=0 "$python" -m megatron_dlm train "$@")
+if $dry_run; then
+    tasks=${SLURM_NTASKS:-$((${NUM_NODES:-1} * ${GPUS_PER_NODE:-1}))}
+    printf '%q ' "${command[@]}"
+    echo
+    exec "$python" -m megatron_dlm train "$@" --dry-run "$tasks"
+fi
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+status=0
+"${command[@]}" || status=$?
+if [[ $status -eq 3 ]]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"

@@ -1,0 +1,49 @@
+"""`megatron-dlm export CHECKPOINT OUTPUT`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from megatron_dlm.cli.arguments import parse
+from megatron_dlm.interfaces import InputError
+
+CHECK_SAMPLES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Write a checkpoint as a Hugging Face folder (safetensors, remote code, tokenizer)."""
+
+    checkpoint: Annotated[Path, tyro.conf.Positional]
+    """A step-NNNNNNNN directory, of any layout."""
+    output: Annotated[Path, tyro.conf.Positional]
+    """Folder to make; must not exist."""
+    tokenizer: Path
+    """Directory of the tokenizer the data was indexed with; copied into the folder."""
+    data: Path
+    """Prefix of a shard for the fixed-noise check, for example the held-out one."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the exported weights."""
+
+
+def run(arguments: list[str]) -> int:
+    """Parse, export, report; returns the exit code."""
+    config = parse(ExportConfig, arguments, verb="export")
+    from megatron_dlm.data.tokenizer import load_tokenizer
+    from megatron_dlm.training.run import read_run_record
+
+    record = read_run_record(config.checkpoint)
+    tokenizer = load_tokenizer(config.tokenizer)
+    if tokenizer.fingerprint != record.tokenizer_fingerprint:
+        raise InputError(f"tokenizer: {config.tokenizer} is not the one the model was trained with")
+    if config.output.exists():
+        raise InputError(f"output: {config.output} exists already")
+    from megatron_dlm.training.use_checkpoint import export_checkpoint
+
+    export_checkpoint(record, tokenizer, config.data, config.output, config.dtype, CHECK_SAMPLES)
+    print(f"{config.output}: {record.config.objective.name} model, {config.dtype}")
+    return 0

@@ -1,0 +1,1 @@
+"""The files shipped with an export; they import torch and transformers only, never this package."""

@@ -1,0 +1,97 @@
+"""Runs of the paper (arXiv:2602.15014) and a laptop-sized one; files under examples/ choose among them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_dlm.checkpointing.storage import CheckpointConfig
+from megatron_dlm.data.loader import DataConfig
+from megatron_dlm.models.config import ModelConfig
+from megatron_dlm.models.sizes import PAPER_1_7B, paper_model
+from megatron_dlm.objectives.base import ObjectiveConfig
+from megatron_dlm.training.lr_schedule import LrScheduleConfig
+from megatron_dlm.training.run_config import EvaluationConfig, RunConfig, TrainingConfig
+
+
+def tiny_run(objective: ObjectiveConfig) -> RunConfig:
+    """4.0M body parameters, 256 tokens, for a laptop: a larger learning rate, a shorter warm-up."""
+    return RunConfig(
+        directory=Path(f"runs/{objective.name}-tiny"),
+        model=ModelConfig(num_layers=4, hidden_size=256, num_attention_heads=4, ffn_hidden_size=1024),
+        objective=objective,
+        data=_data(f"runs/quickstart-{objective.name}/data", "held-out", seq_length=256),
+        training=TrainingConfig(num_steps=300, global_batch_size=8, micro_batch_size=8),
+        schedule=LrScheduleConfig(lr=3e-3, min_lr=3e-4, warmup_steps=20, decay_steps=300),
+        evaluation=EvaluationConfig(every=75, num_batches=2, batch_size=64),
+        checkpoint=CheckpointConfig(save_every=100, keep_last=2),
+    )
+
+
+def isoflop_run(size: str, objective: ObjectiveConfig, *, num_steps: int) -> RunConfig:
+    """One point of the paper's IsoFLOP grid: 256 samples of 2,048 tokens a step, on 8 GPUs.
+
+    Args:
+        size: published name, for example "113M".
+        objective: family.
+        num_steps: budget over the FLOPs of a step.
+
+    Returns:
+        The run.
+    """
+    return RunConfig(
+        directory=Path(f"runs/{objective.name}-{size.lower()}"),
+        model=paper_model(size),
+        objective=objective,
+        data=_data("data/slim-pajama", "validation", seq_length=2048),
+        training=TrainingConfig(
+            num_steps=num_steps, global_batch_size=256, micro_batch_size=32, precision="bf16"
+        ),
+        schedule=LrScheduleConfig(
+            lr=2e-4, min_lr=2e-5, warmup_steps=max(num_steps // 100, 100), decay_steps=num_steps
+        ),
+        evaluation=EvaluationConfig(every=10_000, num_batches=16, batch_size=256),
+        checkpoint=CheckpointConfig(save_every=1000, keep_last=2),
+    )
+
+
+def phase1_run(objective: ObjectiveConfig) -> RunConfig:
+    """The 1.7B model's first 1.05T tokens: 500,000 steps of a cosine made for 1,280,000, on 16 nodes x 8."""
+    schedule = LrScheduleConfig(lr=4e-4, min_lr=1e-4, warmup_steps=2000, decay_steps=1_280_000)
+    return _large_run(objective, phase=1, num_steps=500_000, schedule=schedule, checkpoint=CheckpointConfig())
+
+
+def phase2_run(objective: ObjectiveConfig) -> RunConfig:
+    """0.73T more tokens from phase 1's weights, with fresh optimizer, schedule and data, on 16 nodes x 8."""
+    schedule = LrScheduleConfig(lr=3e-4, min_lr=4e-5, warmup_steps=2000, decay_steps=350_000)
+    start = Path(f"runs/{objective.name}-1.7b-phase1/checkpoints/step-00500000")
+    checkpoint = CheckpointConfig(initialize_from=start)
+    return _large_run(objective, phase=2, num_steps=350_000, schedule=schedule, checkpoint=checkpoint)
+
+
+def _large_run(
+    objective: ObjectiveConfig,
+    *,
+    phase: int,
+    num_steps: int,
+    schedule: LrScheduleConfig,
+    checkpoint: CheckpointConfig,
+) -> RunConfig:
+    # The paper also cuts 1% of the diffusion micro-batches to a random length; these runs do not.
+    return RunConfig(
+        directory=Path(f"runs/{objective.name}-1.7b-phase{phase}"),
+        model=paper_model(PAPER_1_7B),
+        objective=objective,
+        data=_data(f"data/nemotron-phase{phase}", "validation", seq_length=2048),
+        training=TrainingConfig(
+            num_steps=num_steps, global_batch_size=1024, micro_batch_size=2, precision="bf16"
+        ),
+        schedule=schedule,
+        evaluation=EvaluationConfig(every=50_000, num_batches=8, batch_size=1024),
+        checkpoint=checkpoint,
+    )
+
+
+def _data(directory: str, validation: str, *, seq_length: int) -> DataConfig:
+    return DataConfig(
+        train=Path(directory) / "train", validation=Path(directory) / validation, seq_length=seq_length
+    )
