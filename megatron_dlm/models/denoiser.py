@@ -9,11 +9,16 @@ from typing import Any
 
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.enums import ModelType
-from megatron.core.tensor_parallel import VocabParallelEmbedding
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_dlm.interfaces import AttentionPattern, ModelInputs, Vocabulary
 from megatron_dlm.models.adaln_layer import FinalLayer
@@ -71,6 +76,7 @@ class Denoiser(MegatronModule):
             self.head = Head(
                 model.hidden_size, vocab, parallel.tensor_group, config.params_dtype, parallel.device
             )
+        _mark_tensor_parallel(self)
         self.to(device=parallel.device, dtype=config.params_dtype)
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
@@ -113,6 +119,18 @@ class Denoiser(MegatronModule):
             if name.startswith(f"{prefix}time_embedder."):
                 tensor.replica_id = (self._pipeline_rank, *tensor.replica_id[1:])
         return state
+
+
+def _mark_tensor_parallel(model: nn.Module) -> None:
+    """Mark weights that are cut over tensor parallel ranks, so that the gradient norm counts every part.
+
+    megatron-core marks them only where it draws them itself; unmarked, all parts but rank 0's are left out.
+    """
+    cut_dim = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
+    for module in model.modules():
+        for kind, dim in cut_dim.items():
+            if isinstance(module, kind):
+                set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
 
 
 def _leave_uninitialised(weight: Tensor) -> Tensor:

@@ -1,0 +1,65 @@
+"""Fixtures shared by all tests."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+# Numbers recorded from the public reference code; not part of the repository.
+REFERENCE = Path(os.environ.get("MEGATRON_DLM_REFERENCE", ROOT.parent / "shared" / "reference"))
+
+
+@pytest.fixture(scope="session")
+def oracle():
+    """Arrays recorded from the paper's code."""
+    import numpy as np
+
+    path = REFERENCE / "oracle.npz"
+    if not path.is_file():
+        pytest.skip(f"no recorded reference numbers at {path}")
+    return np.load(path, allow_pickle=False)
+
+
+@pytest.fixture(scope="session")
+def sizes_table():
+    """The published sizes with their counts."""
+    import csv
+
+    path = REFERENCE / "sizes.csv"
+    if not path.is_file():
+        pytest.skip(f"no table of published sizes at {path}")
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """Tokenizer of 300 ids and two shards, made once."""
+    return tiny.make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture
+def command():
+    """Run `megatron-dlm` arguments in a process of its own; returns the finished process."""
+
+    def run(*arguments, check=True, timeout=240, **environment):
+        words = [sys.executable, "-m", "megatron_dlm", *map(str, arguments)]
+        env = os.environ | {"OMP_NUM_THREADS": "1", **environment}
+        finished = subprocess.run(words, capture_output=True, text=True, env=env, timeout=timeout, cwd=ROOT)
+        if check and finished.returncode:
+            pytest.fail(f"{words} ended with {finished.returncode}:\n{finished.stdout}\n{finished.stderr}")
+        return finished
+
+    return run
+
+
+@pytest.fixture
+def read_json():
+    """Parse a JSON file."""
+    return lambda path: json.loads(Path(path).read_text())

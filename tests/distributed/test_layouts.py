@@ -1,0 +1,214 @@
+"""Loss, gradients and corruption do not depend on the layout; megatron-core equals an independent model."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_dlm.models.config import ModelConfig
+from megatron_dlm.objectives.ar import ARConfig
+from megatron_dlm.objectives.mdlm import MDLMConfig
+from megatron_dlm.platform.parallel import ParallelConfig
+from tests.helpers import tiny, weights
+from tests.helpers.distributed import run_distributed
+
+STEPS = 3
+FAMILIES = {"mdlm": MDLMConfig(), "mdlm-elbo": MDLMConfig(loss="elbo"), "ar": ARConfig()}
+# tensor, pipeline, data, micro-batch, distributed optimizer
+LAYOUTS = [
+    (2, 1, 1, 4, True),
+    (1, 2, 1, 2, True),
+    (1, 1, 2, 4, True),
+    (1, 1, 2, 2, False),
+    (2, 2, 1, 2, True),
+    (1, 2, 2, 2, True),
+]
+
+
+def toy_model(**changes):
+    # 5 heads: tensor parallelism 2 pads them to 6.
+    shape = ModelConfig(
+        num_layers=2, hidden_size=40, num_attention_heads=5, ffn_hidden_size=64, conditioning_size=16
+    )
+    return replace(shape, **changes)
+
+
+def three_steps(state, config):
+    """Losses, fingerprints and gradients of three steps from random weights, for one layout."""
+    from megatron_dlm.training.optimizer import set_learning_rate
+    from megatron_dlm.training.session import Session, open_data
+
+    data = open_data(config.data)
+    session = Session(config, data, state)
+    weights.set_weights(session.denoiser, state, weights.random_state(config.model, data.vocabulary.size))
+    session.optimizer.reload_model_params()
+    losses, fingerprints, gradients, norms = [], [], [], []
+    for step in range(STEPS):
+        sums = session.run_batch(step * config.training.global_batch_size)
+        losses.append((sums.loss / sums.tokens, sums.bound / sums.tokens))
+        fingerprints.append(sums.fingerprint)
+        gradients.append(weights.reduced_gradients(session))
+        set_learning_rate(session.optimizer, 1e-3)
+        norms.append(float(session.optimizer.step()[1]))
+    return {"losses": losses, "fingerprints": fingerprints, "gradients": gradients, "norms": norms}
+
+
+def all_families(state, configs):
+    return {name: three_steps(state, config) for name, config in configs.items()}
+
+
+def configs_for(corpus, parallel, micro_batch_size):
+    configs = {
+        name: tiny.run_config(
+            corpus, corpus.directory / "unused", objective, training__micro_batch_size=micro_batch_size
+        )
+        for name, objective in FAMILIES.items()
+    }
+    return {name: replace(c, model=toy_model(), parallel=parallel) for name, c in configs.items()}
+
+
+@pytest.fixture(scope="module")
+def one_process(corpus):
+    configs = configs_for(corpus, ParallelConfig(), 8)
+    return run_distributed(all_families, 1, configs)[0]
+
+
+def assert_equal_runs(run, reference):
+    assert run["fingerprints"] == reference["fingerprints"]
+    for ours, theirs in zip(run["losses"], reference["losses"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    assert run["norms"] == pytest.approx(reference["norms"], rel=1e-5)
+    for step, (ours, theirs) in enumerate(zip(run["gradients"], reference["gradients"], strict=True)):
+        assert ours.keys() == theirs.keys()
+        for name, gradient in theirs.items():
+            difference = (ours[name] - gradient).abs().max() / gradient.abs().max()
+            assert difference < 1e-4 * (0.1 if step == 0 else 1.0), (step, name, float(difference))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "-".join(map(str, layout)))
+def test_layout_equals_one_process(corpus, one_process, layout):
+    tensor, pipeline, data, micro_batch_size, distributed_optimizer = layout
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        use_distributed_optimizer=distributed_optimizer,
+    )
+    configs = configs_for(corpus, parallel, micro_batch_size)
+    for ranks in run_distributed(all_families, tensor * pipeline * data, configs, parallel=parallel):
+        for name, run in ranks.items():
+            assert_equal_runs(run, one_process[name])
+
+
+def test_gradients_are_those_of_an_independent_model(corpus, one_process):
+    """Full logits and autograd through the exported model's code, first step."""
+    from megatron_dlm.conversion.hugging_face_model.configuration_megatron_dlm import MegatronDlmConfig
+    from megatron_dlm.conversion.hugging_face_model.modeling_megatron_dlm import MegatronDlmModel
+    from megatron_dlm.training.session import open_data
+
+    for name, config in configs_for(corpus, ParallelConfig(), 8).items():
+        data = open_data(config.data)
+        model = config.model
+        plain = MegatronDlmModel(
+            MegatronDlmConfig(
+                family=config.objective.name,
+                vocab_size=data.vocabulary.size,
+                mask_token_id=data.vocabulary.mask_token_id,
+                hidden_size=model.hidden_size,
+                num_hidden_layers=model.num_layers,
+                num_attention_heads=model.num_attention_heads,
+                intermediate_size=model.ffn_hidden_size,
+                conditioning_size=model.conditioning_size,
+            )
+        )
+        plain.load_state_dict(weights.random_state(model, data.vocabulary.size))
+        inputs, targets = first_batch(config, data)
+        logits = plain(inputs.token_ids_BL).logits
+        nats = F.cross_entropy(logits.transpose(1, 2), targets.clean_BL, reduction="none")
+        loss = (nats * targets.weight_BL).sum() / targets.token_count
+        loss.backward()
+        run = one_process[name]
+        assert loss.item() == pytest.approx(run["losses"][0][0], rel=1e-5)
+        for parameter_name, parameter in plain.named_parameters():
+            gradient = run["gradients"][0][parameter_name]
+            difference = (parameter.grad - gradient).abs().max() / gradient.abs().max()
+            assert difference < 2e-5, (name, parameter_name, float(difference))
+
+
+def first_batch(config, data):
+    import numpy as np
+
+    from megatron_dlm.data.loader import TrainOrder, read_batch
+    from megatron_dlm.objectives.base import CorruptionContext
+    from megatron_dlm.platform.rng import NoiseSource
+
+    size = config.training.global_batch_size
+    noise = NoiseSource(config.training.seed)
+    positions = np.arange(size)
+    batch = read_batch(data.train, TrainOrder(data.train.num_blocks, noise)(positions), positions)
+    context = CorruptionContext(noise=noise, batch_start=0, global_batch_size=size, training=True)
+    return config.objective.build(data.vocabulary).corrupt(batch, context)
+
+
+def test_seventeen_heads_train_on_two_ranks_as_on_one(corpus):
+    """The paper's largest model has 17 heads, which only 1 and 17 divide."""
+    model = toy_model(hidden_size=68, num_attention_heads=17)
+    runs = []
+    for tensor in (1, 2):
+        parallel = ParallelConfig(tensor_model_parallel_size=tensor)
+        config = replace(configs_for(corpus, parallel, 4)["mdlm"], model=model)
+        runs.append(run_distributed(three_steps, tensor, config, parallel=parallel)[0])
+    assert_equal_runs(runs[1], runs[0])
+
+
+def padded_part(state, config):
+    """Largest weight in the padded heads of this rank after two steps."""
+    from megatron_dlm.training.session import Session, open_data
+
+    session = Session(config, open_data(config.data), state)
+    weights.set_weights(session.denoiser, state, weights.random_state(config.model, session.data.vocabulary.size))
+    session.optimizer.reload_model_params()
+    for step in range(2):
+        session.run_batch(step * 8)
+        for group in session.optimizer.param_groups:
+            group["lr"] = 1e-2
+        session.optimizer.step()
+    if state.tensor_rank == 0:
+        return 0.0
+    head_dim = config.model.head_dim
+    attention = session.denoiser.block.layers[0].self_attention
+    # Rank 1 of 2 holds heads 3, 4 and the padded sixth.
+    qkv, out = attention.linear_qkv.weight[-3 * head_dim :], attention.linear_proj.weight[:, -head_dim:]
+    assert attention.linear_qkv.weight[: -3 * head_dim].abs().min() > 0
+    return float(max(qkv.abs().max(), out.abs().max()))
+
+
+def test_padded_heads_stay_exactly_zero(corpus):
+    parallel = ParallelConfig(tensor_model_parallel_size=2)
+    config = configs_for(corpus, parallel, 4)["mdlm"]
+    assert run_distributed(padded_part, 2, config, parallel=parallel) == [0.0, 0.0]
+
+
+def initial_loss(state, config):
+    from megatron_dlm.training.session import Session, open_data
+
+    session = Session(config, open_data(config.data), state)
+    sums = session.run_batch(0)
+    full = weights.gather(session.denoiser, state, {p: p.detach() for p in session.denoiser.parameters()})
+    return sums.bound / sums.tokens, session.data.vocabulary.size, full
+
+
+def test_initial_weights_do_not_depend_on_the_layout(corpus):
+    (first,) = run_distributed(initial_loss, 1, configs_for(corpus, ParallelConfig(), 8)["ar"])
+    loss, size, state = first
+    assert loss == pytest.approx(torch.tensor(size - 1.0).log().item(), rel=1e-6)
+    parallel = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    for _, _, other in run_distributed(
+        initial_loss, 4, configs_for(corpus, parallel, 8)["ar"], parallel=parallel
+    ):
+        assert all(torch.equal(other[name], tensor) for name, tensor in state.items())
+    bound = 40**-0.5
+    assert state["blocks.0.attn_qkv.weight"].abs().max() <= bound
+    assert state["blocks.0.attn_qkv.weight"].std() == pytest.approx(bound / 3**0.5, rel=0.05)
+    assert (state["blocks.1.adaLN_modulation.weight"] == 0).all()
+    assert (state["output_layer.linear.weight"] == 0).all()

@@ -1,0 +1,72 @@
+"""Small data and configurations that tests share."""
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_dlm.data.indexing import IndexConfig, build_shard
+from megatron_dlm.data.tokenizer import train_tokenizer
+
+WORDS = "the model reads noisy tokens and predicts clean ones while def class return import self".split()
+
+
+@dataclass(frozen=True)
+class Corpus:
+    directory: Path
+    tokenizer: Path
+    text: Path
+    train: Path
+    validation: Path
+
+
+def sentences(count, seed):
+    generator = random.Random(seed)
+    return [" ".join(generator.choices(WORDS, k=generator.randint(5, 60))) for _ in range(count)]
+
+
+def write_jsonl(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def make_corpus(directory):
+    tokenizer = directory / "tokenizer"
+    train_tokenizer(sentences(200, seed=0), 300, tokenizer)
+    prefixes = {}
+    for name, count in (("train", 400), ("validation", 100)):
+        text = write_jsonl(directory / f"{name}.jsonl", sentences(count, seed=count))
+        prefixes[name] = directory / name
+        build_shard(
+            IndexConfig(input=(text,), output=prefixes[name], tokenizer=tokenizer), lambda progress: None
+        )
+    return Corpus(directory, tokenizer, directory / "train.jsonl", **prefixes)
+
+
+def run_config(corpus, directory, objective, **changes):
+    """A run of a few thousand parameters; `changes` replace fields of its sections by dotted names."""
+    from dataclasses import replace
+
+    from megatron_dlm.checkpointing.storage import CheckpointConfig
+    from megatron_dlm.data.loader import DataConfig
+    from megatron_dlm.models.config import ModelConfig
+    from megatron_dlm.training.lr_schedule import LrScheduleConfig
+    from megatron_dlm.training.run_config import EvaluationConfig, RunConfig, TelemetryConfig, TrainingConfig
+
+    config = RunConfig(
+        directory=directory,
+        model=ModelConfig(
+            num_layers=2, hidden_size=32, num_attention_heads=4, ffn_hidden_size=64, conditioning_size=16
+        ),
+        objective=objective,
+        data=DataConfig(train=corpus.train, validation=corpus.validation, seq_length=32),
+        training=TrainingConfig(num_steps=4, global_batch_size=8, micro_batch_size=2, head_rows_per_chunk=48),
+        schedule=LrScheduleConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2, decay_steps=40),
+        evaluation=EvaluationConfig(every=100, num_batches=1, batch_size=8),
+        checkpoint=CheckpointConfig(save_every=2),
+        telemetry=TelemetryConfig(log_every=1),
+    )
+    for name, value in changes.items():
+        section, field = name.split("__")
+        config = replace(config, **{section: replace(getattr(config, section), **{field: value})})
+    return config
