@@ -14,7 +14,7 @@ EXTRAS = {
     "mpi": ["mpi4py"],
     "hf": ["transformers>=4.51"],
     "eval": ["matplotlib"],
-    "test": ["pytest>=8", "pytest-timeout", "hypothesis"],
+    "test": ["pytest>=8", "pytest-timeout", "pytest-xdist"],
 }
 EXTRAS["dev"] = [*EXTRAS["test"], "ruff==0.17.6", "mypy==2.4.1"]
 

@@ -1,4 +1,4 @@
-"""AR on a laptop: about 4M body parameters; examples/quickstart.sh makes its data."""
+"""AR on a laptop: about 3M body parameters; examples/quickstart.sh makes its data."""
 
 from megatron_dlm.objectives.ar import ARConfig
 from megatron_dlm.training.recipes import tiny_run

@@ -1,4 +1,4 @@
-"""MDLM on a laptop: about 4M body parameters; examples/quickstart.sh makes its data."""
+"""MDLM on a laptop: about 3M body parameters; examples/quickstart.sh makes its data."""
 
 from megatron_dlm.objectives.mdlm import MDLMConfig
 from megatron_dlm.training.recipes import tiny_run

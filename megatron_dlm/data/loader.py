@@ -32,7 +32,7 @@ class DataConfig:
             raise InputError(f"data.seq_length: {self.seq_length} is below 1")
 
 
-class TrainOrder:
+class SampleOrder:
     """Sample position in the run -> block: a new addressed permutation of all blocks each epoch."""
 
     def __init__(self, num_blocks: int, noise: NoiseSource) -> None:

@@ -6,9 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from megatron_dlm.data.loader import DataConfig, TrainOrder, microbatch_positions, read_batch
+from megatron_dlm.data.loader import DataConfig, SampleOrder, microbatch_positions, read_batch
 from megatron_dlm.data.packing import TokenBlocks
 from megatron_dlm.data.shard import Shard
 from megatron_dlm.evaluation.likelihood import Likelihood, estimate_likelihood
@@ -83,6 +81,7 @@ class Validation:
         self._bytes_per_token = bytes_per_token
         self._micro_batch_size = config.training.micro_batch_size
         self._noise = NoiseSource(config.training.seed, "validation")
+        self._order = SampleOrder(blocks.num_blocks, self._noise)
         self._parallel = parallel
 
     def run(self, config: EvaluationConfig) -> Likelihood:
@@ -113,7 +112,8 @@ class Validation:
             data_rank=self._parallel.data_rank,
             data_size=self._parallel.data_size,
         ):
-            yield read_batch(self._blocks, positions % self._blocks.num_blocks, positions)
+            # In a fixed random order: the first blocks of a shard are a few documents, not the whole of it.
+            yield read_batch(self._blocks, self._order(positions), positions)
 
 
 class Session:
@@ -139,7 +139,7 @@ class Session:
             self.runner, data.validation, data.validation_bytes_per_token, config, parallel
         )
         self._noise = NoiseSource(config.training.seed)
-        self._order = TrainOrder(data.train.num_blocks, self._noise)
+        self._order = SampleOrder(data.train.num_blocks, self._noise)
         self._connect()
 
     def _connect(self) -> None:
@@ -182,4 +182,4 @@ class Session:
             data_rank=self.parallel.data_rank,
             data_size=self.parallel.data_size,
         ):
-            yield read_batch(self.data.train, self._order(np.asarray(positions)), positions)
+            yield read_batch(self.data.train, self._order(positions), positions)

@@ -138,14 +138,14 @@ def test_gradients_are_those_of_an_independent_model(corpus, one_process):
 def first_batch(config, data):
     import numpy as np
 
-    from megatron_dlm.data.loader import TrainOrder, read_batch
+    from megatron_dlm.data.loader import SampleOrder, read_batch
     from megatron_dlm.objectives.base import CorruptionContext
     from megatron_dlm.platform.rng import NoiseSource
 
     size = config.training.global_batch_size
     noise = NoiseSource(config.training.seed)
     positions = np.arange(size)
-    batch = read_batch(data.train, TrainOrder(data.train.num_blocks, noise)(positions), positions)
+    batch = read_batch(data.train, SampleOrder(data.train.num_blocks, noise)(positions), positions)
     context = CorruptionContext(noise=noise, batch_start=0, global_batch_size=size, training=True)
     return config.objective.build(data.vocabulary).corrupt(batch, context)
 
@@ -166,7 +166,9 @@ def padded_part(state, config):
     from megatron_dlm.training.session import Session, open_data
 
     session = Session(config, open_data(config.data), state)
-    weights.set_weights(session.denoiser, state, weights.random_state(config.model, session.data.vocabulary.size))
+    weights.set_weights(
+        session.denoiser, state, weights.random_state(config.model, session.data.vocabulary.size)
+    )
     session.optimizer.reload_model_params()
     for step in range(2):
         session.run_batch(step * 8)

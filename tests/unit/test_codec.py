@@ -53,5 +53,5 @@ def test_a_wrong_record_is_refused_by_name(path, value, message):
 def test_a_missing_field_is_refused_by_name():
     record = encode(replace(tiny_run(MDLMConfig()), directory=Path("x")))
     del record["data"]["seq_length"]
-    with pytest.raises(InputError, match="config.data.seq_length: missing"):
+    with pytest.raises(InputError, match=r"config\.data\.seq_length: missing"):
         decode(RunConfig, record)

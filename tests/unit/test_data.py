@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_dlm.data.indexing import IndexConfig, build_shard
-from megatron_dlm.data.loader import TrainOrder, microbatch_positions
+from megatron_dlm.data.loader import SampleOrder, microbatch_positions
 from megatron_dlm.data.manifest import shard_path
 from megatron_dlm.data.packing import TokenBlocks
 from megatron_dlm.data.shard import Shard, ShardWriter
@@ -263,7 +263,7 @@ def test_sequence_longer_than_the_data(corpus):
 
 
 def test_an_epoch_reads_every_block_once_in_another_order():
-    order = TrainOrder(50, NoiseSource(1))
+    order = SampleOrder(50, NoiseSource(1))
     first, second = order(np.arange(50)), order(np.arange(50, 100))
     assert sorted(first) == sorted(second) == list(range(50))
     assert not np.array_equal(first, second)

@@ -1,0 +1,142 @@
+"""Checkpoints: bit-equal resume with the optimizer's state, other layouts, weights-only start."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_dlm.objectives.ar import ARConfig
+from megatron_dlm.objectives.mdlm import MDLMConfig
+from megatron_dlm.platform.parallel import ParallelConfig
+from tests.distributed.test_layouts import toy_model
+from tests.helpers import tiny, weights
+from tests.helpers.distributed import run_distributed
+
+LAYOUTS = {
+    "one": (1, ParallelConfig()),
+    "plain": (1, ParallelConfig(use_distributed_optimizer=False)),
+    "tp2": (2, ParallelConfig(tensor_model_parallel_size=2)),
+    "pp2dp2": (4, ParallelConfig(pipeline_model_parallel_size=2)),
+    "tp2pp2": (4, ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)),
+}
+
+
+def config_for(corpus, directory, parallel, objective=None, **changes):
+    config = tiny.run_config(corpus, directory, objective or MDLMConfig(), **changes)
+    # 40 x 5 heads and a hidden size that is no multiple of 64 leave padding in every bucket.
+    return replace(config, model=toy_model(), parallel=parallel)
+
+
+def build(state, config):
+    from megatron_dlm.training.session import Session, open_data
+
+    return Session(config, open_data(config.data), state)
+
+
+def steps(session, first, count):
+    """Losses and gradient norms of `count` steps from step `first`."""
+    from megatron_dlm.training.trainer import Progress, train_step
+
+    progress = Progress(step=first, consumed_samples=first * session.config.training.global_batch_size)
+    reports = [train_step(session, progress) for _ in range(count)]
+    return [(report.loss, report.nats_per_token, report.grad_norm) for report in reports]
+
+
+def optimizer_state(session):
+    """Every tensor of the inner optimizers on this rank, in order."""
+    tensors = []
+    for part in getattr(session.optimizer, "chained_optimizers", [session.optimizer]):
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                state = part.optimizer.state[parameter]
+                tensors += [
+                    parameter.detach().clone(),
+                    *(state[k].clone() for k in ("exp_avg", "exp_avg_sq", "step")),
+                ]
+    return tensors
+
+
+def save_at_two(state, config):
+    from megatron_dlm.checkpointing.manager import save
+    from megatron_dlm.checkpointing.storage import CheckpointRoot
+
+    session = build(state, config)
+    weights.set_weights(
+        session.denoiser, state, weights.random_state(config.model, session.data.vocabulary.size)
+    )
+    session.optimizer.reload_model_params()
+    steps(session, 0, 2)
+    save(CheckpointRoot(config.directory), 2, session.denoiser, session.optimizer, state, {"a.json": 1})
+    return optimizer_state(session), steps(session, 2, 3)
+
+
+def load_and_go_on(state, config):
+    from megatron_dlm.checkpointing.manager import load, verify_on_all_ranks
+    from megatron_dlm.checkpointing.storage import CheckpointRoot
+
+    session = build(state, config)
+    (directory,) = CheckpointRoot(config.directory).complete()
+    verify_on_all_ranks(directory, state)
+    load(directory, session.denoiser, session.optimizer, state)
+    loaded = optimizer_state(session)
+    return loaded, steps(session, 2, 3)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_same_layout_resumes_bit_for_bit(corpus, tmp_path, name):
+    world_size, parallel = LAYOUTS[name]
+    config = config_for(corpus, tmp_path, parallel)
+    saved = run_distributed(save_at_two, world_size, config, parallel=parallel)
+    resumed = run_distributed(load_and_go_on, world_size, config, parallel=parallel)
+    for (state, losses), (loaded, later) in zip(saved, resumed, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(state, loaded, strict=True))
+        assert losses == later
+
+
+@pytest.mark.parametrize(("source", "target"), [("one", "tp2pp2"), ("pp2dp2", "one"), ("tp2", "pp2dp2")])
+def test_another_layout_goes_on_with_equal_losses(corpus, tmp_path, source, target):
+    (size, parallel), (other_size, other) = LAYOUTS[source], LAYOUTS[target]
+    saved = run_distributed(save_at_two, size, config_for(corpus, tmp_path, parallel), parallel=parallel)
+    resumed = run_distributed(load_and_go_on, other_size, config_for(corpus, tmp_path, other), parallel=other)
+    for ours, theirs in zip(resumed[0][1], saved[0][1], strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-5)
+
+
+def bf16_resume(state, config):
+    first = save_at_two(state, config)
+    return first, load_and_go_on(state, config)
+
+
+def test_bf16_resumes_bit_for_bit(corpus, tmp_path):
+    config = config_for(corpus, tmp_path, ParallelConfig(), ARConfig(), training__precision="bf16")
+    (((state, losses), (loaded, later)),) = run_distributed(bf16_resume, 1, config)
+    assert all(torch.equal(a, b) for a, b in zip(state, loaded, strict=True))
+    assert losses == later
+
+
+def all_parameters_decay(state, config):
+    """Parameters that do not shrink by lr * weight_decay in a step without gradient; number of all."""
+    from megatron_dlm.training.optimizer import set_learning_rate
+
+    session = build(state, config)
+    weights.set_weights(
+        session.denoiser, state, weights.random_state(config.model, session.data.vocabulary.size)
+    )
+    session.optimizer.reload_model_params()
+    before = {name: p.detach().clone() for name, p in session.denoiser.named_parameters()}
+    session.model.zero_grad_buffer()
+    session.optimizer.zero_grad()
+    set_learning_rate(session.optimizer, 0.5)
+    session.optimizer.step()
+    return [
+        name
+        for name, p in session.denoiser.named_parameters()
+        if not torch.allclose(p, before[name] * (1 - 0.5 * 0.1), rtol=1e-6, atol=0)
+    ], len(before)
+
+
+def test_weight_decay_is_on_all_parameters(corpus, tmp_path):
+    ((exempt, count),) = run_distributed(
+        all_parameters_decay, 1, config_for(corpus, tmp_path, ParallelConfig())
+    )
+    assert exempt == [] and count > 20

@@ -1,0 +1,190 @@
+"""The denoiser against numbers recorded from the paper's code, and the head against full logits."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_dlm.interfaces import AttentionPattern, ModelInputs, RowTargets, Targets, Vocabulary
+from megatron_dlm.models.config import ModelConfig, transformer_config
+from megatron_dlm.objectives.mdlm import MDLMConfig
+from megatron_dlm.platform.parallel import ParallelConfig
+from megatron_dlm.platform.vocab_parallel import VocabShard
+from tests.helpers.distributed import run_distributed
+
+NETWORKS = {
+    "ar": (AttentionPattern.CAUSAL, False),
+    "bidir_sigma0": (AttentionPattern.BIDIRECTIONAL, False),
+    "bidir_sigma": (AttentionPattern.BIDIRECTIONAL, True),
+}
+
+
+@torch.no_grad()
+def recorded_networks(state, arrays, parallel_config):
+    """Largest difference of each recorded network's logits, relative to its largest logit."""
+    from megatron_dlm.models.denoiser import Denoiser
+    from megatron_dlm.models.weight_layout import weight_places
+
+    cfg = json.loads(str(arrays["cfg"]))
+    model = ModelConfig(
+        num_layers=cfg["blocks"],
+        hidden_size=cfg["hidden"],
+        num_attention_heads=cfg["heads"],
+        ffn_hidden_size=4 * cfg["hidden"],
+        conditioning_size=cfg["cond_dim"],
+    )
+    vocabulary = Vocabulary(size=cfg["vocab"], mask_token_id=cfg["mask"], eos_token_id=0, bos_token_id=1)
+    found = {}
+    for name, (pattern, conditioned) in NETWORKS.items():
+        config = transformer_config(model, parallel_config, "fp32")
+        denoiser = Denoiser(model, config, vocabulary, pattern, state)
+        for place in weight_places(denoiser, state):
+            full = torch.from_numpy(arrays[f"w/{place.name}"])
+            assert tuple(full.shape) == place.shape
+            place.parameter.copy_(place.cut(full))
+        tokens = torch.from_numpy(arrays["x"])
+        sigma = torch.from_numpy(arrays["sigma"]) * conditioned
+        positions = torch.arange(tokens.shape[1])[None]
+        logits = denoiser.logits(ModelInputs(token_ids_BL=tokens, position_ids_BL=positions, sigma_B=sigma))
+        vocab = denoiser.head.vocab
+        expected = torch.from_numpy(arrays[name])
+        mine = expected[..., vocab.start : min(vocab.stop, vocabulary.size)]
+        difference = (logits[..., : mine.shape[-1]] - mine).abs().max()
+        found[name] = float(difference / expected.abs().max())
+    return found
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 4])
+def test_recorded_networks_are_reproduced(oracle, tensor):
+    arrays = {key[4:]: oracle[key] for key in oracle.files if key.startswith("net/")}
+    parallel = ParallelConfig(tensor_model_parallel_size=tensor)
+    for found in run_distributed(recorded_networks, tensor, arrays, parallel, parallel=parallel):
+        assert all(difference < 1e-5 for difference in found.values()), found
+
+
+def test_time_sinusoid_is_the_recorded_one(oracle):
+    from megatron_dlm.models.time_embedding import sinusoid
+
+    ours = sinusoid(torch.from_numpy(oracle["temb/sigma"]).float())
+    np.testing.assert_allclose(ours.numpy(), oracle["temb/emb"], atol=2e-6)
+
+
+SIZE, MASK, HIDDEN = 13, 4, 8
+
+
+def head_case(tensor_rank, tensor_group, tensor_size, dtype=torch.float32):
+    """A head over this rank's columns, hidden states [5, 3, 8] and targets with 7 of 15 rows in the loss."""
+    from megatron_dlm.models.head import Head
+
+    vocabulary = Vocabulary(size=SIZE, mask_token_id=MASK, eos_token_id=0, bos_token_id=1)
+    vocab = VocabShard.of_rank(vocabulary, tensor_rank, tensor_group, tensor_size)
+    head = Head(HIDDEN, vocab, tensor_group, dtype, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(SIZE, HIDDEN, generator=generator)
+    bias = torch.randn(SIZE, generator=generator)
+    padding = vocab.stop - vocab.start
+    for parameter, full in ((head.weight, weight), (head.bias, bias)):
+        columns = full[vocab.start : vocab.stop]
+        # Garbage in the padded columns must not matter.
+        parameter.data.fill_(7.0)
+        parameter.data[: len(columns)] = columns
+    assert padding >= 1
+    hidden = torch.randn(5, 3, HIDDEN, generator=generator)
+    clean = torch.randint(5, SIZE, (3, 5), generator=generator)
+    weights = torch.rand(3, 5, generator=generator) * (torch.rand(3, 5, generator=generator) < 0.5)
+    targets = Targets(clean_BL=clean, weight_BL=weights, bound_weight_BL=2 * weights, token_count=15)
+    return head, hidden, targets, weight, bias
+
+
+def full_logits_loss(hidden, targets, weight, bias):
+    hidden, weight, bias = (x.double().requires_grad_() for x in (hidden, weight, bias))
+    logits = hidden @ weight.t() + bias
+    logits = logits.index_fill(-1, torch.tensor([MASK]), float("-inf"))
+    nats = torch.nn.functional.cross_entropy(
+        logits.transpose(0, 1).flatten(0, 1), targets.clean_BL.flatten(), reduction="none"
+    )
+    loss = (nats * targets.weight_BL.flatten()).sum()
+    return loss, torch.autograd.grad(loss, (hidden, weight, bias))
+
+
+def chunked_head(state, rows_per_chunk):
+    head, hidden, targets, weight, bias = head_case(state.tensor_rank, state.tensor_group, state.tensor_size)
+    objective = MDLMConfig().build(head.vocab.vocabulary)
+    hidden.requires_grad_()
+    loss, bound = head.losses(hidden, targets, objective.loss_and_dlogits, rows_per_chunk)
+    (3.0 * loss).backward()
+    expected, (dhidden, dweight, dbias) = full_logits_loss(hidden.detach(), targets, weight, bias)
+    columns = slice(head.vocab.start, min(head.vocab.stop, SIZE))
+    count = columns.stop - columns.start
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(bound, 2 * expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(hidden.grad.double(), 3 * dhidden, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(head.weight.grad[:count].double(), 3 * dweight[columns], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(head.bias.grad[:count].double(), 3 * dbias[columns], rtol=1e-5, atol=1e-6)
+    assert (head.weight.grad[count:] == 0).all() and (head.bias.grad[count:] == 0).all()
+    return True
+
+
+@pytest.mark.parametrize(("tensor", "rows_per_chunk"), [(1, 1), (1, 3), (1, 100), (2, 4), (4, 2)])
+def test_chunked_head_equals_full_logits(tensor, rows_per_chunk):
+    parallel = ParallelConfig(tensor_model_parallel_size=tensor)
+    assert all(run_distributed(chunked_head, tensor, rows_per_chunk, parallel=parallel))
+
+
+def no_rows(state):
+    head, hidden, targets, *_ = head_case(0, state.tensor_group, 1)
+    nothing = torch.zeros_like(targets.weight_BL)
+    empty = Targets(clean_BL=targets.clean_BL, weight_BL=nothing, bound_weight_BL=nothing, token_count=15)
+    hidden.requires_grad_()
+    objective = MDLMConfig().build(head.vocab.vocabulary)
+    loss, bound = head.losses(hidden, empty, objective.loss_and_dlogits, 4)
+    loss.backward()
+    return loss.item(), bound.item(), hidden.grad.abs().max().item(), head.weight.grad.abs().max().item()
+
+
+def test_a_microbatch_without_masked_tokens_costs_nothing():
+    assert run_distributed(no_rows, 1) == [(0.0, 0.0, 0.0, 0.0)]
+
+
+def rows_seen(state):
+    """Rows for which logits were made, and the largest chunk."""
+    head, hidden, targets, *_ = head_case(0, state.tensor_group, 1)
+    objective = MDLMConfig().build(head.vocab.vocabulary)
+    chunks = []
+
+    def spy(logits, row_targets: RowTargets, vocab):
+        chunks.append((int((row_targets.weight_R > 0).sum()), logits.shape[0]))
+        return objective.loss_and_dlogits(logits, row_targets, vocab)
+
+    head.losses(hidden, targets, spy, 3)
+    return chunks, int((targets.weight_BL > 0).sum())
+
+
+def test_only_rows_with_a_loss_reach_the_head():
+    ((chunks, expected),) = run_distributed(rows_seen, 1)
+    assert sum(rows for rows, _ in chunks) == expected < 15
+    assert all(rows <= 3 and padded % 16 == 0 for rows, padded in chunks)
+
+
+def bf16_residual(state):
+    """dtypes of a bf16 model's parameters, hidden states and pipeline tensors."""
+    from megatron_dlm.models.denoiser import Denoiser
+    from megatron_dlm.models.initialization import initialize
+
+    model = ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=2, ffn_hidden_size=32)
+    vocabulary = Vocabulary(size=SIZE, mask_token_id=MASK, eos_token_id=0, bos_token_id=1)
+    config = transformer_config(model, ParallelConfig(), "bf16")
+    denoiser = Denoiser(model, config, vocabulary, AttentionPattern.BIDIRECTIONAL, state)
+    initialize(denoiser, state, seed=1)
+    inputs = ModelInputs(
+        token_ids_BL=torch.ones(2, 4, dtype=torch.int64),
+        position_ids_BL=torch.arange(4)[None],
+        sigma_B=torch.zeros(2),
+    )
+    hidden = denoiser(inputs)
+    return {str(p.dtype) for p in denoiser.parameters()}, str(hidden.dtype), str(config.pipeline_dtype)
+
+
+def test_bf16_keeps_a_float32_residual_stream():
+    assert run_distributed(bf16_residual, 1) == [({"torch.bfloat16"}, "torch.float32", "torch.float32")]

@@ -1,0 +1,113 @@
+"""The command line: help, speed of starting, and one clear line with exit code 2 for every bad input."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.helpers import tiny
+
+RECIPE = "examples/mdlm/tiny.py"
+
+
+def test_help_needs_no_torch_and_answers_quickly(command):
+    started = time.monotonic()
+    text = command("--help").stdout
+    assert time.monotonic() - started < 5  # far below in practice; a slow machine must not fail the test
+    for verb in ("tokenizer", "index", "train", "evaluate", "export"):
+        assert verb in text
+    script = (
+        "import sys, megatron_dlm, megatron_dlm.cli.main;"
+        "print('torch' in sys.modules, 'megatron.core' in sys.modules)"
+    )
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert loaded.stdout.split() == ["False", "False"]
+
+
+@pytest.mark.parametrize(
+    "verb", [["tokenizer", "train"], ["index"], ["evaluate"], ["export"], ["train", RECIPE]]
+)
+def test_every_verb_describes_its_arguments(command, verb):
+    text = command(*verb, "--help").stdout
+    assert "--" in text
+    if verb[0] == "train":
+        assert "training.num-steps" in text and "Optimizer steps" in text
+        assert "parallel.tensor-model-parallel-size" in text
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+BAD = {
+    "verb": (["trian"], "verb: 'trian' is not one of"),
+    "flag": (["train", RECIPE, "--training.num-stepz", "3"], "--training.num-stepz"),
+    "type": (["train", RECIPE, "--training.num-steps", "many"], "many"),
+    "choice": (["train", RECIPE, "--training.precision", "fp8"], "fp8"),
+    "range": (["train", RECIPE, "--training.num-steps", "0"], "training.num_steps: 0 is below 1"),
+    "recipe": (["train", "no/such.py"], "recipe: no/such.py: no such file"),
+    "recipe suffix": (["train", "README.md"], "recipe: README.md: suffix '.md' is neither .py nor .json"),
+    "recipe first": (
+        ["train", "--training.num-steps", "3"],
+        "recipe: expected a file before --training.num-steps",
+    ),
+    "tensor": (
+        ["train", RECIPE, "--parallel.tensor-model-parallel-size", "2"],
+        "tensor_model_parallel_size 2 x pipeline_model_parallel_size 1 does not divide the world size 1",
+    ),
+    "tensor does not divide": (
+        ["train", RECIPE, "--parallel.tensor-model-parallel-size", "5", "--dry-run", "5"],
+        "parallel.tensor_model_parallel_size: 5 does not divide model.ffn_hidden_size 768",
+    ),
+    "batch": (
+        ["train", RECIPE, "--training.micro-batch-size", "3"],
+        "training.global_batch_size: 8 is not a multiple of training.micro_batch_size 3",
+    ),
+    "shard": (["train", RECIPE, "--data.train", "no/shard"], "no/shard.json: no such file"),
+    "dry run": (["train", RECIPE, "--dry-run", "x"], "--dry-run: 'x' is not a number of processes"),
+    "checkpoint": (["evaluate", "no/checkpoint", "--data", "x"], "no/checkpoint/manifest.json: no such file"),
+    "index flag": (["index", "--inptu", "x"], "inptu"),
+    "index input": (
+        ["index", "--input", "no.jsonl", "--output", "/tmp/x", "--tokenizer", "no"],
+        "tokenizer: no/tokenizer.json: No such file",
+    ),
+    "tokenizer verb": (["tokenizer"], "usage: megatron-dlm tokenizer train"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_usage_is_one_line_and_exit_code_2(command, name):
+    arguments, message = BAD[name]
+    finished = command(*arguments, check=False)
+    assert finished.returncode == 2
+    lines = finished.stderr.strip().splitlines()
+    assert len(lines) == 1 and "error" in lines[0], finished.stderr
+    assert message in lines[0]
+    assert finished.stdout == ""
+
+
+def test_a_recipe_without_function_is_named(command, tmp_path):
+    finished = command("train", write(tmp_path / "r.py", "x = 1\n"), check=False)
+    assert finished.returncode == 2 and "has no function recipe()" in finished.stderr
+
+
+def test_tokenizer_and_index_from_the_command_line(command, tmp_path, read_json):
+    text = tiny.write_jsonl(tmp_path / "t.jsonl", tiny.sentences(200, seed=1))
+    command("tokenizer", "train", "--input", text, "--output", tmp_path / "tok", "--vocab-size", 280)
+    out = command("index", "--input", text, "--output", tmp_path / "d" / "s", "--tokenizer", tmp_path / "tok")
+    manifest = read_json(tmp_path / "d" / "s.json")
+    assert f"{manifest['num_tokens']:,} tokens" in out.stdout
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\nnonsense\n')
+    bad = [
+        "--input",
+        tmp_path / "bad.jsonl",
+        "--output",
+        tmp_path / "d" / "t",
+        "--tokenizer",
+        tmp_path / "tok",
+    ]
+    failed = command("index", *bad, check=False)
+    assert failed.returncode == 2 and "bad.jsonl:2: not JSON" in failed.stderr
+    assert sorted(path.name for path in (tmp_path / "d").iterdir()) == ["s.bin", "s.idx", "s.json"]

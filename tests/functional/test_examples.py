@@ -1,0 +1,243 @@
+"""Every file under examples/: recipes build, launchers start them, the export round trip holds."""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_dlm.telemetry.writers import read_metrics
+from megatron_dlm.training.run_config import check_run, load_recipe
+from tests.conftest import ROOT
+from tests.functional.test_training import arguments_for
+
+RECIPES = sorted(path for family in ("mdlm", "ar") for path in (ROOT / "examples" / family).glob("*.py"))
+WORLD = {"tiny": 2, "113m": 8, "1.7b": 128, "1.7b-phase2": 128}
+LAUNCHERS = ("torchrun", "slurm", "mpi")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_recipes_fit_their_machines(path):
+    config = load_recipe(path)
+    assert config.objective.name == path.parent.name
+    check_run(config, WORLD[path.stem])
+
+
+def test_the_paper_runs_are_the_paper_s():
+    phase1 = load_recipe(ROOT / "examples" / "mdlm" / "1.7b.py")
+    phase2 = load_recipe(ROOT / "examples" / "mdlm" / "1.7b-phase2.py")
+    assert (phase1.model.hidden_size, phase1.model.num_layers, phase1.model.num_attention_heads) == (
+        2176,
+        28,
+        17,
+    )
+    assert (phase1.schedule.lr, phase1.schedule.min_lr, phase1.schedule.warmup_steps) == (4e-4, 1e-4, 2000)
+    assert (phase1.training.num_steps, phase1.schedule.decay_steps) == (500_000, 1_280_000)
+    assert (phase2.schedule.lr, phase2.schedule.min_lr, phase2.training.num_steps) == (3e-4, 4e-5, 350_000)
+    assert phase1.training.global_batch_size == phase2.training.global_batch_size == 1024
+    assert phase2.checkpoint.initialize_from == phase1.directory / "checkpoints" / "step-00500000"
+    isoflop = load_recipe(ROOT / "examples" / "ar" / "113m.py")
+    assert (isoflop.training.global_batch_size, isoflop.schedule.warmup_steps) == (256, 173)
+
+
+def launch(launcher, *arguments, check=True, **environment):
+    script = ROOT / "examples" / launcher / "train.sh"
+    env = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment}
+    finished = subprocess.run(
+        [str(script), *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, env=env, timeout=240
+    )
+    if check and finished.returncode:
+        pytest.fail(f"{finished.stdout}\n{finished.stderr}")
+    return finished
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_dry_run_prints_command_and_layout(launcher):
+    sizes = {"NUM_NODES": "16", "GPUS_PER_NODE": "8", "NUM_PROCESSES": "128"}
+    more = ["--parallel.tensor-model-parallel-size", "2", "--directory", "a b$(touch x)"]
+    out = launch(launcher, "--dry-run", "examples/mdlm/1.7b.py", *more, **sizes).stdout.splitlines()
+    words = shlex.split(out[0])
+    assert words[-4:] == more and "examples/mdlm/1.7b.py" in words
+    layout = "\n".join(out[1:])
+    assert "128 = 2 tensor x 1 pipeline x 64 data parallel" in layout
+    assert "17 heads (18 with padding)" in layout and "2,097,152 tokens, 8 microbatches" in layout
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_launchers_explain_themselves_and_pass_errors_on(launcher):
+    usage = launch(launcher, check=False)
+    assert usage.returncode == 2 and "train.sh" in usage.stdout and "#!" not in usage.stdout
+    wrong = launch(launcher, "--dry-run", "examples/mdlm/tiny.py", "--no.such", "1", check=False)
+    assert wrong.returncode == 2 and "--no.such" in wrong.stderr
+
+
+def find_mpirun():
+    beside = Path(sys.executable).with_name("mpirun")
+    return str(beside) if beside.exists() else shutil.which("mpirun")
+
+
+@pytest.fixture(scope="module")
+def torchrun_run(corpus, tmp_path_factory):
+    """Three MDLM steps at tensor parallelism 2 from examples/torchrun."""
+    directory = tmp_path_factory.mktemp("torchrun") / "run"
+    more = ["--parallel.tensor-model-parallel-size", "2"]
+    launch(
+        "torchrun",
+        *arguments_for(corpus, directory, *more, steps=3)[1:],
+        GPUS_PER_NODE="2",
+        MASTER_PORT="29611",
+    )
+    return directory
+
+
+def losses(directory):
+    return [entry["loss"] for entry in read_metrics(directory) if entry["kind"] == "train"]
+
+
+def test_mpirun_trains_what_torchrun_trains(corpus, tmp_path, torchrun_run):
+    mpirun = find_mpirun()
+    if mpirun is None:
+        pytest.skip("mpirun is not installed")
+    environment = {
+        "PATH": f"{Path(mpirun).parent}:{os.environ['PATH']}",
+        "NUM_PROCESSES": "2",
+        "MASTER_PORT": "29612",
+        "MPIRUN_FLAGS": "--allow-run-as-root --oversubscribe",
+    }
+    more = ["--parallel.tensor-model-parallel-size", "2"]
+    launch("mpi", *arguments_for(corpus, tmp_path / "run", *more, steps=3)[1:], **environment)
+    assert losses(tmp_path / "run") == losses(torchrun_run)
+
+
+@pytest.fixture(scope="module")
+def exported(corpus, torchrun_run, tmp_path_factory):
+    return export(corpus, torchrun_run, tmp_path_factory.mktemp("export") / "folder")
+
+
+def export(corpus, run, folder, *more):
+    checkpoint = run / "checkpoints" / "step-00000003"
+    words = [
+        "export",
+        checkpoint,
+        folder,
+        "--tokenizer",
+        corpus.tokenizer,
+        "--data",
+        corpus.validation,
+        *more,
+    ]
+    command = [sys.executable, "-m", "megatron_dlm", *map(str, words)]
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
+    assert finished.returncode == 0, finished.stderr
+    return folder
+
+
+def check_export(folder, *more):
+    # From another directory and without the checkout on the path: only torch and transformers.
+    command = [
+        sys.executable,
+        "-P",
+        str(ROOT / "examples" / "check_export.py"),
+        str(folder),
+        "--length",
+        "40",
+        *more,
+    ]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder.parent, timeout=240)
+
+
+def test_a_fresh_process_reproduces_the_trained_model(exported):
+    finished = check_export(exported)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "generated:" in finished.stdout
+
+
+def test_the_check_fails_for_other_weights(exported, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(exported, broken)
+    state = load_file(broken / "model.safetensors")
+    state["blocks.0.attn_qkv.weight"][:32] = 0
+    state["blocks.0.adaLN_modulation.bias"] += 0.5
+    save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
+    assert check_export(broken).returncode == 1
+    del state["blocks.0.norm1.weight"]
+    save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
+    finished = check_export(broken)
+    assert finished.returncode == 1 and "norm1" in finished.stderr
+
+
+def test_an_existing_folder_is_kept(command, corpus, torchrun_run, exported):
+    checkpoint = torchrun_run / "checkpoints" / "step-00000003"
+    again = ["export", checkpoint, exported, "--tokenizer", corpus.tokenizer, "--data", corpus.validation]
+    finished = command(*again, check=False)
+    assert finished.returncode == 2 and "exists already" in finished.stderr
+
+
+def test_another_tokenizer_is_refused(command, corpus, torchrun_run, tmp_path):
+    from megatron_dlm.data.tokenizer import train_tokenizer
+    from tests.helpers.tiny import sentences
+
+    train_tokenizer(sentences(100, seed=9), 290, tmp_path / "tok")
+    checkpoint = torchrun_run / "checkpoints" / "step-00000003"
+    words = [
+        "export",
+        checkpoint,
+        tmp_path / "f",
+        "--tokenizer",
+        tmp_path / "tok",
+        "--data",
+        corpus.validation,
+    ]
+    finished = command(*words, check=False)
+    assert finished.returncode == 2 and "is not the one the model was trained with" in finished.stderr
+
+
+def test_evaluation_does_not_depend_on_the_layout(command, corpus, torchrun_run, tmp_path, read_json):
+    checkpoint = torchrun_run / "checkpoints" / "step-00000003"
+    common = ["evaluate", checkpoint, "--data", corpus.validation, "--num-batches", 2, "--batch-size", 8]
+    out = command(*common, "--micro-batch-size", 8, "--output", tmp_path / "one.json").stdout
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words += [
+        "-m",
+        "megatron_dlm",
+        *map(str, common),
+        "--micro-batch-size",
+        "2",
+        "--output",
+        str(tmp_path / "two.json"),
+    ]
+    words += ["--parallel.pipeline-model-parallel-size", "2"]
+    subprocess.run(
+        words, check=True, capture_output=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    one, two = read_json(tmp_path / "one.json"), read_json(tmp_path / "two.json")
+    assert one["nats_per_token"] == pytest.approx(two["nats_per_token"], rel=1e-6)
+    assert "nats/token" in out and "bits/byte" in out
+    ratio = one["bits_per_byte"] / one["nats_per_token"]
+    manifest = read_json(f"{corpus.validation}.json")
+    assert ratio == pytest.approx(manifest["num_tokens"] / manifest["num_text_bytes"] / 0.6931471805599453)
+
+
+def test_ar_trains_and_exports(command, corpus, tmp_path):
+    recipe = "examples/ar/tiny.py"
+    command(*arguments_for(corpus, tmp_path / "run", recipe=recipe, steps=3))
+    folder = export(corpus, tmp_path / "run", tmp_path / "folder", "--dtype", "bf16")
+    finished = check_export(folder, "--tolerance", "0.02")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("objective", ["mdlm", "ar"])
+def test_quickstart(objective, tmp_path, read_json):
+    output = tmp_path / "quickstart"
+    command = [sys.executable, "examples/quickstart.py", "--objective", objective, "--output", str(output)]
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert read_json(output / "summary.json")["below the unigram entropy"] == "yes"
+    assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,79 @@
+import json
+
+import pytest
+
+from megatron_dlm.checkpointing.storage import CheckpointConfig, CheckpointRoot, verify
+from megatron_dlm.interfaces import InputError
+
+
+def make(root, step, content=b"weights"):
+    directory = root.prepare(step)
+    (directory / "a.distcp").write_bytes(content)
+    (directory / "b.json").write_text("{}")
+    return root.publish(step)
+
+
+def test_a_checkpoint_appears_when_complete(tmp_path):
+    root = CheckpointRoot(tmp_path / "run")
+    assert root.complete() == []
+    root.prepare(5)
+    (root.temporary(5) / "a").write_bytes(b"x")
+    assert root.complete() == []
+    final = root.publish(5)
+    assert root.complete() == [final] == [tmp_path / "run" / "step-00000005"]
+    assert not root.temporary(5).exists()
+    verify(final)
+
+
+def test_leftovers_of_a_killed_save_are_passed_over_and_removed(tmp_path):
+    root = CheckpointRoot(tmp_path)
+    make(root, 1)
+    root.prepare(2)
+    (tmp_path / "step-00000003").mkdir()  # complete name, no manifest
+    assert [path.name for path in root.complete()] == ["step-00000001"]
+    make(root, 4)
+    assert not root.temporary(2).exists()
+
+
+def test_order_and_retention(tmp_path):
+    root = CheckpointRoot(tmp_path)
+    for step in (1, 20, 3):
+        make(root, step)
+    assert [path.name for path in root.complete()] == ["step-00000001", "step-00000003", "step-00000020"]
+    root.retain(0)
+    assert len(root.complete()) == 3
+    root.retain(2)
+    assert [path.name for path in root.complete()] == ["step-00000003", "step-00000020"]
+
+
+def test_the_same_step_can_be_saved_again(tmp_path):
+    root = CheckpointRoot(tmp_path)
+    make(root, 1, b"old")
+    assert (make(root, 1, b"new") / "a.distcp").read_bytes() == b"new"
+
+
+DAMAGE = {
+    "flip": (lambda d: (d / "a.distcp").write_bytes(b"weighty"), "SHA-256 differs"),
+    "cut": (lambda d: (d / "a.distcp").write_bytes(b"we"), "not the 7 bytes"),
+    "missing": (lambda d: (d / "a.distcp").unlink(), "missing"),
+    "foreign": (lambda d: (d / "c").write_bytes(b""), "not in the manifest"),
+    "manifest": (lambda d: (d / "manifest.json").unlink(), "not a complete checkpoint"),
+    "manifest json": (lambda d: (d / "manifest.json").write_text("{"), "unreadable"),
+    "manifest empty": (lambda d: (d / "manifest.json").write_text("{}"), "lists no files"),
+    "manifest list": (lambda d: (d / "manifest.json").write_text(json.dumps([1])), "not a JSON object"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_found_and_named(tmp_path, name):
+    damage, message = DAMAGE[name]
+    directory = make(CheckpointRoot(tmp_path), 1)
+    damage(directory)
+    with pytest.raises(InputError, match=message) as error:
+        verify(directory)
+    assert str(directory) in str(error.value)
+
+
+def test_config_is_checked():
+    with pytest.raises(InputError, match=r"checkpoint.save_every: 0 is below 1"):
+        CheckpointConfig(save_every=0)
