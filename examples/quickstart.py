@@ -41,7 +41,7 @@ def main() -> int:
     parser.add_argument(
         "--output", type=Path, help="directory, emptied first (default runs/quickstart-OBJECTIVE)"
     )
-    parser.add_argument("--steps", type=int, default=300, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=360, help="optimizer steps (default 360)")
     arguments = parser.parse_args()
     output: Path = arguments.output or ROOT / "runs" / f"quickstart-{arguments.objective}"
     try:
@@ -60,6 +60,7 @@ class Quickstart:
 
     def __init__(self, output: Path, objective: str, steps: int) -> None:
         self._started = time.monotonic()
+        self._laps: dict[str, float] = {}
         self._output = output
         self._objective = objective
         self._steps = steps
@@ -74,11 +75,20 @@ class Quickstart:
         texts = standard_library_sources() if data is None else documents_of(data, json_key)
         train_text, held_out_text = self._split(texts)
         tokenizer, shards = self._index(train_text, held_out_text)
+        self._lap("corpus, tokenizer, shards")
         stopped_at = self._train(shards)
+        self._lap("training")
         checkpoint = max((self._run_directory / "checkpoints").glob("step-????????"))
         evaluation = self._evaluate(checkpoint, shards)
+        self._lap("evaluation")
         export = self._export(checkpoint, tokenizer, shards)
+        self._lap("export and check")
         self._report(stopped_at, evaluation, export, shards)
+
+    def _lap(self, stage: str) -> None:
+        """Note how long a stage took."""
+        now = time.monotonic()
+        self._laps[stage] = now - self._started - sum(self._laps.values())
 
     def _split(self, texts: Iterator[str]) -> tuple[Path, Path]:
         """Every twentieth document is held out."""
@@ -126,14 +136,18 @@ class Quickstart:
             *("--parallel.intra-op-threads", max(1, (os.cpu_count() or 1) // PROCESSES)),
         ]
         words = announce(command)
-        process = subprocess.Popen(words)
-        while process.poll() is None and self._last_step() < self._steps // 2:
-            time.sleep(0.2)
-        if process.poll() is not None:
-            raise subprocess.CalledProcessError(process.returncode, words)
-        print("-- SIGTERM: the run saves and stops", flush=True)
-        process.send_signal(signal.SIGTERM)
-        process.wait()
+        # torchrun meets a signal with a traceback of its own, which would look like a fault of the run.
+        with (self._output / "stopped-run.log").open("w+", encoding="utf-8") as log:
+            process = subprocess.Popen(words, stderr=log)
+            while process.poll() is None and self._last_step() < self._steps // 2:
+                time.sleep(0.2)
+            if process.poll() is not None:
+                log.seek(0)
+                print(log.read(), file=sys.stderr)
+                raise subprocess.CalledProcessError(process.returncode, words)
+            print("-- SIGTERM: the run saves and stops", flush=True)
+            process.send_signal(signal.SIGTERM)
+            process.wait()
         checkpoints = sorted((self._run_directory / "checkpoints").glob("step-????????"))
         stopped_at = int(checkpoints[-1].name.removeprefix("step-"))
         print(f"-- stopped and saved at step {stopped_at}; the same command resumes", flush=True)
@@ -184,6 +198,7 @@ class Quickstart:
             "loss curve": str(curve),
             "Hugging Face folder": str(self._output / "hugging-face"),
             "time": duration(time.monotonic() - self._started),
+            **{f"    {stage}": duration(seconds) for stage, seconds in self._laps.items()},
         }
         for name, value in rows.items():
             table.add_row(name, value)

@@ -20,6 +20,7 @@ from megatron_dlm.interfaces import InputError
 from megatron_dlm.models.denoiser import Denoiser
 from megatron_dlm.platform import distributed_optimizer
 from megatron_dlm.platform.files import write_json
+from megatron_dlm.platform.mcore import keep_save_results_in_process
 from megatron_dlm.platform.parallel import ParallelState
 
 RUN_RECORD, PROGRESS_RECORD = "run.json", "progress.json"
@@ -57,6 +58,7 @@ def save(
     strategy = FullyParallelSaveStrategyWrapper(
         TorchDistSaveShardedStrategy("torch_dist", 1), parallel.data_group, False
     )
+    keep_save_results_in_process()
     described = {key: value for key, value in _metadata(parallel).items() if key != "dp_cp_group"}
     dist_checkpointing.save(state, str(root.temporary(step)), strategy, content_metadata=described)
     if parallel.rank == 0:
