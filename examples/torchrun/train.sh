@@ -20,14 +20,18 @@ if [[ $# -eq 0 ]]; then
     exit 2
 fi
 python=${PYTHON:-python}
-gpus=$({ command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus || true; } | wc -l)
+gpus=0
+if command -v nvidia-smi >/dev/null; then
+    gpus=$(nvidia-smi --list-gpus | wc -l)
+fi
+# torchrun forwards only these to the workers; USR1 would otherwise kill it and leave them behind.
+signals=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
 nodes=${NUM_NODES:-1}
 per_node=${GPUS_PER_NODE:-$((gpus > 0 ? gpus : 1))}
 command=("$python" -m torch.distributed.run
     --nnodes "$nodes" --node-rank "${NODE_RANK:-0}" --nproc-per-node "$per_node"
     --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}"
-    # torchrun forwards only these to the workers; USR1 would otherwise kill it and leave them behind.
-    --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
+    --signals-to-handle "$signals"
     -m megatron_dlm train "$@")
 if $dry_run; then
     printf '%q ' "${command[@]}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -54,4 +55,6 @@ def _one_line(panel: str) -> str:
     """The words of tyro's error panel without its frame and its pointer to --help."""
     words = "".join(" " if character in "│╭╮╰╯─" else character for character in panel).split()
     text = " ".join(words)
-    return text.split("For full helptext")[0].removeprefix("Parsing error").strip()
+    text = text.split("For full helptext")[0].removeprefix("Parsing error").strip()
+    # Our own InputError, raised while a section was built, already names its field.
+    return re.sub(r"^Value error Error parsing \S+: ", "", text)

@@ -28,7 +28,9 @@ class JsonLinesWriter:
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / METRICS_FILE
         kept = [json.dumps(entry) for entry in read_metrics(directory) if entry["step"] <= first_step]
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        temporary.replace(path)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, kind: str, step: int, metrics: dict[str, float | int]) -> None:

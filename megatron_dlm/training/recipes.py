@@ -17,11 +17,11 @@ def tiny_run(objective: ObjectiveConfig) -> RunConfig:
     """3.1M body parameters, 256 tokens, for a laptop: a larger learning rate, a shorter warm-up."""
     return RunConfig(
         directory=Path(f"runs/{objective.name}-tiny"),
-        model=ModelConfig(num_layers=5, hidden_size=192, num_attention_heads=4, ffn_hidden_size=768),
+        model=ModelConfig(num_layers=4, hidden_size=224, num_attention_heads=4, ffn_hidden_size=896),
         objective=objective,
         data=_data(f"runs/quickstart-{objective.name}/data", "held-out", seq_length=256),
         training=TrainingConfig(num_steps=360, global_batch_size=8, micro_batch_size=4),
-        schedule=LrScheduleConfig(lr=2e-3, min_lr=2e-4, warmup_steps=20, decay_steps=360),
+        schedule=LrScheduleConfig(lr=1e-3, min_lr=1e-4, warmup_steps=20, decay_steps=360),
         evaluation=EvaluationConfig(every=90, num_batches=2, batch_size=64),
         checkpoint=CheckpointConfig(save_every=100, keep_last=2),
     )

@@ -46,7 +46,10 @@ BAD = {
     "flag": (["train", RECIPE, "--training.num-stepz", "3"], "--training.num-stepz"),
     "type": (["train", RECIPE, "--training.num-steps", "many"], "many"),
     "choice": (["train", RECIPE, "--training.precision", "fp8"], "fp8"),
-    "range": (["train", RECIPE, "--training.num-steps", "0"], "training.num_steps: 0 is below 1"),
+    "range": (
+        ["train", RECIPE, "--training.num-steps", "0"],
+        "train: error: training.num_steps: 0 is below 1",
+    ),
     "recipe": (["train", "no/such.py"], "recipe: no/such.py: no such file"),
     "recipe suffix": (["train", "README.md"], "recipe: README.md: suffix '.md' is neither .py nor .json"),
     "recipe first": (
@@ -59,7 +62,7 @@ BAD = {
     ),
     "tensor does not divide": (
         ["train", RECIPE, "--parallel.tensor-model-parallel-size", "5", "--dry-run", "5"],
-        "parallel.tensor_model_parallel_size: 5 does not divide model.ffn_hidden_size 768",
+        "parallel.tensor_model_parallel_size: 5 does not divide model.ffn_hidden_size 896",
     ),
     "batch": (
         ["train", RECIPE, "--training.micro-batch-size", "3"],

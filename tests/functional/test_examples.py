@@ -239,5 +239,5 @@ def test_quickstart(objective, tmp_path, read_json):
     command = [sys.executable, "examples/quickstart.py", "--objective", objective, "--output", str(output)]
     finished = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert read_json(output / "summary.json")["below the unigram entropy"] == "yes"
+    assert read_json(output / "summary.json")["end below the training data's entropy"] == "yes"
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
