@@ -34,6 +34,7 @@ setup(
         "psutil",
         "numpy>=1.26",
         "safetensors>=0.4",
+        "huggingface-hub>=0.25",
         "tokenizers>=0.20",
         "gigatoken>=0.10",
         "tyro>=1.0,<2",

@@ -18,13 +18,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_dlm.data.corpus import read_documents
+from megatron_dlm.data.corpus import check_readable, read_texts
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.telemetry.plots import plot_loss
 from megatron_dlm.telemetry.writers import duration, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
-VOCABULARY_SIZE = 8192
+SMALLEST_STEPS = 30
 PROCESSES = 2
 HELD_OUT_EVERY = 20
 SMALLEST_CORPUS_BYTES = 10_000_000
@@ -39,40 +39,49 @@ def main() -> int:
     )
     parser.add_argument("--json-key", default="text", help="member of each JSON line that holds the text")
     parser.add_argument(
-        "--output", type=Path, help="directory, emptied first (default runs/quickstart-OBJECTIVE)"
+        "--output", type=Path, help="directory, of its own, emptied first (default runs/quickstart-OBJECTIVE)"
     )
-    parser.add_argument("--steps", type=int, default=360, help="optimizer steps (default 360)")
+    parser.add_argument("--steps", type=int, default=320, help="optimizer steps (default 320)")
+    parser.add_argument(
+        "--vocab-size",
+        type=int,
+        default=8192,
+        help="ids of the tokenizer; fewer for a small file (default 8192)",
+    )
     arguments = parser.parse_args()
     output: Path = arguments.output or ROOT / "runs" / f"quickstart-{arguments.objective}"
     try:
-        Quickstart(output, arguments.objective, arguments.steps).run(arguments.data, arguments.json_key)
+        job = Quickstart(output, arguments.objective, arguments.steps, arguments.vocab_size)
+        job.run(arguments.data, arguments.json_key)
     except InputError as error:
         print(f"quickstart: error: {error}", file=sys.stderr)
         return 2
     except subprocess.CalledProcessError as error:
         print(f"quickstart: error: {shlex.join(error.cmd)} ended with {error.returncode}", file=sys.stderr)
-        return 1
+        return error.returncode
     return 0
 
 
 class Quickstart:
     """The stages, in order, over one output directory."""
 
-    def __init__(self, output: Path, objective: str, steps: int) -> None:
+    def __init__(self, output: Path, objective: str, steps: int, vocabulary_size: int) -> None:
         self._started = time.monotonic()
         self._laps: dict[str, float] = {}
         self._output = output
         self._objective = objective
         self._steps = steps
+        self._vocabulary_size = vocabulary_size
         self._run_directory = output / "run"
 
     def run(self, data: Path | None, json_key: str) -> None:
         """All stages, then the summary."""
-        if data is not None and not data.is_file():
-            raise InputError(f"--data: {data}: no such file")
-        shutil.rmtree(self._output, ignore_errors=True)
-        self._output.mkdir(parents=True)
-        texts = standard_library_sources() if data is None else documents_of(data, json_key)
+        if data is not None:
+            check_readable(data)
+        if self._steps < SMALLEST_STEPS:
+            raise InputError(f"--steps: {self._steps} is below {SMALLEST_STEPS}")
+        self._empty_output()
+        texts = standard_library_sources() if data is None else read_texts(data, json_key)
         train_text, held_out_text = self._split(texts)
         tokenizer, shards = self._index(train_text, held_out_text)
         self._lap("corpus, tokenizer, shards")
@@ -86,6 +95,15 @@ class Quickstart:
         below = self._report(stopped_at, evaluation, export, shards)
         if data is None and not below:
             raise InputError(f"--steps: {self._steps} steps do not reach the unigram entropy of the data")
+
+    def _empty_output(self) -> None:
+        """Remove an earlier quickstart's files, and nobody else's."""
+        marker = self._output / ".megatron-dlm-quickstart"
+        if self._output.exists() and any(self._output.iterdir()) and not marker.exists():
+            raise InputError(f"--output: {self._output} holds files that no quickstart made")
+        shutil.rmtree(self._output, ignore_errors=True)
+        self._output.mkdir(parents=True)
+        marker.touch()
 
     def _lap(self, stage: str) -> None:
         """Note how long a stage took."""
@@ -118,7 +136,7 @@ class Quickstart:
             "--output",
             tokenizer,
             "--vocab-size",
-            VOCABULARY_SIZE,
+            self._vocabulary_size,
         )
         shards = self._output / "data" / "train", self._output / "data" / "held-out"
         for text, shard in zip((train_text, held_out_text), shards, strict=True):
@@ -134,7 +152,7 @@ class Quickstart:
             *("--data.train", shards[0], "--data.validation", shards[1]),
             *("--training.num-steps", self._steps, "--schedule.decay-steps", self._steps),
             *("--evaluation.every", max(1, self._steps // 4)),
-            *("--parallel.tensor-model-parallel-size", PROCESSES),
+            *("--parallel.device", "cpu", "--parallel.tensor-model-parallel-size", PROCESSES),
             *("--parallel.intra-op-threads", max(1, (os.cpu_count() or 1) // PROCESSES)),
         ]
         words = announce(command)
@@ -191,7 +209,7 @@ class Quickstart:
             "training tokens in the corpus": f"{train['num_tokens']:,}",
             "steps; stopped by SIGTERM and resumed at": f"{self._steps}; {stopped_at}",
             "training speed (median)": f"{statistics.median(speeds):,.0f} tokens/s on {PROCESSES} processes",
-            "ln(V - 1)": f"{math.log(VOCABULARY_SIZE - 1):.4f} nats/token",
+            "ln(V - 1)": f"{math.log(self._vocabulary_size - 1):.4f} nats/token",
             "validation bound, start": f"{start:.4f} nats/token",
             "unigram entropy of the training data": f"{entropy:.4f} nats/token",
             "unigram entropy of the held-out data": f"{held_out['unigram_entropy_nats']:.4f} nats/token",
@@ -229,14 +247,6 @@ def standard_library_sources() -> Iterator[str]:
             yield text
     if total < SMALLEST_CORPUS_BYTES:
         raise InputError(f"{library}: only {total:,} bytes of source; pass a text file with --data")
-
-
-def documents_of(path: Path, json_key: str) -> Iterator[str]:
-    """The documents of a user's file; an unusable line ends the run."""
-    for document in read_documents(path, json_key):
-        if document.text is None:
-            raise InputError(f"--data: {path}:{document.line_number}: {document.reject_reason}")
-        yield document.text
 
 
 def announce(command: list[Any]) -> list[str]:

@@ -40,7 +40,7 @@ def sizes_table():
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    """Tokenizer of 300 ids and two shards, made once."""
+    """Tokenizer of 301 ids, which tensor parallelism pads, and two shards, made once."""
     return tiny.make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
@@ -50,7 +50,7 @@ def command():
 
     def run(*arguments, check=True, timeout=240, **environment):
         words = [sys.executable, "-m", "megatron_dlm", *map(str, arguments)]
-        env = os.environ | {"OMP_NUM_THREADS": "1", **environment}
+        env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
         finished = subprocess.run(words, capture_output=True, text=True, env=env, timeout=timeout, cwd=ROOT)
         if check and finished.returncode:
             pytest.fail(f"{words} ended with {finished.returncode}:\n{finished.stdout}\n{finished.stderr}")

@@ -23,7 +23,8 @@ if [[ $# -eq 0 ]]; then
 fi
 python=${PYTHON:-python}
 # srun hands USR1 (sent 120 s before the time limit) to the tasks, which save and end with exit code 3.
-command=(srun --kill-on-bad-exit=0 "$python" -m megatron_dlm train "$@")
+# One rank that fails must not leave the others waiting; a save in progress has a minute to end.
+command=(srun --kill-on-bad-exit=0 --wait=60 "$python" -m megatron_dlm train "$@")
 if $dry_run; then
     tasks=${SLURM_NTASKS:-$((${NUM_NODES:-1} * ${GPUS_PER_NODE:-1}))}
     printf '%q ' "${command[@]}"

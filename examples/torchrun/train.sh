@@ -27,6 +27,10 @@ fi
 # torchrun forwards only these to the workers; USR1 would otherwise kill it and leave them behind.
 signals=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
 nodes=${NUM_NODES:-1}
+if [[ $nodes -gt 1 && -z ${MASTER_ADDR:-} ]]; then
+    echo "train.sh: error: MASTER_ADDR: not set; $nodes nodes need the address of node 0" >&2
+    exit 2
+fi
 per_node=${GPUS_PER_NODE:-$((gpus > 0 ? gpus : 1))}
 command=("$python" -m torch.distributed.run
     --nnodes "$nodes" --node-rank "${NODE_RANK:-0}" --nproc-per-node "$per_node"

@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
@@ -15,18 +14,18 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 )
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
+from megatron_dlm.checkpointing.safe_metadata import check_metadata
 from megatron_dlm.checkpointing.storage import CheckpointRoot, verify
-from megatron_dlm.interfaces import InputError
 from megatron_dlm.models.denoiser import Denoiser
 from megatron_dlm.platform import distributed_optimizer
 from megatron_dlm.platform.files import write_json
 from megatron_dlm.platform.mcore import keep_save_results_in_process
-from megatron_dlm.platform.parallel import ParallelState
+from megatron_dlm.platform.parallel import ParallelState, on_first_rank
 
 RUN_RECORD, PROGRESS_RECORD = "run.json", "progress.json"
 
-# Byte objects inside a checkpoint are pickles; torch then accepts tensors and plain containers only.
-os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
+# common.pt and byte objects are pickles too; with this torch accepts tensors and plain containers only.
+os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 
 
 def save(
@@ -47,9 +46,7 @@ def save(
         parallel: this process's place.
         records: JSON values by file name, written by rank 0.
     """
-    if parallel.rank == 0:
-        root.prepare(step)
-    dist.barrier()
+    on_first_rank(parallel, lambda: root.prepare(step))
     state = _model_state(denoiser, parallel)
     with distributed_optimizer.correct_slices(optimizer):
         state["optimizer"] = optimizer.sharded_state_dict(
@@ -61,11 +58,7 @@ def save(
     keep_save_results_in_process()
     described = {key: value for key, value in _metadata(parallel).items() if key != "dp_cp_group"}
     dist_checkpointing.save(state, str(root.temporary(step)), strategy, content_metadata=described)
-    if parallel.rank == 0:
-        for name, record in records.items():
-            write_json(root.temporary(step) / name, record)
-        root.publish(step)
-    dist.barrier()
+    on_first_rank(parallel, lambda: _publish(root, step, records))
 
 
 def load(directory: Path, denoiser: Denoiser, optimizer: Any | None, parallel: ParallelState) -> None:
@@ -102,17 +95,20 @@ def verify_on_all_ranks(directory: Path, parallel: ParallelState) -> None:
         parallel: this process's place.
 
     Raises:
-        InputError: the checkpoint is incomplete or damaged.
+        InputError: the checkpoint is incomplete, damaged or hostile.
     """
-    found: list[str | None] = [None]
-    if parallel.rank == 0:
-        try:
-            verify(directory)
-        except InputError as error:
-            found = [str(error)]
-    dist.broadcast_object_list(found, src=0)
-    if found[0] is not None:
-        raise InputError(found[0])
+
+    def check() -> None:
+        verify(directory)
+        check_metadata(directory)
+
+    on_first_rank(parallel, check)
+
+
+def _publish(root: CheckpointRoot, step: int, records: dict[str, Any]) -> None:
+    for name, record in records.items():
+        write_json(root.temporary(step) / name, record)
+    root.publish(step)
 
 
 def _model_state(denoiser: Denoiser, parallel: ParallelState) -> dict[str, Any]:

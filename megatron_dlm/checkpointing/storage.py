@@ -25,7 +25,9 @@ class CheckpointConfig:
     keep_last: int = 0
     """Complete checkpoints to keep; 0 keeps all."""
     initialize_from: Path | None = None
-    """Checkpoint whose weights start a new run with fresh optimizer, schedule, data and step 0."""
+    """Checkpoint whose weights start a new run with fresh optimizer, schedule, data and step 0.
+
+    At bf16 the fp32 main parameters start from the bf16 weights."""
 
     def __post_init__(self) -> None:
         if self.save_every < 1:
@@ -80,14 +82,21 @@ class CheckpointRoot:
             files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         write_json(temporary / MANIFEST, {"files": files})
         if final.exists():
-            shutil.rmtree(final)
+            _remove(final)
         commit(temporary, final)
         return final
 
     def retain(self, keep_last: int) -> None:
         """Remove all but the newest `keep_last` complete checkpoints; 0 keeps all."""
         for path in self.complete()[:-keep_last] if keep_last else []:
-            shutil.rmtree(path)
+            _remove(path)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint so that a kill half way leaves none that looks complete."""
+    doomed = checkpoint.with_name(checkpoint.name + ".old.tmp")
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def verify(directory: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from megatron_dlm.cli.arguments import parse
+from megatron_dlm.interfaces import InputError
 from megatron_dlm.platform.parallel import ParallelConfig
 from megatron_dlm.training.run_config import EvaluationConfig
 
@@ -27,6 +28,8 @@ class EvaluateConfig:
     """Samples of a batch, among which the diffusion times are stratified."""
     micro_batch_size: int = 8
     """Samples of one forward pass."""
+    seed: int = 0
+    """Of the blocks, times and noise; models are compared at the same seed."""
     output: Path | None = None
     """JSON file for the result."""
     parallel: ParallelConfig = ParallelConfig()
@@ -38,13 +41,18 @@ def run(arguments: list[str]) -> int:
     from megatron_dlm.platform.files import write_json
     from megatron_dlm.training.use_checkpoint import evaluate_checkpoint
 
-    evaluation = EvaluationConfig(num_batches=config.num_batches, batch_size=config.batch_size)
+    if config.output is not None and not config.output.parent.is_dir():
+        raise InputError(f"output: {config.output.parent}: no such directory")
+    evaluation = EvaluationConfig(
+        num_batches=config.num_batches, batch_size=config.batch_size, seed=config.seed
+    )
     result, is_first = evaluate_checkpoint(
         config.checkpoint, config.data, evaluation, config.parallel, config.micro_batch_size
     )
     if is_first:
+        error = "" if result.standard_error is None else f" +- {result.standard_error:.4f}"
         print(
-            f"{config.checkpoint}: {result.nats_per_token:.4f} +- {result.standard_error:.4f} nats/token, "
+            f"{config.checkpoint}: {result.nats_per_token:.4f}{error} nats/token, "
             f"{result.bits_per_byte:.4f} bits/byte, perplexity {result.perplexity:.2f}, "
             f"{result.tokens:,} tokens"
         )

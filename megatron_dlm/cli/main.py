@@ -62,7 +62,11 @@ def fail(program: str, message: str) -> None:
 
     torch_distributed = sys.modules.get("torch.distributed")
     started = torch_distributed is not None and torch_distributed.is_initialized()
-    rank = detect_environment().rank
+    try:
+        rank = detect_environment().rank
+    except InputError:
+        # The environment itself is the fault, and it names no rank.
+        rank = 0
     if started or rank == 0:
         where = f" on rank {rank}" if started else ""
         print(f"{program}: error{where}: {' '.join(message.split())}", file=sys.stderr, flush=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from megatron_dlm.cli.arguments import parse
@@ -29,17 +29,13 @@ def run(arguments: list[str]) -> int:
     if arguments[:1] != ["train"]:
         raise InputError("usage: megatron-dlm tokenizer train --input FILE ... --output DIRECTORY")
     config = parse(TokenizerTrainConfig, arguments[1:], verb="tokenizer train")
-    from megatron_dlm.data.corpus import read_documents
+    from megatron_dlm.data.corpus import check_readable, read_texts
     from megatron_dlm.data.tokenizer import load_tokenizer, train_tokenizer
 
-    def texts() -> Iterator[str]:
-        for path in config.input:
-            for document in read_documents(path, config.json_key):
-                if document.text is None:
-                    raise InputError(f"input: {path}:{document.line_number}: {document.reject_reason}")
-                yield document.text
-
-    train_tokenizer(texts(), config.vocab_size, config.output)
+    for path in config.input:
+        check_readable(path)
+    texts = chain.from_iterable(read_texts(path, config.json_key) for path in config.input)
+    train_tokenizer(texts, config.vocab_size, config.output)
     loaded = load_tokenizer(config.output)
     print(
         f"tokenizer with {loaded.vocabulary.size} ids in {config.output} (SHA-256 {loaded.fingerprint[:16]})"

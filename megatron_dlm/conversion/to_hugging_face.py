@@ -57,6 +57,7 @@ class ExportSource:
     objective: ObjectiveConfig
     tokenizer: LoadedTokenizer
     seq_length: int
+    head_rows_per_chunk: int
     steps: int
 
 
@@ -152,7 +153,12 @@ def _write_check(source: ExportSource, inputs: ModelInputs, targets: Targets, di
     """A noisy batch, some logits and the bound the trained model gives: what a reload must reproduce."""
     objective: Objective = source.objective.build(source.denoiser.vocabulary)
     head = source.denoiser.head
-    _, bound = head.losses(source.denoiser(inputs), targets, objective.loss_and_dlogits, rows_per_chunk=1024)
+    _, bound = head.losses(
+        source.denoiser(inputs),
+        targets,
+        objective.loss_and_dlogits,
+        rows_per_chunk=source.head_rows_per_chunk,
+    )
     one = ModelInputs(
         token_ids_BL=inputs.token_ids_BL[:1],
         position_ids_BL=inputs.position_ids_BL[:1],

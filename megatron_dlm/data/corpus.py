@@ -32,6 +32,36 @@ def read_documents(path: Path, json_key: str) -> Iterator[Document]:
 
     Yields:
         One entry per JSON line, or per block of text lines between blank lines.
+    """
+    check_readable(path)
+    reader = _read_jsonl(path, json_key) if path.suffix == ".jsonl" else _read_text(path)
+    yield from reader
+
+
+def read_texts(path: Path, json_key: str) -> Iterator[str]:
+    """Texts of one file's documents.
+
+    Args:
+        path: as for `read_documents`.
+        json_key: as for `read_documents`.
+
+    Yields:
+        The text of each document.
+
+    Raises:
+        InputError: a document is unusable.
+    """
+    for document in read_documents(path, json_key):
+        if document.text is None:
+            raise InputError(f"input: {path}:{document.line_number}: {document.reject_reason}")
+        yield document.text
+
+
+def check_readable(path: Path) -> None:
+    """Refuse a file that cannot be input.
+
+    Args:
+        path: a `.jsonl` or `.txt` file.
 
     Raises:
         InputError: the file is missing or has another suffix.
@@ -40,8 +70,6 @@ def read_documents(path: Path, json_key: str) -> Iterator[Document]:
         raise InputError(f"input: {path}: suffix {path.suffix!r} is not one of {', '.join(SUFFIXES)}")
     if not path.is_file():
         raise InputError(f"input: {path}: no such file")
-    reader = _read_jsonl(path, json_key) if path.suffix == ".jsonl" else _read_text(path)
-    yield from reader
 
 
 def _read_jsonl(path: Path, json_key: str) -> Iterator[Document]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_dlm.data.corpus import Document, read_documents
+from megatron_dlm.data.corpus import Document, check_readable, read_documents
 from megatron_dlm.data.manifest import FileDigest, Manifest, SourceCount, shard_path, write_manifest
 from megatron_dlm.data.shard import ShardWriter, token_dtype
 from megatron_dlm.data.tokenizer import SAMPLE_DOCUMENTS, Backend, choose_encoder, load_tokenizer
@@ -66,6 +66,8 @@ def build_shard(config: IndexConfig, on_progress: Callable[[IndexProgress], None
     Raises:
         InputError: unreadable input or tokenizer, too many rejects, no documents, a mask id in the output.
     """
+    for path in config.input:
+        check_readable(path)
     loaded = load_tokenizer(config.tokenizer)
     documents = chain.from_iterable(read_documents(path, config.json_key) for path in config.input)
     sample = list(islice(documents, SAMPLE_DOCUMENTS))
@@ -97,7 +99,6 @@ def build_shard(config: IndexConfig, on_progress: Callable[[IndexProgress], None
                         counts.text_bytes, counts.documents, counts.tokens, time.monotonic() - started
                     )
                 )
-            rejects.close()
             if counts.documents == 0:
                 raise InputError("input: no documents with text")
         digests = tuple(
@@ -121,6 +122,7 @@ def build_shard(config: IndexConfig, on_progress: Callable[[IndexProgress], None
         shard_path(config.output, ".json").unlink(missing_ok=True)
         for suffix, path in temporary.items():
             commit(path, shard_path(config.output, suffix))
+        rejects.publish()
         write_manifest(config.output, manifest)
         return manifest
     finally:
@@ -168,7 +170,7 @@ class RejectLog:
                 )
         return usable
 
-    def close(self) -> None:
+    def publish(self) -> None:
         """Write the list, or remove an earlier run's where nothing was rejected."""
         if self._lines:
             self._path.write_text("".join(self._lines), encoding="utf-8")

@@ -27,6 +27,9 @@ class DataConfig:
     seq_length: int = 2048
     """Tokens of one sample."""
 
+    verify_checksums: bool = False
+    """Read both shards whole before the run and compare their SHA-256 with the manifests."""
+
     def __post_init__(self) -> None:
         if self.seq_length < 1:
             raise InputError(f"data.seq_length: {self.seq_length} is below 1")

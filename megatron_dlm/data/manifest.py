@@ -59,6 +59,11 @@ class Manifest:
     files: tuple[FileDigest, ...]
 
     @property
+    def tokens_sha256(self) -> str:
+        """Checksum of the `.bin` file."""
+        return next(digest.sha256 for digest in self.files if digest.name.endswith(".bin"))
+
+    @property
     def bytes_per_token(self) -> float:
         """UTF-8 bytes of text per token."""
         return self.num_text_bytes / self.num_tokens

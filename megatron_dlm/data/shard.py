@@ -87,13 +87,16 @@ class ShardWriter:
 class Shard:
     """A checked, memory-mapped shard.
 
-    Opening compares the index with the file sizes and with the manifest; it does not read the tokens.
+    Opening compares index, manifest and file sizes; `verify_checksums` also reads the tokens.
     """
 
     def __init__(self, prefix: Path) -> None:
         self.prefix = prefix
         self.manifest: Manifest = read_manifest(prefix)
         bin_path, idx_path = shard_path(prefix, ".bin"), shard_path(prefix, ".idx")
+        listed = {digest.name for digest in self.manifest.files}
+        if listed != {bin_path.name, idx_path.name}:
+            raise InputError(f"data: {prefix}: the manifest lists {sorted(listed)}, not its .bin and .idx")
         for digest in self.manifest.files:
             path = prefix.parent / digest.name
             if not path.is_file():
@@ -105,6 +108,12 @@ class Shard:
         dtype, self.document_lengths = read_index(idx_path, bin_path.stat().st_size)
         if len(self.document_lengths) == 0:
             raise InputError(f"data: {prefix}: no documents")
+        counts = (self.manifest.dtype, self.manifest.num_documents, self.manifest.num_tokens)
+        found = (dtype.name, len(self.document_lengths), int(self.document_lengths.sum(dtype=np.int64)))
+        if counts != found:
+            raise InputError(
+                f"data: {prefix}: the manifest says {counts} (dtype, documents, tokens), not {found}"
+            )
         self.tokens: NDArray[np.integer] = np.memmap(bin_path, dtype=dtype, mode="r")
 
     def verify_checksums(self) -> None:

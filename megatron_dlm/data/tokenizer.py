@@ -69,7 +69,7 @@ def load_tokenizer(directory: Path) -> LoadedTokenizer:
     try:
         content = path.read_bytes()
         tokenizer = Tokenizer.from_str(content.decode("utf-8"))
-        config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = dict(json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8")))
     except OSError as error:
         raise InputError(f"tokenizer: {error.filename}: {error.strerror}") from error
     except Exception as error:  # tokenizers raises plain Exception for a bad file
@@ -81,7 +81,8 @@ def load_tokenizer(directory: Path) -> LoadedTokenizer:
         directory=directory,
         tokenizer=tokenizer,
         vocabulary=Vocabulary(
-            size=tokenizer.get_vocab_size(with_added_tokens=True),
+            # Not the number of entries: ids may have gaps.
+            size=max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1,
             mask_token_id=_special_id(tokenizer, config, "mask_token", directory),
             eos_token_id=_special_id(tokenizer, config, "eos_token", directory),
             bos_token_id=_special_id(tokenizer, config, "bos_token", directory),
@@ -184,6 +185,8 @@ def _gigatoken_encoder(loaded: LoadedTokenizer) -> Encoder:
     import gigatoken
 
     description = json.loads((loaded.directory / TOKENIZER_FILE).read_text(encoding="utf-8"))
+    if any(not token["special"] for token in description["added_tokens"]):
+        raise ValueError("it has added tokens that are not special")
     # Without added tokens, text that spells one is plain text.
     description["added_tokens"] = []
     encode: Callable[..., list[list[int]]] = gigatoken.Tokenizer.from_json(

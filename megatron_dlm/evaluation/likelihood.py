@@ -14,8 +14,8 @@ class Likelihood:
     """NELBO (exact NLL for AR) of held-out data."""
 
     nats_per_token: float
-    standard_error: float
-    """Of nats_per_token over the batches; nan with one batch."""
+    standard_error: float | None
+    """Of nats_per_token over the batches; None with one batch. Too small where a shard was read twice."""
     bits_per_byte: float
     """Comparable across tokenizers and families."""
     tokens: int
@@ -46,5 +46,5 @@ def estimate_likelihood(
     means = np.array([bound / tokens for bound, tokens in results])
     tokens = sum(tokens for _, tokens in results)
     nats = sum(bound for bound, _ in results) / tokens
-    error = float(means.std(ddof=1) / math.sqrt(num_batches)) if num_batches > 1 else math.nan
+    error = float(means.std(ddof=1) / math.sqrt(num_batches)) if num_batches > 1 else None
     return Likelihood(nats, error, nats / math.log(2) / bytes_per_token, tokens)

@@ -1,8 +1,8 @@
 """Four defects in how megatron-core 0.16.1's DistributedOptimizer is saved and loaded, mended per instance.
 
 Three appear where neither transformer-engine nor apex provides FusedAdam (torch's AdamW then stands in), on
-CUDA too; the fourth, wrong slices in `fully_reshardable` saves, appears everywhere. Each has a test that
-fails once megatron-core no longer needs it.
+CUDA too; the fourth, wrong slices in `fully_reshardable` saves, appears everywhere. Tests in
+tests/distributed/test_upstream_defects.py leave the fixes out and fail once they are not needed any more.
 """
 
 from __future__ import annotations

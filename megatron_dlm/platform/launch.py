@@ -34,8 +34,9 @@ class ProcessEnvironment:
 def detect_environment(environ: Mapping[str, str] = os.environ) -> ProcessEnvironment:
     """The launcher's view of this process.
 
-    Order: torchrun (RANK), srun (SLURM_STEP_ID: a bare shell in an allocation does not count), Open MPI or
-    MPICH (OMPI_COMM_WORLD_RANK, PMI_RANK), else one process. A preset MASTER_ADDR or MASTER_PORT always
+    Order: torchrun (RANK), Open MPI (OMPI_COMM_WORLD_RANK; inside Slurm its processes carry the variables of
+    the srun that started its daemons), srun (SLURM_STEP_ID: a bare shell in an allocation does not count),
+    MPICH (PMI_RANK), else one process. A preset MASTER_ADDR or MASTER_PORT always
     wins, since node names do not resolve on every cluster.
 
     Args:
@@ -49,13 +50,13 @@ def detect_environment(environ: Mapping[str, str] = os.environ) -> ProcessEnviro
     """
     if "RANK" in environ and "WORLD_SIZE" in environ:
         return _build(environ, "torchrun", ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
-    if "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ:
-        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
-        return _build(environ, "slurm", names)
     if "OMPI_COMM_WORLD_RANK" in environ:
         prefix = "OMPI_COMM_WORLD_"
         names = (f"{prefix}RANK", f"{prefix}SIZE", f"{prefix}LOCAL_RANK", f"{prefix}LOCAL_SIZE")
         return _build(environ, "mpi", names)
+    if "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ:
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
+        return _build(environ, "slurm", names)
     if "PMI_RANK" in environ:
         return _build(environ, "mpi", ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"))
     return ProcessEnvironment(
@@ -101,10 +102,16 @@ def _master_addr(environ: Mapping[str, str], launcher: str, one_node: bool) -> s
     if one_node:
         return "127.0.0.1"
     if launcher == "slurm":
-        node_list = environ.get("SLURM_STEP_NODELIST", environ.get("SLURM_JOB_NODELIST", ""))
-        command = ["scontrol", "show", "hostnames", node_list]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+        return _first_slurm_node(environ.get("SLURM_STEP_NODELIST", environ.get("SLURM_JOB_NODELIST", "")))
     raise InputError("MASTER_ADDR: not set; a job over several nodes needs the address of rank 0")
+
+
+def _first_slurm_node(node_list: str) -> str:
+    command = ["scontrol", "show", "hostnames", node_list]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError) as error:
+        raise InputError(f"MASTER_ADDR: not set, and {' '.join(command)} did not tell the nodes") from error
 
 
 def _master_port(environ: Mapping[str, str]) -> int:

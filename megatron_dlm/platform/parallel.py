@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.platform.launch import ProcessEnvironment, start_process_group
@@ -26,6 +27,8 @@ class ParallelConfig:
     """Pipeline stages; must divide the number of layers."""
     use_distributed_optimizer: bool = True
     """Shard optimizer state over data parallel ranks (ZeRO-1)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes CUDA where the machine has it; the others refuse to run on anything else."""
     intra_op_threads: int = 1
     """CPU threads of one process; a different count changes the last bits of a CPU run."""
     collective_timeout_seconds: float = 1800.0
@@ -89,26 +92,37 @@ class ParallelState:
         return self.pipeline_rank == self.pipeline_size - 1
 
 
-def prepare_device(environment: ProcessEnvironment, intra_op_threads: int) -> torch.device:
+def prepare_device(environment: ProcessEnvironment, config: ParallelConfig) -> torch.device:
     """Choose the device, make megatron-core importable on it, pin the thread count.
 
     Must run before anything imports megatron-core.
 
     Args:
         environment: from `launch.detect_environment`.
-        intra_op_threads: CPU threads of this process.
+        config: names the device and the threads.
 
     Returns:
-        cuda:local_rank where CUDA is present, else cpu.
+        The CUDA device of this local rank (the only visible one where a launcher shows one each), or cpu.
+
+    Raises:
+        InputError: CUDA is asked for and absent, or there are more local processes than devices.
     """
     import torch
 
     # One queue to the GPU keeps megatron-core's overlapped collectives in order; it warns where unset.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    torch.set_num_threads(intra_op_threads)
+    torch.set_num_threads(config.intra_op_threads)
     _silence_megatron()
-    if torch.cuda.is_available():
-        device = torch.device("cuda", environment.local_rank)
+    present = torch.cuda.is_available()
+    if config.device == "cuda" and not present:
+        raise InputError("parallel.device: cuda is asked for, and this machine has no usable CUDA device")
+    if present and config.device != "cpu":
+        count = torch.cuda.device_count()
+        if count > 1 and environment.local_rank >= count:
+            raise InputError(
+                f"parallel.device: {environment.local_world_size} processes on a machine with {count} devices"
+            )
+        device = torch.device("cuda", environment.local_rank if count > 1 else 0)
         torch.cuda.set_device(device)
         return device
     from megatron_dlm.platform import cpu
@@ -142,7 +156,7 @@ def start_parallel(environment: ProcessEnvironment, config: ParallelConfig) -> P
         This process's place.
     """
     config.data_parallel_size(environment.world_size)
-    device = prepare_device(environment, config.intra_op_threads)
+    device = prepare_device(environment, config)
     start_process_group(
         environment,
         backend="nccl" if device.type == "cuda" else "gloo",
@@ -168,6 +182,44 @@ def start_parallel(environment: ProcessEnvironment, config: ParallelConfig) -> P
         data_group=parallel_state.get_data_parallel_group(),
         device=device,
     )
+
+
+T = TypeVar("T")
+
+
+def on_first_rank(state: ParallelState, action: Callable[[], T]) -> T:
+    """Run `action` on rank 0 and give its result to all ranks; all ranks call it.
+
+    Args:
+        state: this process's place.
+        action: of rank 0 alone; its result must be picklable.
+
+    Returns:
+        What the action returned, on every rank.
+
+    Raises:
+        InputError: rank 0's complaint, on every rank, so that none waits for one that has left.
+        RuntimeError: the text of any other failure of rank 0, on the other ranks.
+    """
+    import torch.distributed as dist
+
+    outcome: list[tuple[str, object]] = [("", None)]
+    failure: Exception | None = None
+    if state.rank == 0:
+        try:
+            outcome = [("done", action())]
+        except Exception as error:
+            failure = error
+            outcome = [("input" if isinstance(error, InputError) else "failure", str(error))]
+    dist.broadcast_object_list(outcome, src=0)
+    if failure is not None:
+        raise failure
+    kind, value = outcome[0]
+    if kind == "input":
+        raise InputError(str(value))
+    if kind == "failure":
+        raise RuntimeError(f"rank 0: {value}")
+    return value  # type: ignore[return-value]
 
 
 def stop_parallel() -> None:

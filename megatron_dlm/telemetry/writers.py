@@ -87,8 +87,9 @@ class ConsoleWriter:
     def _line(self, kind: str, step: int, metrics: dict[str, float | int]) -> str:
         head = f"{kind} step {step}/{self._num_steps}"
         if kind == "validation":
+            error = f" +- {metrics['standard_error']:.4f}" if "standard_error" in metrics else ""
             return (
-                f"{head} | {metrics['nats_per_token']:.4f} +- {metrics['standard_error']:.4f} nats/token "
+                f"{head} | {metrics['nats_per_token']:.4f}{error} nats/token "
                 f"| {metrics['bits_per_byte']:.4f} bits/byte"
             )
         return (

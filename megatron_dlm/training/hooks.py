@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from types import FrameType
 
 import torch
@@ -15,6 +16,8 @@ from megatron_dlm.platform.codec import encode
 from megatron_dlm.telemetry.writers import ConsoleWriter, JsonLinesWriter, TensorBoardWriter, Writer
 from megatron_dlm.training.session import Session
 from megatron_dlm.training.trainer import Hook, Progress, StepReport
+
+REPEATED_SIGNAL_SECONDS = 5.0
 
 
 class Telemetry:
@@ -42,24 +45,23 @@ class Telemetry:
 
 
 class LoggingHook(Hook):
-    """Reports every few steps: means since the last report."""
+    """Reports every few steps: losses and speed are means over the tokens since the last report."""
 
     def __init__(self, telemetry: Telemetry) -> None:
         self._telemetry = telemetry
-        self._seconds = 0.0
-        self._tokens = 0
+        self._reports: list[StepReport] = []
 
     def after_step(self, session: Session, progress: Progress, report: StepReport) -> None:
-        """Write the step's losses and the speed since the last report."""
-        self._seconds += report.seconds
-        self._tokens += report.tokens
+        """Write the means, and this step's learning rate, gradient norm and noise fingerprint."""
+        self._reports.append(report)
         if progress.step % session.config.telemetry.log_every:
             return
-        speed = self._tokens / self._seconds
+        tokens = sum(r.tokens for r in self._reports)
+        speed = tokens / sum(r.seconds for r in self._reports)
         steps_left = session.config.training.num_steps - progress.step
         metrics: dict[str, float | int] = {
-            "loss": report.loss,
-            "nats_per_token": report.nats_per_token,
+            "loss": sum(r.loss * r.tokens for r in self._reports) / tokens,
+            "nats_per_token": sum(r.nats_per_token * r.tokens for r in self._reports) / tokens,
             "lr": report.lr,
             "grad_norm": report.grad_norm,
             "tokens_per_second": speed,
@@ -68,7 +70,7 @@ class LoggingHook(Hook):
             "fingerprint": progress.fingerprint,
         }
         self._telemetry.write("train", progress.step, metrics)
-        self._seconds, self._tokens = 0.0, 0
+        self._reports = []
 
     def on_end(self, session: Session, progress: Progress) -> None:
         """Close the writers; this hook therefore comes last."""
@@ -96,10 +98,11 @@ class EvaluationHook(Hook):
         result = session.validation.run(session.config.evaluation)
         metrics: dict[str, float | int] = {
             "nats_per_token": result.nats_per_token,
-            "standard_error": result.standard_error,
             "bits_per_byte": result.bits_per_byte,
             "tokens": result.tokens,
         }
+        if result.standard_error is not None:
+            metrics["standard_error"] = result.standard_error
         self._telemetry.write("validation", progress.step, metrics)
 
 
@@ -126,6 +129,7 @@ class CheckpointHook(Hook):
                 "config": encode(session.config),
                 "vocabulary": encode(session.data.vocabulary),
                 "tokenizer_fingerprint": session.data.tokenizer_fingerprint,
+                "train_sha256": session.data.train_sha256,
             },
             PROGRESS_RECORD: {
                 "step": progress.step,
@@ -141,10 +145,15 @@ class CheckpointHook(Hook):
 
 
 class SignalHook(Hook):
-    """Stops the run after the current step when any rank got SIGTERM or SIGUSR1; a second one ends it."""
+    """Stops the run after the current step when any rank got SIGTERM or SIGUSR1.
+
+    Launchers deliver one signal twice (to the process and to its group), so only one that comes seconds
+    later means "at once".
+    """
 
     def __init__(self) -> None:
         self._received = 0
+        self._received_at = 0.0
 
     def on_start(self, session: Session, progress: Progress) -> None:
         """Take over the signals that schedulers send before they kill."""
@@ -152,9 +161,10 @@ class SignalHook(Hook):
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self._received:
+        if not self._received:
+            self._received, self._received_at = number, time.monotonic()
+        elif time.monotonic() - self._received_at > REPEATED_SIGNAL_SECONDS:
             os._exit(128 + number)
-        self._received = number
 
     def after_step(self, session: Session, progress: Progress, report: StepReport) -> None:
         """Agree with all ranks, so that none waits for one that has left."""

@@ -29,9 +29,9 @@ class OptimizerConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"optimizer.{name}: {getattr(self, name)} is outside [0, 1)")
-        for name in ("weight_decay", "clip_grad"):
-            if getattr(self, name) < 0:
-                raise InputError(f"optimizer.{name}: {getattr(self, name)} is below 0")
+        for name in ("weight_decay", "clip_grad", "epsilon"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"optimizer.{name}: {getattr(self, name)} is not 0 or above")
 
 
 def wrap_data_parallel(denoiser: Denoiser, parallel: ParallelConfig) -> Any:
@@ -87,6 +87,14 @@ def build_optimizer(
     )
     # An empty override table: megatron-core's default exempts biases and 1-D parameters from decay.
     return get_megatron_optimizer(megatron_config, [model], config_overrides={})
+
+
+def restore_settings(optimizer: Any, config: OptimizerConfig) -> None:
+    """Give every parameter group this run's settings; loading has put the checkpoint's in their place."""
+    for group in optimizer.param_groups:
+        group["betas"] = (config.beta1, config.beta2)
+        group["eps"] = config.epsilon
+        group["weight_decay"] = config.weight_decay
 
 
 def set_learning_rate(optimizer: Any, lr: float) -> None:

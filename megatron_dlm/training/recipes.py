@@ -20,9 +20,9 @@ def tiny_run(objective: ObjectiveConfig) -> RunConfig:
         model=ModelConfig(num_layers=4, hidden_size=224, num_attention_heads=4, ffn_hidden_size=896),
         objective=objective,
         data=_data(f"runs/quickstart-{objective.name}/data", "held-out", seq_length=256),
-        training=TrainingConfig(num_steps=360, global_batch_size=8, micro_batch_size=4),
-        schedule=LrScheduleConfig(lr=1e-3, min_lr=1e-4, warmup_steps=20, decay_steps=360),
-        evaluation=EvaluationConfig(every=90, num_batches=2, batch_size=64),
+        training=TrainingConfig(num_steps=320, global_batch_size=8, micro_batch_size=4),
+        schedule=LrScheduleConfig(lr=1e-3, min_lr=1e-4, warmup_steps=20, decay_steps=320),
+        evaluation=EvaluationConfig(every=80, num_batches=2, batch_size=64),
         checkpoint=CheckpointConfig(save_every=100, keep_last=2),
     )
 
@@ -57,14 +57,15 @@ def isoflop_run(size: str, objective: ObjectiveConfig, *, num_steps: int) -> Run
 def phase1_run(objective: ObjectiveConfig) -> RunConfig:
     """The 1.7B model's first 1.05T tokens: 500,000 steps of a cosine made for 1,280,000, on 16 nodes x 8."""
     schedule = LrScheduleConfig(lr=4e-4, min_lr=1e-4, warmup_steps=2000, decay_steps=1_280_000)
-    return _large_run(objective, phase=1, num_steps=500_000, schedule=schedule, checkpoint=CheckpointConfig())
+    checkpoint = CheckpointConfig(save_every=5000, keep_last=3)
+    return _large_run(objective, phase=1, num_steps=500_000, schedule=schedule, checkpoint=checkpoint)
 
 
 def phase2_run(objective: ObjectiveConfig) -> RunConfig:
     """0.73T more tokens from phase 1's weights, with fresh optimizer, schedule and data, on 16 nodes x 8."""
     schedule = LrScheduleConfig(lr=3e-4, min_lr=4e-5, warmup_steps=2000, decay_steps=350_000)
     start = Path(f"runs/{objective.name}-1.7b-phase1/checkpoints/step-00500000")
-    checkpoint = CheckpointConfig(initialize_from=start)
+    checkpoint = CheckpointConfig(save_every=5000, keep_last=3, initialize_from=start)
     return _large_run(objective, phase=2, num_steps=350_000, schedule=schedule, checkpoint=checkpoint)
 
 

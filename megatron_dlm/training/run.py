@@ -10,11 +10,13 @@ from megatron_dlm.checkpointing.storage import CheckpointRoot, read_json
 from megatron_dlm.interfaces import InputError, Vocabulary
 from megatron_dlm.platform.codec import decode
 from megatron_dlm.platform.launch import detect_environment
-from megatron_dlm.platform.parallel import prepare_device, start_parallel, stop_parallel
+from megatron_dlm.platform.parallel import ParallelState, on_first_rank, start_parallel, stop_parallel
+from megatron_dlm.training.optimizer import restore_settings
 from megatron_dlm.training.run_config import RunConfig, check_run
+from megatron_dlm.training.run_data import RunData, open_data
 
 if TYPE_CHECKING:
-    from megatron_dlm.training.session import RunData, Session
+    from megatron_dlm.training.session import Session
     from megatron_dlm.training.trainer import Progress
 
 
@@ -26,6 +28,7 @@ class RunRecord:
     config: RunConfig
     vocabulary: Vocabulary
     tokenizer_fingerprint: str
+    train_sha256: str
 
 
 def read_run_record(checkpoint: Path) -> RunRecord:
@@ -48,6 +51,7 @@ def read_run_record(checkpoint: Path) -> RunRecord:
         config=decode(RunConfig, data.get("config"), f"{path}: config"),
         vocabulary=decode(Vocabulary, data.get("vocabulary"), f"{path}: vocabulary"),
         tokenizer_fingerprint=str(data.get("tokenizer_fingerprint")),
+        train_sha256=str(data.get("train_sha256")),
     )
 
 
@@ -71,12 +75,12 @@ def train(config: RunConfig) -> bool:
     """
     environment = detect_environment()
     check_run(config, environment.world_size)
-    prepare_device(environment, config.parallel.intra_op_threads)
-    from megatron_dlm.training.session import Session, open_data
-
     data = open_data(config.data)
     start = _find_start(config, data)
     parallel = start_parallel(environment, config.parallel)
+    _agree_on_start(start, parallel)
+    from megatron_dlm.training.session import Session
+
     session = Session(config, data, parallel)
     progress = _restore(session, start)
     _fit(session, progress)
@@ -94,13 +98,32 @@ def _find_start(config: RunConfig, data: RunData) -> RunRecord | None:
     record = read_run_record(source)
     _refuse_change(record, "model", record.config.model, config.model)
     _refuse_change(record, "vocabulary", record.vocabulary, data.vocabulary)
+    saved, asked = record.config, config
+    fixed: dict[str, tuple[Any, Any]] = {
+        "data.train: tokenizer": (record.tokenizer_fingerprint, data.tokenizer_fingerprint),
+        "training.precision": (saved.training.precision, asked.training.precision),
+    }
     if complete:
-        _refuse_change(record, "objective", record.config.objective, config.objective)
-        if record.config.data.seq_length != config.data.seq_length:
-            _mismatch(record, "data.seq_length", record.config.data.seq_length, config.data.seq_length)
-        if record.config.training.seed != config.training.seed:
-            _mismatch(record, "training.seed", record.config.training.seed, config.training.seed)
+        _refuse_change(record, "objective", saved.objective, asked.objective)
+        sharded = "use_distributed_optimizer"
+        fixed |= {
+            "data.train: tokens": (record.train_sha256, data.train_sha256),
+            "data.seq_length": (saved.data.seq_length, asked.data.seq_length),
+            "training.seed": (saved.training.seed, asked.training.seed),
+            f"parallel.{sharded}": (getattr(saved.parallel, sharded), getattr(asked.parallel, sharded)),
+        }
+    for name, (old, new) in fixed.items():
+        if old != new:
+            _mismatch(record, name, old, new)
     return record
+
+
+def _agree_on_start(start: RunRecord | None, parallel: ParallelState) -> None:
+    """Refuse to go on where ranks see different checkpoints, as on storage they do not share."""
+    mine = None if start is None else str(start.directory.resolve())
+    first = on_first_rank(parallel, lambda: mine)
+    if mine != first:
+        raise InputError(f"directory: rank 0 starts from {first}, rank {parallel.rank} from {mine}")
 
 
 def _refuse_change(record: RunRecord, path: str, saved: Any, asked: Any) -> None:
@@ -126,7 +149,9 @@ def _restore(session: Session, start: RunRecord | None) -> Progress:
     verify_on_all_ranks(start.directory, session.parallel)
     resumes = start.directory.parent == checkpoint_root(session.config).path
     load(start.directory, session.denoiser, session.optimizer if resumes else None, session.parallel)
-    if not resumes:
+    if resumes:
+        restore_settings(session.optimizer, session.config.optimizer)
+    else:
         # The optimizer's main parameters were copied from the weights before this load.
         session.optimizer.reload_model_params()
         return Progress()

@@ -52,6 +52,8 @@ class EvaluationConfig:
     """Batches of one evaluation; a shorter validation shard is read again, with other noise."""
     batch_size: int = 64
     """Samples among which the times of one evaluation batch are stratified."""
+    seed: int = 0
+    """Of the blocks, times and noise; apart from the run's, so that runs are compared at equal noise."""
 
     def __post_init__(self) -> None:
         for name in ("every", "num_batches", "batch_size"):
@@ -131,10 +133,7 @@ def load_recipe(path: Path) -> RunConfig:
     if not path.is_file():
         raise InputError(f"recipe: {path}: no such file")
     if path.suffix == ".json":
-        try:
-            return decode(RunConfig, json.loads(path.read_text(encoding="utf-8")), str(path))
-        except json.JSONDecodeError as error:
-            raise InputError(f"recipe: {path}: not JSON: {error}") from error
+        return _load_record(path)
     if path.suffix != ".py":
         raise InputError(f"recipe: {path}: suffix {path.suffix!r} is neither .py nor .json")
     spec = importlib.util.spec_from_file_location("megatron_dlm_recipe", path)
@@ -143,4 +142,17 @@ def load_recipe(path: Path) -> RunConfig:
     spec.loader.exec_module(module)
     if not callable(getattr(module, "recipe", None)):
         raise InputError(f"recipe: {path}: has no function recipe() -> RunConfig")
-    return module.recipe()
+    config = module.recipe()
+    if not isinstance(config, RunConfig):
+        raise InputError(f"recipe: {path}: recipe() returned {type(config).__name__}, not a RunConfig")
+    return config
+
+
+def _load_record(path: Path) -> RunConfig:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"recipe: {path}: not JSON: {error}") from error
+    if not isinstance(record, dict) or "config" not in record:
+        raise InputError(f"recipe: {path}: no member 'config'; not the run.json of a checkpoint")
+    return decode(RunConfig, record["config"], f"{path}: config")

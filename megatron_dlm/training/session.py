@@ -1,16 +1,14 @@
-"""Everything a run needs, built once in order: data, model, optimizer, runner."""
+"""Everything a run needs, built once in order: model, optimizer, runner."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
-from megatron_dlm.data.loader import DataConfig, SampleOrder, microbatch_positions, read_batch
+from megatron_dlm.data.loader import SampleOrder, microbatch_positions, read_batch
 from megatron_dlm.data.packing import TokenBlocks
-from megatron_dlm.data.shard import Shard
 from megatron_dlm.evaluation.likelihood import Likelihood, estimate_likelihood
-from megatron_dlm.interfaces import InputError, TokenBatch, Vocabulary
+from megatron_dlm.interfaces import TokenBatch, Vocabulary
 from megatron_dlm.models.config import transformer_config
 from megatron_dlm.models.denoiser import Denoiser
 from megatron_dlm.models.initialization import initialize
@@ -19,44 +17,8 @@ from megatron_dlm.platform.parallel import ParallelState
 from megatron_dlm.platform.rng import NoiseSource
 from megatron_dlm.training.optimizer import build_optimizer, wrap_data_parallel
 from megatron_dlm.training.run_config import EvaluationConfig, RunConfig
+from megatron_dlm.training.run_data import RunData
 from megatron_dlm.training.step import BatchSums, PipelineRunner
-
-
-@dataclass(frozen=True)
-class RunData:
-    """Opened and checked shards."""
-
-    train: TokenBlocks
-    validation: TokenBlocks
-    vocabulary: Vocabulary
-    tokenizer_fingerprint: str
-    validation_bytes_per_token: float
-
-
-def open_data(config: DataConfig) -> RunData:
-    """Open both shards; needs no process group.
-
-    Args:
-        config: prefixes and sequence length.
-
-    Returns:
-        The blocks and what the manifests say.
-
-    Raises:
-        InputError: a shard is missing, damaged or too short, or the two were made by different tokenizers.
-    """
-    train, validation = Shard(config.train), Shard(config.validation)
-    if train.manifest.tokenizer_fingerprint != validation.manifest.tokenizer_fingerprint:
-        raise InputError(
-            f"data.validation: {config.validation} was made by another tokenizer than {config.train}"
-        )
-    return RunData(
-        train=TokenBlocks(train, config.seq_length),
-        validation=TokenBlocks(validation, config.seq_length),
-        vocabulary=train.manifest.vocabulary,
-        tokenizer_fingerprint=train.manifest.tokenizer_fingerprint,
-        validation_bytes_per_token=validation.manifest.bytes_per_token,
-    )
 
 
 def build_denoiser(config: RunConfig, vocabulary: Vocabulary, parallel: ParallelState) -> Denoiser:
@@ -80,7 +42,7 @@ class Validation:
         self._blocks = blocks
         self._bytes_per_token = bytes_per_token
         self._micro_batch_size = config.training.micro_batch_size
-        self._noise = NoiseSource(config.training.seed, "validation")
+        self._noise = NoiseSource(config.evaluation.seed, "validation")
         self._order = SampleOrder(blocks.num_blocks, self._noise)
         self._parallel = parallel
 

@@ -117,6 +117,11 @@ def export_checkpoint(
     import numpy as np
     import torch
 
+    world_size = detect_environment().world_size
+    if world_size != 1:
+        raise InputError(
+            f"export: started on {world_size} processes; it takes one, whatever the layout saved"
+        )
     _, blocks = _open_held_out(record, data)
     with open_checkpoint(record, ParallelConfig()) as opened:
         from megatron_dlm.checkpointing.manager import PROGRESS_RECORD
@@ -140,6 +145,7 @@ def export_checkpoint(
             objective=record.config.objective,
             tokenizer=tokenizer,
             seq_length=record.config.data.seq_length,
+            head_rows_per_chunk=record.config.training.head_rows_per_chunk,
             steps=int(read_json(record.directory / PROGRESS_RECORD)["step"]),
         )
         dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

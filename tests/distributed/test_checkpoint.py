@@ -28,7 +28,8 @@ def config_for(corpus, directory, parallel, objective=None, **changes):
 
 
 def build(state, config):
-    from megatron_dlm.training.session import Session, open_data
+    from megatron_dlm.training.run_data import open_data
+    from megatron_dlm.training.session import Session
 
     return Session(config, open_data(config.data), state)
 
@@ -112,6 +113,48 @@ def test_bf16_resumes_bit_for_bit(corpus, tmp_path):
     (((state, losses), (loaded, later)),) = run_distributed(bf16_resume, 1, config)
     assert all(torch.equal(a, b) for a, b in zip(state, loaded, strict=True))
     assert losses == later
+
+
+def failing_save(state, config):
+    """A save whose directory cannot be made: what each rank is told."""
+    from megatron_dlm.checkpointing.manager import save
+    from megatron_dlm.checkpointing.storage import CheckpointRoot
+
+    session = build(state, config)
+    try:
+        save(CheckpointRoot(config.directory), 1, session.denoiser, session.optimizer, state, {})
+    except Exception as error:
+        return str(error)
+    return ""
+
+
+def test_a_failed_save_is_told_to_all_ranks(corpus, tmp_path):
+    (tmp_path / "file").write_text("not a directory")
+    config = config_for(corpus, tmp_path / "file", LAYOUTS["tp2"][1])
+    for message in run_distributed(failing_save, 2, config, parallel=config.parallel):
+        assert "Not a directory" in message
+
+
+def settings_after_load(state, config):
+    from megatron_dlm.checkpointing.manager import load
+    from megatron_dlm.checkpointing.storage import CheckpointRoot
+    from megatron_dlm.training.optimizer import restore_settings
+
+    session = build(state, config)
+    (directory,) = CheckpointRoot(config.directory).complete()
+    load(directory, session.denoiser, session.optimizer, state)
+    restore_settings(session.optimizer, config.optimizer)
+    return [(g["betas"], g["eps"], g["weight_decay"]) for g in session.optimizer.param_groups]
+
+
+def test_optimizer_settings_of_the_command_line_win_over_the_checkpoint_s(corpus, tmp_path):
+    from megatron_dlm.training.optimizer import OptimizerConfig
+
+    config = config_for(corpus, tmp_path, ParallelConfig())
+    run_distributed(save_at_two, 1, config)
+    changed = replace(config, optimizer=OptimizerConfig(beta2=0.9, weight_decay=0.3))
+    (groups,) = run_distributed(settings_after_load, 1, changed)
+    assert groups and all(group == ((0.9, 0.9), 1e-8, 0.3) for group in groups)
 
 
 def all_parameters_decay(state, config):

@@ -37,7 +37,8 @@ def toy_model(**changes):
 def three_steps(state, config):
     """Losses, fingerprints and gradients of three steps from random weights, for one layout."""
     from megatron_dlm.training.optimizer import set_learning_rate
-    from megatron_dlm.training.session import Session, open_data
+    from megatron_dlm.training.run_data import open_data
+    from megatron_dlm.training.session import Session
 
     data = open_data(config.data)
     session = Session(config, data, state)
@@ -104,7 +105,7 @@ def test_gradients_are_those_of_an_independent_model(corpus, one_process):
     """Full logits and autograd through the exported model's code, first step."""
     from megatron_dlm.conversion.hugging_face_model.configuration_megatron_dlm import MegatronDlmConfig
     from megatron_dlm.conversion.hugging_face_model.modeling_megatron_dlm import MegatronDlmModel
-    from megatron_dlm.training.session import open_data
+    from megatron_dlm.training.run_data import open_data
 
     for name, config in configs_for(corpus, ParallelConfig(), 8).items():
         data = open_data(config.data)
@@ -163,7 +164,8 @@ def test_seventeen_heads_train_on_two_ranks_as_on_one(corpus):
 
 def padded_part(state, config):
     """Largest weight in the padded heads of this rank after two steps."""
-    from megatron_dlm.training.session import Session, open_data
+    from megatron_dlm.training.run_data import open_data
+    from megatron_dlm.training.session import Session
 
     session = Session(config, open_data(config.data), state)
     weights.set_weights(
@@ -192,7 +194,8 @@ def test_padded_heads_stay_exactly_zero(corpus):
 
 
 def initial_loss(state, config):
-    from megatron_dlm.training.session import Session, open_data
+    from megatron_dlm.training.run_data import open_data
+    from megatron_dlm.training.session import Session
 
     session = Session(config, open_data(config.data), state)
     sums = session.run_batch(0)

@@ -1,4 +1,7 @@
-"""What megatron-core 0.16.1 and torch get wrong; a test here fails once upstream no longer needs our fix."""
+"""What megatron-core 0.16.1 and torch get wrong, and that our fixes hold.
+
+Tests that leave a fix out fail once upstream no longer needs it.
+"""
 
 from dataclasses import replace
 

@@ -73,9 +73,10 @@ BAD = {
     "checkpoint": (["evaluate", "no/checkpoint", "--data", "x"], "no/checkpoint/manifest.json: no such file"),
     "index flag": (["index", "--inptu", "x"], "inptu"),
     "index input": (
-        ["index", "--input", "no.jsonl", "--output", "/tmp/x", "--tokenizer", "no"],
-        "tokenizer: no/tokenizer.json: No such file",
+        ["index", "--input", "no.jsonl", "--output", "no/x", "--tokenizer", "no"],
+        "input: no.jsonl: no such file",
     ),
+    "device": (["train", RECIPE, "--parallel.device", "tpu"], "tpu"),
     "tokenizer verb": (["tokenizer"], "usage: megatron-dlm tokenizer train"),
 }
 
@@ -89,6 +90,33 @@ def test_bad_usage_is_one_line_and_exit_code_2(command, name):
     assert len(lines) == 1 and "error" in lines[0], finished.stderr
     assert message in lines[0]
     assert finished.stdout == ""
+
+
+@pytest.mark.parametrize("environment", [{"MASTER_PORT": "abc"}, {"RANK": "x", "WORLD_SIZE": "2"}])
+def test_a_bad_launcher_environment_is_one_line(command, environment):
+    finished = command("train", RECIPE, check=False, **environment)
+    assert finished.returncode == 2 and "is not a number" in finished.stderr
+    assert len(finished.stderr.strip().splitlines()) == 1
+
+
+def test_cuda_is_not_replaced_in_silence(command, corpus, tmp_path):
+    words = ["--data.train", corpus.train, "--data.validation", corpus.validation, "--data.seq-length", 32]
+    finished = command(
+        "train", RECIPE, *words, "--directory", tmp_path, "--parallel.device", "cuda", check=False
+    )
+    assert finished.returncode == 2 and "cuda is asked for" in finished.stderr
+
+
+def test_the_package_imports_quickly():
+    script = "import time; t = time.perf_counter(); import megatron_dlm; print(time.perf_counter() - t)"
+    seconds = [
+        float(
+            subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+        )
+        for _ in range(3)
+    ]
+    # Without torch it is a few milliseconds; 0.2 s would mean that something heavy came in.
+    assert min(seconds) < 0.2
 
 
 def test_a_recipe_without_function_is_named(command, tmp_path):

@@ -16,6 +16,7 @@ from tests.functional.test_training import arguments_for
 
 RECIPES = sorted(path for family in ("mdlm", "ar") for path in (ROOT / "examples" / family).glob("*.py"))
 WORLD = {"tiny": 2, "113m": 8, "1.7b": 128, "1.7b-phase2": 128}
+CPU_ONLY = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 LAUNCHERS = ("torchrun", "slurm", "mpi")
 
 
@@ -45,7 +46,7 @@ def test_the_paper_runs_are_the_paper_s():
 
 def launch(launcher, *arguments, check=True, **environment):
     script = ROOT / "examples" / launcher / "train.sh"
-    env = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment}
+    env = os.environ | CPU_ONLY | {"PYTHON": sys.executable, **environment}
     finished = subprocess.run(
         [str(script), *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, env=env, timeout=240
     )
@@ -56,7 +57,7 @@ def launch(launcher, *arguments, check=True, **environment):
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_dry_run_prints_command_and_layout(launcher):
-    sizes = {"NUM_NODES": "16", "GPUS_PER_NODE": "8", "NUM_PROCESSES": "128"}
+    sizes = {"NUM_NODES": "16", "GPUS_PER_NODE": "8", "NUM_PROCESSES": "128", "MASTER_ADDR": "node0"}
     more = ["--parallel.tensor-model-parallel-size", "2", "--directory", "a b$(touch x)"]
     out = launch(launcher, "--dry-run", "examples/mdlm/1.7b.py", *more, **sizes).stdout.splitlines()
     words = shlex.split(out[0])
@@ -139,7 +140,7 @@ def check_export(folder, *more):
     # From another directory and without the checkout on the path: only torch and transformers.
     command = [
         sys.executable,
-        "-P",
+        "-I",
         str(ROOT / "examples" / "check_export.py"),
         str(folder),
         "--length",
@@ -212,9 +213,7 @@ def test_evaluation_does_not_depend_on_the_layout(command, corpus, torchrun_run,
         str(tmp_path / "two.json"),
     ]
     words += ["--parallel.pipeline-model-parallel-size", "2"]
-    subprocess.run(
-        words, check=True, capture_output=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    subprocess.run(words, check=True, capture_output=True, cwd=ROOT, env=os.environ | CPU_ONLY)
     one, two = read_json(tmp_path / "one.json"), read_json(tmp_path / "two.json")
     assert one["nats_per_token"] == pytest.approx(two["nats_per_token"], rel=1e-6)
     assert "nats/token" in out and "bits/byte" in out

@@ -39,7 +39,7 @@ def start(arguments, processes=1):
     return subprocess.Popen(
         words,
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -125,6 +125,8 @@ def test_a_signal_saves_and_exits_with_3(corpus, tmp_path, uninterrupted, number
     directory = tmp_path / "run"
     process = start(arguments_for(corpus, directory))
     wait_for_step(process, directory, 5)
+    # Launchers deliver one signal twice: to the process and to its group.
+    process.send_signal(number)
     process.send_signal(number)
     code, output = finish(process)
     assert code == 3, output
@@ -201,6 +203,11 @@ REFUSED = {
     "architecture": (["--model.num-layers", 3], "model.num_layers: 3 differs from 2 in checkpoint"),
     "seed": (["--training.seed", 5], "training.seed: 5 differs from 1"),
     "length": (["--data.seq-length", 16], "data.seq_length: 16 differs from 32"),
+    "precision": (["--training.precision", "bf16"], "training.precision: bf16 differs from fp32"),
+    "optimizer": (
+        ["--parallel.no-use-distributed-optimizer"],
+        "parallel.use_distributed_optimizer: False differs from True",
+    ),
     "loss": (["--objective.loss", "elbo"], "objective.loss: elbo differs from low-variance"),
 }
 
@@ -210,6 +217,33 @@ def test_another_run_is_not_continued(corpus, copied, name):
     changes, message = REFUSED[name]
     code, output = finish(start(arguments_for(corpus, copied, *changes)))
     assert code == 2 and message in output and len(output.strip().splitlines()) == 1, output
+
+
+def test_other_data_is_not_continued(command, corpus, copied, tmp_path):
+    from tests.helpers import tiny
+
+    text = tiny.write_jsonl(tmp_path / "t.jsonl", tiny.sentences(400, seed=77))
+    command("index", "--input", text, "--output", tmp_path / "other", "--tokenizer", corpus.tokenizer)
+    code, output = finish(start(arguments_for(corpus, copied, "--data.train", tmp_path / "other")))
+    assert code == 2 and "data.train: tokens: " in output
+
+
+def test_another_tokenizer_of_the_same_size_is_refused(command, corpus, copied, tmp_path):
+    from tests.helpers import tiny
+
+    text = tiny.write_jsonl(tmp_path / "t.jsonl", [s[::-1] for s in tiny.sentences(400, seed=7)])
+    command("tokenizer", "train", "--input", text, "--output", tmp_path / "tok", "--vocab-size", 301)
+    command("index", "--input", text, "--output", tmp_path / "other", "--tokenizer", tmp_path / "tok")
+    more = ["--data.train", tmp_path / "other", "--data.validation", tmp_path / "other"]
+    more += ["--checkpoint.initialize-from", copied / "checkpoints" / "step-00000014"]
+    code, output = finish(start(arguments_for(corpus, tmp_path / "run", *more)))
+    assert code == 2 and "data.train: tokenizer: " in output
+
+
+def test_the_record_of_a_run_is_a_recipe(command, copied):
+    record = copied / "checkpoints" / "step-00000014" / "run.json"
+    out = command("train", record, "--dry-run", 1).stdout
+    assert "objective  mdlm" in out and str(copied.parent) not in out
 
 
 def test_another_family_is_not_continued(corpus, copied):
@@ -246,4 +280,4 @@ def test_a_bad_token_found_while_running_is_one_line(corpus, tmp_path):
     (tmp_path / "train.bin").write_bytes(b"\xff\xff" * (len(data) // 2))
     more = ["--data.train", tmp_path / "train"]
     code, output = finish(start(arguments_for(corpus, tmp_path / "run", *more)))
-    assert code == 2 and "token id 65535 is outside [0, 300)" in output and "Traceback" not in output
+    assert code == 2 and "token id 65535 is outside [0, 301)" in output and "Traceback" not in output

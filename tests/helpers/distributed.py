@@ -9,6 +9,7 @@ import pickle
 import socket
 import time
 import traceback
+from dataclasses import replace
 
 import pytest
 
@@ -32,7 +33,7 @@ def run_distributed(body, world_size, *arguments, parallel=None, timeout=150):
     Returns:
         What each rank returned, in rank order.
     """
-    parallel = parallel or ParallelConfig()
+    parallel = replace(parallel or ParallelConfig(), device="cpu")
     port = _free_port()
     children = []
     for rank in range(world_size):

@@ -5,8 +5,7 @@ import torch
 from megatron_dlm.platform import cpu
 
 torch.set_num_threads(1)
-if not torch.cuda.is_available():
-    cpu.install()
+cpu.install()
 
 import megatron_dlm.checkpointing.manager  # noqa: E402
 import megatron_dlm.training.hooks  # noqa: E402

@@ -32,7 +32,7 @@ def write_jsonl(path, texts):
 
 def make_corpus(directory):
     tokenizer = directory / "tokenizer"
-    train_tokenizer(sentences(200, seed=0), 300, tokenizer)
+    train_tokenizer(sentences(200, seed=0), 301, tokenizer)
     prefixes = {}
     for name, count in (("train", 400), ("validation", 100)):
         text = write_jsonl(directory / f"{name}.jsonl", sentences(count, seed=count))

@@ -39,7 +39,7 @@ def test_tuples_enums_and_none_round_trip():
         (("model", "depth"), 3, "config.model.depth: unknown field of ModelConfig"),
         (("training", "precision"), "fp8", "config.training.precision: expected one of ('fp32', 'bf16')"),
         (("objective", "class"), "Path", "config.objective: 'Path' is not a ObjectiveConfig"),
-        (("schedule", "lr"), -1.0, "schedule.min_lr: 0.0003 is outside [0, schedule.lr -1.0]"),
+        (("schedule", "lr"), -1.0, "schedule.min_lr: 0.0001 is outside [0, schedule.lr -1.0]"),
     ],
 )
 def test_a_wrong_record_is_refused_by_name(path, value, message):

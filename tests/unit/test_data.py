@@ -227,6 +227,35 @@ def test_damaged_shards_are_refused(tmp_path, corpus, name):
     assert message in str(error.value) and str(prefix) in str(error.value)
 
 
+def edit_manifest(prefix, **changes):
+    path = shard_path(prefix, ".json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"files": []}, "the manifest lists [], not its .bin and .idx"),
+        ({"num_tokens": 0}, "the manifest says ('uint16', 400, 0)"),
+        ({"dtype": "int32"}, "the manifest says ('int32', 400, "),
+        ({"vocabulary": 5}, "vocabulary: expected an object"),
+    ],
+)
+def test_a_manifest_that_does_not_fit_is_refused(tmp_path, corpus, changes, message):
+    prefix = copy_shard(corpus, tmp_path)
+    edit_manifest(prefix, **changes)
+    with pytest.raises(InputError) as error:
+        Shard(prefix)
+    assert message in str(error.value)
+
+
+def test_a_missing_second_input_is_found_before_any_work(tmp_path, corpus):
+    good = tiny.write_jsonl(tmp_path / "good.jsonl", ["good text"])
+    with pytest.raises(InputError, match="no such file"):
+        index(tmp_path, corpus, good, input=(good, tmp_path / "none.jsonl"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_flipped_token_is_found_by_checksum(tmp_path, corpus):
     prefix = copy_shard(corpus, tmp_path)
     patch(shard_path(prefix, ".bin"), 100, b"\x05")
@@ -236,7 +265,7 @@ def test_a_flipped_token_is_found_by_checksum(tmp_path, corpus):
 
 
 @pytest.mark.parametrize(
-    ("token", "message"), [(300, r"token id 300 is outside \[0, 300\)"), (2, "contains the mask id 2")]
+    ("token", "message"), [(301, r"token id 301 is outside \[0, 301\)"), (2, "contains the mask id 2")]
 )
 def test_bad_ids_are_refused_before_the_model_sees_them(tmp_path, corpus, token, message):
     prefix = copy_shard(corpus, tmp_path)

@@ -50,6 +50,18 @@ def test_open_mpi_on_one_node_meets_on_loopback():
     assert (found.launcher, found.rank, found.master_addr) == ("mpi", 1, "127.0.0.1")
 
 
+def test_open_mpi_inside_slurm_is_open_mpi():
+    """Its daemons are started by srun, whose variables their children inherit."""
+    assert detect_environment(SLURM | OPEN_MPI).launcher == "mpi"
+
+
+def test_slurm_without_scontrol_or_address(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    environment = {name: value for name, value in SLURM.items() if name != "MASTER_ADDR"}
+    with pytest.raises(InputError, match="MASTER_ADDR: not set, and scontrol"):
+        detect_environment(environment)
+
+
 def test_mpich():
     found = detect_environment(
         {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}

@@ -1,7 +1,9 @@
 import json
+import pickle
 
 import pytest
 
+from megatron_dlm.checkpointing.safe_metadata import check_metadata
 from megatron_dlm.checkpointing.storage import CheckpointConfig, CheckpointRoot, verify
 from megatron_dlm.interfaces import InputError
 
@@ -72,6 +74,50 @@ def test_damage_is_found_and_named(tmp_path, name):
     with pytest.raises(InputError, match=message) as error:
         verify(directory)
     assert str(directory) in str(error.value)
+
+
+class Hostile:
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        import os
+
+        return os.system, (self.command,)
+
+
+def test_hostile_metadata_runs_nothing(tmp_path):
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Hostile(f"touch {tmp_path}/ran")))
+    with pytest.raises(InputError, match=r"names \w+.system, which checkpoint metadata never does"):
+        check_metadata(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["../../x.distcp", "/etc/x.distcp", "a.txt"])
+def test_metadata_points_only_beside_itself(tmp_path, name):
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+
+    storage = {MetadataIndex("w"): _StorageInfo(name, 0, 1)}
+    metadata = Metadata(state_dict_metadata={}, storage_data=storage)
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(InputError, match="points at"):
+        check_metadata(tmp_path)
+
+
+def test_damaged_metadata_is_unreadable(tmp_path):
+    (tmp_path / ".metadata").write_bytes(b"\x80\x04nonsense")
+    with pytest.raises(InputError, match="unreadable"):
+        check_metadata(tmp_path)
+
+
+def test_a_removal_cut_short_leaves_no_complete_checkpoint(tmp_path, monkeypatch):
+    root = CheckpointRoot(tmp_path)
+    for step in (1, 2):
+        make(root, step)
+    monkeypatch.setattr("shutil.rmtree", lambda path: (path / "a.distcp").unlink())
+    root.retain(1)
+    assert [path.name for path in root.complete()] == ["step-00000002"]
 
 
 def test_config_is_checked():
