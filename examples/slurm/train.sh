@@ -6,6 +6,7 @@
 #
 # Outside Slurm the dry run takes NUM_NODES and GPUS_PER_NODE (default 1 and 1). PYTHON is the interpreter
 # with megatron-dlm installed, seen from every node. A preset MASTER_ADDR or MASTER_PORT is kept.
+# (sbatch runs a copy of this script, so it reads no other file.)
 #SBATCH --job-name=megatron-dlm
 #SBATCH --requeue
 #SBATCH --open-mode=append
@@ -18,7 +19,7 @@ if [[ ${1:-} == --dry-run ]]; then
     shift
 fi
 if [[ $# -eq 0 ]]; then
-    sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     exit 2
 fi
 python=${PYTHON:-python}
