@@ -145,6 +145,7 @@ class Quickstart:
 
     def _train(self, shards: tuple[Path, Path]) -> int:
         """Train on two processes, stop half way by SIGTERM, resume; returns the step of the stop."""
+        threads = max(1, (os.cpu_count() or 1) // PROCESSES)
         command = [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", PROCESSES),
             *("-m", "megatron_dlm", "train", ROOT / "examples" / self._objective / "tiny.py"),
@@ -153,12 +154,13 @@ class Quickstart:
             *("--training.num-steps", self._steps, "--schedule.decay-steps", self._steps),
             *("--evaluation.every", max(1, self._steps // 4)),
             *("--parallel.device", "cpu", "--parallel.tensor-model-parallel-size", PROCESSES),
-            *("--parallel.intra-op-threads", max(1, (os.cpu_count() or 1) // PROCESSES)),
+            *("--parallel.intra-op-threads", threads),
         ]
         words = announce(command)
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         # torchrun meets a signal with a traceback of its own, which would look like a fault of the run.
         with (self._output / "stopped-run.log").open("w+", encoding="utf-8") as log:
-            process = subprocess.Popen(words, stderr=log)
+            process = subprocess.Popen(words, stderr=log, env=environment)
             while process.poll() is None and self._last_step() < self._steps // 2:
                 time.sleep(0.2)
             if process.poll() is not None:
@@ -171,7 +173,7 @@ class Quickstart:
         checkpoints = sorted((self._run_directory / "checkpoints").glob("step-????????"))
         stopped_at = int(checkpoints[-1].name.removeprefix("step-"))
         print(f"-- stopped and saved at step {stopped_at}; the same command resumes", flush=True)
-        subprocess.run(announce(command), check=True)
+        subprocess.run(announce(command), check=True, env=environment)
         return stopped_at
 
     def _last_step(self) -> int:

@@ -230,6 +230,27 @@ def test_ar_trains_and_exports(command, corpus, tmp_path):
     assert finished.returncode == 0, finished.stdout + finished.stderr
 
 
+@pytest.mark.parametrize("family", ["mdlm", "ar"])
+def test_large_recipes_run_for_a_few_toy_steps(command, corpus, tmp_path, family):
+    """bf16 as written; phase 2 starts from the weights phase 1 has saved."""
+    toy = ["--training.global-batch-size", 8, "--schedule.warmup-steps", 2]
+    for stem in ("113m", "1.7b", "1.7b-phase2"):
+        recipe = f"examples/{family}/{stem}.py"
+        start = tmp_path / "1.7b" / "checkpoints" / "step-00000002"
+        more = ["--checkpoint.initialize-from", start] if stem == "1.7b-phase2" else []
+        command(*arguments_for(corpus, tmp_path / stem, *toy, *more, recipe=recipe, steps=2))
+        assert len(losses(tmp_path / stem)) == 2
+    validation = {
+        stem: [
+            entry["nats_per_token"]
+            for entry in read_metrics(tmp_path / stem)
+            if entry["kind"] == "validation"
+        ]
+        for stem in ("1.7b", "1.7b-phase2")
+    }
+    assert validation["1.7b-phase2"][0] == pytest.approx(validation["1.7b"][-1], rel=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("objective", ["mdlm", "ar"])
