@@ -22,6 +22,7 @@ from megatron_dlm.data.corpus import check_readable, read_texts
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.telemetry.plots import plot_loss
 from megatron_dlm.telemetry.writers import duration, read_metrics
+from megatron_dlm.training.run_config import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALLEST_STEPS = 30
@@ -41,7 +42,7 @@ def main() -> int:
     parser.add_argument(
         "--output", type=Path, help="directory, of its own, emptied first (default runs/quickstart-OBJECTIVE)"
     )
-    parser.add_argument("--steps", type=int, default=320, help="optimizer steps (default 320)")
+    parser.add_argument("--steps", type=int, help="optimizer steps (default: the recipe's)")
     parser.add_argument(
         "--vocab-size",
         type=int,
@@ -51,7 +52,9 @@ def main() -> int:
     arguments = parser.parse_args()
     output: Path = arguments.output or ROOT / "runs" / f"quickstart-{arguments.objective}"
     try:
-        job = Quickstart(output, arguments.objective, arguments.steps, arguments.vocab_size)
+        recipe = load_recipe(ROOT / "examples" / arguments.objective / "tiny.py")
+        steps = recipe.training.num_steps if arguments.steps is None else arguments.steps
+        job = Quickstart(output, arguments.objective, steps, arguments.vocab_size)
         job.run(arguments.data, arguments.json_key)
     except InputError as error:
         print(f"quickstart: error: {error}", file=sys.stderr)

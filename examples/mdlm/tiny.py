@@ -7,4 +7,4 @@ from megatron_dlm.training.run_config import RunConfig
 
 def recipe() -> RunConfig:
     """The run; override any field on the command line."""
-    return tiny_run(MDLMConfig())
+    return tiny_run(MDLMConfig(), num_steps=320)

@@ -13,15 +13,15 @@ from megatron_dlm.training.lr_schedule import LrScheduleConfig
 from megatron_dlm.training.run_config import EvaluationConfig, RunConfig, TrainingConfig
 
 
-def tiny_run(objective: ObjectiveConfig) -> RunConfig:
+def tiny_run(objective: ObjectiveConfig, *, num_steps: int) -> RunConfig:
     """3.1M body parameters, 256 tokens, for a laptop: a larger learning rate, a shorter warm-up."""
     return RunConfig(
         directory=Path(f"runs/{objective.name}-tiny"),
         model=ModelConfig(num_layers=4, hidden_size=224, num_attention_heads=4, ffn_hidden_size=896),
         objective=objective,
         data=_data(f"runs/quickstart-{objective.name}/data", "held-out", seq_length=256),
-        training=TrainingConfig(num_steps=320, global_batch_size=8, micro_batch_size=4),
-        schedule=LrScheduleConfig(lr=1e-3, min_lr=1e-4, warmup_steps=20, decay_steps=320),
+        training=TrainingConfig(num_steps=num_steps, global_batch_size=8, micro_batch_size=4),
+        schedule=LrScheduleConfig(lr=1e-3, min_lr=1e-4, warmup_steps=20, decay_steps=num_steps),
         evaluation=EvaluationConfig(every=80, num_batches=2, batch_size=64),
         checkpoint=CheckpointConfig(save_every=100, keep_last=2),
     )

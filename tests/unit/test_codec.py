@@ -18,7 +18,9 @@ class Mixed:
     path: Path | None
 
 
-@pytest.mark.parametrize("config", [tiny_run(MDLMConfig(loss="elbo")), phase2_run(MDLMConfig())])
+@pytest.mark.parametrize(
+    "config", [tiny_run(MDLMConfig(loss="elbo"), num_steps=320), phase2_run(MDLMConfig())]
+)
 def test_run_config_round_trips_through_json(config):
     assert decode(RunConfig, json.loads(json.dumps(encode(config)))) == config
 
@@ -43,7 +45,7 @@ def test_tuples_enums_and_none_round_trip():
     ],
 )
 def test_a_wrong_record_is_refused_by_name(path, value, message):
-    record = encode(tiny_run(MDLMConfig()))
+    record = encode(tiny_run(MDLMConfig(), num_steps=320))
     record[path[0]][path[1]] = value
     with pytest.raises(InputError) as error:
         decode(RunConfig, record)
@@ -51,7 +53,7 @@ def test_a_wrong_record_is_refused_by_name(path, value, message):
 
 
 def test_a_missing_field_is_refused_by_name():
-    record = encode(replace(tiny_run(MDLMConfig()), directory=Path("x")))
+    record = encode(replace(tiny_run(MDLMConfig(), num_steps=320), directory=Path("x")))
     del record["data"]["seq_length"]
     with pytest.raises(InputError, match=r"config\.data\.seq_length: missing"):
         decode(RunConfig, record)
