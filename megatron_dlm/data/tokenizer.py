@@ -48,10 +48,6 @@ class LoadedTokenizer:
     fingerprint: str
     """SHA-256 of tokenizer.json."""
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of `token_ids`, special tokens left out."""
-        return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
-
 
 def load_tokenizer(directory: Path) -> LoadedTokenizer:
     """Read `tokenizer.json` and the special tokens named in `tokenizer_config.json`.

@@ -47,7 +47,7 @@ def test_special_tokens_in_text_are_plain_text(corpus):
         assert name == backend
         for text, ids in zip(HOSTILE, encode(HOSTILE), strict=True):
             assert not special & set(ids.tolist())
-            assert loaded.decode(ids.tolist()) == text
+            assert loaded.tokenizer.decode(ids.tolist()) == text
 
 
 def test_both_encoders_agree(corpus):
@@ -111,7 +111,10 @@ def test_index_counts_and_round_trip(tmp_path, corpus):
     assert manifest.num_tokens == len(shard.tokens)
     assert manifest.num_text_bytes == sum(len(t.encode()) for t in texts)
     pieces = np.split(np.asarray(shard.tokens), np.cumsum(shard.document_lengths)[:-1])
-    assert [loaded.decode(p.tolist()) for p in pieces] == ["first document", "second [MASK] document"]
+    assert [loaded.tokenizer.decode(p.tolist()) for p in pieces] == [
+        "first document",
+        "second [MASK] document",
+    ]
     assert all(p[-1] == loaded.vocabulary.eos_token_id for p in pieces)
     counts = np.bincount(shard.tokens) / len(shard.tokens)
     assert manifest.unigram_entropy_nats == pytest.approx(-sum(p * np.log(p) for p in counts if p))
