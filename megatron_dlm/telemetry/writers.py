@@ -68,9 +68,10 @@ class ConsoleWriter:
         self._num_steps = num_steps
         self._live: Any = None
         if sys.stdout.isatty():
-            from rich.progress import BarColumn, Progress, TextColumn
+            from rich.progress import Progress, TextColumn
 
-            self._live = Progress(BarColumn(bar_width=20), TextColumn("{task.description}"))
+            # No bar: on 80 columns it would push the ETA out of sight.
+            self._live = Progress(TextColumn("{task.description}"))
             self._task = self._live.add_task("starting", total=num_steps, completed=first_step)
             self._live.start()
 
@@ -80,7 +81,7 @@ class ConsoleWriter:
         if self._live is None:
             print(line, flush=True)
         elif kind == "train":
-            self._live.update(self._task, completed=step, description=line)
+            self._live.update(self._task, completed=step, description=line.removeprefix("train "))
         else:
             self._live.console.print(line)
 
@@ -94,8 +95,8 @@ class ConsoleWriter:
             )
         return (
             f"{head} | loss {metrics['loss']:.4f} | {metrics['nats_per_token']:.4f} nats/token "
-            f"| {metrics['tokens_per_second']:,.0f} tokens/s | lr {metrics['lr']:.2e} "
-            f"| gradient norm {metrics['grad_norm']:.3f} | ETA {duration(metrics['eta_seconds'])}"
+            f"| {metrics['tokens_per_second']:,.0f} tokens/s | ETA {duration(metrics['eta_seconds'])} "
+            f"| lr {metrics['lr']:.2e} | gradient norm {metrics['grad_norm']:.3f}"
         )
 
     def close(self) -> None:
