@@ -34,6 +34,16 @@ def build(state, config):
     return Session(config, open_data(config.data), state)
 
 
+def build_random(state, config):
+    """A session whose every tensor, gates and head included, is random."""
+    session = build(state, config)
+    weights.set_weights(
+        session.denoiser, state, weights.random_state(config.model, session.data.vocabulary.size)
+    )
+    session.optimizer.reload_model_params()
+    return session
+
+
 def steps(session, first, count):
     """Losses and gradient norms of `count` steps from step `first`."""
     from megatron_dlm.training.trainer import Progress, train_step
@@ -61,11 +71,7 @@ def save_at_two(state, config):
     from megatron_dlm.checkpointing.manager import save
     from megatron_dlm.checkpointing.storage import CheckpointRoot
 
-    session = build(state, config)
-    weights.set_weights(
-        session.denoiser, state, weights.random_state(config.model, session.data.vocabulary.size)
-    )
-    session.optimizer.reload_model_params()
+    session = build_random(state, config)
     steps(session, 0, 2)
     save(CheckpointRoot(config.directory), 2, session.denoiser, session.optimizer, state, {"a.json": 1})
     return optimizer_state(session), steps(session, 2, 3)
@@ -161,11 +167,7 @@ def all_parameters_decay(state, config):
     """Parameters that do not shrink by lr * weight_decay in a step without gradient; number of all."""
     from megatron_dlm.training.optimizer import set_learning_rate
 
-    session = build(state, config)
-    weights.set_weights(
-        session.denoiser, state, weights.random_state(config.model, session.data.vocabulary.size)
-    )
-    session.optimizer.reload_model_params()
+    session = build_random(state, config)
     before = {name: p.detach().clone() for name, p in session.denoiser.named_parameters()}
     session.model.zero_grad_buffer()
     session.optimizer.zero_grad()

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from megatron_dlm.platform.parallel import ParallelConfig
-from tests.distributed.test_checkpoint import LAYOUTS, build, config_for, save_at_two, steps
-from tests.helpers import weights
+from tests.distributed.test_checkpoint import LAYOUTS, build, build_random, config_for, save_at_two, steps
 from tests.helpers.distributed import run_distributed
 
 
@@ -67,11 +66,7 @@ def shifted_slices(state, config):
     from megatron_dlm.checkpointing.manager import _metadata, _model_state
     from megatron_dlm.platform.distributed_optimizer import correct_slices
 
-    session = build(state, config)
-    weights.set_weights(
-        session.denoiser, state, weights.random_state(config.model, session.data.vocabulary.size)
-    )
-    session.optimizer.reload_model_params()
+    session = build_random(state, config)
     steps(session, 0, 1)
 
     def main_parameters():
