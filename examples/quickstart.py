@@ -18,7 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_dlm.checkpointing.storage import CheckpointRoot
 from megatron_dlm.data.corpus import check_readable, read_texts
+from megatron_dlm.data.manifest import read_manifest
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.telemetry.plots import plot_loss
 from megatron_dlm.telemetry.writers import duration, read_metrics
@@ -76,6 +78,7 @@ class Quickstart:
         self._steps = steps
         self._vocabulary_size = vocabulary_size
         self._run_directory = output / "run"
+        self._checkpoints = CheckpointRoot(self._run_directory / "checkpoints")
 
     def run(self, data: Path | None, json_key: str) -> None:
         """All stages, then the summary."""
@@ -90,7 +93,7 @@ class Quickstart:
         self._lap("corpus, tokenizer, shards")
         stopped_at = self._train(shards)
         self._lap("training")
-        checkpoint = max((self._run_directory / "checkpoints").glob("step-????????"))
+        checkpoint = self._checkpoints.complete()[-1]
         evaluation = self._evaluate(checkpoint, shards)
         self._lap("evaluation")
         export = self._export(checkpoint, tokenizer, shards)
@@ -173,8 +176,7 @@ class Quickstart:
             print("-- SIGTERM: the run saves and stops", flush=True)
             process.send_signal(signal.SIGTERM)
             process.wait()
-        checkpoints = sorted((self._run_directory / "checkpoints").glob("step-????????"))
-        stopped_at = int(checkpoints[-1].name.removeprefix("step-"))
+        stopped_at = int(self._checkpoints.complete()[-1].name.removeprefix("step-"))
         print(f"-- stopped and saved at step {stopped_at}; the same command resumes", flush=True)
         subprocess.run(announce(command), check=True, env=environment)
         return stopped_at
@@ -202,8 +204,8 @@ class Quickstart:
         from rich.table import Table
 
         curve = self._output / "loss.png"
-        train, held_out = (read_json(shard.with_suffix(".json")) for shard in shards)
-        entropy = train["unigram_entropy_nats"]
+        train, held_out = (read_manifest(shard) for shard in shards)
+        entropy = train.unigram_entropy_nats
         plot_loss(self._run_directory, curve, title=f"{self._objective}, tiny", unigram_entropy=entropy)
         entries = read_metrics(self._run_directory)
         start = next(entry["nats_per_token"] for entry in entries if entry["kind"] == "validation")
@@ -211,13 +213,13 @@ class Quickstart:
         end = evaluation["nats_per_token"]
         table = Table("quantity", "value", title=f"{self._objective} quickstart")
         rows = {
-            "training tokens in the corpus": f"{train['num_tokens']:,}",
+            "training tokens in the corpus": f"{train.num_tokens:,}",
             "steps; stopped by SIGTERM and resumed at": f"{self._steps}; {stopped_at}",
             "training speed (median)": f"{statistics.median(speeds):,.0f} tokens/s on {PROCESSES} processes",
             "ln(V - 1)": f"{math.log(self._vocabulary_size - 1):.4f} nats/token",
             "validation bound, start": f"{start:.4f} nats/token",
             "unigram entropy of the training data": f"{entropy:.4f} nats/token",
-            "unigram entropy of the held-out data": f"{held_out['unigram_entropy_nats']:.4f} nats/token",
+            "unigram entropy of the held-out data": f"{held_out.unigram_entropy_nats:.4f} nats/token",
             "validation bound, end": f"{end:.4f} +- {evaluation['standard_error']:.4f} nats/token",
             "validation bound, end, per byte": f"{evaluation['bits_per_byte']:.4f} bits/byte",
             "export against trained model": f"{export['relative_difference']:.1e} relative, on fixed noise",

@@ -26,7 +26,6 @@ class DataConfig:
     """Prefix of the held-out shard."""
     seq_length: int = 2048
     """Tokens of one sample."""
-
     verify_checksums: bool = False
     """Read both shards whole before the run and compare their SHA-256 with the manifests."""
 

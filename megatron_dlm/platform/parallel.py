@@ -105,7 +105,7 @@ def prepare_device(environment: ProcessEnvironment, config: ParallelConfig) -> t
         The CUDA device of this local rank (the only visible one where a launcher shows one each), or cpu.
 
     Raises:
-        InputError: CUDA is asked for and absent, or there are more local processes than devices.
+        InputError: CUDA is asked for and absent, or this local rank is beyond the several devices visible.
     """
     import torch
 

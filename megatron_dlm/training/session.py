@@ -27,6 +27,57 @@ def build_denoiser(config: RunConfig, vocabulary: Vocabulary, parallel: Parallel
     return Denoiser(config.model, megatron_config, vocabulary, config.objective.attention, parallel)
 
 
+class BatchStream:
+    """Reads, corrupts and runs the global batches of one shard, each addressed by its first sample."""
+
+    def __init__(
+        self,
+        runner: PipelineRunner,
+        blocks: TokenBlocks,
+        noise: NoiseSource,
+        micro_batch_size: int,
+        parallel: ParallelState,
+    ) -> None:
+        self._runner = runner
+        self._blocks = blocks
+        self._noise = noise
+        # Random also for validation: the first blocks of a shard are a few documents, not the whole of it.
+        self._order = SampleOrder(blocks.num_blocks, noise)
+        self._micro_batch_size = micro_batch_size
+        self._parallel = parallel
+
+    def run(self, first_sample: int, batch_size: int, *, training: bool) -> BatchSums:
+        """Forward, and backward where `training`, of one global batch; all ranks call it.
+
+        Args:
+            first_sample: position in the run of the batch's first sample.
+            batch_size: samples of the batch, over all processes.
+            training: False asks for the bound alone.
+
+        Returns:
+            Sums over the global batch, equal on all ranks.
+        """
+        context = CorruptionContext(
+            noise=self._noise, batch_start=first_sample, global_batch_size=batch_size, training=training
+        )
+        return self._runner.run(
+            self._microbatches(first_sample, batch_size),
+            context,
+            micro_batch_size=self._micro_batch_size,
+            seq_length=self._blocks.seq_length,
+        )
+
+    def _microbatches(self, first_sample: int, batch_size: int) -> Iterator[TokenBatch]:
+        for positions in microbatch_positions(
+            first_sample,
+            global_batch_size=batch_size,
+            micro_batch_size=self._micro_batch_size,
+            data_rank=self._parallel.data_rank,
+            data_size=self._parallel.data_size,
+        ):
+            yield read_batch(self._blocks, self._order(positions), positions)
+
+
 class Validation:
     """Runs evaluation batches of one model: always the same blocks, times and noise."""
 
@@ -38,44 +89,18 @@ class Validation:
         config: RunConfig,
         parallel: ParallelState,
     ) -> None:
-        self._runner = runner
-        self._blocks = blocks
+        noise = NoiseSource(config.evaluation.seed, "validation")
+        self._stream = BatchStream(runner, blocks, noise, config.training.micro_batch_size, parallel)
         self._bytes_per_token = bytes_per_token
-        self._micro_batch_size = config.training.micro_batch_size
-        self._noise = NoiseSource(config.evaluation.seed, "validation")
-        self._order = SampleOrder(blocks.num_blocks, self._noise)
-        self._parallel = parallel
 
     def run(self, config: EvaluationConfig) -> Likelihood:
         """The bound over `config.num_batches` batches; all ranks call it."""
 
         def run_batch(index: int) -> tuple[float, int]:
-            sums = self._run_batch(index * config.batch_size, config.batch_size)
+            sums = self._stream.run(index * config.batch_size, config.batch_size, training=False)
             return sums.bound, sums.tokens
 
         return estimate_likelihood(run_batch, config.num_batches, self._bytes_per_token)
-
-    def _run_batch(self, start: int, batch_size: int) -> BatchSums:
-        context = CorruptionContext(
-            noise=self._noise, batch_start=start, global_batch_size=batch_size, training=False
-        )
-        return self._runner.run(
-            self._batches(start, batch_size),
-            context,
-            micro_batch_size=self._micro_batch_size,
-            seq_length=self._blocks.seq_length,
-        )
-
-    def _batches(self, start: int, batch_size: int) -> Iterator[TokenBatch]:
-        for positions in microbatch_positions(
-            start,
-            global_batch_size=batch_size,
-            micro_batch_size=self._micro_batch_size,
-            data_rank=self._parallel.data_rank,
-            data_size=self._parallel.data_size,
-        ):
-            # In a fixed random order: the first blocks of a shard are a few documents, not the whole of it.
-            yield read_batch(self._blocks, self._order(positions), positions)
 
 
 class Session:
@@ -91,17 +116,17 @@ class Session:
         self.optimizer = build_optimizer(
             config.optimizer, config.parallel, config.training.precision, self.model
         )
-        self.runner = PipelineRunner(
+        runner = PipelineRunner(
             self.model,
             config.objective.build(data.vocabulary),
             parallel,
             config.training.head_rows_per_chunk,
         )
         self.validation = Validation(
-            self.runner, data.validation, data.validation_bytes_per_token, config, parallel
+            runner, data.validation, data.validation_bytes_per_token, config, parallel
         )
-        self._noise = NoiseSource(config.training.seed)
-        self._order = SampleOrder(data.train.num_blocks, self._noise)
+        noise = NoiseSource(config.training.seed)
+        self._stream = BatchStream(runner, data.train, noise, config.training.micro_batch_size, parallel)
         self._connect()
 
     def _connect(self) -> None:
@@ -120,28 +145,6 @@ class Session:
         Returns:
             Sums over the global batch, equal on all ranks.
         """
-        training = self.config.training
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        context = CorruptionContext(
-            noise=self._noise,
-            batch_start=first_sample,
-            global_batch_size=training.global_batch_size,
-            training=True,
-        )
-        return self.runner.run(
-            self._train_batches(first_sample),
-            context,
-            micro_batch_size=training.micro_batch_size,
-            seq_length=self.config.data.seq_length,
-        )
-
-    def _train_batches(self, first_sample: int) -> Iterator[TokenBatch]:
-        for positions in microbatch_positions(
-            first_sample,
-            global_batch_size=self.config.training.global_batch_size,
-            micro_batch_size=self.config.training.micro_batch_size,
-            data_rank=self.parallel.data_rank,
-            data_size=self.parallel.data_size,
-        ):
-            yield read_batch(self.data.train, self._order(positions), positions)
+        return self._stream.run(first_sample, self.config.training.global_batch_size, training=True)
