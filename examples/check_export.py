@@ -36,9 +36,11 @@ def main() -> int:
 
     check = load_file(folder / "check.safetensors")
     trained = json.loads((folder / "check.json").read_text(encoding="utf-8"))["nats_per_token"]
-    exported = model.bound(check["input_ids"], check["target_ids"], check["weights"], check["sigma"])
+    noise = {name: check[name] for name in ("sigma", "position_ids", "visible_mask") if name in check}
+    exported = model.bound(check["input_ids"], check["target_ids"], check["weights"], **noise)
+    first = {name: value if name == "visible_mask" else value[:1] for name, value in noise.items()}
     with torch.no_grad():
-        logits = model(check["input_ids"][:1], sigma=check["sigma"][:1]).logits[:, : check["logits"].shape[1]]
+        logits = model(check["input_ids"][:1], **first).logits[:, : check["logits"].shape[1]]
     visible = torch.isfinite(logits)
     logit_difference = float((logits - check["logits"])[visible].abs().max() / check["logits"].abs().max())
     difference = abs(exported - trained) / trained

@@ -1,22 +1,27 @@
 """The few frozen dataclasses that cross layers: what the loader, objectives, denoiser and head exchange.
 
-Shape legend: B microbatch sequences, L tokens, R rows that reach the head.
+Shape legend: B microbatch sequences, L tokens, S positions, R rows that reach the head.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from numpy.typing import NDArray
     from torch import Tensor
 
 
 class InputError(ValueError):
     """Something the user can mend: a bad value, file or combination. One line: field, value, rule."""
+
+
+class TrainingError(RuntimeError):
+    """A run cannot go on: the numbers are not finite. One line: what, step, rank, samples."""
 
 
 class AttentionPattern(str, Enum):
@@ -61,15 +66,36 @@ class TokenBatch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenMixture:
+    """Soft tokens: at each position a weighted few of the vocabulary's embeddings."""
+
+    token_ids_BLk: Tensor
+    """int64 [B, L, k]."""
+    weights_BLk: Tensor
+    """float32 [B, L, k], adding up to 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelInputs:
-    """What the denoiser reads."""
+    """What the denoiser reads; S positions of the network, L or, where a clean copy is appended, 2 L."""
 
     token_ids_BL: Tensor
-    """int64 [B, L]."""
+    """int64 [B, S]."""
     position_ids_BL: Tensor
-    """int64 [B, L] or [1, L]; rotary positions."""
+    """int64 [B, S] or [1, S]; rotary positions."""
     sigma_B: Tensor
     """float32 [B]; noise level -ln(alpha) fed to the time embedder, zeros for families without it."""
+    attention_mask: Tensor | None = None
+    """bool [1, 1, S, S], True where a query (row) may look at a key; None for the family's own pattern."""
+    mixture: TokenMixture | None = None
+    """Embedded in place of `token_ids_BL` where present."""
+
+    def to(self, device: torch.device) -> ModelInputs:
+        """The same inputs on `device`."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if hasattr(value, "to")}
+        if self.mixture is not None:
+            moved["mixture"] = TokenMixture(**{k: v.to(device) for k, v in vars(self.mixture).items()})
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,19 +104,29 @@ class RowTargets:
 
     clean_R: Tensor
     """int64 [R], the token to predict."""
+    noisy_R: Tensor
+    """int64 [R], the token the network saw at this position."""
+    alpha_R: Tensor
+    """float64 [R], probability that the token was left clean."""
     weight_R: Tensor
-    """float32 [R], weight of the row in the training loss."""
+    """float64 [R], weight of the row in the training loss."""
+    bound_weight_R: Tensor
+    """float64 [R], weight of the row in the NELBO."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Targets:
-    """What the loss of one microbatch needs, on the CPU."""
+    """What the loss of one microbatch needs, on the CPU; S positions as in `ModelInputs`."""
 
     clean_BL: Tensor
-    """int64 [B, L], the token to predict at each position."""
+    """int64 [B, S], the token to predict at each position."""
+    noisy_BL: Tensor
+    """int64 [B, S], the token the network sees there."""
+    alpha_BL: Tensor
+    """float64 [B, S], probability that the token was left clean."""
     weight_BL: Tensor
-    """float32 [B, L], training weight; 0 where a position carries no loss and never reaches the head."""
+    """float64 [B, S], training weight; 0 where a position carries no loss and never reaches the head."""
     bound_weight_BL: Tensor
-    """float32 [B, L], weight that makes the sum the NELBO (NLL for AR) in nats; same zeros as weight_BL."""
+    """float64 [B, S], weight that makes the sum the NELBO (NLL for AR) in nats; same zeros as weight_BL."""
     token_count: int
-    """Tokens the sum is divided by: all positions, not only those with a loss."""
+    """Tokens the sum is divided by: all of the data, not only those with a loss."""

@@ -7,4 +7,4 @@ from megatron_dlm.training.run_config import RunConfig
 
 def recipe() -> RunConfig:
     """The run; override any field on the command line."""
-    return phase1_run(MDLMConfig())
+    return phase1_run(MDLMConfig(ssl_ratio=0.01))

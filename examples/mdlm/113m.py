@@ -7,4 +7,4 @@ from megatron_dlm.training.run_config import RunConfig
 
 def recipe() -> RunConfig:
     """The run; override any field on the command line."""
-    return isoflop_run("113M", MDLMConfig(), num_steps=17_383)
+    return isoflop_run("113M", MDLMConfig(), budget_flops=6e18)

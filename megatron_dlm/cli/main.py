@@ -9,7 +9,7 @@ import importlib
 import sys
 
 from megatron_dlm import __version__
-from megatron_dlm.interfaces import InputError
+from megatron_dlm.interfaces import InputError, TrainingError
 
 VERBS = {
     "tokenizer": "train a byte-level BPE tokenizer from text",
@@ -47,16 +47,19 @@ def main() -> None:
         sys.exit(importlib.import_module(f"megatron_dlm.cli.{verb}").run(arguments[1:]))
     except InputError as error:
         fail(f"megatron-dlm {verb}", str(error))
+    except TrainingError as error:
+        fail(f"megatron-dlm {verb}", str(error), exit_code=1)
 
 
-def fail(program: str, message: str) -> None:
-    """Print one line and exit with code 2.
+def fail(program: str, message: str, exit_code: int = 2) -> None:
+    """Print one line and exit.
 
     Before the process group exists all ranks find the same fault, so only the first speaks.
 
     Args:
         program: command and verb.
         message: field, value and rule.
+        exit_code: 2 for what the user can mend, 1 for anything else.
     """
     from megatron_dlm.platform.launch import detect_environment
 
@@ -70,4 +73,4 @@ def fail(program: str, message: str) -> None:
     if started or rank == 0:
         where = f" on rank {rank}" if started else ""
         print(f"{program}: error{where}: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    sys.exit(exit_code)

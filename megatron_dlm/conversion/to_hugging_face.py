@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,27 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_dlm.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE, LoadedTokenizer
-from megatron_dlm.interfaces import InputError, ModelInputs, Targets
+from megatron_dlm.interfaces import InputError, ModelInputs, Targets, Vocabulary
 from megatron_dlm.models.attention import ROTARY_BASE
-from megatron_dlm.models.config import LAYER_NORM_EPSILON
+from megatron_dlm.models.config import LAYER_NORM_EPSILON, ModelConfig
 from megatron_dlm.models.denoiser import Denoiser
 from megatron_dlm.models.weight_layout import weight_places
 from megatron_dlm.objectives.base import Objective, ObjectiveConfig
 from megatron_dlm.platform.files import write_json
 from megatron_dlm.platform.parallel import ParallelState
 
-REMOTE_CODE = ("configuration_megatron_dlm.py", "modeling_megatron_dlm.py")
+REMOTE_CODE = tuple(
+    f"{part}_megatron_dlm.py" for part in ("configuration", "modeling", "noise", "likelihood", "generation")
+)
+# Fields of a family's configuration that the remote code reads, where the family has them.
+OBJECTIVE_FIELDS = (
+    "time_epsilon",
+    "noise_schedule",
+    "time_conditioning",
+    "mask_in_noise",
+    "alpha_0",
+    "block_size",
+)
 CHECK_TENSORS, CHECK_RECORD = "check.safetensors", "check.json"
 CHECK_LOGIT_POSITIONS = 16
 MAX_SHARD_SIZE = "5GB"
@@ -100,9 +111,30 @@ def public_state(denoiser: Denoiser, parallel: ParallelState, dtype: torch.dtype
     }
 
 
+def hugging_face_fields(
+    model: ModelConfig, vocabulary: Vocabulary, objective: ObjectiveConfig
+) -> dict[str, Any]:
+    """What config.json says of the model: shape, vocabulary and family."""
+    family = {name: getattr(objective, name) for name in OBJECTIVE_FIELDS if hasattr(objective, name)}
+    return {
+        "family": objective.name,
+        "vocab_size": vocabulary.size,
+        "mask_token_id": vocabulary.mask_token_id,
+        "bos_token_id": vocabulary.bos_token_id,
+        "eos_token_id": vocabulary.eos_token_id,
+        "hidden_size": model.hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "intermediate_size": model.ffn_hidden_size,
+        "conditioning_size": model.conditioning_size,
+        "layer_norm_epsilon": LAYER_NORM_EPSILON,
+        "rope_theta": ROTARY_BASE,
+        **family,
+    }
+
+
 def _config(source: ExportSource, dtype: torch.dtype) -> dict[str, Any]:
-    model, vocabulary = source.denoiser.model, source.denoiser.vocabulary
-    configuration, modeling = (name.removesuffix(".py") for name in REMOTE_CODE)
+    configuration, modeling = (name.removesuffix(".py") for name in REMOTE_CODE[:2])
     model_class = f"{modeling}.MegatronDlmModel"
     return {
         "architectures": ["MegatronDlmModel"],
@@ -113,21 +145,9 @@ def _config(source: ExportSource, dtype: torch.dtype) -> dict[str, Any]:
             "AutoModelForMaskedLM": model_class,
         },
         "dtype": str(dtype).removeprefix("torch."),
-        "family": source.objective.name,
-        "vocab_size": vocabulary.size,
-        "mask_token_id": vocabulary.mask_token_id,
-        "bos_token_id": vocabulary.bos_token_id,
-        "eos_token_id": vocabulary.eos_token_id,
-        "hidden_size": model.hidden_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_attention_heads,
-        "intermediate_size": model.ffn_hidden_size,
-        "conditioning_size": model.conditioning_size,
         "max_position_embeddings": source.seq_length,
-        "layer_norm_epsilon": LAYER_NORM_EPSILON,
-        "rope_theta": ROTARY_BASE,
-        "time_epsilon": getattr(source.objective, "time_epsilon", 0.0),
         "tie_word_embeddings": False,
+        **hugging_face_fields(source.denoiser.model, source.denoiser.vocabulary, source.objective),
     }
 
 
@@ -153,13 +173,14 @@ def _write_check(source: ExportSource, inputs: ModelInputs, targets: Targets, di
     """A noisy batch, some logits and the bound the trained model gives: what a reload must reproduce."""
     objective: Objective = source.objective.build(source.denoiser.vocabulary)
     head = source.denoiser.head
-    _, bound = head.losses(
+    losses = head.losses(
         source.denoiser(inputs),
         targets,
         objective.loss_and_dlogits,
         rows_per_chunk=source.head_rows_per_chunk,
     )
-    one = ModelInputs(
+    one = replace(
+        inputs,
         token_ids_BL=inputs.token_ids_BL[:1],
         position_ids_BL=inputs.position_ids_BL[:1],
         sigma_B=inputs.sigma_B[:1],
@@ -169,7 +190,10 @@ def _write_check(source: ExportSource, inputs: ModelInputs, targets: Targets, di
         "target_ids": targets.clean_BL,
         "weights": targets.bound_weight_BL,
         "sigma": inputs.sigma_B,
+        "position_ids": inputs.position_ids_BL.contiguous(),
         "logits": source.denoiser.logits(one)[:, :CHECK_LOGIT_POSITIONS].contiguous(),
     }
+    if inputs.attention_mask is not None:
+        tensors["visible_mask"] = inputs.attention_mask[0, 0].contiguous()
     save_file(tensors, directory / CHECK_TENSORS)
-    write_json(directory / CHECK_RECORD, {"nats_per_token": float(bound) / targets.token_count})
+    write_json(directory / CHECK_RECORD, {"nats_per_token": float(losses.bound) / targets.token_count})

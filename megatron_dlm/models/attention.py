@@ -32,7 +32,10 @@ def rotary_angles(position_ids_BL: Tensor, head_dim: int) -> Tensor:
 
 
 class SdpaAttention(nn.Module):
-    """PyTorch's scaled dot product attention as a megatron-core attention core; causal or unmasked."""
+    """PyTorch's scaled dot product attention as a megatron-core attention core.
+
+    Causal or unmasked by its specification; a mask given with the tensors takes the place of both.
+    """
 
     def __init__(self, *, attn_mask_type: AttnMaskType, **unused: Any) -> None:
         super().__init__()
@@ -40,8 +43,22 @@ class SdpaAttention(nn.Module):
             raise ValueError(f"SdpaAttention has no mask for {attn_mask_type}")
         self._causal = attn_mask_type == AttnMaskType.causal
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *unused: Any, **kwargs: Any) -> Tensor:
-        """[s, b, n * h] from query, key and value of [s, b, n, h]."""
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **unused: Any
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: [s, b, n, h].
+            key: [s, b, n, h].
+            value: [s, b, n, h].
+            attention_mask: bool [1, 1, s, s], True where a query (row) may look at a key; or None.
+            **unused: arguments of megatron-core for other cores.
+
+        Returns:
+            [s, b, n * h].
+        """
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=self._causal)
+        causal = self._causal and attention_mask is None
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, is_causal=causal)
         return out.permute(2, 0, 1, 3).flatten(2)

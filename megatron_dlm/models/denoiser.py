@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.enums import ModelType
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
+    reduce_from_tensor_model_parallel_region,
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer import TransformerConfig
@@ -49,6 +52,7 @@ class Denoiser(MegatronModule):
         super().__init__(config=config)
         self.model = model
         self.vocabulary = vocabulary
+        self.attention = attention
         self.pre_process, self.post_process = parallel.is_first_stage, parallel.is_last_stage
         self._pipeline_rank = parallel.pipeline_rank
         if self.pre_process:
@@ -95,14 +99,31 @@ class Denoiser(MegatronModule):
         c = self.time_embedder(inputs.sigma_B)
         hidden_states = None
         if self.pre_process:
-            hidden_states = self.embedding(inputs.token_ids_BL).transpose(0, 1).float().contiguous()
+            hidden_states = self._embed(inputs).transpose(0, 1).float().contiguous()
         hidden_states = self.block(
             hidden_states=hidden_states,
-            attention_mask=None,
+            attention_mask=inputs.attention_mask,
             context=c,
             rotary_pos_emb=rotary_angles(inputs.position_ids_BL, self.model.head_dim),
         )
         return self.final_layer(hidden_states, c) if self.post_process else hidden_states
+
+    def _embed(self, inputs: ModelInputs) -> Tensor:
+        """[B, L, D] embeddings of tokens or, where there is a mixture, of weighted tokens."""
+        if inputs.mixture is None:
+            embedded: Tensor = self.embedding(inputs.token_ids_BL)
+            return embedded
+        ids, weights = inputs.mixture.token_ids_BLk, inputs.mixture.weights_BLk
+        table, start = self.embedding.weight, self.embedding.vocab_start_index
+        present = (ids >= start) & (ids < start + table.shape[0])
+        bags = F.embedding_bag(
+            torch.where(present, ids - start, 0).flatten(0, 1),
+            table,
+            per_sample_weights=(weights * present).to(table.dtype).flatten(0, 1),
+            mode="sum",
+        )
+        mixed: Tensor = reduce_from_tensor_model_parallel_region(bags, self.embedding.tp_group)
+        return mixed.unflatten(0, ids.shape[:2])
 
     def logits(self, inputs: ModelInputs) -> Tensor:
         """float32 [B, L, Vp] of this rank's columns; for evaluation of small batches on one stage."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +28,20 @@ ROW_MULTIPLE = 16
 """Chunks are padded to a multiple of this, which FP8 matrix products need."""
 
 
+@dataclass(frozen=True)
+class HeadLosses:
+    """What one microbatch costs."""
+
+    loss: Tensor
+    """Sum of weight * loss, with its gradient; float32, or float64 from such weights."""
+    bound: Tensor
+    """float64, the bound's sum, without gradient."""
+    losses_R: Tensor
+    """[R] unweighted losses of the rows that reached the head."""
+    rows_R: Tensor
+    """int64 [R] on the CPU, their places in the [s, b] grid of positions."""
+
+
 class Head(nn.Module):
     """Untied linear head with bias over this rank's share of the vocabulary."""
 
@@ -34,7 +49,7 @@ class Head(nn.Module):
         self,
         hidden_size: int,
         vocab: VocabShard,
-        tensor_group: dist.ProcessGroup,
+        tensor_group: dist.ProcessGroup | None,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -48,13 +63,13 @@ class Head(nn.Module):
             set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
 
     def forward(self, hidden_RD: Tensor) -> Tensor:
-        """float32 [R, Vp] logits of this rank's columns, padding included."""
+        """[R, Vp] logits of this rank's columns, padding included; float32, or float64 from such weights."""
         return _logits(hidden_RD.to(self.weight.dtype), self.weight, self.bias)
 
     def losses(
         self, hidden_sbD: Tensor, targets: Targets, row_loss: RowLoss, rows_per_chunk: int
-    ) -> tuple[Tensor, Tensor]:
-        """Weighted loss and bound of one microbatch.
+    ) -> HeadLosses:
+        """Losses of one microbatch.
 
         Args:
             hidden_sbD: [s, b, D] output of the final layer.
@@ -63,17 +78,12 @@ class Head(nn.Module):
             rows_per_chunk: most rows whose logits exist at a time.
 
         Returns:
-            The sum of weight * loss (float32, with its gradient) and the bound's sum (float64, without).
+            The sums and the losses of the rows.
         """
         device = hidden_sbD.device
-        weight_N = targets.weight_BL.t().reshape(-1)
         # Row indices come from the CPU, beside the draws: no device synchronisation.
-        rows_R = weight_N.nonzero()[:, 0]
-        row_targets = RowTargets(
-            clean_R=targets.clean_BL.t().reshape(-1)[rows_R].to(device),
-            weight_R=weight_N[rows_R].to(device),
-        )
-        bound_weight_R = targets.bound_weight_BL.t().reshape(-1)[rows_R].to(device)
+        rows_R = targets.weight_BL.t().reshape(-1).nonzero()[:, 0]
+        row_targets = _rows_of(targets, rows_R, device)
         hidden_RD = hidden_sbD.flatten(0, 1).index_select(0, rows_R.to(device)).to(self.weight.dtype)
         # Inside a Function gradients always look disabled, so it is told here.
         wants_gradient = torch.is_grad_enabled()
@@ -87,7 +97,8 @@ class Head(nn.Module):
             rows_per_chunk,
             wants_gradient,
         )
-        return loss, torch.dot(losses_R.double(), bound_weight_R.double())
+        bound = torch.dot(losses_R.double(), row_targets.bound_weight_R)
+        return HeadLosses(loss, bound, losses_R, rows_R)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
@@ -107,7 +118,20 @@ class Head(nn.Module):
 
 
 def _logits(hidden_RD: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return torch.mm(hidden_RD, weight.t()).float().add_(bias.float())
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    if weight.dtype == dtype:
+        return torch.addmm(bias, hidden_RD, weight.t())
+    return torch.mm(hidden_RD, weight.t()).to(dtype).add_(bias.to(dtype))
+
+
+def _rows_of(targets: Targets, rows_R: Tensor, device: torch.device) -> RowTargets:
+    """The targets of some positions, in the head's order (positions outermost), on `device`."""
+    per_row = {
+        f"{name.removesuffix('_BL')}_R": value.t().reshape(-1)[rows_R].to(device)
+        for name, value in vars(targets).items()
+        if name.endswith("_BL")
+    }
+    return RowTargets(**per_row)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -126,25 +150,25 @@ class _ChunkedLoss(torch.autograd.Function):
         wants_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         num_rows = hidden_RD.shape[0]
-        losses_R = hidden_RD.new_zeros(num_rows, dtype=torch.float32)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        losses_R = hidden_RD.new_zeros(num_rows, dtype=dtype)
         if wants_gradient:
             dhidden_RD = torch.zeros_like(hidden_RD)
-            dweight = torch.zeros_like(weight, dtype=torch.float32)
-            dbias = torch.zeros_like(bias, dtype=torch.float32)
+            dweight = torch.zeros_like(weight, dtype=dtype)
+            dbias = torch.zeros_like(bias, dtype=dtype)
         for start, stop in _chunk_bounds(num_rows, rows_per_chunk):
             chunk_RD = _pad_rows(hidden_RD[start:stop])
             chunk_targets = RowTargets(
-                clean_R=_pad_rows(targets.clean_R[start:stop]),
-                weight_R=_pad_rows(targets.weight_R[start:stop]),
+                **{name: _pad_rows(rows[start:stop]) for name, rows in vars(targets).items()}
             )
             chunk_losses_R, dlogits_RVp = row_loss(_logits(chunk_RD, weight, bias), chunk_targets, vocab)
             losses_R[start:stop] = chunk_losses_R[: stop - start]
             if wants_gradient:
-                dlogits_RVp.mul_(chunk_targets.weight_R[:, None])
+                dlogits_RVp.mul_(chunk_targets.weight_R[:, None].to(dtype))
                 dbias.add_(dlogits_RVp.sum(dim=0))
                 low_RVp = dlogits_RVp.to(weight.dtype)
                 dhidden_RD[start:stop] = torch.mm(low_RVp, weight)[: stop - start]
-                if weight.dtype == torch.float32:
+                if weight.dtype == dtype:
                     dweight.addmm_(low_RVp.t(), chunk_RD)
                 else:
                     dweight.add_(torch.mm(low_RVp.t(), chunk_RD))
@@ -152,7 +176,7 @@ class _ChunkedLoss(torch.autograd.Function):
             ctx.group = vocab.group
             ctx.save_for_backward(dhidden_RD, dweight.to(weight.dtype), dbias.to(bias.dtype))
         ctx.mark_non_differentiable(losses_R)
-        return torch.dot(losses_R, targets.weight_R), losses_R
+        return torch.dot(losses_R, targets.weight_R.to(dtype)), losses_R
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, unused: Tensor) -> tuple[Tensor | None, ...]:

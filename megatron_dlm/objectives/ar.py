@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from megatron_dlm.interfaces import AttentionPattern, ModelInputs, RowTargets, Targets, TokenBatch, Vocabulary
+from megatron_dlm.interfaces import AttentionPattern, ModelInputs, Targets, TokenBatch, Vocabulary
 from megatron_dlm.objectives.base import CorruptionContext, Objective, ObjectiveConfig
-from megatron_dlm.objectives.cross_entropy import cross_entropy, cross_entropy_and_dlogits
-from megatron_dlm.platform.vocab_parallel import VocabShard
+from megatron_dlm.objectives.cross_entropy import CrossEntropyObjective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,32 +24,24 @@ class ARConfig(ObjectiveConfig):
         return AR()
 
 
-class AR(Objective):
+class AR(CrossEntropyObjective):
     """Predict each next token; the last one is the block's look-ahead, so L tokens are scored."""
 
     def corrupt(self, batch: TokenBatch, context: CorruptionContext) -> tuple[ModelInputs, Targets]:
         """Shift by one; nothing is drawn."""
-        batch_size, length = batch.token_ids[:, :-1].shape
-        ones_BL = torch.ones(batch_size, length)
+        seen_BL = batch.token_ids[:, :-1].contiguous()
+        ones_BL = torch.ones(seen_BL.shape, dtype=torch.float64)
         inputs = ModelInputs(
-            token_ids_BL=batch.token_ids[:, :-1].contiguous(),
-            position_ids_BL=torch.arange(length)[None],
-            sigma_B=torch.zeros(batch_size),
+            token_ids_BL=seen_BL,
+            position_ids_BL=torch.arange(seen_BL.shape[1])[None],
+            sigma_B=torch.zeros(len(seen_BL)),
         )
         targets = Targets(
             clean_BL=batch.token_ids[:, 1:].contiguous(),
+            noisy_BL=seen_BL,
+            alpha_BL=ones_BL,
             weight_BL=ones_BL,
             bound_weight_BL=ones_BL,
             token_count=ones_BL.numel(),
         )
         return inputs, targets
-
-    def token_losses(self, logits_RVp: Tensor, targets: RowTargets, vocab: VocabShard) -> Tensor:
-        """Cross-entropy of the next token."""
-        return cross_entropy(logits_RVp, targets.clean_R, vocab)
-
-    def loss_and_dlogits(
-        self, logits_RVp: Tensor, targets: RowTargets, vocab: VocabShard
-    ) -> tuple[Tensor, Tensor]:
-        """Cross-entropy with its closed-form gradient."""
-        return cross_entropy_and_dlogits(logits_RVp, targets.clean_R, vocab)

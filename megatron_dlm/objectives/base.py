@@ -32,6 +32,11 @@ class CorruptionContext:
     training: bool
     """False asks for the bound's weights, whatever the training loss."""
 
+    @property
+    def step(self) -> int:
+        """Global batches before this one."""
+        return self.batch_start // self.global_batch_size
+
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
@@ -40,6 +45,17 @@ class ObjectiveConfig:
     name: ClassVar[str]
     attention: ClassVar[AttentionPattern]
 
+    def check_sizes(self, batch_size: int, seq_length: int) -> None:
+        """Refuse a global batch or length that the family cannot divide.
+
+        Args:
+            batch_size: samples of a global batch, training's or evaluation's.
+            seq_length: tokens of a sample.
+
+        Raises:
+            InputError: where it cannot.
+        """
+
     def build(self, vocabulary: Vocabulary) -> Objective:
         """The family over `vocabulary`."""
         raise TypeError(f"{type(self).__name__} is no family; choose one from objectives/registry.py")
@@ -47,6 +63,18 @@ class ObjectiveConfig:
 
 class Objective(ABC):
     """A family of language models: what the network reads and what it is scored on."""
+
+    def split(self, batch: TokenBatch, context: CorruptionContext) -> list[TokenBatch]:
+        """The microbatch in parts that one forward each can take; most families need one.
+
+        Args:
+            batch: clean blocks with their positions in the run.
+            context: address of the draws.
+
+        Returns:
+            Parts that hold every sample once; each goes to `corrupt` by itself.
+        """
+        return [batch]
 
     @abstractmethod
     def corrupt(self, batch: TokenBatch, context: CorruptionContext) -> tuple[ModelInputs, Targets]:
@@ -104,18 +132,18 @@ def corruption_fingerprint(inputs: ModelInputs, targets: Targets, batch: TokenBa
         batch: the samples, whose positions are hashed too.
 
     Returns:
-        Sum over the samples of a hash of (position, network input, sigma, bound weights), modulo 2**63.
+        Sum over the samples of a hash of (position, network input, bound weights), modulo 2**63.
     """
-    rows = zip(
-        batch.sample_indices.tolist(),
-        inputs.token_ids_BL.numpy(),
-        inputs.position_ids_BL.expand_as(inputs.token_ids_BL).numpy(),
-        inputs.sigma_B.numpy(),
-        targets.bound_weight_BL.numpy(),
-        strict=True,
-    )
+    arrays_B = [
+        inputs.token_ids_BL,
+        inputs.position_ids_BL.expand_as(inputs.token_ids_BL),
+        inputs.sigma_B,
+        targets.bound_weight_BL,
+    ]
+    if inputs.mixture is not None:
+        arrays_B += [inputs.mixture.token_ids_BLk, inputs.mixture.weights_BLk]
     total = 0
-    for position, *arrays in rows:
+    for position, *arrays in zip(batch.sample_indices.tolist(), *(a.numpy() for a in arrays_B), strict=True):
         digest = hashlib.blake2b(str(position).encode(), digest_size=8)
         for array in arrays:
             digest.update(np.ascontiguousarray(array).tobytes())

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 def absorb(
     clean_BL: NDArray[np.int64],
-    alpha_B: NDArray[np.float64],
+    alpha_BL: NDArray[np.float64],
     uniform_BL: NDArray[np.float64],
     mask_token_id: int,
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
@@ -16,12 +16,32 @@ def absorb(
 
     Args:
         clean_BL: int64 [B, L].
-        alpha_B: float64 [B], probability that a token stays clean.
+        alpha_BL: float64 [B, L] or [B, 1], probability that a token stays clean.
         uniform_BL: float64 [B, L] draws in [0, 1).
         mask_token_id: the absorbing state.
 
     Returns:
         int64 [B, L] noisy tokens, and bool [B, L] where they are masked.
     """
-    masked_BL = uniform_BL < 1.0 - alpha_B[:, None]
+    masked_BL = uniform_BL < 1.0 - alpha_BL
     return np.where(masked_BL, mask_token_id, clean_BL), masked_BL
+
+
+def replace_uniformly(
+    clean_BL: NDArray[np.int64],
+    alpha_BL: NDArray[np.float64],
+    uniform_BL: NDArray[np.float64],
+    drawn_BL: NDArray[np.int64],
+) -> NDArray[np.int64]:
+    """Uniform-state corruption: with probability 1 - alpha a token becomes its draw, which may equal it.
+
+    Args:
+        clean_BL: int64 [B, L].
+        alpha_BL: float64 [B, L] or [B, 1].
+        uniform_BL: float64 [B, L] draws in [0, 1).
+        drawn_BL: int64 [B, L] uniform draws over the states of the noise.
+
+    Returns:
+        int64 [B, L] noisy tokens.
+    """
+    return np.where(uniform_BL < 1.0 - alpha_BL, drawn_BL, clean_BL)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_dlm.interfaces import RowTargets
+from megatron_dlm.objectives.base import Objective
 from megatron_dlm.platform.vocab_parallel import VocabShard
 
 
@@ -54,3 +56,17 @@ def cross_entropy_and_dlogits(
     one_hot_R = -present_R.to(probability_RVp.dtype)
     probability_RVp.scatter_add_(1, column_R[:, None], one_hot_R[:, None])
     return sum_R.log() - target_R, probability_RVp
+
+
+class CrossEntropyObjective(Objective):
+    """A family whose rows cost the cross-entropy of their clean token."""
+
+    def token_losses(self, logits_RVp: Tensor, targets: RowTargets, vocab: VocabShard) -> Tensor:
+        """Cross-entropy of the clean token."""
+        return cross_entropy(logits_RVp, targets.clean_R, vocab)
+
+    def loss_and_dlogits(
+        self, logits_RVp: Tensor, targets: RowTargets, vocab: VocabShard
+    ) -> tuple[Tensor, Tensor]:
+        """Cross-entropy with its closed-form gradient."""
+        return cross_entropy_and_dlogits(logits_RVp, targets.clean_R, vocab)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from megatron_dlm.objectives.ar import ARConfig
 from megatron_dlm.objectives.base import ObjectiveConfig
+from megatron_dlm.objectives.block_diffusion import BlockDiffusionConfig
+from megatron_dlm.objectives.duo import DuoConfig
+from megatron_dlm.objectives.esolm import EsoLMConfig
 from megatron_dlm.objectives.mdlm import MDLMConfig
 
-OBJECTIVES: dict[str, type[ObjectiveConfig]] = {config.name: config for config in (ARConfig, MDLMConfig)}
+_FAMILIES = (ARConfig, MDLMConfig, DuoConfig, EsoLMConfig, BlockDiffusionConfig)
+OBJECTIVES: dict[str, type[ObjectiveConfig]] = {config.name: config for config in _FAMILIES}

@@ -1,19 +1,38 @@
-"""Noise schedules: alpha_t falling from 1 (clean, t=0) towards 0 (noise, t=1), and its derivative."""
+"""Noise schedules: alpha_t falling from 1 (clean, t=0) towards 0 (noise, t=1), and its derivative in t."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+Schedule = Literal["log-linear", "linear", "cosine"]
 NOISE_EPSILON = 1e-3
 """alpha(1) of the log-linear schedule; fixed in the paper's code (arXiv:2602.15014)."""
 
+_FUNCTIONS: dict[str, Callable[[NDArray[np.float64]], tuple[NDArray[np.float64], NDArray[np.float64]]]] = {
+    # arXiv:2406.07524, log-linear in sigma = -ln alpha, kept off 0 at t = 1.
+    "log-linear": lambda t: (1.0 - (1.0 - NOISE_EPSILON) * t, np.full_like(t, -(1.0 - NOISE_EPSILON))),
+    "linear": lambda t: (1.0 - t, np.full_like(t, -1.0)),
+    # arXiv:2406.04329: 1 - cos(pi/2 (1 - t)).
+    "cosine": lambda t: (1.0 - np.sin(np.pi / 2 * t), -np.pi / 2 * np.cos(np.pi / 2 * t)),
+}
 
-def log_linear_alpha(t: NDArray[np.float64]) -> NDArray[np.float64]:
-    """alpha_t = 1 - (1 - epsilon) t, for t in [0, 1] (arXiv:2406.07524, log-linear schedule)."""
-    return 1.0 - (1.0 - NOISE_EPSILON) * t
 
+def alpha_and_slope(
+    schedule: Schedule, t: NDArray[np.float64], *, alpha_0: float = 1.0
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Probability that a token is still clean at time t, and its derivative.
 
-def log_linear_dalpha(t: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The derivative of alpha_t in t: the constant -(1 - epsilon)."""
-    return np.full_like(t, -(1.0 - NOISE_EPSILON))
+    Args:
+        schedule: log-linear ends at alpha_0 / 1000, the others at 0.
+        t: float64, any shape, in [0, 1].
+        alpha_0: alpha at t = 0; below 1 in Eso-LM, whose sequential part fills what is still masked then.
+
+    Returns:
+        alpha_t and d alpha/dt, float64 of t's shape.
+    """
+    alpha, dalpha = _FUNCTIONS[schedule](t)
+    return alpha_0 * alpha, alpha_0 * dalpha

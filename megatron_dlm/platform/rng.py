@@ -54,6 +54,21 @@ class NoiseSource:
         rows = [self.words(stream, int(position), count) for position in positions]
         return (np.stack(rows) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
+    def integers(self, stream: str, positions: Iterable[int], count: int, bound: int) -> NDArray[np.int64]:
+        """Uniform integers in [0, bound), one row a position; the modulo's bias is below bound / 2**64.
+
+        Args:
+            stream: name of the draw.
+            positions: P positions, each >= 0.
+            count: draws per position.
+            bound: number of values.
+
+        Returns:
+            int64 [P, count].
+        """
+        rows = [self.words(stream, int(position), count) for position in positions]
+        return (np.stack(rows) % np.uint64(bound)).astype(np.int64)
+
     def integer(self, stream: str, position: int, bound: int) -> int:
         """One integer in [0, bound); the bias of the modulo is below bound / 2**64."""
         return int(self.words(stream, position, 1)[0]) % bound

@@ -96,7 +96,7 @@ class ConsoleWriter:
         return (
             f"{head} | loss {metrics['loss']:.4f} | {metrics['nats_per_token']:.4f} nats/token "
             f"| {metrics['tokens_per_second']:,.0f} tokens/s | ETA {duration(metrics['eta_seconds'])} "
-            f"| lr {metrics['lr']:.2e} | gradient norm {metrics['grad_norm']:.3f}"
+            f"| MFU {metrics['mfu']:.0%} | lr {metrics['lr']:.2e} | gradient norm {metrics['grad_norm']:.3f}"
         )
 
     def close(self) -> None:

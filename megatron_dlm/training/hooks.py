@@ -12,7 +12,9 @@ import torch.distributed as dist
 
 from megatron_dlm.checkpointing.manager import PROGRESS_RECORD, RUN_RECORD, save
 from megatron_dlm.checkpointing.storage import CheckpointRoot
+from megatron_dlm.models.flops import Work
 from megatron_dlm.platform.codec import encode
+from megatron_dlm.platform.peak import matmul_flops_per_second
 from megatron_dlm.telemetry.writers import ConsoleWriter, JsonLinesWriter, TensorBoardWriter, Writer
 from megatron_dlm.training.session import Session
 from megatron_dlm.training.trainer import Hook, Progress, StepReport
@@ -45,11 +47,21 @@ class Telemetry:
 
 
 class LoggingHook(Hook):
-    """Reports every few steps: losses and speed are means over the tokens since the last report."""
+    """Reports every few steps: losses and speed are means over the tokens since the last report.
+
+    Utilisation is the model's matrix products, recomputation and padding left out, over the speed of this
+    device's own matrix product, measured at the start.
+    """
 
     def __init__(self, telemetry: Telemetry) -> None:
         self._telemetry = telemetry
         self._reports: list[StepReport] = []
+        self._peak = 0.0
+
+    def on_start(self, session: Session, progress: Progress) -> None:
+        """Measure the device, on all ranks at once."""
+        dtype = session.denoiser.config.params_dtype
+        self._peak = matmul_flops_per_second(session.parallel.device, dtype)
 
     def after_step(self, session: Session, progress: Progress, report: StepReport) -> None:
         """Write the means, and this step's learning rate, gradient norm and noise fingerprint."""
@@ -57,7 +69,11 @@ class LoggingHook(Hook):
         if progress.step % session.config.telemetry.log_every:
             return
         tokens = sum(r.tokens for r in self._reports)
-        speed = tokens / sum(r.seconds for r in self._reports)
+        seconds = sum(r.seconds for r in self._reports)
+        speed = tokens / seconds
+        work = sum((r.work for r in self._reports), Work())
+        flops = work.training_flops(session.config.model, session.data.vocabulary.size)
+        device_flops_per_second = flops / seconds / session.parallel.world_size
         steps_left = session.config.training.num_steps - progress.step
         metrics: dict[str, float | int] = {
             "loss": sum(r.loss * r.tokens for r in self._reports) / tokens,
@@ -65,6 +81,8 @@ class LoggingHook(Hook):
             "lr": report.lr,
             "grad_norm": report.grad_norm,
             "tokens_per_second": speed,
+            "tflops_per_second_per_device": device_flops_per_second / 1e12,
+            "mfu": device_flops_per_second / self._peak,
             "eta_seconds": steps_left * report.tokens / speed,
             "consumed_samples": progress.consumed_samples,
             "fingerprint": progress.fingerprint,

@@ -49,8 +49,8 @@ def wrap_data_parallel(denoiser: Denoiser, parallel: ParallelConfig) -> Any:
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
-        # Without this a NaN loss makes every parameter NaN and training goes on.
-        check_for_nan_in_grad=True,
+        # The loop stops on losses and gradient norms that are not finite, and names the samples.
+        check_for_nan_in_grad=False,
     )
     return DistributedDataParallel(denoiser.config, ddp_config, denoiser)
 

@@ -7,10 +7,14 @@ from pathlib import Path
 from megatron_dlm.checkpointing.storage import CheckpointConfig
 from megatron_dlm.data.loader import DataConfig
 from megatron_dlm.models.config import ModelConfig
+from megatron_dlm.models.flops import max_steps, published_forward_flops
 from megatron_dlm.models.sizes import PAPER_1_7B, paper_model
 from megatron_dlm.objectives.base import ObjectiveConfig
 from megatron_dlm.training.lr_schedule import LrScheduleConfig
 from megatron_dlm.training.run_config import EvaluationConfig, RunConfig, TrainingConfig
+
+SLIM_PAJAMA_VOCABULARY = 32_001
+"""TinyLlama's 32,000 ids and the mask token."""
 
 
 def tiny_run(objective: ObjectiveConfig, *, num_steps: int) -> RunConfig:
@@ -27,24 +31,30 @@ def tiny_run(objective: ObjectiveConfig, *, num_steps: int) -> RunConfig:
     )
 
 
-def isoflop_run(size: str, objective: ObjectiveConfig, *, num_steps: int) -> RunConfig:
+def isoflop_run(size: str, objective: ObjectiveConfig, *, budget_flops: float) -> RunConfig:
     """One point of the paper's IsoFLOP grid: 256 samples of 2,048 tokens a step, on 8 GPUs.
 
     Args:
         size: published name, for example "113M".
         objective: family.
-        num_steps: budget over the FLOPs of a step.
+        budget_flops: of the run, by the published count at the paper's 32,001 ids.
 
     Returns:
         The run.
     """
+    model, seq_length, global_batch_size = paper_model(size), 2048, 256
+    sequence_flops = published_forward_flops(model, SLIM_PAJAMA_VOCABULARY, seq_length)
+    num_steps = max_steps(budget_flops, sequence_flops, global_batch_size)
     return RunConfig(
         directory=Path(f"runs/{objective.name}-{size.lower()}"),
-        model=paper_model(size),
+        model=model,
         objective=objective,
-        data=_data("data/slim-pajama", "validation", seq_length=2048),
+        data=_data("data/slim-pajama", "validation", seq_length=seq_length),
         training=TrainingConfig(
-            num_steps=num_steps, global_batch_size=256, micro_batch_size=32, precision="bf16"
+            num_steps=num_steps,
+            global_batch_size=global_batch_size,
+            micro_batch_size=32,
+            precision="bf16",
         ),
         schedule=LrScheduleConfig(
             lr=2e-4, min_lr=2e-5, warmup_steps=max(num_steps // 100, 100), decay_steps=num_steps
@@ -77,7 +87,6 @@ def _large_run(
     schedule: LrScheduleConfig,
     checkpoint: CheckpointConfig,
 ) -> RunConfig:
-    # The paper also cuts 1% of the diffusion micro-batches to a random length; these runs do not.
     return RunConfig(
         directory=Path(f"runs/{objective.name}-1.7b-phase{phase}"),
         model=paper_model(PAPER_1_7B),

@@ -111,6 +111,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
         "evaluation.batch_size": config.evaluation.batch_size,
     }
     for name, size in batches.items():
+        config.objective.check_sizes(size, config.data.seq_length)
         if size % (micro * data_size):
             raise InputError(
                 f"{name}: {size} is not a multiple of training.micro_batch_size {micro} "

@@ -60,12 +60,7 @@ class BatchStream:
         context = CorruptionContext(
             noise=self._noise, batch_start=first_sample, global_batch_size=batch_size, training=training
         )
-        return self._runner.run(
-            self._microbatches(first_sample, batch_size),
-            context,
-            micro_batch_size=self._micro_batch_size,
-            seq_length=self._blocks.seq_length,
-        )
+        return self._runner.run(self._microbatches(first_sample, batch_size), context)
 
     def _microbatches(self, first_sample: int, batch_size: int) -> Iterator[TokenBatch]:
         for positions in microbatch_positions(

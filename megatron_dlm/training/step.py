@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_dlm.interfaces import ModelInputs, Targets, TokenBatch
+from megatron_dlm.interfaces import ModelInputs, Targets, TokenBatch, TrainingError
+from megatron_dlm.models.flops import Work, work_of
 from megatron_dlm.objectives.base import CorruptionContext, Objective, corruption_fingerprint
 from megatron_dlm.platform.parallel import ParallelState
 
@@ -25,15 +27,19 @@ class BatchSums:
     bound: float
     """Sum of the NELBO (AR: NLL) over the tokens, in nats."""
     tokens: int
+    work: Work
+    """What the network and the head really computed on."""
     fingerprint: int
     """Digest of the batch's corruption; does not depend on the layout."""
 
 
-@dataclass
-class _Tally:
-    """What one rank adds up over its microbatches."""
+@dataclass(frozen=True)
+class Microbatch:
+    """One forward-backward's share of a global batch, corrupted, on the CPU."""
 
-    fingerprint: int = 0
+    batch: TokenBatch
+    inputs: ModelInputs
+    targets: Targets
 
 
 class PipelineRunner:
@@ -51,75 +57,96 @@ class PipelineRunner:
         self._parallel = parallel
         self._rows_per_chunk = head_rows_per_chunk
 
-    def run(
-        self,
-        batches: Iterator[TokenBatch],
-        context: CorruptionContext,
-        *,
-        micro_batch_size: int,
-        seq_length: int,
-    ) -> BatchSums:
+    def run(self, batches: Iterator[TokenBatch], context: CorruptionContext) -> BatchSums:
         """Forward, and backward where `context.training`, of one global batch; all ranks call it.
 
         Args:
             batches: this rank's microbatches of the global batch.
             context: address of the batch's draws.
-            micro_batch_size: samples of each microbatch.
-            seq_length: tokens of a sample.
 
         Returns:
             Sums over the global batch.
+
+        Raises:
+            TrainingError: a loss is not finite; gradients are left as they came.
         """
-        tally = _Tally()
-        samples_of_rank = context.global_batch_size // self._parallel.data_size
+        # On the CPU and small; a family may need several forwards for one microbatch, of different lengths.
+        microbatches = [
+            Microbatch(part, *self._objective.corrupt(part, context))
+            for batch in batches
+            for part in self._objective.split(batch, context)
+        ]
+        shapes = {microbatch.inputs.token_ids_BL.shape for microbatch in microbatches}
+        batch_size, length = microbatches[0].inputs.token_ids_BL.shape
+        self._denoiser.config.variable_seq_lengths = len(shapes) > 1
         self._model.train(context.training)
         with torch.set_grad_enabled(context.training):
             outputs = get_forward_backward_func()(
                 forward_step_func=self._forward_step,
-                data_iterator=self._prepare(batches, context, tally),
+                data_iterator=iter(microbatches),
                 model=[self._model],
-                num_microbatches=samples_of_rank // micro_batch_size,
-                seq_length=seq_length,
-                micro_batch_size=micro_batch_size,
+                num_microbatches=len(microbatches),
+                seq_length=length,
+                micro_batch_size=batch_size,
                 forward_only=not context.training,
             )
-        return self._reduce(outputs, tally)
-
-    def _prepare(
-        self, batches: Iterator[TokenBatch], context: CorruptionContext, tally: _Tally
-    ) -> Iterator[tuple[ModelInputs, Targets]]:
-        """Corrupt on the CPU, then move to the device; every stage does, and gets the same."""
-        device = self._parallel.device
-        for batch in batches:
-            inputs, targets = self._objective.corrupt(batch, context)
-            tally.fingerprint += corruption_fingerprint(inputs, targets, batch)
-            yield replace(inputs, **{name: value.to(device) for name, value in vars(inputs).items()}), targets
+        return self._reduce(outputs, microbatches, context)
 
     def _forward_step(
-        self, batches: Iterator[tuple[ModelInputs, Targets]], model: Any
+        self, microbatches: Iterator[Microbatch], model: Any
     ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]]:
-        inputs, targets = next(batches)
+        microbatch = next(microbatches)
+        targets = microbatch.targets
 
         def loss_of(hidden_states: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            loss, bound = self._denoiser.head.losses(
+            losses = self._denoiser.head.losses(
                 hidden_states, targets, self._objective.loss_and_dlogits, self._rows_per_chunk
             )
-            tokens = torch.tensor(targets.token_count, dtype=torch.int, device=loss.device)
+            tokens = torch.tensor(targets.token_count, dtype=torch.int, device=losses.loss.device)
             # Cloned: the schedule may change what it was given in place.
-            sums = torch.stack([loss.detach().double(), bound, tokens.double()])
-            return loss, tokens, {"sums": sums}
+            sums = torch.stack([losses.loss.detach().double(), losses.bound])
+            return losses.loss, tokens, {"sums": sums}
 
-        return model(inputs), loss_of
+        return model(microbatch.inputs.to(self._parallel.device)), loss_of
 
-    def _reduce(self, outputs: list[dict[str, Tensor]], tally: _Tally) -> BatchSums:
+    def _reduce(
+        self, outputs: list[dict[str, Tensor]], microbatches: Sequence[Microbatch], context: CorruptionContext
+    ) -> BatchSums:
         parallel = self._parallel
-        sums = torch.zeros(3, dtype=torch.float64, device=parallel.device)
+        mine = torch.zeros(len(microbatches), 2, dtype=torch.float64, device=parallel.device)
         if parallel.is_last_stage:
-            sums += torch.stack([output["sums"] for output in outputs]).sum(dim=0)
+            mine += torch.stack([output["sums"] for output in outputs])
+        sums = mine.sum(dim=0)
+        if parallel.is_last_stage:
             dist.all_reduce(sums, group=parallel.data_group)
         last_stage = dist.get_global_rank(parallel.pipeline_group, parallel.pipeline_size - 1)
         dist.broadcast(sums, src=last_stage, group=parallel.pipeline_group)
-        fingerprint = torch.tensor(tally.fingerprint % 2**63, dtype=torch.int64, device=parallel.device)
-        dist.all_reduce(fingerprint, group=parallel.data_group)
-        loss, bound, tokens = sums.tolist()
-        return BatchSums(loss, bound, int(tokens), int(fingerprint) % 2**63)
+        loss, bound = sums.tolist()
+        if not (math.isfinite(loss) and math.isfinite(bound)):
+            raise self._complaint(mine, microbatches, context)
+        fingerprint, tokens, work = 0, 0, Work()
+        for microbatch in microbatches:
+            fingerprint += corruption_fingerprint(microbatch.inputs, microbatch.targets, microbatch.batch)
+            tokens += microbatch.targets.token_count
+            work += work_of(microbatch.inputs, microbatch.targets, self._denoiser.attention)
+        counts = torch.tensor(
+            [fingerprint % 2**63, tokens, *work.numbers], dtype=torch.int64, device=parallel.device
+        )
+        dist.all_reduce(counts, group=parallel.data_group)
+        fingerprint, tokens, *numbers = counts.tolist()
+        return BatchSums(loss, bound, tokens, Work(*numbers), fingerprint % 2**63)
+
+    def _complaint(
+        self, mine: Tensor, microbatches: Sequence[Microbatch], context: CorruptionContext
+    ) -> TrainingError:
+        """Which samples of this rank are at fault; the sums of all ranks are not finite."""
+        bad = [
+            int(index)
+            for sums, microbatch in zip(mine.tolist(), microbatches, strict=True)
+            for index in microbatch.batch.sample_indices
+            if not all(map(math.isfinite, sums))
+        ]
+        where = f"samples {bad}" if bad else "samples of another rank"
+        return TrainingError(
+            f"loss: not finite in step {context.step + 1} on rank {self._parallel.rank}: {where}"
+        )

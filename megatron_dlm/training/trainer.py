@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_dlm.interfaces import TrainingError
+from megatron_dlm.models.flops import Work
 from megatron_dlm.training.optimizer import set_learning_rate
 from megatron_dlm.training.session import Session
 
@@ -34,6 +37,7 @@ class StepReport:
     lr: float
     grad_norm: float
     tokens: int
+    work: Work
     seconds: float
 
 
@@ -76,6 +80,12 @@ def train_step(session: Session, progress: Progress) -> StepReport:
     set_learning_rate(session.optimizer, lr)
     _, grad_norm, _ = session.optimizer.step()
     progress.step += 1
+    if not math.isfinite(grad_norm):
+        # The weights are spoilt, but no checkpoint holds them.
+        raise TrainingError(
+            f"gradient norm: {grad_norm} in step {progress.step} on rank {session.parallel.rank}, "
+            f"samples from {progress.consumed_samples} on"
+        )
     progress.consumed_samples += session.config.training.global_batch_size
     progress.fingerprint = sums.fingerprint
     return StepReport(
@@ -84,5 +94,6 @@ def train_step(session: Session, progress: Progress) -> StepReport:
         lr=lr,
         grad_norm=float(grad_norm),
         tokens=sums.tokens,
+        work=sums.work,
         seconds=time.monotonic() - started,
     )

@@ -138,7 +138,9 @@ def export_checkpoint(
             training=False,
         )
         batch = read_batch(blocks, positions % blocks.num_blocks, positions)
-        inputs, targets = record.config.objective.build(record.vocabulary).corrupt(batch, context)
+        objective = record.config.objective.build(record.vocabulary)
+        # Where a family has parts, one of them shows the weights as well as all.
+        inputs, targets = objective.corrupt(objective.split(batch, context)[0], context)
         source = ExportSource(
             denoiser=opened.denoiser,
             parallel=opened.parallel,

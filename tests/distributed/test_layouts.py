@@ -4,17 +4,29 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from megatron_dlm.models.config import ModelConfig
 from megatron_dlm.objectives.ar import ARConfig
+from megatron_dlm.objectives.block_diffusion import BlockDiffusionConfig
+from megatron_dlm.objectives.duo import DuoConfig
+from megatron_dlm.objectives.duo_curriculum import CurriculumConfig
+from megatron_dlm.objectives.esolm import EsoLMConfig
 from megatron_dlm.objectives.mdlm import MDLMConfig
 from megatron_dlm.platform.parallel import ParallelConfig
 from tests.helpers import tiny, weights
 from tests.helpers.distributed import run_distributed
 
 STEPS = 3
-FAMILIES = {"mdlm": MDLMConfig(), "mdlm-elbo": MDLMConfig(loss="elbo"), "ar": ARConfig()}
+FAMILIES = {
+    "mdlm": MDLMConfig(),
+    "mdlm-elbo": MDLMConfig(loss="elbo", noise_schedule="cosine", time_conditioning=True),
+    "ar": ARConfig(),
+    "duo": DuoConfig(),
+    "duo-curriculum": DuoConfig(curriculum=CurriculumConfig(steps=2), mask_in_noise=False),
+    "esolm": EsoLMConfig(ssl_ratio=0.5),
+    "esolm-two-parts": EsoLMConfig(alpha_0=0.5, batch_split=0.5, loss="elbo"),
+    "block-diffusion": BlockDiffusionConfig(block_size=8),
+}
 # tensor, pipeline, data, micro-batch, distributed optimizer
 LAYOUTS = [
     (2, 1, 1, 4, True),
@@ -62,7 +74,12 @@ def all_families(state, configs):
 def configs_for(corpus, parallel, micro_batch_size):
     configs = {
         name: tiny.run_config(
-            corpus, corpus.directory / "unused", objective, training__micro_batch_size=micro_batch_size
+            corpus,
+            corpus.directory / "unused",
+            objective,
+            training__micro_batch_size=micro_batch_size,
+            # Adam divides by the gradient's size: with a small epsilon it blows up its last bits.
+            optimizer__epsilon=1e-2,
         )
         for name, objective in FAMILIES.items()
     }
@@ -84,7 +101,7 @@ def assert_equal_runs(run, reference):
         assert ours.keys() == theirs.keys()
         for name, gradient in theirs.items():
             difference = (ours[name] - gradient).abs().max() / gradient.abs().max()
-            assert difference < 1e-4 * (0.1 if step == 0 else 1.0), (step, name, float(difference))
+            assert difference < 1e-5, (step, name, float(difference))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "-".join(map(str, layout)))
@@ -101,42 +118,49 @@ def test_layout_equals_one_process(corpus, one_process, layout):
             assert_equal_runs(run, one_process[name])
 
 
-def test_gradients_are_those_of_an_independent_model(corpus, one_process):
+# Embeddings of soft tokens are no part of an exported model.
+PLAIN_FAMILIES = [name for name in FAMILIES if name != "duo-curriculum"]
+
+
+@pytest.mark.parametrize("name", PLAIN_FAMILIES)
+def test_gradients_are_those_of_an_independent_model(corpus, one_process, name):
     """Full logits and autograd through the exported model's code, first step."""
     from megatron_dlm.conversion.hugging_face_model.configuration_megatron_dlm import MegatronDlmConfig
     from megatron_dlm.conversion.hugging_face_model.modeling_megatron_dlm import MegatronDlmModel
+    from megatron_dlm.conversion.hugging_face_model.noise_megatron_dlm import token_nats
+    from megatron_dlm.conversion.to_hugging_face import hugging_face_fields
     from megatron_dlm.training.run_data import open_data
 
-    for name, config in configs_for(corpus, ParallelConfig(), 8).items():
-        data = open_data(config.data)
-        model = config.model
-        plain = MegatronDlmModel(
-            MegatronDlmConfig(
-                family=config.objective.name,
-                vocab_size=data.vocabulary.size,
-                mask_token_id=data.vocabulary.mask_token_id,
-                hidden_size=model.hidden_size,
-                num_hidden_layers=model.num_layers,
-                num_attention_heads=model.num_attention_heads,
-                intermediate_size=model.ffn_hidden_size,
-                conditioning_size=model.conditioning_size,
-            )
-        )
-        plain.load_state_dict(weights.random_state(model, data.vocabulary.size))
-        inputs, targets = first_batch(config, data)
-        logits = plain(inputs.token_ids_BL).logits
-        nats = F.cross_entropy(logits.transpose(1, 2), targets.clean_BL, reduction="none")
-        loss = (nats * targets.weight_BL).sum() / targets.token_count
-        loss.backward()
-        run = one_process[name]
-        assert loss.item() == pytest.approx(run["losses"][0][0], rel=1e-5)
-        for parameter_name, parameter in plain.named_parameters():
-            gradient = run["gradients"][0][parameter_name]
-            difference = (parameter.grad - gradient).abs().max() / gradient.abs().max()
-            assert difference < 2e-5, (name, parameter_name, float(difference))
+    config = configs_for(corpus, ParallelConfig(), 8)[name]
+    data = open_data(config.data)
+    fields = hugging_face_fields(config.model, data.vocabulary, config.objective)
+    plain = MegatronDlmModel(MegatronDlmConfig(**fields))
+    plain.load_state_dict(weights.random_state(config.model, data.vocabulary.size))
+    loss, tokens = 0.0, 0
+    for inputs, targets in first_batch(config, data):
+        mask = inputs.attention_mask
+        logits = plain(
+            inputs.token_ids_BL,
+            sigma=inputs.sigma_B,
+            position_ids=inputs.position_ids_BL,
+            visible_mask=None if mask is None else mask[0, 0],
+        ).logits
+        nats = token_nats(plain.config, logits, inputs.token_ids_BL, targets.clean_BL, inputs.sigma_B)
+        seen = targets.weight_BL > 0
+        loss = loss + (nats[seen] * targets.weight_BL[seen]).sum()
+        tokens += targets.token_count
+    loss = loss / tokens
+    loss.backward()
+    run = one_process[name]
+    assert loss.item() == pytest.approx(run["losses"][0][0], rel=1e-5)
+    for parameter_name, parameter in plain.named_parameters():
+        gradient = run["gradients"][0][parameter_name]
+        difference = (parameter.grad - gradient).abs().max() / gradient.abs().max()
+        assert difference < 2e-5, (name, parameter_name, float(difference))
 
 
 def first_batch(config, data):
+    """The corrupted parts of the first global batch."""
     import numpy as np
 
     from megatron_dlm.data.loader import SampleOrder, read_batch
@@ -148,7 +172,8 @@ def first_batch(config, data):
     positions = np.arange(size)
     batch = read_batch(data.train, SampleOrder(data.train.num_blocks, noise)(positions), positions)
     context = CorruptionContext(noise=noise, batch_start=0, global_batch_size=size, training=True)
-    return config.objective.build(data.vocabulary).corrupt(batch, context)
+    objective = config.objective.build(data.vocabulary)
+    return [objective.corrupt(part, context) for part in objective.split(batch, context)]
 
 
 def test_seventeen_heads_train_on_two_ranks_as_on_one(corpus):

@@ -1,6 +1,7 @@
 """The denoiser against numbers recorded from the paper's code, and the head against full logits."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -93,7 +94,14 @@ def head_case(tensor_rank, tensor_group, tensor_size, dtype=torch.float32):
     hidden = torch.randn(5, 3, HIDDEN, generator=generator)
     clean = torch.randint(5, SIZE, (3, 5), generator=generator)
     weights = torch.rand(3, 5, generator=generator) * (torch.rand(3, 5, generator=generator) < 0.5)
-    targets = Targets(clean_BL=clean, weight_BL=weights, bound_weight_BL=2 * weights, token_count=15)
+    targets = Targets(
+        clean_BL=clean,
+        noisy_BL=torch.randint(5, SIZE, (3, 5), generator=generator),
+        alpha_BL=torch.rand(3, 5, generator=generator, dtype=torch.float64),
+        weight_BL=weights.double(),
+        bound_weight_BL=2 * weights.double(),
+        token_count=15,
+    )
     return head, hidden, targets, weight, bias
 
 
@@ -112,7 +120,8 @@ def chunked_head(state, rows_per_chunk):
     head, hidden, targets, weight, bias = head_case(state.tensor_rank, state.tensor_group, state.tensor_size)
     objective = MDLMConfig().build(head.vocab.vocabulary)
     hidden.requires_grad_()
-    loss, bound = head.losses(hidden, targets, objective.loss_and_dlogits, rows_per_chunk)
+    losses = head.losses(hidden, targets, objective.loss_and_dlogits, rows_per_chunk)
+    loss, bound = losses.loss, losses.bound
     (3.0 * loss).backward()
     expected, (dhidden, dweight, dbias) = full_logits_loss(hidden.detach(), targets, weight, bias)
     columns = slice(head.vocab.start, min(head.vocab.stop, SIZE))
@@ -135,10 +144,11 @@ def test_chunked_head_equals_full_logits(tensor, rows_per_chunk):
 def no_rows(state):
     head, hidden, targets, *_ = head_case(0, state.tensor_group, 1)
     nothing = torch.zeros_like(targets.weight_BL)
-    empty = Targets(clean_BL=targets.clean_BL, weight_BL=nothing, bound_weight_BL=nothing, token_count=15)
+    empty = replace(targets, weight_BL=nothing, bound_weight_BL=nothing)
     hidden.requires_grad_()
     objective = MDLMConfig().build(head.vocab.vocabulary)
-    loss, bound = head.losses(hidden, empty, objective.loss_and_dlogits, 4)
+    losses = head.losses(hidden, empty, objective.loss_and_dlogits, 4)
+    loss, bound = losses.loss, losses.bound
     loss.backward()
     return loss.item(), bound.item(), hidden.grad.abs().max().item(), head.weight.grad.abs().max().item()
 

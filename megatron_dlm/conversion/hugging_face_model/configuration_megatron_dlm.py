@@ -22,6 +22,11 @@ class MegatronDlmConfig(PretrainedConfig):
         layer_norm_epsilon=1e-5,
         rope_theta=10000.0,
         time_epsilon=1e-3,
+        noise_schedule="log-linear",
+        time_conditioning=False,
+        mask_in_noise=True,
+        alpha_0=1.0,
+        block_size=1,
         **kwargs,
     ):
         self.family = family
@@ -36,5 +41,10 @@ class MegatronDlmConfig(PretrainedConfig):
         self.layer_norm_epsilon = layer_norm_epsilon
         self.rope_theta = rope_theta
         self.time_epsilon = time_epsilon
+        self.noise_schedule = noise_schedule
+        self.time_conditioning = time_conditioning
+        self.mask_in_noise = mask_in_noise
+        self.alpha_0 = alpha_0
+        self.block_size = block_size
         kwargs.setdefault("tie_word_embeddings", False)
         super().__init__(**kwargs)

@@ -1,0 +1,10 @@
+"""Duo 1.7B, phase 2: 350,000 steps from phase 1's weights, on 16 nodes x 8 GPUs."""
+
+from megatron_dlm.objectives.duo import DuoConfig
+from megatron_dlm.training.recipes import phase2_run
+from megatron_dlm.training.run_config import RunConfig
+
+
+def recipe() -> RunConfig:
+    """The run; override any field on the command line."""
+    return phase2_run(DuoConfig(ssl_ratio=0.01))

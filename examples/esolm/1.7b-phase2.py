@@ -1,0 +1,10 @@
+"""Eso-LM 1.7B, phase 2: 350,000 steps from phase 1's weights, on 16 nodes x 8 GPUs."""
+
+from megatron_dlm.objectives.esolm import EsoLMConfig
+from megatron_dlm.training.recipes import phase2_run
+from megatron_dlm.training.run_config import RunConfig
+
+
+def recipe() -> RunConfig:
+    """The run; override any field on the command line."""
+    return phase2_run(EsoLMConfig(ssl_ratio=0.01))

@@ -1,0 +1,130 @@
+"""Floating-point operations: the published count behind IsoFLOP budgets, and the honest one for MFU.
+
+The published count (arXiv:2602.15014's code, calflops) leaves out the attention's two matrix products and
+puts every row through the head. Budgets must follow it; utilisation must not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from megatron_dlm.interfaces import AttentionPattern, InputError, ModelInputs, Targets
+from megatron_dlm.models.config import ModelConfig
+from megatron_dlm.models.sizes import parameter_count
+from megatron_dlm.models.time_embedding import FREQUENCY_CHANNELS
+
+TRAINING_PASSES = 3
+"""A backward pass costs two forward passes."""
+
+
+def published_forward_flops(model: ModelConfig, vocabulary_size: int, seq_length: int) -> int:
+    """FLOPs of one sequence's forward pass as the paper counts them.
+
+    Args:
+        model: shape with the MLP four times as wide as the hidden state, as published.
+        vocabulary_size: ids, mask token included.
+        seq_length: tokens of the sequence.
+
+    Returns:
+        2 MACs + n (L^2 h + 12 L d) + 4 L d + L d / h with
+        MACs = L (12 n d^2 + V d) + 6 c n d + 2 c d + 256 c + c^2.
+    """
+    n, d, h, c = model.num_layers, model.hidden_size, model.num_attention_heads, model.conditioning_size
+    length = seq_length
+    macs = length * (12 * n * d * d + vocabulary_size * d) + 6 * c * n * d + 2 * c * d
+    macs += FREQUENCY_CHANNELS * c + c * c
+    elementwise = n * (length * length * h + 12 * length * d) + 4 * length * d + length * d // h
+    return 2 * macs + elementwise
+
+
+def published_non_embedding_parameters(model: ModelConfig, vocabulary_size: int) -> int:
+    """The N of the paper's scaling laws: all parameters but one V x d matrix; the head's is still in it."""
+    return parameter_count(model, vocabulary_size) - vocabulary_size * model.hidden_size
+
+
+def printed_flops(flops: float) -> float:
+    """FLOPs rounded as the paper's files print them; its step counts derive from these."""
+    unit, decimals = (1e12, 4) if flops >= 1e12 else (1e9, 3)
+    return round(flops / unit, decimals) * unit
+
+
+def max_steps(budget_flops: float, forward_flops: float, global_batch_size: int) -> int:
+    """Optimizer steps that a training budget pays for.
+
+    Args:
+        budget_flops: of the whole run, for example 6e18.
+        forward_flops: of one sequence, by the published count.
+        global_batch_size: sequences of a step.
+
+    Returns:
+        Steps, rounded down.
+
+    Raises:
+        InputError: a budget below one step.
+    """
+    steps = int(budget_flops / printed_flops(forward_flops) / global_batch_size / TRAINING_PASSES)
+    if steps < 1:
+        raise InputError(f"budget_flops: {budget_flops} does not pay for one step")
+    return steps
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a pass computed on, summed over samples; the same for every layout."""
+
+    body_rows: int = 0
+    """Positions that went through the layers."""
+    attention_pairs: int = 0
+    """Query-key pairs that may see each other, of one layer and head."""
+    head_rows: int = 0
+    """Positions whose logits were made, without padding."""
+    sequences: int = 0
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The fields in order."""
+        return tuple(getattr(self, field.name) for field in fields(self))
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(mine + theirs for mine, theirs in zip(self.numbers, other.numbers, strict=True)))
+
+    def training_flops(self, model: ModelConfig, vocabulary_size: int) -> int:
+        """Matrix-product FLOPs of forward and backward, recomputation not counted.
+
+        Args:
+            model: shape.
+            vocabulary_size: ids, mask token included.
+
+        Returns:
+            3 x 2 x (body weights x rows + 2 d x pairs a layer + V d x head rows + modulations x sequences).
+        """
+        n, d, c = model.num_layers, model.hidden_size, model.conditioning_size
+        layer = 4 * d * d + 2 * d * model.ffn_hidden_size
+        macs = n * (layer * self.body_rows + 2 * d * self.attention_pairs)
+        macs += vocabulary_size * d * self.head_rows
+        macs += (6 * n * d * c + 2 * d * c + FREQUENCY_CHANNELS * c + c * c) * self.sequences
+        return TRAINING_PASSES * 2 * macs
+
+
+def work_of(inputs: ModelInputs, targets: Targets, attention: AttentionPattern) -> Work:
+    """What one microbatch makes the network compute on.
+
+    Args:
+        inputs: of the microbatch.
+        targets: of the microbatch.
+        attention: the family's pattern, where the inputs bring no mask.
+
+    Returns:
+        The counts.
+    """
+    batch_size, length = inputs.token_ids_BL.shape
+    if inputs.attention_mask is not None:
+        pairs = int(inputs.attention_mask.sum())
+    else:
+        pairs = length * (length + 1) // 2 if attention == AttentionPattern.CAUSAL else length * length
+    return Work(
+        body_rows=batch_size * length,
+        attention_pairs=batch_size * pairs,
+        head_rows=int(targets.weight_BL.count_nonzero()),
+        sequences=batch_size,
+    )

@@ -1,0 +1,112 @@
+"""BD3-LM: block diffusion (arXiv:2503.09573), masked diffusion inside blocks, autoregressive over blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from megatron_dlm.interfaces import (
+    AttentionPattern,
+    InputError,
+    ModelInputs,
+    Targets,
+    TokenBatch,
+    Vocabulary,
+)
+from megatron_dlm.objectives.base import CorruptionContext, Objective
+from megatron_dlm.objectives.corruptions import absorb
+from megatron_dlm.objectives.cross_entropy import CrossEntropyObjective
+from megatron_dlm.objectives.diffusion import (
+    DiffusionConfig,
+    MaskedLoss,
+    append_clean,
+    clean_tokens,
+    masked_targets,
+)
+from megatron_dlm.objectives.schedules import alpha_and_slope
+from megatron_dlm.objectives.time_sampling import stratified_times
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockDiffusionConfig(DiffusionConfig):
+    """Block diffusion."""
+
+    name: ClassVar[str] = "block-diffusion"
+    attention: ClassVar[AttentionPattern] = AttentionPattern.BIDIRECTIONAL
+
+    block_size: int = 16
+    """Tokens of a block; the sequence length gives MDLM, 1 a bound equal to the sequential likelihood."""
+    loss: MaskedLoss = "elbo"
+    """Training weight of a masked token: the NELBO's -alpha'/(1 - alpha), or 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.block_size < 1:
+            raise InputError(f"objective.block_size: {self.block_size} is below 1")
+
+    def check_sizes(self, batch_size: int, seq_length: int) -> None:
+        """Refuse a length that blocks do not fill."""
+        if seq_length % self.block_size:
+            raise InputError(
+                f"objective.block_size: {self.block_size} does not divide data.seq_length {seq_length}"
+            )
+
+    def build(self, vocabulary: Vocabulary) -> Objective:
+        """The family over `vocabulary`."""
+        return BlockDiffusion(self, vocabulary.mask_token_id)
+
+
+class BlockDiffusion(CrossEntropyObjective):
+    """Each block has its own time and sees itself noisy and the blocks before it clean."""
+
+    def __init__(self, config: BlockDiffusionConfig, mask_token_id: int) -> None:
+        self._config = config
+        self._mask_token_id = mask_token_id
+
+    def corrupt(self, batch: TokenBatch, context: CorruptionContext) -> tuple[ModelInputs, Targets]:
+        """Mask each block at its own time; the network reads [x_t ; x_0]."""
+        config = self._config
+        clean_BL = clean_tokens(batch, context, config, multiple=config.block_size)
+        length = clean_BL.shape[1]
+        times = stratified_times(
+            batch.sample_indices,
+            context,
+            time_epsilon=config.time_epsilon,
+            order=config.time_order,
+            per_sample=length // config.block_size,
+        )
+        alpha_BL, dalpha_BL = (
+            np.repeat(values, config.block_size, axis=1)
+            for values in alpha_and_slope(config.noise_schedule, times)
+        )
+        uniform_BL = context.noise.uniform("mask", batch.sample_indices, length)
+        noisy_BL, masked_BL = absorb(clean_BL, alpha_BL, uniform_BL, self._mask_token_id)
+        low_variance = context.training and config.loss == "low-variance"
+        targets = masked_targets(
+            clean_BL, noisy_BL, masked_BL, alpha_BL, dalpha_BL, low_variance=low_variance
+        )
+        return append_clean(targets, torch.arange(length)[None], block_mask(length, config.block_size))
+
+
+@lru_cache(maxsize=4)
+def block_mask(length: int, block_size: int) -> torch.Tensor:
+    """Who may look at whom in [x_t ; x_0].
+
+    A noisy position sees its own noisy block and the clean blocks before it; a clean one those up to its own.
+
+    Args:
+        length: L, positions of one half.
+        block_size: tokens of a block.
+
+    Returns:
+        bool [2 L, 2 L], rows look at columns.
+    """
+    block = torch.arange(length) // block_size
+    same, earlier = block[:, None] == block[None], block[:, None] > block[None]
+    noisy = torch.cat([same, earlier], dim=1)
+    clean = torch.cat([torch.zeros_like(same), same | earlier], dim=1)
+    return torch.cat([noisy, clean])

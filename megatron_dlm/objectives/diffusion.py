@@ -1,0 +1,142 @@
+"""What every diffusion family configures and draws alike: schedule, times, truncated lengths, weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megatron_dlm.interfaces import InputError, ModelInputs, Targets, TokenBatch
+from megatron_dlm.objectives.base import CorruptionContext, ObjectiveConfig
+from megatron_dlm.objectives.schedules import Schedule
+from megatron_dlm.objectives.time_sampling import TimeOrder
+
+MaskedLoss = Literal["low-variance", "elbo"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig(ObjectiveConfig):
+    """Fields of every diffusion family."""
+
+    noise_schedule: Schedule = "log-linear"
+    """alpha_t: log-linear 1 - 0.999 t, linear 1 - t, cosine 1 - sin(pi t / 2)."""
+    time_epsilon: float = 1e-3
+    """Smallest diffusion time."""
+    time_order: TimeOrder = "scrambled"
+    """Which place of the global batch gets which stratum of time; reference ties places to bands."""
+    ssl_ratio: float = 0.0
+    """Probability that a training step cuts its samples to one random length (arXiv:2602.15014: 0.01)."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.time_epsilon < 1:
+            raise InputError(f"objective.time_epsilon: {self.time_epsilon} is outside [0, 1)")
+        if not 0 <= self.ssl_ratio <= 1:
+            raise InputError(f"objective.ssl_ratio: {self.ssl_ratio} is outside [0, 1]")
+
+
+def clean_tokens(
+    batch: TokenBatch, context: CorruptionContext, config: DiffusionConfig, multiple: int = 1
+) -> NDArray[np.int64]:
+    """The tokens to corrupt: a block without its look-ahead, now and then cut short.
+
+    The length is drawn for the whole global batch, so every layout cuts alike.
+
+    Args:
+        batch: clean blocks.
+        context: address of the draw; evaluation never cuts.
+        config: says how often.
+        multiple: the length is rounded up to a multiple of this.
+
+    Returns:
+        int64 [B, L'], L' the whole length or one uniform in {1, ..., L}.
+    """
+    tokens_BL: NDArray[np.int64] = batch.token_ids[:, :-1].numpy()
+    length = tokens_BL.shape[1]
+    if context.training and config.ssl_ratio > 0:
+        coin, share = context.noise.uniform("ssl/length", [context.batch_start], 2)[0]
+        if coin < config.ssl_ratio:
+            length = min(length, -(-(1 + int(share * length)) // multiple) * multiple)
+    return np.ascontiguousarray(tokens_BL[:, :length])
+
+
+def masked_targets(
+    clean_BL: NDArray[np.int64],
+    noisy_BL: NDArray[np.int64],
+    masked_BL: NDArray[np.bool_],
+    alpha_BL: NDArray[np.float64],
+    dalpha_BL: NDArray[np.float64],
+    *,
+    low_variance: bool,
+) -> Targets:
+    """Targets of absorbing-state diffusion: masked tokens, weighted -alpha'/(1 - alpha) in the NELBO.
+
+    Args:
+        clean_BL: int64 [B, L].
+        noisy_BL: int64 [B, L].
+        masked_BL: bool [B, L].
+        alpha_BL: float64 [B, L] or [B, 1].
+        dalpha_BL: float64, as alpha.
+        low_variance: train with weight 1 instead (arXiv:2602.15014 eq. 8).
+
+    Returns:
+        Targets over the L positions.
+    """
+    bound_BL = np.where(masked_BL, -dalpha_BL / (1.0 - alpha_BL), 0.0)
+    return Targets(
+        clean_BL=torch.from_numpy(clean_BL),
+        noisy_BL=torch.from_numpy(noisy_BL),
+        alpha_BL=torch.from_numpy(np.broadcast_to(alpha_BL, clean_BL.shape).copy()),
+        weight_BL=torch.from_numpy(masked_BL.astype(np.float64) if low_variance else bound_BL),
+        bound_weight_BL=torch.from_numpy(bound_BL),
+        token_count=clean_BL.size,
+    )
+
+
+def reordered(targets: Targets, order_BL: NDArray[np.int64]) -> Targets:
+    """The targets with their positions in the order of `order_BL` (int64 [B, L], a permutation a row)."""
+    order = torch.from_numpy(order_BL)
+    moved = {name: value.gather(1, order) for name, value in vars(targets).items() if name.endswith("_BL")}
+    return replace(targets, **moved)
+
+
+def scaled(targets: Targets, factor: float) -> Targets:
+    """The targets with both weights times `factor`."""
+    return replace(
+        targets,
+        weight_BL=targets.weight_BL * factor,
+        bound_weight_BL=targets.bound_weight_BL * factor,
+    )
+
+
+def append_clean(targets: Targets, position_ids: Tensor, mask: Tensor) -> tuple[ModelInputs, Targets]:
+    """Inputs [noisy ; clean] and targets of the same 2 L positions; the clean half carries no loss.
+
+    Args:
+        targets: over the L positions of the noisy half.
+        position_ids: int64 [B, L] or [1, L], of each half.
+        mask: bool [2 L, 2 L], who may look at whom.
+
+    Returns:
+        Inputs and targets of one microbatch.
+    """
+    clean_BL = targets.clean_BL
+    nothing = torch.zeros_like(targets.weight_BL)
+    inputs = ModelInputs(
+        token_ids_BL=torch.cat([targets.noisy_BL, clean_BL], dim=1),
+        position_ids_BL=torch.cat([position_ids, position_ids], dim=1),
+        sigma_B=torch.zeros(len(clean_BL)),
+        attention_mask=mask[None, None],
+    )
+    doubled = Targets(
+        clean_BL=torch.cat([clean_BL, clean_BL], dim=1),
+        noisy_BL=inputs.token_ids_BL,
+        alpha_BL=torch.cat([targets.alpha_BL, torch.ones_like(nothing)], dim=1),
+        weight_BL=torch.cat([targets.weight_BL, nothing], dim=1),
+        bound_weight_BL=torch.cat([targets.bound_weight_BL, nothing], dim=1),
+        token_count=targets.token_count,
+    )
+    return inputs, doubled
