@@ -117,10 +117,11 @@ class Head(nn.Module):
         )
 
 
-def _logits(hidden_RD: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _logits(hidden_RD: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
+    """[R, Vp] at least float32; written to the first rows of `out` where its dtype allows."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
     if weight.dtype == dtype:
-        return torch.addmm(bias, hidden_RD, weight.t())
+        return torch.addmm(bias, hidden_RD, weight.t(), out=None if out is None else out[: len(hidden_RD)])
     return torch.mm(hidden_RD, weight.t()).to(dtype).add_(bias.to(dtype))
 
 
@@ -156,22 +157,29 @@ class _ChunkedLoss(torch.autograd.Function):
             dhidden_RD = torch.zeros_like(hidden_RD)
             dweight = torch.zeros_like(weight, dtype=dtype)
             dbias = torch.zeros_like(bias, dtype=dtype)
+        # One buffer for all chunks: fresh pages cost more than what is computed on them.
+        chunk_rows = min(num_rows, rows_per_chunk) + ROW_MULTIPLE
+        buffer_RVp = weight.new_empty(chunk_rows, weight.shape[0]) if weight.dtype == dtype else None
         for start, stop in _chunk_bounds(num_rows, rows_per_chunk):
             chunk_RD = _pad_rows(hidden_RD[start:stop])
             chunk_targets = RowTargets(
                 **{name: _pad_rows(rows[start:stop]) for name, rows in vars(targets).items()}
             )
-            chunk_losses_R, dlogits_RVp = row_loss(_logits(chunk_RD, weight, bias), chunk_targets, vocab)
+            chunk_losses_R, dlogits_RVp = row_loss(
+                _logits(chunk_RD, weight, bias, buffer_RVp), chunk_targets, vocab
+            )
             losses_R[start:stop] = chunk_losses_R[: stop - start]
             if wants_gradient:
-                dlogits_RVp.mul_(chunk_targets.weight_R[:, None].to(dtype))
-                dbias.add_(dlogits_RVp.sum(dim=0))
+                # The rows' weights go to the narrow side of each product.
+                weight_R = chunk_targets.weight_R.to(dtype)
+                dbias.addmv_(dlogits_RVp.t(), weight_R)
                 low_RVp = dlogits_RVp.to(weight.dtype)
-                dhidden_RD[start:stop] = torch.mm(low_RVp, weight)[: stop - start]
+                dhidden_RD[start:stop] = (torch.mm(low_RVp, weight) * weight_R[:, None])[: stop - start]
+                weighted_RD = (chunk_RD * weight_R[:, None]).to(weight.dtype)
                 if weight.dtype == dtype:
-                    dweight.addmm_(low_RVp.t(), chunk_RD)
+                    dweight.addmm_(low_RVp.t(), weighted_RD)
                 else:
-                    dweight.add_(torch.mm(low_RVp.t(), chunk_RD))
+                    dweight.add_(torch.mm(low_RVp.t(), weighted_RD))
         if wants_gradient:
             ctx.group = vocab.group
             ctx.save_for_backward(dhidden_RD, dweight.to(weight.dtype), dbias.to(bias.dtype))

@@ -36,26 +36,44 @@ def cross_entropy(logits_RVp: Tensor, clean_R: Tensor, vocab: VocabShard) -> Ten
 def cross_entropy_and_dlogits(
     logits_RVp: Tensor, clean_R: Tensor, vocab: VocabShard
 ) -> tuple[Tensor, Tensor]:
-    """As `cross_entropy`, with the gradient softmax - one_hot(clean) written over the logits.
+    """As `cross_entropy`, with the gradient softmax - one_hot(clean).
 
     Args:
-        logits_RVp: float32 or float64 [R, Vp]; becomes the gradient.
+        logits_RVp: float32 or float64 [R, Vp]; its memory is used up.
         clean_R: int64 [R], never the mask token.
         vocab: this rank's columns.
 
     Returns:
-        [R] losses and [R, Vp] gradients, the memory of the argument.
+        [R] losses and [R, Vp] gradients.
     """
-    vocab.exclude_(logits_RVp)
-    logits_RVp.sub_(vocab.max(logits_RVp.amax(dim=1))[:, None])
     column_R, present_R = vocab.locate(clean_R)
     target_R = torch.where(present_R, logits_RVp.gather(1, column_R[:, None])[:, 0], 0.0)
-    probability_RVp = logits_RVp.exp_()
-    sum_R, target_R = vocab.sum(torch.stack([probability_RVp.sum(dim=1), target_R]))
-    probability_RVp.div_(sum_R[:, None])
+    probability_RVp, log_sum_R = softmax(logits_RVp, vocab)
     one_hot_R = -present_R.to(probability_RVp.dtype)
     probability_RVp.scatter_add_(1, column_R[:, None], one_hot_R[:, None])
-    return sum_R.log() - target_R, probability_RVp
+    return log_sum_R - vocab.sum(target_R), probability_RVp
+
+
+@torch.no_grad()
+def softmax(logits_RVp: Tensor, vocab: VocabShard) -> tuple[Tensor, Tensor]:
+    """Softmax over the whole vocabulary, mask token and padding left out.
+
+    Args:
+        logits_RVp: float32 or float64 [R, Vp]; its memory is used up.
+        vocab: this rank's columns.
+
+    Returns:
+        [R, Vp] probabilities of this rank's columns, and [R] log-sum-exp of the logits.
+    """
+    vocab.exclude_(logits_RVp)
+    max_R = vocab.max(logits_RVp.amax(dim=1))
+    if vocab.group is None:
+        # One kernel that stays in cache; the sum follows from the largest probability.
+        probability_RVp = torch.softmax(logits_RVp, dim=1)
+        return probability_RVp, max_R - probability_RVp.amax(dim=1).log()
+    probability_RVp = logits_RVp.sub_(max_R[:, None]).exp_()
+    sum_R = vocab.sum(probability_RVp.sum(dim=1))
+    return probability_RVp.div_(sum_R[:, None]), max_R + sum_R.log()
 
 
 class CrossEntropyObjective(Objective):

@@ -23,7 +23,7 @@ class DiffusionConfig(ObjectiveConfig):
     """Fields of every diffusion family."""
 
     noise_schedule: Schedule = "log-linear"
-    """alpha_t: log-linear 1 - 0.999 t, linear 1 - t, cosine 1 - sin(pi t / 2)."""
+    """alpha_t: log-linear 1 - 0.999 t, linear 1 - t, cosine 1 - cos(pi (1 - t) / 2)."""
     time_epsilon: float = 1e-3
     """Smallest diffusion time."""
     time_order: TimeOrder = "scrambled"

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_dlm.interfaces import RowTargets
+from megatron_dlm.objectives.cross_entropy import softmax
 from megatron_dlm.platform.vocab_parallel import VocabShard
 
 
@@ -80,10 +81,7 @@ def uniform_divergence_and_dlogits(
     Returns:
         [R] losses and [R, Vp] gradients.
     """
-    vocab.exclude_(logits_RVp)
-    logits_RVp.sub_(vocab.max(logits_RVp.amax(dim=1))[:, None])
-    p_RVp = logits_RVp.exp_()
-    p_RVp.div_(vocab.sum(p_RVp.sum(dim=1))[:, None])
+    p_RVp, _ = softmax(logits_RVp, vocab)
     row = _Row.of(targets, states)
     scaled_RVp = p_RVp * row.r[:, None].to(p_RVp.dtype)
     s = torch.log1p(scaled_RVp).sum(dim=1)

@@ -132,7 +132,7 @@ class GaussianCurriculum:
     def _distinct(
         self, sample_indices: NDArray[np.int64], length: int, noise: NoiseSource
     ) -> NDArray[np.int64]:
-        """Different ordinals among the V - 1 others, int64 [B, L, k]: a Fisher-Yates shuffle's first steps."""
+        """Different ordinals among the V - 1 others, int64 [B, L, k], by Fisher and Yates's shuffle."""
         k, others = self._config.top_k, self._states - 1
         words = np.stack([noise.words("duo/entries", int(i), length * k) for i in sample_indices])
         bounds = np.arange(others, others - k, -1, dtype=np.uint64)

@@ -16,8 +16,11 @@ _FUNCTIONS: dict[str, Callable[[NDArray[np.float64]], tuple[NDArray[np.float64],
     # arXiv:2406.07524, log-linear in sigma = -ln alpha, kept off 0 at t = 1.
     "log-linear": lambda t: (1.0 - (1.0 - NOISE_EPSILON) * t, np.full_like(t, -(1.0 - NOISE_EPSILON))),
     "linear": lambda t: (1.0 - t, np.full_like(t, -1.0)),
-    # arXiv:2406.04329: 1 - cos(pi/2 (1 - t)).
-    "cosine": lambda t: (1.0 - np.sin(np.pi / 2 * t), -np.pi / 2 * np.cos(np.pi / 2 * t)),
+    # arXiv:2406.04329: 1 - cos(pi/2 (1 - t)), written so that it stays accurate where it nears 0.
+    "cosine": lambda t: (
+        2.0 * np.sin(np.pi / 4 * (1.0 - t)) ** 2,
+        -np.pi / 2 * np.sin(np.pi / 2 * (1.0 - t)),
+    ),
 }
 
 

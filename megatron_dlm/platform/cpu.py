@@ -16,6 +16,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
+NORM_PIECE = 1 << 18
 
 
 def install() -> None:
@@ -116,8 +117,15 @@ class _CudaToCpu(TorchFunctionMode):
         if func is torch.norm and kwargs.get("p") == "fro" and kwargs.get("dim") is None:
             # torch 2.13's float32 norm is off by 1e-4 at 2M elements on a CPU, and by another amount for
             # each split of the same gradient: clipping would depend on the layout.
-            return torch.linalg.vector_norm(args[0], dtype=torch.float64).to(args[0].dtype)
+            return _accurate_norm(args[0])
         return func(*args, **kwargs)
+
+
+def _accurate_norm(values: torch.Tensor) -> torch.Tensor:
+    """The 2-norm, summed in float64 piece by piece: a float64 copy of a large tensor costs more."""
+    pieces = values.detach().reshape(-1).split(NORM_PIECE)
+    norms = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces]
+    return torch.linalg.vector_norm(torch.stack(norms)).to(values.dtype)
 
 
 def _to_cpu(device: Any) -> Any:

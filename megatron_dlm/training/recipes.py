@@ -15,6 +15,7 @@ from megatron_dlm.training.run_config import EvaluationConfig, RunConfig, Traini
 
 SLIM_PAJAMA_VOCABULARY = 32_001
 """TinyLlama's 32,000 ids and the mask token."""
+GPU_HEAD_ROWS = 2048
 
 
 def tiny_run(objective: ObjectiveConfig, *, num_steps: int) -> RunConfig:
@@ -55,6 +56,7 @@ def isoflop_run(size: str, objective: ObjectiveConfig, *, budget_flops: float) -
             global_batch_size=global_batch_size,
             micro_batch_size=32,
             precision="bf16",
+            head_rows_per_chunk=GPU_HEAD_ROWS,
         ),
         schedule=LrScheduleConfig(
             lr=2e-4, min_lr=2e-5, warmup_steps=max(num_steps // 100, 100), decay_steps=num_steps
@@ -93,7 +95,11 @@ def _large_run(
         objective=objective,
         data=_data(f"data/nemotron-phase{phase}", "validation", seq_length=2048),
         training=TrainingConfig(
-            num_steps=num_steps, global_batch_size=1024, micro_batch_size=2, precision="bf16"
+            num_steps=num_steps,
+            global_batch_size=1024,
+            micro_batch_size=2,
+            precision="bf16",
+            head_rows_per_chunk=GPU_HEAD_ROWS,
         ),
         schedule=schedule,
         evaluation=EvaluationConfig(every=50_000, num_batches=8, batch_size=1024),

@@ -33,8 +33,8 @@ class TrainingConfig:
     """Addresses every draw: weights, data order, noise."""
     precision: Precision = "fp32"
     """bf16 keeps fp32 main parameters, gradients and residual stream."""
-    head_rows_per_chunk: int = 1024
-    """Most rows whose logits exist at a time; bounds the head's memory."""
+    head_rows_per_chunk: int = 128
+    """Most rows whose logits exist at a time: what a CPU's cache holds; GPUs want 1,024 and more."""
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "global_batch_size", "micro_batch_size", "head_rows_per_chunk"):

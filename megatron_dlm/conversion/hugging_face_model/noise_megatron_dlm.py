@@ -18,8 +18,8 @@ def alpha_and_slope(config, t):
     elif config.noise_schedule == "linear":
         alpha, slope = 1 - t, -torch.ones_like(t)
     else:
-        angle = math.pi / 2 * t
-        alpha, slope = 1 - angle.sin(), -math.pi / 2 * angle.cos()
+        angle = math.pi / 4 * (1 - t)
+        alpha, slope = 2 * angle.sin() ** 2, -math.pi / 2 * (2 * angle).sin()
     return config.alpha_0 * alpha, config.alpha_0 * slope
 
 
