@@ -176,19 +176,21 @@ def first_batch(config, data):
     return [objective.corrupt(part, context) for part in objective.split(batch, context)]
 
 
-def test_seventeen_heads_train_on_two_ranks_as_on_one(corpus):
+@pytest.mark.parametrize("name", ["mdlm", "duo"])
+def test_seventeen_heads_train_on_two_ranks_as_on_one(corpus, name):
     """The paper's largest model has 17 heads, which only 1 and 17 divide."""
     model = toy_model(hidden_size=68, num_attention_heads=17)
     runs = []
     for tensor in (1, 2):
         parallel = ParallelConfig(tensor_model_parallel_size=tensor)
-        config = replace(configs_for(corpus, parallel, 4)["mdlm"], model=model)
+        config = replace(configs_for(corpus, parallel, 4)[name], model=model)
         runs.append(run_distributed(three_steps, tensor, config, parallel=parallel)[0])
     assert_equal_runs(runs[1], runs[0])
 
 
-def padded_part(state, config):
-    """Largest weight in the padded heads of this rank after two steps."""
+def padded_part(state, config, steps):
+    """Largest weight, moment and gradient in the padded heads of this rank after some steps."""
+    from megatron_dlm.training.optimizer import set_learning_rate
     from megatron_dlm.training.run_data import open_data
     from megatron_dlm.training.session import Session
 
@@ -197,25 +199,32 @@ def padded_part(state, config):
         session.denoiser, state, weights.random_state(config.model, session.data.vocabulary.size)
     )
     session.optimizer.reload_model_params()
-    for step in range(2):
-        session.run_batch(step * 8)
-        for group in session.optimizer.param_groups:
-            group["lr"] = 1e-2
-        session.optimizer.step()
-    if state.tensor_rank == 0:
-        return 0.0
+    found = 0.0
     head_dim = config.model.head_dim
     attention = session.denoiser.block.layers[0].self_attention
-    # Rank 1 of 2 holds heads 3, 4 and the padded sixth.
-    qkv, out = attention.linear_qkv.weight[-3 * head_dim :], attention.linear_proj.weight[:, -head_dim:]
-    assert attention.linear_qkv.weight[: -3 * head_dim].abs().min() > 0
-    return float(max(qkv.abs().max(), out.abs().max()))
+    for step in range(steps):
+        session.run_batch(step * 8)
+        set_learning_rate(session.optimizer, 1e-2)
+        session.optimizer.step()
+        if state.tensor_rank == 0:
+            continue
+        # Rank 1 of 2 holds heads 9 to 16 and the padded eighteenth.
+        qkv, out = attention.linear_qkv.weight, attention.linear_proj.weight
+        for part in (qkv, qkv.main_grad):
+            found = max(found, float(part[-3 * head_dim :].abs().max()))
+            assert part[: -3 * head_dim].abs().max() > 0
+        for part in (out, out.main_grad):
+            found = max(found, float(part[:, -head_dim:].abs().max()))
+            assert part[:, :-head_dim].abs().max() > 0
+    return found
 
 
-def test_padded_heads_stay_exactly_zero(corpus):
+@pytest.mark.parametrize("name", ["mdlm", "duo"])
+def test_padded_heads_stay_exactly_zero_for_fifty_steps(corpus, name):
     parallel = ParallelConfig(tensor_model_parallel_size=2)
-    config = configs_for(corpus, parallel, 4)["mdlm"]
-    assert run_distributed(padded_part, 2, config, parallel=parallel) == [0.0, 0.0]
+    model = toy_model(hidden_size=68, num_attention_heads=17)
+    config = replace(configs_for(corpus, parallel, 4)[name], model=model)
+    assert run_distributed(padded_part, 2, config, 50, parallel=parallel) == [0.0, 0.0]
 
 
 def initial_loss(state, config):

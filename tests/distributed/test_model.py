@@ -9,6 +9,7 @@ import torch
 
 from megatron_dlm.interfaces import AttentionPattern, ModelInputs, RowTargets, Targets, Vocabulary
 from megatron_dlm.models.config import ModelConfig, transformer_config
+from megatron_dlm.objectives.duo import DuoConfig
 from megatron_dlm.objectives.mdlm import MDLMConfig
 from megatron_dlm.platform.parallel import ParallelConfig
 from megatron_dlm.platform.vocab_parallel import VocabShard
@@ -139,6 +140,40 @@ def chunked_head(state, rows_per_chunk):
 def test_chunked_head_equals_full_logits(tensor, rows_per_chunk):
     parallel = ParallelConfig(tensor_model_parallel_size=tensor)
     assert all(run_distributed(chunked_head, tensor, rows_per_chunk, parallel=parallel))
+
+
+def chunked_duo_head(state, rows_per_chunk):
+    """Against Duo's loss over full logits in float64 under autograd."""
+    from megatron_dlm.objectives.divergence import uniform_divergence
+
+    head, hidden, targets, weight, bias = head_case(state.tensor_rank, state.tensor_group, state.tensor_size)
+    objective = DuoConfig().build(head.vocab.vocabulary)
+    hidden.requires_grad_()
+    losses = head.losses(hidden, targets, objective.loss_and_dlogits, rows_per_chunk)
+    losses.loss.backward()
+    full = [x.detach().double().requires_grad_() for x in (hidden, weight, bias)]
+    whole = VocabShard.of_rank(head.vocab.vocabulary, 0, None, 1)
+    logits = (full[0] @ full[1].t() + full[2]).transpose(0, 1).flatten(0, 1)
+    flat = {f"{n.removesuffix('_BL')}_R": v.flatten() for n, v in vars(targets).items() if n.endswith("_BL")}
+    expected = (uniform_divergence(logits.clone(), RowTargets(**flat), whole, SIZE) * flat["weight_R"]).sum()
+    dhidden, dweight, dbias = torch.autograd.grad(expected, full)
+    columns = slice(head.vocab.start, min(head.vocab.stop, SIZE))
+    count = columns.stop - columns.start
+    torch.testing.assert_close(losses.loss.double(), expected, rtol=1e-6, atol=0)
+    for ours, theirs in (
+        (hidden.grad, dhidden),
+        (head.weight.grad[:count], dweight[columns]),
+        (head.bias.grad[:count], dbias[columns]),
+    ):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
+    assert (head.weight.grad[count:] == 0).all() and (head.bias.grad[count:] == 0).all()
+    return True
+
+
+@pytest.mark.parametrize(("tensor", "rows_per_chunk"), [(1, 3), (2, 4), (4, 2)])
+def test_chunked_duo_head_equals_full_logits(tensor, rows_per_chunk):
+    parallel = ParallelConfig(tensor_model_parallel_size=tensor)
+    assert all(run_distributed(chunked_duo_head, tensor, rows_per_chunk, parallel=parallel))
 
 
 def no_rows(state):

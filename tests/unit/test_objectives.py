@@ -106,7 +106,7 @@ def test_time_epsilon_is_checked():
 def test_schedule_value_and_derivative(schedule, end):
     t = np.linspace(0, 1, 11)
     alpha, dalpha = alpha_and_slope(schedule, t)
-    assert alpha[0] == 1 and alpha[-1] == pytest.approx(end, abs=1e-15)
+    assert alpha[0] == pytest.approx(1, rel=1e-15) and alpha[-1] == pytest.approx(end, abs=1e-15)
     assert (np.diff(alpha) < 0).all()
     h = 1e-6
     difference = (alpha_and_slope(schedule, t + h)[0] - alpha_and_slope(schedule, t - h)[0]) / (2 * h)
