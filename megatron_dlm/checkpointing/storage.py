@@ -25,7 +25,8 @@ class CheckpointConfig:
     keep_last: int = 0
     """Complete checkpoints to keep; 0 keeps all."""
     initialize_from: Path | None = None
-    """Checkpoint whose weights start a new run with fresh optimizer, schedule, data and step 0.
+    """Checkpoint whose weights start a new run with fresh optimizer, schedule, data and step 0: a
+    step-NNNNNNNN directory, or a Lightning .ckpt file of the paper's code.
 
     At bf16 the fp32 main parameters start from the bf16 weights."""
 

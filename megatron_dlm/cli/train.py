@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,11 +12,12 @@ from megatron_dlm.interfaces import InputError
 if TYPE_CHECKING:
     from megatron_dlm.training.run_config import RunConfig
 
-USAGE = """usage: megatron-dlm train RECIPE [--field.name VALUE ...] [--dry-run PROCESSES]
+USAGE = """usage: megatron-dlm train RECIPE [--model.size NAME] [--field.name VALUE ...] [--dry-run PROCESSES]
 
 RECIPE is a Python file with a function recipe() -> RunConfig, such as those under examples/, or the run.json
 of a checkpoint. `megatron-dlm train RECIPE --help` lists every field with its unit and the recipe's value.
 Start one process per device: examples/torchrun/train.sh, examples/slurm/train.sh, examples/mpi/train.sh.
+--model.size takes a published shape (6M to 2121M) for the recipe's; --model.* fields change it further.
 --dry-run checks the configuration for a job of that many processes, prints its layout and starts nothing.
 A run continues from the newest complete checkpoint in its directory. SIGTERM or SIGUSR1 saves and stops it
 with exit code 3.
@@ -33,9 +35,13 @@ def run(arguments: list[str]) -> int:
     from megatron_dlm.training.run_config import RunConfig, load_recipe
 
     overrides, processes = _take_dry_run(arguments[1:])
-    config = parse(
-        RunConfig, overrides, verb=f"train {arguments[0]}", default=load_recipe(Path(arguments[0]))
-    )
+    overrides, size = _take_option(overrides, "--model.size")
+    recipe = load_recipe(Path(arguments[0]))
+    if size is not None:
+        from megatron_dlm.models.sizes import paper_model
+
+        recipe = replace(recipe, model=paper_model(size))
+    config = parse(RunConfig, overrides, verb=f"train {arguments[0]}", default=recipe)
     if processes is not None:
         print(describe_layout(config, processes))
         return 0
@@ -46,17 +52,28 @@ def run(arguments: list[str]) -> int:
 
 def _take_dry_run(arguments: list[str]) -> tuple[list[str], int | None]:
     """The arguments without `--dry-run PROCESSES`, and its number."""
-    if "--dry-run" not in arguments:
-        return arguments, None
-    index = arguments.index("--dry-run")
-    value = arguments[index + 1] if index + 1 < len(arguments) else ""
+    rest, value = _take_option(arguments, "--dry-run")
+    if value is None:
+        return rest, None
     if not value.isdigit() or int(value) < 1:
         raise InputError(f"--dry-run: {value!r} is not a number of processes")
-    return arguments[:index] + arguments[index + 2 :], int(value)
+    return rest, int(value)
+
+
+def _take_option(arguments: list[str], name: str) -> tuple[list[str], str | None]:
+    """The arguments without `name VALUE` or `name=VALUE`, and the value; None where it is not among them."""
+    for index, word in enumerate(arguments):
+        if word == name:
+            value = arguments[index + 1] if index + 1 < len(arguments) else ""
+            return arguments[:index] + arguments[index + 2 :], value
+        if word.startswith(f"{name}="):
+            return arguments[:index] + arguments[index + 1 :], word.removeprefix(f"{name}=")
+    return arguments, None
 
 
 def describe_layout(config: RunConfig, processes: int) -> str:
     """What a job of that many processes would run; raises InputError where it cannot."""
+    from megatron_dlm.models.flops import PUBLISHED_VOCABULARY, TRAINING_PASSES, published_forward_flops
     from megatron_dlm.models.sizes import parameter_count
     from megatron_dlm.training.run_config import check_run
 
@@ -66,6 +83,8 @@ def describe_layout(config: RunConfig, processes: int) -> str:
     data_size = parallel.data_parallel_size(processes)
     tokens = training.global_batch_size * config.data.seq_length
     microbatches = training.global_batch_size // (training.micro_batch_size * data_size)
+    sequence_flops = published_forward_flops(config.model, PUBLISHED_VOCABULARY, config.data.seq_length)
+    published = TRAINING_PASSES * sequence_flops * training.global_batch_size * training.num_steps
     lines = {
         "objective": config.objective.name,
         "processes": f"{processes} = {parallel.tensor_model_parallel_size} tensor "
@@ -74,7 +93,8 @@ def describe_layout(config: RunConfig, processes: int) -> str:
         f"{config.model.num_attention_heads} heads ({padded_heads} with padding), {training.precision}",
         "step": f"{training.global_batch_size} samples x {config.data.seq_length} = {tokens:,} tokens, "
         f"{microbatches} microbatches of {training.micro_batch_size} a process",
-        "run": f"{training.num_steps:,} steps, {training.num_steps * tokens / 1e9:,.1f}B tokens",
+        "run": f"{training.num_steps:,} steps, {training.num_steps * tokens / 1e9:,.1f}B tokens, "
+        f"{published:.3g} FLOPs by the published count at {PUBLISHED_VOCABULARY:,} ids",
         "directory": str(config.directory),
         "data": f"{config.data.train}, validation {config.data.validation}",
     }

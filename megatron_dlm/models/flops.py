@@ -13,6 +13,8 @@ from megatron_dlm.models.config import ModelConfig
 from megatron_dlm.models.sizes import parameter_count
 from megatron_dlm.models.time_embedding import FREQUENCY_CHANNELS
 
+PUBLISHED_VOCABULARY = 32_001
+"""Ids of the published counts: TinyLlama's 32,000 and the mask token."""
 TRAINING_PASSES = 3
 """A backward pass costs two forward passes."""
 

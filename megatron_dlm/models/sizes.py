@@ -59,7 +59,7 @@ def paper_model(name: str) -> ModelConfig:
         InputError: no such size.
     """
     if name not in _SHAPES:
-        raise InputError(f"size: {name!r} is not one of {', '.join(_SHAPES)}")
+        raise InputError(f"model.size: {name!r} is not one of {', '.join(_SHAPES)}")
     hidden_size, num_layers, num_attention_heads = _SHAPES[name]
     return ModelConfig(
         num_layers=num_layers,

@@ -7,14 +7,12 @@ from pathlib import Path
 from megatron_dlm.checkpointing.storage import CheckpointConfig
 from megatron_dlm.data.loader import DataConfig
 from megatron_dlm.models.config import ModelConfig
-from megatron_dlm.models.flops import max_steps, published_forward_flops
+from megatron_dlm.models.flops import PUBLISHED_VOCABULARY, max_steps, published_forward_flops
 from megatron_dlm.models.sizes import PAPER_1_7B, paper_model
 from megatron_dlm.objectives.base import ObjectiveConfig
 from megatron_dlm.training.lr_schedule import LrScheduleConfig
 from megatron_dlm.training.run_config import EvaluationConfig, RunConfig, TrainingConfig
 
-SLIM_PAJAMA_VOCABULARY = 32_001
-"""TinyLlama's 32,000 ids and the mask token."""
 GPU_HEAD_ROWS = 2048
 
 
@@ -44,7 +42,7 @@ def isoflop_run(size: str, objective: ObjectiveConfig, *, budget_flops: float) -
         The run.
     """
     model, seq_length, global_batch_size = paper_model(size), 2048, 256
-    sequence_flops = published_forward_flops(model, SLIM_PAJAMA_VOCABULARY, seq_length)
+    sequence_flops = published_forward_flops(model, PUBLISHED_VOCABULARY, seq_length)
     num_steps = max_steps(budget_flops, sequence_flops, global_batch_size)
     return RunConfig(
         directory=Path(f"runs/{objective.name}-{size.lower()}"),

@@ -15,6 +15,8 @@ from megatron_dlm.training.optimizer import restore_settings
 from megatron_dlm.training.run_config import RunConfig, check_run
 from megatron_dlm.training.run_data import RunData, open_data
 
+REFERENCE_SUFFIX = ".ckpt"
+
 if TYPE_CHECKING:
     from megatron_dlm.training.session import Session
     from megatron_dlm.training.trainer import Progress
@@ -55,6 +57,14 @@ def read_run_record(checkpoint: Path) -> RunRecord:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class ReferenceStart:
+    """A checkpoint of the paper's code to take the weights from."""
+
+    directory: Path
+    """The `.ckpt` file."""
+
+
 def checkpoint_root(config: RunConfig) -> CheckpointRoot:
     """Where the run's checkpoints are."""
     return CheckpointRoot(config.directory / "checkpoints")
@@ -89,12 +99,16 @@ def train(config: RunConfig) -> bool:
     return progress.step >= config.training.num_steps
 
 
-def _find_start(config: RunConfig, data: RunData) -> RunRecord | None:
+def _find_start(config: RunConfig, data: RunData) -> RunRecord | ReferenceStart | None:
     """The checkpoint to start from, checked against this run; None for a run from scratch."""
     complete = checkpoint_root(config).complete()
     source = complete[-1] if complete else config.checkpoint.initialize_from
     if source is None:
         return None
+    if source.suffix == REFERENCE_SUFFIX:
+        if not source.is_file():
+            raise InputError(f"checkpoint.initialize_from: {source}: no such file")
+        return ReferenceStart(source)
     record = read_run_record(source)
     _refuse_change(record, "model", record.config.model, config.model)
     _refuse_change(record, "vocabulary", record.vocabulary, data.vocabulary)
@@ -118,7 +132,7 @@ def _find_start(config: RunConfig, data: RunData) -> RunRecord | None:
     return record
 
 
-def _agree_on_start(start: RunRecord | None, parallel: ParallelState) -> None:
+def _agree_on_start(start: RunRecord | ReferenceStart | None, parallel: ParallelState) -> None:
     """Refuse to go on where ranks see different checkpoints, as on storage they do not share."""
     mine = None if start is None else str(start.directory.resolve())
     first = on_first_rank(parallel, lambda: mine)
@@ -139,12 +153,22 @@ def _mismatch(record: RunRecord, name: str, saved: Any, asked: Any) -> None:
     raise InputError(f"{name}: {asked} differs from {saved} in checkpoint {record.directory}")
 
 
-def _restore(session: Session, start: RunRecord | None) -> Progress:
+def _restore(session: Session, start: RunRecord | ReferenceStart | None) -> Progress:
     """Load what `start` holds: everything for this run's own checkpoint, weights alone for another's."""
     from megatron_dlm.checkpointing.manager import PROGRESS_RECORD, load, verify_on_all_ranks
     from megatron_dlm.training.trainer import Progress
 
     if start is None:
+        return Progress()
+    if isinstance(start, ReferenceStart):
+        from megatron_dlm.conversion.reference_checkpoints import (
+            load_reference_weights,
+            read_reference_checkpoint,
+        )
+
+        state = read_reference_checkpoint(start.directory, session.config.model, session.data.vocabulary)
+        load_reference_weights(state, session.denoiser, session.parallel)
+        session.optimizer.reload_model_params()
         return Progress()
     verify_on_all_ranks(start.directory, session.parallel)
     resumes = start.directory.parent == checkpoint_root(session.config).path

@@ -117,11 +117,7 @@ def export_checkpoint(
     import numpy as np
     import torch
 
-    world_size = detect_environment().world_size
-    if world_size != 1:
-        raise InputError(
-            f"export: started on {world_size} processes; it takes one, whatever the layout saved"
-        )
+    _require_one_process()
     _, blocks = _open_held_out(record, data)
     with open_checkpoint(record, ParallelConfig()) as opened:
         from megatron_dlm.checkpointing.manager import PROGRESS_RECORD
@@ -152,6 +148,34 @@ def export_checkpoint(
         )
         dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         export(source, inputs, targets, output, dtypes[dtype])
+
+
+def export_reference_checkpoint(record: RunRecord, output: Path) -> None:
+    """Write one checkpoint's weights as the paper's code loads them, on one process.
+
+    Args:
+        record: of the checkpoint.
+        output: `.ckpt` file to make.
+    """
+    import torch
+
+    _require_one_process()
+    with open_checkpoint(record, ParallelConfig()) as opened:
+        from megatron_dlm.checkpointing.manager import PROGRESS_RECORD
+        from megatron_dlm.conversion.reference_checkpoints import write_reference_checkpoint
+        from megatron_dlm.conversion.to_hugging_face import public_state
+
+        state = public_state(opened.denoiser, opened.parallel, torch.float32)
+        step = int(read_json(record.directory / PROGRESS_RECORD)["step"])
+        write_reference_checkpoint(state, output, record.config.model, step)
+
+
+def _require_one_process() -> None:
+    world_size = detect_environment().world_size
+    if world_size != 1:
+        raise InputError(
+            f"export: started on {world_size} processes; it takes one, whatever the layout saved"
+        )
 
 
 def _open_held_out(record: RunRecord, data: Path) -> tuple[Shard, TokenBlocks]:

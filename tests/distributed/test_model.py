@@ -13,6 +13,7 @@ from megatron_dlm.objectives.duo import DuoConfig
 from megatron_dlm.objectives.mdlm import MDLMConfig
 from megatron_dlm.platform.parallel import ParallelConfig
 from megatron_dlm.platform.vocab_parallel import VocabShard
+from tests.helpers import weights
 from tests.helpers.distributed import run_distributed
 
 NETWORKS = {
@@ -233,3 +234,36 @@ def bf16_residual(state):
 
 def test_bf16_keeps_a_float32_residual_stream():
     assert run_distributed(bf16_residual, 1) == [({"torch.bfloat16"}, "torch.float32", "torch.float32")]
+
+
+def through_the_denoiser(state, path, parallel_config):
+    """The tensors of a reference checkpoint after a stay in this layout's parameters."""
+    from megatron_dlm.conversion.reference_checkpoints import (
+        load_reference_weights,
+        read_reference_checkpoint,
+    )
+    from megatron_dlm.models.denoiser import Denoiser
+
+    vocabulary = Vocabulary(size=SIZE, mask_token_id=MASK, eos_token_id=0, bos_token_id=1)
+    config = transformer_config(REFERENCE_MODEL, parallel_config, "fp32")
+    denoiser = Denoiser(REFERENCE_MODEL, config, vocabulary, AttentionPattern.CAUSAL, state)
+    load_reference_weights(read_reference_checkpoint(path, REFERENCE_MODEL, vocabulary), denoiser, state)
+    return weights.gather(denoiser, state, {p: p.detach() for p in denoiser.parameters()})
+
+
+REFERENCE_MODEL = ModelConfig(
+    num_layers=2, hidden_size=20, num_attention_heads=5, ffn_hidden_size=80, conditioning_size=8
+)
+
+
+@pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (2, 1), (4, 1), (2, 2)])
+def test_reference_checkpoints_survive_any_layout_bit_by_bit(tmp_path, tensor, pipeline):
+    from megatron_dlm.conversion.reference_checkpoints import write_reference_checkpoint
+
+    full = weights.random_state(REFERENCE_MODEL, SIZE)
+    path = tmp_path / "reference.ckpt"
+    write_reference_checkpoint(full, path, REFERENCE_MODEL, step=3)
+    parallel = ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+    for found in run_distributed(through_the_denoiser, tensor * pipeline, path, parallel, parallel=parallel):
+        assert found.keys() == full.keys()
+        assert all(torch.equal(found[name], value) for name, value in full.items())

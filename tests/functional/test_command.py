@@ -64,6 +64,31 @@ BAD = {
         ["train", RECIPE, "--parallel.tensor-model-parallel-size", "5", "--dry-run", "5"],
         "parallel.tensor_model_parallel_size: 5 does not divide model.ffn_hidden_size 896",
     ),
+    "size": (["train", RECIPE, "--model.size", "12M"], "model.size: '12M' is not one of 6M, tiny"),
+    "odd head": (["train", RECIPE, "--model.num-attention-heads", "32"], "head dimension 7 is odd"),
+    "alpha_0": (
+        ["train", "examples/esolm/tiny.py", "--objective.alpha-0", "1.5"],
+        "objective.alpha_0: 1.5 is outside [0, 1]",
+    ),
+    "batch split": (
+        [
+            *("train", "examples/esolm/tiny.py", "--dry-run", "1"),
+            *("--objective.alpha-0", "0.5", "--objective.batch-split", "0.1"),
+        ],
+        "objective.batch_split: 0.1 of a global batch of 8 leaves 0 samples to diffusion",
+    ),
+    "time conditioning": (
+        ["train", "examples/duo/tiny.py", "--objective.no-time-conditioning"],
+        "objective.time_conditioning: False; Duo needs the noise level",
+    ),
+    "block size": (
+        ["train", "examples/block-diffusion/tiny.py", "--objective.block-size", "7", "--dry-run", "1"],
+        "objective.block_size: 7 does not divide data.seq_length 256",
+    ),
+    "reference checkpoint": (
+        ["export", "no/checkpoint", "out.ckpt"],
+        "no/checkpoint/manifest.json: no such file",
+    ),
     "batch": (
         ["train", RECIPE, "--training.micro-batch-size", "3"],
         "training.global_batch_size: 8 is not a multiple of training.micro_batch_size 3",

@@ -231,7 +231,42 @@ def test_ar_trains_and_exports(command, corpus, tmp_path):
     assert finished.returncode == 0, finished.stdout + finished.stderr
 
 
-@pytest.mark.parametrize("family", ["mdlm", "ar"])
+FAMILY_VARIANTS = {
+    "duo": [],
+    "esolm": [],
+    "esolm-two-parts": ["--objective.alpha-0", "0.5", "--objective.batch-split", "0.5"],
+    "block-diffusion": ["--objective.block-size", "8"],
+}
+
+
+@pytest.mark.parametrize("name", FAMILY_VARIANTS)
+def test_families_train_and_their_exports_reproduce_them(command, corpus, tmp_path, name):
+    recipe = f"examples/{name.removesuffix('-two-parts')}/tiny.py"
+    command(*arguments_for(corpus, tmp_path / "run", *FAMILY_VARIANTS[name], recipe=recipe, steps=3))
+    folder = export(corpus, tmp_path / "run", tmp_path / "folder")
+    finished = check_export(folder)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "generated:" in finished.stdout
+
+
+def test_weights_go_to_the_reference_s_file_and_back(command, corpus, torchrun_run, tmp_path):
+    """A run that starts from the exported .ckpt, at another layout, begins where the exported one ended."""
+    checkpoint, file = torchrun_run / "checkpoints" / "step-00000003", tmp_path / "weights.ckpt"
+    command("export", checkpoint, file)
+    again = command("export", checkpoint, file, check=False)
+    assert again.returncode == 2 and "exists already" in again.stderr
+    command(*arguments_for(corpus, tmp_path / "run", "--checkpoint.initialize-from", file, steps=1))
+    bounds = [
+        [entry["nats_per_token"] for entry in read_metrics(run) if entry["kind"] == "validation"]
+        for run in (torchrun_run, tmp_path / "run")
+    ]
+    assert bounds[1][0] == pytest.approx(bounds[0][-1], rel=1e-6)
+    missing = arguments_for(corpus, tmp_path / "other", "--checkpoint.initialize-from", "no.ckpt", steps=1)
+    finished = command(*missing, check=False)
+    assert finished.returncode == 2 and "checkpoint.initialize_from: no.ckpt: no such file" in finished.stderr
+
+
+@pytest.mark.parametrize("family", ["mdlm", "ar", "duo", "esolm"])
 def test_large_recipes_run_for_a_few_toy_steps(command, corpus, tmp_path, family):
     """bf16 as written; phase 2 starts from the weights phase 1 has saved."""
     toy = ["--training.global-batch-size", 8, "--schedule.warmup-steps", 2]
@@ -254,7 +289,7 @@ def test_large_recipes_run_for_a_few_toy_steps(command, corpus, tmp_path, family
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("objective", ["mdlm", "ar"])
+@pytest.mark.parametrize("objective", ["mdlm", "ar", "duo", "esolm"])
 def test_quickstart(objective, tmp_path, read_json):
     output = tmp_path / "quickstart"
     command = [sys.executable, "examples/quickstart.py", "--objective", objective, "--output", str(output)]

@@ -59,7 +59,7 @@ def test_all_sizes_have_their_published_parameter_counts(sizes_table):
 
 
 def test_unknown_size():
-    with pytest.raises(InputError, match="size: '7B' is not one of 6M"):
+    with pytest.raises(InputError, match=r"model\.size: '7B' is not one of 6M"):
         paper_model("7B")
 
 

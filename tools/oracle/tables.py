@@ -87,11 +87,10 @@ def _learning_rates(cfg: Array, steps: Array) -> Array:
 
 
 def _step_counts(names: Array, budgets: Array) -> Array:
-    from megatron_dlm.models.flops import max_steps, published_forward_flops
+    from megatron_dlm.models.flops import PUBLISHED_VOCABULARY, max_steps, published_forward_flops
     from megatron_dlm.models.sizes import paper_model
-    from megatron_dlm.training.recipes import SLIM_PAJAMA_VOCABULARY
 
-    flops = [published_forward_flops(paper_model(str(n)), SLIM_PAJAMA_VOCABULARY, 2048) for n in names]
+    flops = [published_forward_flops(paper_model(str(n)), PUBLISHED_VOCABULARY, 2048) for n in names]
     return np.array([[max_steps(1e18 * b, f, GLOBAL_BATCH_SIZE) for b in budgets.tolist()] for f in flops])
 
 

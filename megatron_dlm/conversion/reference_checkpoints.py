@@ -1,0 +1,139 @@
+"""Lightning checkpoints of the paper's code (github.com/s-sahoo/scaling-dllms): weights in, weights out.
+
+Such a file is a pickle that also holds the run's configuration objects. It is read by torch's restricted
+unpickler; classes of known libraries become inert placeholders, any other name is refused.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_dlm.interfaces import InputError, Vocabulary
+from megatron_dlm.models.attention import ROTARY_BASE
+from megatron_dlm.models.config import ModelConfig
+from megatron_dlm.models.denoiser import Denoiser
+from megatron_dlm.models.weight_layout import public_shapes, weight_places
+from megatron_dlm.platform.parallel import ParallelState
+
+PREFIX = "backbone."
+ROTARY_BUFFER = "rotary_emb.inv_freq"
+"""The reference keeps the rotary frequencies as a buffer, which a strict load asks for."""
+INERT_PACKAGES = (
+    *("collections", "dataloader", "lightning", "lightning_fabric", "numpy", "omegaconf", "pathlib"),
+    *("pytorch_lightning", "tokenizers", "torch", "torchmetrics", "transformers", "typing"),
+)
+
+
+class _Inert:
+    """Stands for any object of a configuration; takes everything, does nothing."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
+        return object.__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def read_reference_checkpoint(path: Path, model: ModelConfig, vocabulary: Vocabulary) -> dict[str, Tensor]:
+    """The full tensors of a reference checkpoint by public name.
+
+    Args:
+        path: Lightning `.ckpt` file.
+        model: shape it must have.
+        vocabulary: whose size it must have.
+
+    Returns:
+        Every tensor of `public_shapes`, in the file's dtype.
+
+    Raises:
+        InputError: not a checkpoint, a pickle that names other than known classes, or tensors missing,
+            unknown or of another shape.
+    """
+    state = _load(path).get("state_dict")
+    if not isinstance(state, dict):
+        raise InputError(f"checkpoint: {path}: has no state_dict")
+    found = {name.removeprefix(PREFIX): tensor for name, tensor in state.items() if name.startswith(PREFIX)}
+    frequencies = found.pop(ROTARY_BUFFER, None)
+    if frequencies is not None and not torch.allclose(frequencies.float(), _rotary_frequencies(model)):
+        raise InputError(
+            f"checkpoint: {path}: {ROTARY_BUFFER} is not that of head dimension {model.head_dim}"
+        )
+    expected = public_shapes(model, vocabulary.size)
+    for name in sorted(expected.keys() ^ found.keys()):
+        what = "lacks" if name in expected else "has an unknown tensor"
+        raise InputError(f"checkpoint: {path}: {what} {PREFIX}{name}")
+    for name, shape in expected.items():
+        if tuple(found[name].shape) != shape:
+            raise InputError(
+                f"checkpoint: {path}: {PREFIX}{name} has shape {tuple(found[name].shape)}, the model {shape}"
+            )
+    return found
+
+
+def _load(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise InputError(f"checkpoint: {path}: no such file")
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        for name in names:
+            if name.split(".")[0] not in INERT_PACKAGES:
+                raise InputError(f"checkpoint: {path}: its pickle names {name}; refused")
+        with torch.serialization.safe_globals([(_Inert, name) for name in names]):
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except InputError:
+        raise
+    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        message = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"checkpoint: {path}: unreadable: {message}") from error
+    if not isinstance(loaded, dict):
+        raise InputError(f"checkpoint: {path}: holds a {type(loaded).__name__}, not a checkpoint")
+    return loaded
+
+
+@torch.no_grad()
+def load_reference_weights(state: dict[str, Tensor], denoiser: Denoiser, parallel: ParallelState) -> None:
+    """Give this process's stage its part of the full tensors.
+
+    Args:
+        state: from `read_reference_checkpoint`.
+        denoiser: changed in place.
+        parallel: this process's place, any layout.
+    """
+    for place in weight_places(denoiser, parallel):
+        place.parameter.copy_(place.cut(state[place.name]))
+
+
+def write_reference_checkpoint(state: dict[str, Tensor], path: Path, model: ModelConfig, step: int) -> None:
+    """Write full tensors as the reference's code loads them (`finetune_path`).
+
+    Args:
+        state: full tensors by public name.
+        path: file to make; it appears only when complete.
+        model: shape of the tensors.
+        step: optimizer steps the weights have seen.
+
+    Raises:
+        InputError: `path` exists.
+    """
+    if path.exists():
+        raise InputError(f"output: {path} exists already")
+    named = {f"{PREFIX}{name}": tensor for name, tensor in state.items()}
+    named[PREFIX + ROTARY_BUFFER] = _rotary_frequencies(model)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        torch.save({"state_dict": named, "global_step": step, "epoch": 0, "ema": None}, temporary)
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _rotary_frequencies(model: ModelConfig) -> Tensor:
+    return 1.0 / ROTARY_BASE ** (torch.arange(0, model.head_dim, 2).float() / model.head_dim)
