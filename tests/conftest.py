@@ -10,6 +10,15 @@ import pytest
 
 from tests.helpers import tiny
 
+TABLES = {
+    "table: layout": (
+        "against one process, 3 steps: largest relative difference of loss and of any parameter's gradient",
+        (
+            *("tensor", "pipeline", "data", "micro-batch", "distributed optimizer"),
+            *("family", "loss", "gradient"),
+        ),
+    )
+}
 ROOT = Path(__file__).resolve().parents[1]
 # Numbers recorded from the public reference code; not part of the repository.
 REFERENCE = Path(os.environ.get("MEGATRON_DLM_REFERENCE", ROOT.parent / "shared" / "reference"))
@@ -63,3 +72,23 @@ def command():
 def read_json():
     """Parse a JSON file."""
     return lambda path: json.loads(Path(path).read_text())
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print the rows that tests have recorded for a table."""
+    for name, (title, columns) in TABLES.items():
+        reports = terminalreporter.getreports("passed")
+        rows = sorted({value for report in reports for key, value in _properties(report) if key == name})
+        if rows:
+            from rich.console import Console
+            from rich.table import Table
+
+            table = Table(*columns, title=title)
+            for row in rows:
+                table.add_row(*map(str, row))
+            Console(width=120).print(table)
+
+
+def _properties(report):
+    # Values that crossed a process border are lists.
+    return [(key, tuple(value)) for key, value in report.user_properties if isinstance(value, (list, tuple))]

@@ -1,0 +1,118 @@
+"""The remote code of exports: likelihoods that agree with the package's, samplers that keep promises."""
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_dlm.conversion.hugging_face_model.configuration_megatron_dlm import MegatronDlmConfig
+from megatron_dlm.conversion.hugging_face_model.modeling_megatron_dlm import MegatronDlmModel
+from megatron_dlm.conversion.hugging_face_model.noise_megatron_dlm import token_nats
+from megatron_dlm.conversion.to_hugging_face import hugging_face_fields
+from megatron_dlm.interfaces import Vocabulary
+from megatron_dlm.models.config import ModelConfig
+from megatron_dlm.objectives.ar import ARConfig
+from megatron_dlm.objectives.block_diffusion import BlockDiffusionConfig
+from megatron_dlm.objectives.duo import DuoConfig
+from megatron_dlm.objectives.esolm import EsoLMConfig
+from megatron_dlm.objectives.mdlm import MDLMConfig
+from tests.helpers.weights import random_state
+from tests.unit.test_objectives import batch_of, context
+
+LENGTH = 12
+MODEL = ModelConfig(
+    num_layers=2, hidden_size=16, num_attention_heads=2, ffn_hidden_size=32, conditioning_size=8
+)
+VOCABULARY = Vocabulary(size=11, mask_token_id=4, eos_token_id=0, bos_token_id=1)
+FAMILIES = {
+    "ar": ARConfig(),
+    "mdlm": MDLMConfig(),
+    "mdlm-cosine": MDLMConfig(noise_schedule="cosine", time_conditioning=True),
+    "duo": DuoConfig(),
+    "duo-without-mask": DuoConfig(mask_in_noise=False, noise_schedule="linear"),
+    "esolm": EsoLMConfig(),
+    "esolm-two-parts": EsoLMConfig(alpha_0=0.5, batch_split=0.5),
+    "esolm-sequential": EsoLMConfig(alpha_0=0.0, batch_split=0.0),
+    "block-diffusion": BlockDiffusionConfig(block_size=4),
+}
+
+
+def build(objective, seed=5):
+    fields = hugging_face_fields(MODEL, VOCABULARY, objective)
+    model = MegatronDlmModel(MegatronDlmConfig(**fields, max_position_embeddings=LENGTH)).eval()
+    model.load_state_dict(random_state(MODEL, VOCABULARY.size, seed=seed, scale=0.3))
+    return model
+
+
+def package_bound(model, objective, ids, batches):
+    """Mean over many noisy copies through the package's corruption; one standard error beside it."""
+    built, means = objective.build(VOCABULARY), []
+    size = 64
+    for index in range(batches):
+        rows = np.repeat(np.concatenate([ids, ids[:, :1]], axis=1), size // len(ids), axis=0)
+        where = context(index * size, size, training=False)
+        batch, total = batch_of(rows, index * size + np.arange(size)), 0.0
+        for part in built.split(batch, where):
+            inputs, targets = built.corrupt(part, where)
+            mask = inputs.attention_mask
+            with torch.no_grad():
+                logits = model(
+                    inputs.token_ids_BL,
+                    sigma=inputs.sigma_B,
+                    position_ids=inputs.position_ids_BL,
+                    visible_mask=None if mask is None else mask[0, 0],
+                ).logits
+            nats = token_nats(model.config, logits, inputs.token_ids_BL, targets.clean_BL, inputs.sigma_B)
+            seen = targets.bound_weight_BL > 0
+            total += float((nats[seen] * targets.bound_weight_BL[seen]).sum())
+        means.append(total / size)
+    return np.mean(means), np.std(means, ddof=1) / len(means) ** 0.5
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "ar"])
+def test_nll_estimates_the_package_s_bound(name):
+    objective = FAMILIES[name]
+    model = build(objective)
+    ids = np.array([[5, 6, 7, 8, 9, 10, 5, 5, 6, 2, 3, 1]])
+    expected, error = package_bound(model, objective, ids, batches=30)
+    repeated = torch.from_numpy(ids).repeat(64, 1)
+    draws = torch.stack([model.nll(repeated, num_samples=4, seed=seed) for seed in range(8)])
+    found, spread = draws.mean().item(), draws.flatten().std().item() / draws.numel() ** 0.5
+    assert abs(found - expected) < 5 * (error**2 + spread**2) ** 0.5 + 1e-6 * expected
+    assert spread < 0.1 * expected
+
+
+def test_ar_nll_is_exact_and_predicts_all_but_the_first_token():
+    model = build(FAMILIES["ar"])
+    ids = torch.tensor([[1, 5, 6, 7]])
+    logits = model(ids[:, :-1]).logits.log_softmax(-1)[0]
+    expected = -sum(logits[i, ids[0, i + 1]] for i in range(3))
+    assert model.nll(ids).item() == pytest.approx(float(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_samples_keep_the_prompt_and_hold_no_mask(name):
+    model = build(FAMILIES[name])
+    prompt = torch.tensor([[1, 5, 6], [1, 7, 8]])
+    samples = model.generate(prompt, max_length=LENGTH, num_steps=6, seed=3)
+    assert samples.shape == (2, LENGTH) and torch.equal(samples[:, :3], prompt)
+    assert not (samples == VOCABULARY.mask_token_id).any()
+    assert torch.equal(samples, model.generate(prompt, max_length=LENGTH, num_steps=6, seed=3))
+    assert not torch.equal(samples, model.generate(prompt, max_length=LENGTH, num_steps=6, seed=4))
+    assert model.generate(batch_size=2, num_steps=4).shape == (2, LENGTH)
+    with pytest.raises(ValueError, match="exceed max_length"):
+        model.generate(prompt, max_length=2)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_samples_follow_a_model_without_context(name):
+    """Weights whose logits are one fixed distribution: every sampler must draw each token from it."""
+    model = build(FAMILIES[name])
+    probabilities = torch.tensor([0.3, 0.05, 0.05, 0.1, 0.0, 0.2, 0.1, 0.05, 0.05, 0.05, 0.05])
+    with torch.no_grad():
+        model.output_layer.linear.weight.zero_()
+        model.output_layer.linear.bias.copy_(probabilities.clamp_min(1e-9).log())
+    start = torch.ones(300, 1, dtype=torch.int64) if name == "ar" else torch.empty(300, 0, dtype=torch.int64)
+    samples = model.generate(start, max_length=LENGTH, num_steps=40, seed=1)[:, start.shape[1] :]
+    frequencies = torch.bincount(samples.flatten(), minlength=11).double() / samples.numel()
+    assert frequencies[VOCABULARY.mask_token_id] == 0
+    assert (frequencies - probabilities).abs().max() < 0.03
