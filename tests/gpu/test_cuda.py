@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megatron_dlm.objectives.registry import OBJECTIVES
 from megatron_dlm.telemetry.writers import read_metrics
 from tests.functional.test_training import arguments_for
 
@@ -12,7 +13,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("family", ["mdlm", "ar"])
+@pytest.mark.parametrize("family", OBJECTIVES)
 def test_losses_on_cuda_are_those_on_the_cpu(command, corpus, tmp_path, family):
     recipe = f"examples/{family}/tiny.py"
     for device, visible in (("cuda", {"CUDA_VISIBLE_DEVICES": "0"}), ("cpu", {})):

@@ -300,6 +300,24 @@ def test_duo_of_the_exact_denoiser_has_the_entropy_of_the_data():
     assert bound == pytest.approx(-(joint * np.log(joint)).sum(), rel=1e-9)
 
 
+def posterior_mean(joint, alpha):
+    """E[x_l = v | all of z]: what a classifier of the noisy text would learn."""
+    kernel = alpha * np.eye(TOKENS) + (1 - alpha) / TOKENS
+    means = {}
+    for z in itertools.product(range(TOKENS), repeat=2):
+        weight = joint * np.outer(kernel[:, z[0]], kernel[:, z[1]])
+        weight = weight / weight.sum()
+        means[z] = np.array([weight.sum(1), weight.sum(0)])
+    return means
+
+
+def test_duo_of_the_posterior_mean_is_not_tight():
+    joint = seeded_joint(2, seed=3)
+    sequences = list(itertools.product(range(TOKENS), repeat=2))
+    bound = sum(joint[x] * duo_nelbo(posterior_mean, joint, x) for x in sequences)
+    assert bound > -(joint * np.log(joint)).sum() + 0.1
+
+
 def model_likelihood(denoiser, joint):
     """The law of the reverse chain at t = 0, from uniform at t = 1, by its master equation."""
     sequences = list(itertools.product(range(TOKENS), repeat=2))
