@@ -64,7 +64,7 @@ def finish(process, seconds=120):
 
 def train_metrics(directory):
     """Everything a step reports except its speed."""
-    timing = {"tokens_per_second", "eta_seconds"}
+    timing = {"tokens_per_second", "eta_seconds", "tflops_per_second_per_device", "mfu"}
     return {
         entry["step"]: {k: v for k, v in entry.items() if k not in timing}
         for entry in read_metrics(directory)
@@ -85,12 +85,13 @@ def test_a_run_reports_and_saves(uninterrupted):
     metrics = train_metrics(directory)
     assert list(metrics) == list(range(1, STEPS + 1))
     assert f"train step {STEPS}/{STEPS}" in output
-    for word in ("loss", "nats/token", "tokens/s", "ETA", "validation step 0"):
+    for word in ("loss", "nats/token", "tokens/s", "ETA", "MFU", "validation step 0"):
         assert word in output
     saved = sorted(path.name for path in (directory / "checkpoints").iterdir())
     assert saved == ["step-00000004", "step-00000008", "step-00000012", "step-00000014"]
     assert list((directory / "tensorboard").iterdir())
     assert metrics[STEPS]["nats_per_token"] < metrics[1]["nats_per_token"]
+    assert all(entry["mfu"] > 0 for entry in read_metrics(directory) if entry["kind"] == "train")
 
 
 def test_tensorboard_holds_the_curve(uninterrupted):
