@@ -1,13 +1,14 @@
 """Lightning checkpoints of the paper's code (github.com/s-sahoo/scaling-dllms): weights in, weights out.
 
-Such a file is a pickle that also holds the run's configuration objects. It is read by torch's restricted
-unpickler; classes of known libraries become inert placeholders, any other name is refused.
+Such a file is a pickle that also holds the run's configuration objects. The unpickler here finds what tensors
+are made of; objects of known libraries become placeholders that do nothing, any other name is refused.
 """
 
 from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,9 +25,21 @@ PREFIX = "backbone."
 ROTARY_BUFFER = "rotary_emb.inv_freq"
 """The reference keeps the rotary frequencies as a buffer, which a strict load asks for."""
 INERT_PACKAGES = (
-    *("collections", "dataloader", "lightning", "lightning_fabric", "numpy", "omegaconf", "pathlib"),
-    *("pytorch_lightning", "tokenizers", "torch", "torchmetrics", "transformers", "typing"),
+    *("collections", "copyreg", "dataloader", "lightning", "lightning_fabric", "numpy", "omegaconf"),
+    *("pathlib", "pytorch_lightning", "tokenizers", "torch", "torchmetrics", "transformers", "typing"),
 )
+INERT_BUILTINS = (
+    *("bool", "bytes", "dict", "float", "frozenset", "int", "list", "object", "set", "str", "tuple"),
+    # Their names in torch.save's pickle protocol.
+    *("long", "unicode"),
+)
+TENSOR_PARTS = {
+    ("collections", "OrderedDict"),
+    ("torch._utils", "_rebuild_parameter"),
+    ("torch._utils", "_rebuild_tensor_v2"),
+    ("torch", "Size"),
+}
+"""What tensors are rebuilt with; torch finds their storages itself."""
 
 
 class _Inert:
@@ -38,8 +51,40 @@ class _Inert:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
+    def __call__(self, *args: Any, **kwargs: Any) -> _Inert:
+        return self
+
     def __setstate__(self, state: Any) -> None:
         pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def append(self, value: Any) -> None:
+        """Take one item."""
+
+    def extend(self, values: Any) -> None:
+        """Take items."""
+
+
+class _Unpickler(pickle.Unpickler):
+    """Finds tensors and placeholders and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in TENSOR_PARTS:
+            return super().find_class(module, name)
+        builtin = module in ("builtins", "__builtin__") and name in INERT_BUILTINS
+        if builtin or module.split(".")[0] in INERT_PACKAGES:
+            return _Inert
+        raise InputError(f"its pickle names {module}.{name}; refused")
+
+
+def _unpickle(file: Any, **options: Any) -> Any:
+    return _Unpickler(file, **options).load()
+
+
+_PICKLE = SimpleNamespace(__name__="restricted_pickle", Unpickler=_Unpickler, load=_unpickle)
+"""In the place of the module that torch unpickles with."""
 
 
 def read_reference_checkpoint(path: Path, model: ModelConfig, vocabulary: Vocabulary) -> dict[str, Tensor]:
@@ -82,15 +127,11 @@ def _load(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"checkpoint: {path}: no such file")
     try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        for name in names:
-            if name.split(".")[0] not in INERT_PACKAGES:
-                raise InputError(f"checkpoint: {path}: its pickle names {name}; refused")
-        with torch.serialization.safe_globals([(_Inert, name) for name in names]):
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except InputError:
-        raise
-    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        # weights_only refuses the configuration objects that every real file holds.
+        loaded = torch.load(path, map_location="cpu", weights_only=False, pickle_module=_PICKLE, mmap=True)
+    except InputError as error:
+        raise InputError(f"checkpoint: {path}: {error}") from error
+    except Exception as error:  # a damaged pickle raises almost anything
         message = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"checkpoint: {path}: unreadable: {message}") from error
     if not isinstance(loaded, dict):

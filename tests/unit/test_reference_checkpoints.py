@@ -1,9 +1,14 @@
 """Lightning checkpoints of the paper's code: what is read, what is refused."""
 
+import collections
 import os
+import pathlib
+import subprocess
 import types
+import typing
 from dataclasses import replace
 
+import numpy
 import pytest
 import torch
 
@@ -59,13 +64,16 @@ def test_configuration_objects_become_placeholders(state, tmp_path, monkeypatch)
 
     library = types.ModuleType("omegaconf")
     nested = types.ModuleType("omegaconf.dictconfig")
-    kept = type("DictConfig", (), {"__module__": "omegaconf.dictconfig", "__qualname__": "DictConfig"})
+    kept = type("DictConfig", (dict,), {"__module__": "omegaconf.dictconfig", "__qualname__": "DictConfig"})
     nested.DictConfig = kept
     monkeypatch.setitem(sys.modules, "omegaconf", library)
     monkeypatch.setitem(sys.modules, "omegaconf.dictconfig", nested)
-    instance = kept()
-    instance.content = {"model": {"length": 2048}}
-    path = lightning_file(state, tmp_path / "model.ckpt", hyper_parameters={"config": instance})
+    # Items, attributes, builtin types and containers, as real configurations hold them.
+    instance = kept(length=2048)
+    instance.types = [int, dict, typing.Any]
+    counts = collections.defaultdict(list, seen=[1, 2])
+    kept_objects = {"config": instance, "counts": counts, "path": pathlib.Path("/data")}
+    path = lightning_file(state, tmp_path / "model.ckpt", hyper_parameters=kept_objects)
     monkeypatch.undo()
     assert "omegaconf" not in sys.modules
     assert torch.equal(read(path)["blocks.0.norm1.weight"], state["blocks.0.norm1.weight"])
@@ -73,22 +81,38 @@ def test_configuration_objects_become_placeholders(state, tmp_path, monkeypatch)
 
 
 class Malicious:
-    def __init__(self, path):
-        self.path = path
+    """Calls a function when it is unpickled."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
 
     def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
+        return self.call
 
 
+@pytest.mark.parametrize(
+    "function", [os.system, eval, subprocess.getoutput, getattr], ids=lambda f: f.__name__
+)
 @pytest.mark.parametrize("place", ["callbacks", "state_dict"])
-def test_a_malicious_pickle_is_refused_and_does_not_run(state, tmp_path, place):
+def test_a_malicious_pickle_is_refused_and_does_not_run(state, tmp_path, place, function):
     witness = tmp_path / "witness"
+    argument = f"open({str(witness)!r}, 'w')" if function is eval else f"touch {witness}"
+    bad = Malicious(function, argument)
     if place == "state_dict":
-        path = lightning_file(state | {"x": Malicious(witness)}, tmp_path / "model.ckpt")
+        path = lightning_file(state | {"x": bad}, tmp_path / "model.ckpt")
     else:
-        path = lightning_file(state, tmp_path / "model.ckpt", callbacks=Malicious(witness))
-    with pytest.raises(InputError, match=r"its pickle names (posix|os)\.system; refused"):
+        path = lightning_file(state, tmp_path / "model.ckpt", callbacks=bad)
+    with pytest.raises(InputError, match=rf"its pickle names \w+\.{function.__name__}; refused"):
         read(path)
+    assert not witness.exists()
+
+
+def test_functions_of_inert_packages_do_not_run(state, tmp_path):
+    witness = tmp_path / "witness"
+    path = lightning_file(
+        state, tmp_path / "model.ckpt", x=Malicious(numpy.memmap, str(witness), "uint8", "w+", 0, 1)
+    )
+    read(path)
     assert not witness.exists()
 
 
