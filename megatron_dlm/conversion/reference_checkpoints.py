@@ -48,17 +48,14 @@ class _Inert:
     def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
         return object.__new__(cls)
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
     def __call__(self, *args: Any, **kwargs: Any) -> _Inert:
         return self
 
     def __setstate__(self, state: Any) -> None:
-        pass
+        """Take attributes."""
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        pass
+        """Take an entry."""
 
     def append(self, value: Any) -> None:
         """Take one item."""

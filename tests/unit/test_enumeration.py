@@ -7,119 +7,28 @@ every corruption and integrated over time.
 
 import itertools
 import math
-from functools import cache, lru_cache
+from functools import cache
 
 import numpy as np
 import pytest
-import torch
 
-from megatron_dlm.interfaces import RowTargets, TokenBatch, Vocabulary
-from megatron_dlm.objectives.base import CorruptionContext
 from megatron_dlm.objectives.block_diffusion import BlockDiffusionConfig
-from megatron_dlm.objectives.duo import DuoConfig
 from megatron_dlm.objectives.esolm import EsoLMConfig
 from megatron_dlm.objectives.mdlm import MDLMConfig
-from megatron_dlm.platform.rng import NoiseSource
-from megatron_dlm.platform.vocab_parallel import VocabShard
-
-TOKENS = 3
-MASK = 3
-VOCABULARY = Vocabulary(size=TOKENS + 1, mask_token_id=MASK, eos_token_id=0, bos_token_id=0)
-SCHEDULES = ("log-linear", "linear", "cosine")
-
-
-class FixedDraws(NoiseSource):
-    """Draws that a test lays down, by stream."""
-
-    def __init__(self, **draws):
-        super().__init__(0)
-        object.__setattr__(self, "draws", {name.replace("__", "/"): draws[name] for name in draws})
-
-    def uniform(self, stream, positions, count):
-        return np.broadcast_to(
-            np.asarray(self.draws[stream], dtype=np.float64), (len(positions), count)
-        ).copy()
-
-    def integer(self, stream, position, bound):
-        return self.draws.get(stream, 0)
-
-    def integers(self, stream, positions, count, bound):
-        return np.broadcast_to(np.asarray(self.draws[stream], dtype=np.int64), (len(positions), count)).copy()
-
-
-def corrupt(config, x, draws, *, training=False):
-    """One sample through the objective at laid-down draws; time jitter is the time itself (eps = 0)."""
-    context = CorruptionContext(
-        noise=FixedDraws(**draws), batch_start=0, global_batch_size=1, training=training
-    )
-    batch = TokenBatch(token_ids=torch.tensor([[*x, 0]]), sample_indices=np.zeros(1, dtype=np.int64))
-    return config.build(VOCABULARY).corrupt(batch, context)
-
-
-def nats(config, targets, logits_BLV):
-    """The bound's sum over one sample, by the objective's own row losses."""
-    rows = targets.weight_BL.nonzero(as_tuple=True)
-    row_targets = RowTargets(
-        **{f"{n.removesuffix('_BL')}_R": v[rows] for n, v in vars(targets).items() if n.endswith("_BL")}
-    )
-    vocab = VocabShard.of_rank(VOCABULARY, 0, None, 1)
-    losses, _ = config.build(VOCABULARY).loss_and_dlogits(logits_BLV[rows].clone(), row_targets, vocab)
-    return float((losses * row_targets.bound_weight_R).sum())
-
-
-def with_mask_column(p):
-    """Logits [.., 4] of probabilities [.., 3]; the mask's is arbitrary."""
-    p = torch.as_tensor(p, dtype=torch.float64)
-    return torch.cat([p.log(), torch.full((*p.shape[:-1], 1), 7.0, dtype=torch.float64)], dim=-1)
-
-
-@lru_cache
-def quadrature(points=64):
-    """Gauss-Legendre nodes on (0, 1), crowded towards both ends, where derivatives are singular."""
-    nodes, weights = np.polynomial.legendre.leggauss(points)
-    s, weights = (nodes + 1) / 2, weights / 2
-    for _ in range(2):
-        weights = weights * 6 * s * (1 - s)
-        s = s * s * (3 - 2 * s)
-    return s, weights
-
-
-def over_time(integrand):
-    nodes, weights = quadrature()
-    return sum(w * integrand(t) for t, w in zip(nodes, weights, strict=True))
-
-
-def seeded_joint(length, seed=0):
-    return np.random.default_rng(seed).dirichlet(np.ones(TOKENS**length)).reshape([TOKENS] * length)
-
-
-def masked_table(length, seed):
-    """An arbitrary denoiser: p [L, 3] for each partly masked sequence, not from any joint."""
-    generator = np.random.default_rng(seed)
-    return {
-        z: generator.dirichlet(np.ones(TOKENS), size=length)
-        for z in itertools.product(range(TOKENS + 1), repeat=length)
-    }
-
-
-def true_conditionals(joint):
-    """The denoiser of the joint itself."""
-    length = joint.ndim
-    table = {}
-    for z in itertools.product(range(TOKENS + 1), repeat=length):
-        kept = tuple(slice(None) if token == MASK else slice(token, token + 1) for token in z)
-        part = joint[kept] / joint[kept].sum()
-        rows = []
-        for axis in range(length):
-            marginal = part.sum(tuple(a for a in range(length) if a != axis))
-            rows.append(marginal if z[axis] == MASK else np.eye(TOKENS)[z[axis]])
-        table[z] = np.array(rows)
-    return table
-
-
-def mask_sets(length):
-    return itertools.product((False, True), repeat=length)
-
+from tests.helpers.enumeration import (
+    MASK,
+    SCHEDULES,
+    TOKENS,
+    corrupt,
+    mask_sets,
+    masked_table,
+    nats,
+    over_time,
+    quadrature,
+    seeded_joint,
+    true_conditionals,
+    with_mask_column,
+)
 
 # ---- MDLM ----------------------------------------------------------------------------------------
 
@@ -211,180 +120,6 @@ def test_mdlm_of_the_true_conditionals_is_tight():
     config = MDLMConfig(noise_schedule="linear", time_epsilon=0.0, loss="elbo")
     for x in itertools.product(range(TOKENS), repeat=2):
         assert mdlm_nelbo(table, x, config) == pytest.approx(-math.log(joint[x]), rel=1e-9)
-
-
-# ---- Duo -----------------------------------------------------------------------------------------
-
-
-def uniform_rate(alpha, dalpha):
-    """Rate at which one token jumps to each state of K."""
-    return -dalpha / alpha / TOKENS
-
-
-def exact_denoiser(joint, alpha):
-    """P(x_l = v | the other noisy token) for every z, from the joint, as {z: [L, K]}.
-
-    The rates of the loss divide mixtures of the prediction, so the exact reverse process needs the posterior
-    that leaves out the position's own noisy token: only then is the ratio of means the mean of ratios.
-    """
-    kernel = alpha * np.eye(TOKENS) + (1 - alpha) / TOKENS
-    means = {}
-    for z in itertools.product(range(TOKENS), repeat=2):
-        first, second = (joint * kernel[:, z[1]]).sum(1), (joint * kernel[:, z[0], None]).sum(0)
-        means[z] = np.array([first / first.sum(), second / second.sum()])
-    return means
-
-
-def tilted_means(joint, alpha):
-    """A wrong denoiser: the right one mixed with a fixed table that depends on z."""
-    return {
-        z: 0.7 * p + 0.3 * np.random.default_rng(sum(z) + 10).dirichlet(np.ones(TOKENS), size=2)
-        for z, p in exact_denoiser(joint, alpha).items()
-    }
-
-
-def duo_nelbo(denoiser, joint, x):
-    """The objective's own loss over all replaced tokens, integrated over t; linear schedule, mask out."""
-    config = DuoConfig(noise_schedule="linear", time_epsilon=0.0, mask_in_noise=False)
-
-    def at(t):
-        alpha, total = 1 - t, 0.0
-        means = denoiser(joint, alpha)
-        for z in itertools.product(range(TOKENS), repeat=2):
-            draws = {"time__jitter": t, "duo__replace": 0.0, "duo__token": z}
-            inputs, targets = corrupt(config, x, draws)
-            assert tuple(inputs.token_ids_BL[0].tolist()) == z
-            kept = [alpha * (a == b) + (1 - alpha) / TOKENS for a, b in zip(x, z, strict=True)]
-            total += math.prod(kept) * nats(config, targets, with_mask_column(means[z])[None])
-        return total
-
-    return over_time(at)
-
-
-def duo_rate_divergence(denoiser, joint, x):
-    """The same bound from jump rates alone: sum over jumps of R_m - R + R ln(R / R_m)."""
-
-    def ratio(p, alpha, z, v):
-        return (TOKENS * alpha * p[v] + 1 - alpha) / (TOKENS * alpha * p[z] + 1 - alpha)
-
-    def at(t):
-        alpha, total = 1 - t, 0.0
-        means, rate = denoiser(joint, alpha), uniform_rate(1 - t, -1.0)
-        for z in itertools.product(range(TOKENS), repeat=2):
-            kept = [alpha * (a == b) + (1 - alpha) / TOKENS for a, b in zip(x, z, strict=True)]
-            cost = 0.0
-            for place, v in itertools.product(range(2), range(TOKENS)):
-                if v == z[place]:
-                    continue
-                true = rate * ratio(np.eye(TOKENS)[x[place]], alpha, z[place], v)
-                model = rate * ratio(means[z][place], alpha, z[place], v)
-                cost += model - true + true * math.log(true / model)
-            total += math.prod(kept) * cost
-        return total
-
-    return over_time(at)
-
-
-def test_duo_is_the_divergence_of_jump_rates():
-    joint = seeded_joint(2)
-    for x in [(0, 0), (1, 2)]:
-        found = duo_nelbo(tilted_means, joint, x)
-        assert found == pytest.approx(duo_rate_divergence(tilted_means, joint, x), rel=1e-9)
-
-
-def test_duo_of_the_exact_denoiser_has_the_entropy_of_the_data():
-    """alpha(1) = 0 makes the prior exact, so the mean bound of the exact reverse process is the entropy."""
-    joint = seeded_joint(2, seed=3)
-    sequences = list(itertools.product(range(TOKENS), repeat=2))
-    bound = sum(joint[x] * duo_nelbo(exact_denoiser, joint, x) for x in sequences)
-    assert bound == pytest.approx(-(joint * np.log(joint)).sum(), rel=1e-9)
-
-
-def posterior_mean(joint, alpha):
-    """E[x_l = v | all of z]: what a classifier of the noisy text would learn."""
-    kernel = alpha * np.eye(TOKENS) + (1 - alpha) / TOKENS
-    means = {}
-    for z in itertools.product(range(TOKENS), repeat=2):
-        weight = joint * np.outer(kernel[:, z[0]], kernel[:, z[1]])
-        weight = weight / weight.sum()
-        means[z] = np.array([weight.sum(1), weight.sum(0)])
-    return means
-
-
-def test_duo_of_the_posterior_mean_is_not_tight():
-    joint = seeded_joint(2, seed=3)
-    sequences = list(itertools.product(range(TOKENS), repeat=2))
-    bound = sum(joint[x] * duo_nelbo(posterior_mean, joint, x) for x in sequences)
-    assert bound > -(joint * np.log(joint)).sum() + 0.1
-
-
-def model_likelihood(denoiser, joint):
-    """The law of the reverse chain at t = 0, from uniform at t = 1, by its master equation."""
-    sequences = list(itertools.product(range(TOKENS), repeat=2))
-    index = {z: i for i, z in enumerate(sequences)}
-
-    def generator(t):
-        alpha, rates = 1 - t, np.zeros((len(sequences), len(sequences)))
-        means, rate = denoiser(joint, alpha), uniform_rate(alpha, -1.0)
-        for z in sequences:
-            for place, v in itertools.product(range(2), range(TOKENS)):
-                if v != z[place]:
-                    p = means[z][place]
-                    up = TOKENS * alpha * p[v] + 1 - alpha
-                    down = TOKENS * alpha * p[z[place]] + 1 - alpha
-                    y = tuple(v if i == place else z[i] for i in range(2))
-                    rates[index[z], index[y]] += rate * up / down
-        return rates - np.diag(rates.sum(1))
-
-    # Runge-Kutta in the log-odds of alpha, in which no rate is large; dt = -alpha (1 - alpha) d log-odds.
-    def flow(log_odds):
-        alpha = 1 / (1 + math.exp(-log_odds))
-        return alpha * (1 - alpha) * generator(1 - alpha)
-
-    law, h = np.full(len(sequences), 1 / len(sequences)), 0.1
-    for log_odds in np.arange(-16, 16, h):
-        middle = flow(log_odds + h / 2)
-        k1 = law @ flow(log_odds)
-        k2 = (law + h / 2 * k1) @ middle
-        k3 = (law + h / 2 * k2) @ middle
-        k4 = (law + h * k3) @ flow(log_odds + h)
-        law = law + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
-    return {z: law[index[z]] for z in sequences}
-
-
-def test_duo_bounds_the_likelihood_of_its_reverse_chain():
-    joint = seeded_joint(2)
-    law = model_likelihood(tilted_means, joint)
-    assert sum(law.values()) == pytest.approx(1.0, abs=1e-6)
-    for x in itertools.product(range(TOKENS), repeat=2):
-        bound = duo_nelbo(tilted_means, joint, x)
-        assert bound > -math.log(law[x]) - 1e-6
-    exact = model_likelihood(exact_denoiser, joint)
-    for x in itertools.product(range(TOKENS), repeat=2):
-        assert exact[x] == pytest.approx(joint[x], rel=1e-4)
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_duo_does_not_depend_on_the_schedule(schedule):
-    """The bound is an integral over alpha; what log-linear leaves out lies below alpha = 1e-3."""
-    joint, x = seeded_joint(2), (1, 2)
-    config = DuoConfig(noise_schedule=schedule, time_epsilon=0.0, mask_in_noise=False)
-
-    def at(t):
-        total = 0.0
-        for z in itertools.product(range(TOKENS), repeat=2):
-            _, targets = corrupt(config, x, {"time__jitter": t, "duo__replace": 0.0, "duo__token": z})
-            alpha = float(targets.alpha_BL[0, 0])
-            kept = [alpha * (a == b) + (1 - alpha) / TOKENS for a, b in zip(x, z, strict=True)]
-            logits = with_mask_column(tilted_means(joint, alpha)[z])[None]
-            total += math.prod(kept) * nats(config, targets, logits)
-        return total
-
-    expected = duo_nelbo(tilted_means, joint, x)
-    if schedule == "log-linear":
-        assert 0 < expected - over_time(at) < 1e-5
-    else:
-        assert over_time(at) == pytest.approx(expected, rel=1e-9)
 
 
 # ---- Eso-LM --------------------------------------------------------------------------------------
