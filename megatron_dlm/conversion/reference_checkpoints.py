@@ -6,7 +6,10 @@ are made of; objects of known libraries become placeholders that do nothing, any
 
 from __future__ import annotations
 
+import os
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +25,7 @@ from megatron_dlm.models.weight_layout import public_shapes, weight_places
 from megatron_dlm.platform.parallel import ParallelState
 
 PREFIX = "backbone."
+FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 ROTARY_BUFFER = "rotary_emb.inv_freq"
 """The reference keeps the rotary frequencies as a buffer, which a strict load asks for."""
 INERT_PACKAGES = (
@@ -124,8 +128,10 @@ def _load(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"checkpoint: {path}: no such file")
     try:
-        # weights_only refuses the configuration objects that every real file holds.
-        loaded = torch.load(path, map_location="cpu", weights_only=False, pickle_module=_PICKLE, mmap=True)
+        with _own_unpickler_allowed():
+            loaded = torch.load(
+                path, map_location="cpu", weights_only=False, pickle_module=_PICKLE, mmap=True
+            )
     except InputError as error:
         raise InputError(f"checkpoint: {path}: {error}") from error
     except Exception as error:  # a damaged pickle raises almost anything
@@ -134,6 +140,20 @@ def _load(path: Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise InputError(f"checkpoint: {path}: holds a {type(loaded).__name__}, not a checkpoint")
     return loaded
+
+
+@contextmanager
+def _own_unpickler_allowed() -> Iterator[None]:
+    """Lift, for one call, the order that torch unpickles tensors alone (checkpointing/manager.py gives it).
+
+    torch's own restricted unpickler refuses the configuration objects that every real file holds.
+    """
+    order = os.environ.pop(FORCE_WEIGHTS_ONLY, None)
+    try:
+        yield
+    finally:
+        if order is not None:
+            os.environ[FORCE_WEIGHTS_ONLY] = order
 
 
 @torch.no_grad()

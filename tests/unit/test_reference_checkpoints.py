@@ -48,6 +48,13 @@ def test_round_trip_is_bit_exact(state, tmp_path):
         write_reference_checkpoint(state, path, MODEL, step=7)
 
 
+def test_the_order_to_load_tensors_alone_is_lifted_for_this_file_only(state, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
+    path = lightning_file(state, tmp_path / "model.ckpt", path=pathlib.Path("/data"))
+    assert read(path).keys() == state.keys()
+    assert os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] == "1"
+
+
 def test_names_are_those_of_the_reference(oracle):
     names = {key.removeprefix("net/w/") for key in oracle.files if key.startswith("net/w/")}
     assert names == random_state(MODEL, VOCABULARY.size).keys()
