@@ -50,7 +50,7 @@ def test_round_trip_is_bit_exact(state, tmp_path):
 
 def test_the_order_to_load_tensors_alone_is_lifted_for_this_file_only(state, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
-    path = lightning_file(state, tmp_path / "model.ckpt", path=pathlib.Path("/data"))
+    path = lightning_file(state, tmp_path / "model.ckpt", data=pathlib.Path("/data"))
     assert read(path).keys() == state.keys()
     assert os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] == "1"
 
