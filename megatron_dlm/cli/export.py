@@ -59,7 +59,7 @@ def _run_reference(arguments: list[str]) -> int:
 
 def run(arguments: list[str]) -> int:
     """Parse, export, report; returns the exit code."""
-    if any(word.endswith(REFERENCE_SUFFIX) for word in arguments):
+    if len(arguments) == 2 and arguments[1].endswith(REFERENCE_SUFFIX):
         return _run_reference(arguments)
     config = parse(ExportConfig, arguments, verb="export")
     from megatron_dlm.data.tokenizer import load_tokenizer

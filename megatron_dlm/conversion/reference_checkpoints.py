@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -106,9 +107,15 @@ def read_reference_checkpoint(path: Path, model: ModelConfig, vocabulary: Vocabu
     state = _load(path).get("state_dict")
     if not isinstance(state, dict):
         raise InputError(f"checkpoint: {path}: has no state_dict")
+    for name, tensor in state.items():
+        if not (isinstance(name, str) and isinstance(tensor, Tensor) and tensor.is_floating_point()):
+            raise InputError(f"checkpoint: {path}: state_dict entry {name!r} is not a floating-point tensor")
     found = {name.removeprefix(PREFIX): tensor for name, tensor in state.items() if name.startswith(PREFIX)}
-    frequencies = found.pop(ROTARY_BUFFER, None)
-    if frequencies is not None and not torch.allclose(frequencies.float(), _rotary_frequencies(model)):
+    frequencies, expected_frequencies = found.pop(ROTARY_BUFFER, None), _rotary_frequencies(model)
+    if frequencies is not None and not (
+        frequencies.shape == expected_frequencies.shape
+        and torch.allclose(frequencies.float(), expected_frequencies)
+    ):
         raise InputError(
             f"checkpoint: {path}: {ROTARY_BUFFER} is not that of head dimension {model.head_dim}"
         )
@@ -127,6 +134,7 @@ def read_reference_checkpoint(path: Path, model: ModelConfig, vocabulary: Vocabu
 def _load(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"checkpoint: {path}: no such file")
+    _refuse_programs(path)
     try:
         with _own_unpickler_allowed():
             loaded = torch.load(
@@ -140,6 +148,19 @@ def _load(path: Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise InputError(f"checkpoint: {path}: holds a {type(loaded).__name__}, not a checkpoint")
     return loaded
+
+
+def _refuse_programs(path: Path) -> None:
+    """Let plain torch.save archives through; torch hands TorchScript, a program, to another loader."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = {Path(name).name for name in archive.namelist()}
+    except (zipfile.BadZipFile, OSError) as error:
+        raise InputError(f"checkpoint: {path}: unreadable: {error}") from error
+    if "constants.pkl" in records:
+        raise InputError(f"checkpoint: {path}: is a TorchScript program, not a checkpoint; refused")
+    if "data.pkl" not in records:
+        raise InputError(f"checkpoint: {path}: unreadable: holds no data.pkl")
 
 
 @contextmanager
@@ -185,6 +206,7 @@ def write_reference_checkpoint(state: dict[str, Tensor], path: Path, model: Mode
         raise InputError(f"output: {path} exists already")
     named = {f"{PREFIX}{name}": tensor for name, tensor in state.items()}
     named[PREFIX + ROTARY_BUFFER] = _rotary_frequencies(model)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
         torch.save({"state_dict": named, "global_step": step, "epoch": 0, "ema": None}, temporary)

@@ -34,7 +34,7 @@ class CorruptionContext:
 
     @property
     def step(self) -> int:
-        """Global batches before this one."""
+        """Global batches of this size before this one: optimizer steps, or batches of an evaluation."""
         return self.batch_start // self.global_batch_size
 
 

@@ -58,7 +58,7 @@ def uniform_divergence(logits_RVp: Tensor, targets: RowTargets, vocab: VocabShar
     logits_RVp = vocab.exclude_(logits_RVp)
     shifted_RVp = logits_RVp - vocab.max(logits_RVp.amax(dim=1))[:, None]
     unnormalised_RVp = shifted_RVp.exp()
-    p_RVp = unnormalised_RVp / vocab.sum(unnormalised_RVp.sum(dim=1))[:, None]
+    p_RVp = unnormalised_RVp / vocab.share(vocab.sum(unnormalised_RVp.sum(dim=1)))[:, None]
     row = _Row.of(targets, states)
     s = torch.log1p(p_RVp * row.r[:, None].to(p_RVp.dtype)).sum(dim=1)
     p_z, p_x = (_pick(p_RVp, ids, vocab) for ids in (targets.noisy_R, targets.clean_R))

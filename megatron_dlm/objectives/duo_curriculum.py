@@ -34,7 +34,7 @@ class CurriculumConfig:
     gamma_max: float = -1.85
     """At t = 1."""
     top_k: int = 16
-    """Largest noise entries that are kept; the rest weigh less than k^(-200) of the largest."""
+    """Largest noise entries that are kept; far too many at the default temperature, too few at a high one."""
 
     def __post_init__(self) -> None:
         if self.steps < 0:

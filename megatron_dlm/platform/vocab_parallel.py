@@ -60,12 +60,31 @@ class VocabShard:
         """Sum over the ranks of the vocabulary; differentiable, the result being used alike on all ranks."""
         return partial if self.group is None else _AllReduceSum.apply(partial, self.group)
 
+    def share(self, value: Tensor) -> Tensor:
+        """A value equal on all ranks, about to be used by each for its own columns: sums their gradients."""
+        return value if self.group is None else _AllReduceGradient.apply(value, self.group)
+
     def max(self, partial: Tensor) -> Tensor:
         """Maximum over the ranks of the vocabulary; carries no gradient."""
         result = partial.detach().clone()
         if self.group is not None:
             dist.all_reduce(result, op=dist.ReduceOp.MAX, group=self.group)
         return result
+
+
+class _AllReduceGradient(torch.autograd.Function):
+    """The identity forward; backward adds up what the ranks' columns say."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
 
 
 class _AllReduceSum(torch.autograd.Function):

@@ -83,7 +83,7 @@ class LoggingHook(Hook):
             "tokens_per_second": speed,
             "tflops_per_second_per_device": device_flops_per_second / 1e12,
             "mfu": device_flops_per_second / self._peak,
-            "eta_seconds": steps_left * report.tokens / speed,
+            "eta_seconds": steps_left * seconds / len(self._reports),
             "consumed_samples": progress.consumed_samples,
             "fingerprint": progress.fingerprint,
         }

@@ -146,7 +146,6 @@ class PipelineRunner:
             for index in microbatch.batch.sample_indices
             if not all(map(math.isfinite, sums))
         ]
-        where = f"samples {bad}" if bad else "samples of another rank"
-        return TrainingError(
-            f"loss: not finite in step {context.step + 1} on rank {self._parallel.rank}: {where}"
-        )
+        where = f"samples {bad}" if bad else "nothing seen here, samples of another rank"
+        when = f"step {context.step + 1}" if context.training else f"validation batch {context.step + 1}"
+        return TrainingError(f"loss: not finite in {when} on rank {self._parallel.rank}: {where}")

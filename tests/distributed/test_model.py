@@ -9,6 +9,7 @@ import torch
 
 from megatron_dlm.interfaces import AttentionPattern, ModelInputs, RowTargets, Targets, Vocabulary
 from megatron_dlm.models.config import ModelConfig, transformer_config
+from megatron_dlm.objectives.cross_entropy import cross_entropy_and_dlogits
 from megatron_dlm.objectives.duo import DuoConfig
 from megatron_dlm.objectives.mdlm import MDLMConfig
 from megatron_dlm.platform.parallel import ParallelConfig
@@ -86,13 +87,11 @@ def head_case(tensor_rank, tensor_group, tensor_size, dtype=torch.float32):
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(SIZE, HIDDEN, generator=generator)
     bias = torch.randn(SIZE, generator=generator)
-    padding = vocab.stop - vocab.start
     for parameter, full in ((head.weight, weight), (head.bias, bias)):
         columns = full[vocab.start : vocab.stop]
         # Garbage in the padded columns must not matter.
         parameter.data.fill_(7.0)
         parameter.data[: len(columns)] = columns
-    assert padding >= 1
     hidden = torch.randn(5, 3, HIDDEN, generator=generator)
     clean = torch.randint(5, SIZE, (3, 5), generator=generator)
     weights = torch.rand(3, 5, generator=generator) * (torch.rand(3, 5, generator=generator) < 0.5)
@@ -175,6 +174,40 @@ def chunked_duo_head(state, rows_per_chunk):
 def test_chunked_duo_head_equals_full_logits(tensor, rows_per_chunk):
     parallel = ParallelConfig(tensor_model_parallel_size=tensor)
     assert all(run_distributed(chunked_duo_head, tensor, rows_per_chunk, parallel=parallel))
+
+
+def autograd_divergence(state):
+    """Duo's differentiable loss against its closed form, where one rank of four holds only padding."""
+    from megatron_dlm.objectives.divergence import uniform_divergence, uniform_divergence_and_dlogits
+
+    size, mask = 9, 4
+    vocabulary = Vocabulary(size=size, mask_token_id=mask, eos_token_id=0, bos_token_id=1)
+    vocab = VocabShard.of_rank(vocabulary, state.tensor_rank, state.tensor_group, state.tensor_size)
+    generator = torch.Generator().manual_seed(4)
+    clean = torch.tensor([0, 1, 8, 5])
+    ones = torch.ones(4, dtype=torch.float64)
+    targets = RowTargets(
+        clean_R=clean,
+        noisy_R=torch.tensor([0, 7, 2, 4]),
+        alpha_R=0.6 * ones,
+        weight_R=ones,
+        bound_weight_R=ones,
+    )
+    full = torch.randn(4, 4 * -(-size // 4), dtype=torch.float64, generator=generator)
+    leaf = full[:, vocab.start : vocab.stop].clone().requires_grad_()
+    losses = uniform_divergence(leaf.clone(), targets, vocab, size)
+    (gradient,) = torch.autograd.grad(losses.sum(), leaf)
+    found, closed = uniform_divergence_and_dlogits(leaf.detach().clone(), targets, vocab, size)
+    torch.testing.assert_close(losses.detach(), found, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradient, closed, rtol=1e-9, atol=1e-12)
+    entropy, slope = cross_entropy_and_dlogits(leaf.detach().clone(), clean, vocab)
+    assert torch.isfinite(entropy).all() and torch.isfinite(slope).all()
+    return vocab.start >= size
+
+
+def test_losses_are_right_where_a_rank_holds_only_padding():
+    parallel = ParallelConfig(tensor_model_parallel_size=4)
+    assert run_distributed(autograd_divergence, 4, parallel=parallel) == [False, False, False, True]
 
 
 def no_rows(state):

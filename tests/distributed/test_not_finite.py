@@ -58,7 +58,7 @@ def test_the_sample_at_fault_is_named(corpus):
     for rank, (message, _, unchanged) in enumerate(complaints):
         assert unchanged
         share = range(8 + 4 * rank, 12 + 4 * rank)
-        where = f"samples [{sample}]" if sample in share else "samples of another rank"
+        where = f"samples [{sample}]" if sample in share else "nothing seen here, samples of another rank"
         assert message == f"loss: not finite in step 2 on rank {rank}: {where}"
 
 

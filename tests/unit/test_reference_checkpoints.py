@@ -36,7 +36,7 @@ def read(path):
 
 
 def test_round_trip_is_bit_exact(state, tmp_path):
-    path = tmp_path / "model.ckpt"
+    path = tmp_path / "new" / "directory" / "model.ckpt"
     write_reference_checkpoint(state, path, MODEL, step=7)
     again = read(path)
     assert again.keys() == state.keys()
@@ -114,6 +114,31 @@ def test_a_malicious_pickle_is_refused_and_does_not_run(state, tmp_path, place, 
     assert not witness.exists()
 
 
+class Program(torch.nn.Module):
+    """Its state is set by compiled code."""
+
+    @torch.jit.export
+    def __getstate__(self):
+        return 1, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[int, bool]):
+        print("this ran")
+        self.training = state[1]
+
+    def forward(self, x):
+        return x
+
+
+def test_a_torchscript_program_is_refused_and_does_not_run(tmp_path, capfd):
+    path = tmp_path / "model.ckpt"
+    torch.jit.script(Program()).save(str(path))
+    capfd.readouterr()
+    with pytest.raises(InputError, match="is a TorchScript program, not a checkpoint; refused"):
+        read(path)
+    assert "this ran" not in "".join(capfd.readouterr())
+
+
 def test_functions_of_inert_packages_do_not_run(state, tmp_path):
     witness = tmp_path / "witness"
     path = lightning_file(
@@ -148,6 +173,13 @@ def test_wrong_contents_are_named(state, tmp_path):
     )
     other = {"rotary_emb.inv_freq": torch.ones(2)}
     complaint("rotary_emb.inv_freq is not that of head dimension 4", lightning_file(state | other, path))
+    other = {"rotary_emb.inv_freq": torch.ones(3)}
+    complaint("rotary_emb.inv_freq is not that of head dimension 4", lightning_file(state | other, path))
+    complaint(
+        r"state_dict entry 'backbone\.x' is not a floating", lightning_file(state | {"x": "text"}, path)
+    )
+    torch.save({"state_dict": {1: torch.ones(1)}}, path)
+    complaint("state_dict entry 1 is not a floating-point tensor", path)
     larger = replace(VOCABULARY, size=20)
     lightning_file(state, path)
     with pytest.raises(InputError, match=r"vocab_embed.embedding has shape \(19, 12\), the model \(20, 12\)"):

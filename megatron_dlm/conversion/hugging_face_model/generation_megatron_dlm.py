@@ -25,7 +25,8 @@ def sample(model, prompt, max_length, num_steps, temperature, seed):
 
 def _times(num_steps):
     """A linear grid from 1 to almost 0, and 0."""
-    return torch.tensor([*torch.linspace(1, LAST_TIME, num_steps + 1, dtype=torch.float64).tolist(), 0.0])
+    grid = torch.linspace(1, LAST_TIME, num_steps + 1, dtype=torch.float64)
+    return torch.cat([grid, grid.new_zeros(1)])
 
 
 def _ar(model, ids, max_length, num_steps, temperature, generator):
