@@ -26,9 +26,7 @@ class CheckpointConfig:
     """Complete checkpoints to keep; 0 keeps all."""
     initialize_from: Path | None = None
     """Checkpoint whose weights start a new run with fresh optimizer, schedule, data and step 0: a
-    step-NNNNNNNN directory, or a Lightning .ckpt file of the paper's code.
-
-    At bf16 the fp32 main parameters start from the bf16 weights."""
+    step-NNNNNNNN directory, or a Lightning .ckpt file of the paper's code."""
 
     def __post_init__(self) -> None:
         if self.save_every < 1:

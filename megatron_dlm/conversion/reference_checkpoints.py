@@ -19,11 +19,8 @@ import torch
 from torch import Tensor
 
 from megatron_dlm.interfaces import InputError, Vocabulary
-from megatron_dlm.models.attention import ROTARY_BASE
-from megatron_dlm.models.config import ModelConfig
-from megatron_dlm.models.denoiser import Denoiser
-from megatron_dlm.models.weight_layout import public_shapes, weight_places
-from megatron_dlm.platform.parallel import ParallelState
+from megatron_dlm.models.config import ROTARY_BASE, ModelConfig
+from megatron_dlm.models.weight_layout import public_shapes
 
 PREFIX = "backbone."
 FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
@@ -175,19 +172,6 @@ def _own_unpickler_allowed() -> Iterator[None]:
     finally:
         if order is not None:
             os.environ[FORCE_WEIGHTS_ONLY] = order
-
-
-@torch.no_grad()
-def load_reference_weights(state: dict[str, Tensor], denoiser: Denoiser, parallel: ParallelState) -> None:
-    """Give this process's stage its part of the full tensors.
-
-    Args:
-        state: from `read_reference_checkpoint`.
-        denoiser: changed in place.
-        parallel: this process's place, any layout.
-    """
-    for place in weight_places(denoiser, parallel):
-        place.parameter.copy_(place.cut(state[place.name]))
 
 
 def write_reference_checkpoint(state: dict[str, Tensor], path: Path, model: ModelConfig, step: int) -> None:

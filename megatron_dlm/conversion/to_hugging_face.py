@@ -15,8 +15,7 @@ from torch import Tensor
 
 from megatron_dlm.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE, LoadedTokenizer
 from megatron_dlm.interfaces import InputError, ModelInputs, Targets, Vocabulary
-from megatron_dlm.models.attention import ROTARY_BASE
-from megatron_dlm.models.config import LAYER_NORM_EPSILON, ModelConfig
+from megatron_dlm.models.config import LAYER_NORM_EPSILON, ROTARY_BASE, ModelConfig
 from megatron_dlm.models.denoiser import Denoiser
 from megatron_dlm.models.weight_layout import weight_places
 from megatron_dlm.objectives.base import Objective, ObjectiveConfig

@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_layer import BaseTransformerLayer, ge
 from torch import Tensor, nn
 
 from megatron_dlm.models.config import LAYER_NORM_EPSILON
+from megatron_dlm.models.recompute import Recomputable
 from megatron_dlm.models.time_embedding import linear_fp32
 
 
@@ -32,14 +33,15 @@ class AdaLNLayerSubmodules:
 class ModulatedNorm(nn.Module):
     """Bias-free LayerNorm in float32, then x * (1 + scale) + shift."""
 
-    def __init__(self, hidden_size: int) -> None:
+    def __init__(self, hidden_size: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden_size))
+        self._dtype = dtype
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        """float32 [s, b, d] from x [s, b, d] and shift, scale [b, d]."""
+        """[s, b, d] of the layer's dtype from x [s, b, d] and shift, scale [b, d]."""
         normed = F.layer_norm(x.float(), (x.shape[-1],), self.weight.float(), None, LAYER_NORM_EPSILON)
-        return torch.addcmul(shift, normed, 1.0 + scale)
+        return torch.addcmul(shift, normed, 1.0 + scale).to(self._dtype)
 
 
 class AdaLNTransformerLayer(MegatronModule, BaseTransformerLayer):
@@ -62,14 +64,14 @@ class AdaLNTransformerLayer(MegatronModule, BaseTransformerLayer):
         self.layer_number = layer_number + get_transformer_layer_offset(
             config, vp_stage, pg_collection.pp.rank()
         )
-        self.norm1 = ModulatedNorm(config.hidden_size)
+        self.norm1 = ModulatedNorm(config.hidden_size, config.params_dtype)
         self.self_attention = build_module(
             submodules.self_attention,
             config=config,
             layer_number=self.layer_number,
             pg_collection=pg_collection,
         )
-        self.norm2 = ModulatedNorm(config.hidden_size)
+        self.norm2 = ModulatedNorm(config.hidden_size, config.params_dtype)
         self.mlp = build_module(submodules.mlp, config=config, tp_group=pg_collection.tp)
         self.modulation = nn.Linear(conditioning_size, 6 * config.hidden_size)
 
@@ -93,12 +95,14 @@ class AdaLNTransformerLayer(MegatronModule, BaseTransformerLayer):
         Returns:
             float32 [s, b, d], and `context` for the next layer.
         """
-        dtype = self.config.params_dtype
         shift1, scale1, gate1, shift2, scale2, gate2 = linear_fp32(self.modulation, context).chunk(6, dim=-1)
-        normed = self.norm1(hidden_states, shift1, scale1).to(dtype)
-        attended, _ = self.self_attention(normed, attention_mask, rotary_pos_emb=rotary_pos_emb)
+        normed = Recomputable(self.config, self.norm1, hidden_states, shift1, scale1)
+        attended, _ = self.self_attention(normed.value, attention_mask, rotary_pos_emb=rotary_pos_emb)
+        normed.release(attended)
         hidden_states = torch.addcmul(hidden_states, gate1, attended.float())
-        transformed, bias = self.mlp(self.norm2(hidden_states, shift2, scale2).to(dtype))
+        normed = Recomputable(self.config, self.norm2, hidden_states, shift2, scale2)
+        transformed, bias = self.mlp(normed.value)
+        normed.release(transformed)
         hidden_states = torch.addcmul(hidden_states, gate2, (transformed + bias).float())
         return hidden_states, context
 

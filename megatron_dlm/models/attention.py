@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor, nn
 
-ROTARY_BASE = 10000.0
+from megatron_dlm.models.config import ROTARY_BASE
 
 
 def rotary_angles(position_ids_BL: Tensor, head_dim: int) -> Tensor:
@@ -58,7 +58,8 @@ class SdpaAttention(nn.Module):
         Returns:
             [s, b, n * h].
         """
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        # A copy: value is a view that would keep the whole of the projection, rotary has copied the others.
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value.contiguous()))
         causal = self._causal and attention_mask is None
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, is_causal=causal)
         return out.permute(2, 0, 1, 3).flatten(2)

@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
 
 Precision = Literal["fp32", "bf16"]
+Recompute = Literal["none", "selective", "full"]
+"""Activations made again in the backward pass: none; those that cost no matrix product; whole layers."""
 LAYER_NORM_EPSILON = 1e-5
+ROTARY_BASE = 10000.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +80,7 @@ class ModelConfig:
 
 
 def transformer_config(
-    model: ModelConfig, parallel: ParallelConfig, precision: Precision
+    model: ModelConfig, parallel: ParallelConfig, precision: Precision, recompute: Recompute
 ) -> TransformerConfig:
     """megatron-core's configuration for `model`.
 
@@ -85,6 +88,7 @@ def transformer_config(
         model: shape.
         parallel: sizes of the axes; checked with `ModelConfig.check_parallel` before.
         precision: fp32, or bf16 parameters under fp32 main parameters and gradients.
+        recompute: activations to make again instead of keeping.
 
     Returns:
         A configuration whose residual stream and pipeline tensors are fp32 at any precision.
@@ -116,6 +120,11 @@ def transformer_config(
         calculate_per_token_loss=True,
         # Weights are drawn by models/initialization.py.
         perform_initialization=False,
+        recompute_granularity=None if recompute == "none" else recompute,
+        # Whole layers one by one; what a layer leaves out by itself is in adaln_layer.py.
+        recompute_method="uniform" if recompute == "full" else None,
+        recompute_num_layers=1 if recompute == "full" else None,
+        recompute_modules=["layernorm"],
         cuda_graph_scope=[],
         # These need GPU extensions.
         gradient_accumulation_fusion=False,

@@ -103,7 +103,8 @@ class Denoiser(MegatronModule):
         hidden_states = self.block(
             hidden_states=hidden_states,
             attention_mask=inputs.attention_mask,
-            context=c,
+            # A view: the layers' gradients are summed before the final layer's, recomputed or not.
+            context=c.view_as(c),
             rotary_pos_emb=rotary_angles(inputs.position_ids_BL, self.model.head_dim),
         )
         return self.final_layer(hidden_states, c) if self.post_process else hidden_states

@@ -9,12 +9,13 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer import ModuleSpec
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 
 from megatron_dlm.interfaces import AttentionPattern
 from megatron_dlm.models.adaln_layer import AdaLNLayerSubmodules, AdaLNTransformerLayer
 from megatron_dlm.models.attention import SdpaAttention
 from megatron_dlm.models.config import ModelConfig
+from megatron_dlm.models.recompute import RecomputingMLP
 
 _MASK_TYPES = {
     AttentionPattern.CAUSAL: AttnMaskType.causal,
@@ -70,7 +71,7 @@ def layer_spec(model: ModelConfig, attention: AttentionPattern) -> ModuleSpec:
         ),
     )
     mlp = ModuleSpec(
-        module=MLP,
+        module=RecomputingMLP,
         params={"ffn_hidden_size": model.ffn_hidden_size},
         submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
     )

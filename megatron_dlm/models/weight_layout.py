@@ -10,15 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from megatron_dlm.models.config import ModelConfig
-from megatron_dlm.models.denoiser import Denoiser
 from megatron_dlm.models.time_embedding import FREQUENCY_CHANNELS
 from megatron_dlm.platform.parallel import ParallelState
 from megatron_dlm.platform.vocab_parallel import padded_vocabulary_size
+
+if TYPE_CHECKING:
+    from megatron_dlm.models.denoiser import Denoiser
 
 Cut = Callable[[Tensor], Tensor]
 Join = Callable[[Sequence[Tensor]], Tensor]
@@ -57,6 +60,25 @@ def weight_places(denoiser: Denoiser, parallel: ParallelState) -> Iterator[Weigh
             name, model, denoiser.vocabulary.size, parallel.tensor_rank, parallel.tensor_size
         )
         yield WeightPlace(parameter, name, full_shapes[name], cut, join)
+
+
+def local_tensors(
+    state: dict[str, Tensor], denoiser: Denoiser, parallel: ParallelState
+) -> dict[nn.Parameter, Tensor]:
+    """This process's part of full tensors.
+
+    Args:
+        state: full tensors by public name.
+        denoiser: this process's stage.
+        parallel: this process's place.
+
+    Returns:
+        A float32 tensor of its shape for every parameter.
+    """
+    return {
+        place.parameter: place.cut(state[place.name]).to(parallel.device, torch.float32)
+        for place in weight_places(denoiser, parallel)
+    }
 
 
 def public_shapes(model: ModelConfig, vocabulary_size: int) -> dict[str, tuple[int, ...]]:

@@ -32,6 +32,8 @@ def install() -> None:
     _hide_gpu_extras()
     for name, replacement in _REPLACEMENTS.items():
         setattr(torch.cuda, name, replacement)
+    # Recomputation asks for the state by this name.
+    torch.cuda.random.get_rng_state = _REPLACEMENTS["get_rng_state"]
     _CudaToCpu().__enter__()
 
 
@@ -76,6 +78,13 @@ class _Stream:
         return None
 
 
+class _OneGenerator:
+    """The CPU's generator in the place of every device's."""
+
+    def __getitem__(self, device: Any) -> torch.Generator:
+        return torch.default_generator
+
+
 _REPLACEMENTS: dict[str, Any] = {
     "current_device": _Redirect(CPU),
     "device_count": _Redirect(1),
@@ -91,6 +100,9 @@ _REPLACEMENTS: dict[str, Any] = {
     "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
     "set_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
     "manual_seed": lambda seed: torch.manual_seed(seed),
+    "default_generators": _OneGenerator(),
+    # CUDA would keep these calls until its first use, which never comes.
+    "_lazy_call": lambda function, **kwargs: function(),
 }
 
 

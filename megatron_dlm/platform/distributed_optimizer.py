@@ -57,6 +57,28 @@ def _adamw_optimizers(optimizer: Any) -> Iterator[Any]:
             yield part
 
 
+def set_weights(optimizer: Any, values: dict[torch.nn.Parameter, torch.Tensor]) -> None:
+    """Give parameters new values, and their fp32 main parameters the same before they are rounded.
+
+    Args:
+        optimizer: what `get_megatron_optimizer` returned; changed in place.
+        values: float32, of each parameter's shape; every parameter of the optimizer.
+    """
+    with torch.no_grad():
+        for param, value in values.items():
+            param.copy_(value)
+    optimizer.reload_model_params()
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for param, value in values.items():
+            main = getattr(param, "main_param", None)
+            if main is None:
+                continue
+            if getattr(param, "main_param_sharded", False):
+                own = part._get_model_param_range_map(param)["param"]
+                value = value.reshape(-1)[own.start : own.end]
+            main.data.copy_(value)
+
+
 def prepare_to_load(optimizer: Any) -> None:
     """Make a fresh optimizer able to build its loading state dict and to take the loaded tensors.
 

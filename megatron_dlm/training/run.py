@@ -18,6 +18,8 @@ from megatron_dlm.training.run_data import RunData, open_data
 REFERENCE_SUFFIX = ".ckpt"
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from megatron_dlm.training.session import Session
     from megatron_dlm.training.trainer import Progress
 
@@ -63,6 +65,8 @@ class ReferenceStart:
 
     directory: Path
     """The `.ckpt` file."""
+    state: dict[str, Tensor]
+    """Full tensors by public name; mapped from the file, not read yet."""
 
 
 def checkpoint_root(config: RunConfig) -> CheckpointRoot:
@@ -86,6 +90,8 @@ def train(config: RunConfig) -> bool:
     environment = detect_environment()
     check_run(config, environment.world_size)
     data = open_data(config.data)
+    # Refuses what this vocabulary is too small for.
+    config.objective.build(data.vocabulary)
     start = _find_start(config, data)
     parallel = start_parallel(environment, config.parallel)
     _agree_on_start(start, parallel)
@@ -106,16 +112,15 @@ def _find_start(config: RunConfig, data: RunData) -> RunRecord | ReferenceStart 
     if source is None:
         return None
     if source.suffix == REFERENCE_SUFFIX:
-        if not source.is_file():
-            raise InputError(f"checkpoint.initialize_from: {source}: no such file")
-        return ReferenceStart(source)
+        from megatron_dlm.conversion.reference_checkpoints import read_reference_checkpoint
+
+        return ReferenceStart(source, read_reference_checkpoint(source, config.model, data.vocabulary))
     record = read_run_record(source)
     _refuse_change(record, "model", record.config.model, config.model)
     _refuse_change(record, "vocabulary", record.vocabulary, data.vocabulary)
     saved, asked = record.config, config
     fixed: dict[str, tuple[Any, Any]] = {
-        "data.train: tokenizer": (record.tokenizer_fingerprint, data.tokenizer_fingerprint),
-        "training.precision": (saved.training.precision, asked.training.precision),
+        "data.train: tokenizer": (record.tokenizer_fingerprint, data.tokenizer_fingerprint)
     }
     if complete:
         _refuse_change(record, "objective", saved.objective, asked.objective)
@@ -123,6 +128,7 @@ def _find_start(config: RunConfig, data: RunData) -> RunRecord | ReferenceStart 
         fixed |= {
             "data.train: tokens": (record.train_sha256, data.train_sha256),
             "data.seq_length": (saved.data.seq_length, asked.data.seq_length),
+            "training.precision": (saved.training.precision, asked.training.precision),
             "training.seed": (saved.training.seed, asked.training.seed),
             f"parallel.{sharded}": (getattr(saved.parallel, sharded), getattr(asked.parallel, sharded)),
         }
@@ -155,30 +161,26 @@ def _mismatch(record: RunRecord, name: str, saved: Any, asked: Any) -> None:
 
 def _restore(session: Session, start: RunRecord | ReferenceStart | None) -> Progress:
     """Load what `start` holds: everything for this run's own checkpoint, weights alone for another's."""
-    from megatron_dlm.checkpointing.manager import PROGRESS_RECORD, load, verify_on_all_ranks
+    from megatron_dlm.checkpointing.manager import PROGRESS_RECORD, load, load_weights, verify_on_all_ranks
+    from megatron_dlm.models.weight_layout import local_tensors
+    from megatron_dlm.platform.distributed_optimizer import set_weights
     from megatron_dlm.training.trainer import Progress
 
     if start is None:
         return Progress()
+    denoiser, parallel = session.denoiser, session.parallel
     if isinstance(start, ReferenceStart):
-        from megatron_dlm.conversion.reference_checkpoints import (
-            load_reference_weights,
-            read_reference_checkpoint,
+        set_weights(session.optimizer, local_tensors(start.state, denoiser, parallel))
+        return Progress()
+    verify_on_all_ranks(start.directory, parallel)
+    if start.directory.parent != checkpoint_root(session.config).path:
+        weights = load_weights(start.directory, denoiser, parallel)
+        set_weights(
+            session.optimizer, {param: weights[name] for name, param in denoiser.named_parameters()}
         )
-
-        state = read_reference_checkpoint(start.directory, session.config.model, session.data.vocabulary)
-        load_reference_weights(state, session.denoiser, session.parallel)
-        session.optimizer.reload_model_params()
         return Progress()
-    verify_on_all_ranks(start.directory, session.parallel)
-    resumes = start.directory.parent == checkpoint_root(session.config).path
-    load(start.directory, session.denoiser, session.optimizer if resumes else None, session.parallel)
-    if resumes:
-        restore_settings(session.optimizer, session.config.optimizer)
-    else:
-        # The optimizer's main parameters were copied from the weights before this load.
-        session.optimizer.reload_model_params()
-        return Progress()
+    load(start.directory, denoiser, session.optimizer, parallel)
+    restore_settings(session.optimizer, session.config.optimizer)
     saved = read_json(start.directory / PROGRESS_RECORD)
     return Progress(int(saved["step"]), int(saved["consumed_samples"]), int(saved["fingerprint"]))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_dlm.checkpointing.storage import CheckpointConfig
 from megatron_dlm.data.loader import DataConfig
 from megatron_dlm.interfaces import InputError
-from megatron_dlm.models.config import ModelConfig, Precision
+from megatron_dlm.models.config import ModelConfig, Precision, Recompute
 from megatron_dlm.objectives.base import ObjectiveConfig
 from megatron_dlm.objectives.registry import OBJECTIVES
 from megatron_dlm.platform.codec import decode
@@ -33,6 +33,9 @@ class TrainingConfig:
     """Addresses every draw: weights, data order, noise."""
     precision: Precision = "fp32"
     """bf16 keeps fp32 main parameters, gradients and residual stream."""
+    recompute: Recompute = "selective"
+    """Activations made again in the backward pass: none; selective, those that cost no matrix product; full,
+    whole layers, for a third more time. All give the same bits."""
     head_rows_per_chunk: int = 128
     """Most rows whose logits exist at a time: what a CPU's cache holds; GPUs want 1,024 and more."""
 

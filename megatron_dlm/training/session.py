@@ -23,7 +23,10 @@ from megatron_dlm.training.step import BatchSums, PipelineRunner
 
 def build_denoiser(config: RunConfig, vocabulary: Vocabulary, parallel: ParallelState) -> Denoiser:
     """This process's stage, with uninitialised weights."""
-    megatron_config = transformer_config(config.model, config.parallel, config.training.precision)
+    training = config.training
+    megatron_config = transformer_config(
+        config.model, config.parallel, training.precision, training.recompute
+    )
     return Denoiser(config.model, megatron_config, vocabulary, config.objective.attention, parallel)
 
 

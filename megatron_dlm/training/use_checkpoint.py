@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from megatron_dlm.checkpointing.storage import read_json
 from megatron_dlm.interfaces import InputError
+from megatron_dlm.models.config import Precision
 from megatron_dlm.platform.launch import detect_environment
 from megatron_dlm.platform.parallel import ParallelConfig, ParallelState, start_parallel, stop_parallel
 from megatron_dlm.training.run import RunRecord, read_run_record
@@ -33,24 +34,28 @@ class OpenedCheckpoint:
 
 
 @contextmanager
-def open_checkpoint(record: RunRecord, parallel_config: ParallelConfig) -> Iterator[OpenedCheckpoint]:
+def open_checkpoint(
+    record: RunRecord, parallel_config: ParallelConfig, precision: Precision
+) -> Iterator[OpenedCheckpoint]:
     """Start the groups, load the weights; stops the groups at the end. All processes of the job enter it.
 
     Args:
         record: of the checkpoint.
         parallel_config: layout to load on.
+        precision: of the loaded weights; fp32 has those of a bf16 run before they were rounded.
 
     Yields:
         The loaded stage.
     """
     parallel = start_parallel(detect_environment(), parallel_config)
-    from megatron_dlm.checkpointing.manager import load, verify_on_all_ranks
+    from megatron_dlm.checkpointing.manager import load_weights, verify_on_all_ranks
     from megatron_dlm.training.session import build_denoiser
 
     verify_on_all_ranks(record.directory, parallel)
-    config = replace(record.config, parallel=parallel_config)
+    training = replace(record.config.training, precision=precision)
+    config = replace(record.config, parallel=parallel_config, training=training)
     denoiser = build_denoiser(config, record.vocabulary, parallel)
-    load(record.directory, denoiser, None, parallel)
+    denoiser.load_state_dict(load_weights(record.directory, denoiser, parallel))
     yield OpenedCheckpoint(record, denoiser.eval(), parallel)
     stop_parallel()
 
@@ -84,7 +89,7 @@ def evaluate_checkpoint(
     config = replace(record.config, parallel=parallel_config, training=training, evaluation=evaluation)
     check_run(config, detect_environment().world_size)
     shard, blocks = _open_held_out(record, data)
-    with open_checkpoint(record, parallel_config) as opened:
+    with open_checkpoint(record, parallel_config, config.training.precision) as opened:
         from megatron_dlm.training.session import Validation
         from megatron_dlm.training.step import PipelineRunner
 
@@ -119,7 +124,7 @@ def export_checkpoint(
 
     _require_one_process()
     _, blocks = _open_held_out(record, data)
-    with open_checkpoint(record, ParallelConfig()) as opened:
+    with open_checkpoint(record, ParallelConfig(), "fp32") as opened:
         from megatron_dlm.checkpointing.manager import PROGRESS_RECORD
         from megatron_dlm.conversion.to_hugging_face import ExportSource, export
         from megatron_dlm.data.loader import read_batch
@@ -160,7 +165,7 @@ def export_reference_checkpoint(record: RunRecord, output: Path) -> None:
     import torch
 
     _require_one_process()
-    with open_checkpoint(record, ParallelConfig()) as opened:
+    with open_checkpoint(record, ParallelConfig(), "fp32") as opened:
         from megatron_dlm.checkpointing.manager import PROGRESS_RECORD
         from megatron_dlm.conversion.reference_checkpoints import write_reference_checkpoint
         from megatron_dlm.conversion.to_hugging_face import public_state

@@ -121,6 +121,53 @@ def test_bf16_resumes_bit_for_bit(corpus, tmp_path):
     assert losses == later
 
 
+def save_and_gather_main_weights(state, config):
+    """Saves a bf16 run; its full fp32 main weights by public name, from one process."""
+    save_at_two(state, config)
+    session = build_random(state, config)
+    steps(session, 0, 2)
+    main = {p: p.main_param.detach().view(p.shape) for p in session.denoiser.parameters()}
+    return weights.gather(session.denoiser, state, main)
+
+
+def start_from_weights(state, config, directory):
+    """The full main weights of a run that took the weights alone from a checkpoint."""
+    from megatron_dlm.checkpointing.manager import load_weights
+    from megatron_dlm.platform.distributed_optimizer import set_weights
+
+    session = build(state, config)
+    loaded = load_weights(directory, session.denoiser, state)
+    set_weights(session.optimizer, {p: loaded[name] for name, p in session.denoiser.named_parameters()})
+    read = {}
+    for parameter in session.denoiser.parameters():
+        whole, own = torch.zeros(parameter.shape), slice(None)
+        if parameter.main_param_sharded:
+            place = session.optimizer.chained_optimizers[0]._get_model_param_range_map(parameter)["param"]
+            own = slice(place.start, place.end)
+        if parameter.main_param is not None:
+            whole.view(-1)[own] = parameter.main_param.detach().view(-1)
+        if parameter.main_param_sharded:
+            torch.distributed.all_reduce(whole, group=state.data_group)
+        assert torch.equal(parameter, whole.bfloat16())
+        read[parameter] = whole
+    return weights.gather(session.denoiser, state, read)
+
+
+@pytest.mark.parametrize("source", ["one", "plain"])
+def test_bf16_weights_are_taken_as_they_were_before_rounding(corpus, tmp_path, source):
+    size, parallel = LAYOUTS[source]
+    config = config_for(corpus, tmp_path / "first", parallel, training__precision="bf16")
+    (main,) = run_distributed(save_and_gather_main_weights, size, config, parallel=parallel)
+    assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in main.values())
+    for target in ("one", "plain", "tp2", "pp2dp2"):
+        size, parallel = LAYOUTS[target]
+        second = replace(config, directory=tmp_path / "second", parallel=parallel)
+        checkpoint = tmp_path / "first" / "step-00000002"
+        for found in run_distributed(start_from_weights, size, second, checkpoint, parallel=parallel):
+            assert found.keys() == main.keys()
+            assert all(torch.equal(found[name], tensor) for name, tensor in main.items())
+
+
 def failing_save(state, config):
     """A save whose directory cannot be made: what each rank is told."""
     from megatron_dlm.checkpointing.manager import save

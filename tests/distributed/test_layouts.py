@@ -25,6 +25,8 @@ FAMILIES = {
     "duo-curriculum": DuoConfig(curriculum=CurriculumConfig(steps=2), mask_in_noise=False),
     "esolm": EsoLMConfig(ssl_ratio=0.5),
     "esolm-two-parts": EsoLMConfig(alpha_0=0.5, batch_split=0.5, loss="elbo"),
+    # Data parallel ranks then run different numbers of microbatches.
+    "esolm-uneven-parts": EsoLMConfig(alpha_0=0.5, batch_split=0.375),
     "block-diffusion": BlockDiffusionConfig(block_size=8),
 }
 # tensor, pipeline, data, micro-batch, distributed optimizer
@@ -47,7 +49,7 @@ def toy_model(**changes):
 
 
 def three_steps(state, config):
-    """Losses, fingerprints and gradients of three steps from random weights, for one layout."""
+    """Losses, fingerprints and gradients of three steps from random weights, and the bound after them."""
     from megatron_dlm.training.optimizer import set_learning_rate
     from megatron_dlm.training.run_data import open_data
     from megatron_dlm.training.session import Session
@@ -64,7 +66,14 @@ def three_steps(state, config):
         gradients.append(weights.reduced_gradients(session))
         set_learning_rate(session.optimizer, 1e-3)
         norms.append(float(session.optimizer.step()[1]))
-    return {"losses": losses, "fingerprints": fingerprints, "gradients": gradients, "norms": norms}
+    validation = session.validation.run(config.evaluation).nats_per_token
+    return {
+        "losses": losses,
+        "fingerprints": fingerprints,
+        "gradients": gradients,
+        "norms": norms,
+        "validation": validation,
+    }
 
 
 def all_families(state, configs):
@@ -99,6 +108,7 @@ def assert_equal_runs(run, reference):
     for ours, theirs in zip(run["losses"], reference["losses"], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
         largest_loss = max(largest_loss, abs(ours[0] / theirs[0] - 1))
+    assert run["validation"] == pytest.approx(reference["validation"], rel=1e-5)
     assert run["norms"] == pytest.approx(reference["norms"], rel=1e-5)
     for step, (ours, theirs) in enumerate(zip(run["gradients"], reference["gradients"], strict=True)):
         assert ours.keys() == theirs.keys()
@@ -125,6 +135,18 @@ def test_layout_equals_one_process(corpus, one_process, layout, record_property)
             differences = assert_equal_runs(run, one_process[name])
             if rank == 0:
                 record_property("table: layout", (*layout, name, *(f"{d:.1e}" for d in differences)))
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_recomputed_activations_change_no_bit(corpus, one_process, recompute):
+    """The reference runs have the default, selective."""
+    configs = {
+        name: replace(config, training=replace(config.training, recompute=recompute))
+        for name, config in configs_for(corpus, ParallelConfig(), 8).items()
+    }
+    (runs,) = run_distributed(all_families, 1, configs)
+    for name, run in runs.items():
+        assert assert_equal_runs(run, one_process[name]) == (0.0, 0.0), name
 
 
 # Embeddings of soft tokens are no part of an exported model.

@@ -41,7 +41,7 @@ def recorded_networks(state, arrays, parallel_config):
     vocabulary = Vocabulary(size=cfg["vocab"], mask_token_id=cfg["mask"], eos_token_id=0, bos_token_id=1)
     found = {}
     for name, (pattern, conditioned) in NETWORKS.items():
-        config = transformer_config(model, parallel_config, "fp32")
+        config = transformer_config(model, parallel_config, "fp32", "none")
         denoiser = Denoiser(model, config, vocabulary, pattern, state)
         for place in weight_places(denoiser, state):
             full = torch.from_numpy(arrays[f"w/{place.name}"])
@@ -253,7 +253,7 @@ def bf16_residual(state):
 
     model = ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=2, ffn_hidden_size=32)
     vocabulary = Vocabulary(size=SIZE, mask_token_id=MASK, eos_token_id=0, bos_token_id=1)
-    config = transformer_config(model, ParallelConfig(), "bf16")
+    config = transformer_config(model, ParallelConfig(), "bf16", "none")
     denoiser = Denoiser(model, config, vocabulary, AttentionPattern.BIDIRECTIONAL, state)
     initialize(denoiser, state, seed=1)
     inputs = ModelInputs(
@@ -272,16 +272,16 @@ def test_bf16_keeps_a_float32_residual_stream():
 def through_the_denoiser(state, path, parallel_config):
     """The tensors of a reference checkpoint after a stay in this layout's parameters."""
     from megatron_dlm.conversion.reference_checkpoints import (
-        load_reference_weights,
         read_reference_checkpoint,
     )
     from megatron_dlm.models.denoiser import Denoiser
+    from megatron_dlm.models.weight_layout import local_tensors
 
     vocabulary = Vocabulary(size=SIZE, mask_token_id=MASK, eos_token_id=0, bos_token_id=1)
-    config = transformer_config(REFERENCE_MODEL, parallel_config, "fp32")
+    config = transformer_config(REFERENCE_MODEL, parallel_config, "fp32", "none")
     denoiser = Denoiser(REFERENCE_MODEL, config, vocabulary, AttentionPattern.CAUSAL, state)
-    load_reference_weights(read_reference_checkpoint(path, REFERENCE_MODEL, vocabulary), denoiser, state)
-    return weights.gather(denoiser, state, {p: p.detach() for p in denoiser.parameters()})
+    full = read_reference_checkpoint(path, REFERENCE_MODEL, vocabulary)
+    return weights.gather(denoiser, state, local_tensors(full, denoiser, state))
 
 
 REFERENCE_MODEL = ModelConfig(

@@ -35,6 +35,8 @@ class Shape:
     seq_length: int
     vocabulary_size: int
     precision: Any
+    recompute: Any
+    """Of our side; the others keep every activation."""
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -61,13 +63,13 @@ class Shape:
         )
 
 
-def build_denoiser(shape: Shape, parallel: ParallelState) -> Any:
+def build_denoiser(shape: Shape, parallel: ParallelState, recompute: Any = "none") -> Any:
     """A denoiser with random head and gates, so that every gradient is real."""
     from megatron_dlm.models.config import transformer_config
     from megatron_dlm.models.denoiser import Denoiser
 
     model = paper_model(shape.size)
-    config = transformer_config(model, ParallelConfig(), shape.precision)
+    config = transformer_config(model, ParallelConfig(), shape.precision, recompute)
     denoiser = Denoiser(model, config, shape.vocabulary, OBJECTIVES[shape.family].attention, parallel)
     generator = torch.Generator().manual_seed(0)
     for parameter in denoiser.parameters():
@@ -82,7 +84,7 @@ def our_step(shape: Shape, parallel: ParallelState) -> Callable[[int], None]:
     from megatron_dlm.training.optimizer import build_optimizer, wrap_data_parallel
     from megatron_dlm.training.step import PipelineRunner
 
-    denoiser = build_denoiser(shape, parallel)
+    denoiser = build_denoiser(shape, parallel, shape.recompute)
     model = wrap_data_parallel(denoiser, ParallelConfig())
     optimizer = build_optimizer(OptimizerConfig(), ParallelConfig(), shape.precision, model)
     denoiser.config.finalize_model_grads_func = finalize_model_grads

@@ -55,6 +55,7 @@ def peak_memory(shape: Shape, side: str, arguments: argparse.Namespace) -> float
     """MiB that two steps of one side add to a process of its own."""
     command = [sys.executable, __file__, "--memory-of", side, "--sizes", shape.size]
     command += ["--families", shape.family, "--precision", shape.precision]
+    command += ["--recompute", shape.recompute]
     command += ["--batch-size", shape.batch_size, "--seq-length", shape.seq_length]
     command += ["--vocabulary-size", shape.vocabulary_size, "--threads", arguments.threads]
     finished = subprocess.run([str(word) for word in command], check=True, stdout=subprocess.PIPE, text=True)
@@ -171,6 +172,12 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=["6M", "19M"], help="published sizes")
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(OBJECTIVES))
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument(
+        "--recompute",
+        choices=("none", "selective", "full"),
+        default="selective",
+        help="activations that our side makes again",
+    )
     parser.add_argument("--batch-size", type=int, default=2, help="samples of the microbatch")
     parser.add_argument("--seq-length", type=int, default=2048, help="tokens of a sample")
     parser.add_argument("--vocabulary-size", type=int, default=32001, help="ids, mask token included")
@@ -191,6 +198,7 @@ def main() -> None:
             arguments.seq_length,
             arguments.vocabulary_size,
             arguments.precision,
+            arguments.recompute,
         )
         for size in arguments.sizes
         for family in arguments.families

@@ -40,7 +40,7 @@ class Networks:
         vocabulary = Vocabulary(
             size=shape["vocab"], mask_token_id=shape["mask"], eos_token_id=0, bos_token_id=0
         )
-        config = transformer_config(model, ParallelConfig(), "fp32")
+        config = transformer_config(model, ParallelConfig(), "fp32", "none")
         denoiser = Denoiser(model, config, vocabulary, attention, self._state)
         for place in weight_places(denoiser, self._state):
             place.parameter.copy_(place.cut(torch.from_numpy(self._arrays[f"w/{place.name}"])))
