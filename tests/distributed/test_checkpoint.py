@@ -141,12 +141,13 @@ def start_from_weights(state, config, directory):
     read = {}
     for parameter in session.denoiser.parameters():
         whole, own = torch.zeros(parameter.shape), slice(None)
-        if parameter.main_param_sharded:
+        sharded = config.parallel.use_distributed_optimizer
+        if sharded and parameter.main_param is not None:
             place = session.optimizer.chained_optimizers[0]._get_model_param_range_map(parameter)["param"]
             own = slice(place.start, place.end)
         if parameter.main_param is not None:
             whole.view(-1)[own] = parameter.main_param.detach().view(-1)
-        if parameter.main_param_sharded:
+        if sharded:
             torch.distributed.all_reduce(whole, group=state.data_group)
         assert torch.equal(parameter, whole.bfloat16())
         read[parameter] = whole

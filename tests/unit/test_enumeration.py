@@ -93,25 +93,37 @@ def mdlm_prior(table, x):
     return total
 
 
-def test_the_protocol_bound_misses_the_analytic_part():
-    """eps = 1e-3: times below it are never drawn and the rest stands for the whole interval."""
+def missing_from_protocol(cost_of, length, alpha_of_epsilon, alpha_of_zero):
+    """Integral of w P(masks) cost over the times below eps = 1e-3, in alpha, where it is a polynomial.
+
+    eps = 1e-3: times below it are never drawn and the rest stands for the whole interval.
+    """
+    alpha = np.polynomial.Polynomial([0.0, 1.0])
+    total = 0.0
+    for masked in mask_sets(length):
+        if any(masked):
+            m = sum(masked)
+            primitive = ((1 - alpha) ** (m - 1) * alpha ** (length - m)).integ()
+            total += cost_of(masked) * (primitive(alpha_of_zero) - primitive(alpha_of_epsilon))
+    return total
+
+
+@pytest.mark.parametrize("schedule", ["log-linear", "linear"])
+def test_the_protocol_bound_misses_the_analytic_part(schedule):
     table, x = masked_table(2, seed=2), (0, 2)
-    complete = MDLMConfig(time_epsilon=0.0, loss="elbo")
-    protocol = MDLMConfig(time_epsilon=1e-3, loss="elbo")
-    reported = mdlm_nelbo(table, x, protocol)
-    # Both masked tokens' costs with the closed form of integral w t^(m-1) (1-t)^(2-m) dt, w = 0.999^m.
-    missing = 0.0
-    for masked in mask_sets(2):
+    fields = {"noise_schedule": schedule, "loss": "elbo"}
+    reported = mdlm_nelbo(table, x, MDLMConfig(time_epsilon=1e-3, **fields))
+    full = mdlm_nelbo(table, x, MDLMConfig(time_epsilon=0.0, **fields))
+
+    def cost_of(masked):
         z = tuple(MASK if m else token for m, token in zip(masked, x, strict=True))
-        cost = -sum(math.log(table[z][i][x[i]]) for i in range(2) if masked[i])
-        m = sum(masked)
-        if m == 1:
-            missing += cost * 0.999 * (1e-3 - 0.999 * 1e-6 / 2)
-        elif m == 2:
-            missing += cost * 0.999**2 * 1e-6 / 2
-    full = mdlm_nelbo(table, x, complete)
+        return -sum(math.log(table[z][i][x[i]]) for i in range(2) if masked[i])
+
+    slope = 0.999 if schedule == "log-linear" else 1.0
+    missing = missing_from_protocol(cost_of, 2, 1 - slope * 1e-3, 1.0)
     assert reported * (1 - 1e-3) == pytest.approx(full - missing, rel=1e-9)
-    assert full + mdlm_prior(table, x) == pytest.approx(expected_over_orders(table, x)[1], rel=1e-9)
+    prior = mdlm_prior(table, x) if schedule == "log-linear" else 0.0
+    assert full + prior == pytest.approx(expected_over_orders(table, x)[1], rel=1e-9)
 
 
 def test_mdlm_of_the_true_conditionals_is_tight():
@@ -234,6 +246,23 @@ def test_eso_lm_without_sequential_part_is_mdlm():
     assert found == pytest.approx(mdlm_nelbo(table, x, mdlm), rel=1e-9)
 
 
+@pytest.mark.parametrize("alpha_0", [0.3, 1.0])
+def test_the_protocol_bound_of_eso_lm_misses_the_analytic_part(alpha_0):
+    """Its sequential part draws no time, so it is whole."""
+    predict, x, order = ordered_table(3, seed=5), (0, 2, 1), np.array([0.2, 0.5, 0.1])
+    fields = {"alpha_0": alpha_0, "batch_split": 1.0, "noise_schedule": "linear", "loss": "elbo"}
+    reported = eso_diffusion(EsoLMConfig(time_epsilon=1e-3, **fields), predict, x, order)
+    full = eso_diffusion(EsoLMConfig(time_epsilon=0.0, **fields), predict, x, order)
+
+    def cost_of(masked):
+        clean = tuple((i, x[i]) for i in range(3) if not masked[i])
+        return -sum(math.log(predict(clean, i)[x[i]]) for i in range(3) if masked[i])
+
+    missing = missing_from_protocol(cost_of, 3, alpha_0 * (1 - 1e-3), alpha_0)
+    assert 0 < missing < 0.01 * full
+    assert reported * (1 - 1e-3) == pytest.approx(full - missing, rel=1e-9)
+
+
 # ---- Block diffusion -----------------------------------------------------------------------------
 
 
@@ -274,3 +303,25 @@ def test_block_diffusion_runs_from_autoregression_to_mdlm():
         table[z] = np.stack([predict(clean, i) for i in range(2)])
     found = block_nelbo(BlockDiffusionConfig(block_size=2, **fields), predict, x)
     assert found == pytest.approx(mdlm_nelbo(table, x, MDLMConfig(**fields)), rel=1e-9)
+
+
+def test_the_protocol_bound_of_block_diffusion_misses_the_analytic_part():
+    predict, x = ordered_table(2, seed=7), (2, 1)
+    fields = {"noise_schedule": "linear", "loss": "elbo"}
+
+    def cost_of(masked):
+        clean = tuple((i, x[i]) for i in range(2) if not masked[i])
+        return -sum(math.log(predict(clean, i)[x[i]]) for i in range(2) if masked[i])
+
+    reported, full = (
+        block_nelbo(BlockDiffusionConfig(block_size=2, time_epsilon=epsilon, **fields), predict, x)
+        for epsilon in (1e-3, 0.0)
+    )
+    missing = missing_from_protocol(cost_of, 2, 1 - 1e-3, 1.0)
+    assert reported * (1 - 1e-3) == pytest.approx(full - missing, rel=1e-9)
+    # A block of one token costs the same at every time: nothing is missing.
+    reported, full = (
+        block_nelbo(BlockDiffusionConfig(block_size=1, time_epsilon=epsilon, **fields), predict, x)
+        for epsilon in (1e-3, 0.0)
+    )
+    assert reported == pytest.approx(full, rel=1e-9)
