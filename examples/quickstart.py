@@ -24,6 +24,7 @@ from megatron_dlm.data.manifest import read_manifest
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.telemetry.plots import plot_loss
 from megatron_dlm.telemetry.writers import duration, read_metrics
+from megatron_dlm.objectives.registry import OBJECTIVES
 from megatron_dlm.training.run_config import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,7 +38,7 @@ def main() -> int:
     """Run every stage; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--objective", choices=("mdlm", "ar", "duo", "esolm", "block-diffusion"), default="mdlm"
+        "--objective", choices=tuple(OBJECTIVES), default="mdlm"
     )
     parser.add_argument(
         "--data", type=Path, help=".jsonl or .txt file; default: the standard library's sources"

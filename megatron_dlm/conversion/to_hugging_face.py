@@ -25,15 +25,6 @@ from megatron_dlm.platform.parallel import ParallelState
 REMOTE_CODE = tuple(
     f"{part}_megatron_dlm.py" for part in ("configuration", "modeling", "noise", "likelihood", "generation")
 )
-# Fields of a family's configuration that the remote code reads, where the family has them.
-OBJECTIVE_FIELDS = (
-    "time_epsilon",
-    "noise_schedule",
-    "time_conditioning",
-    "mask_in_noise",
-    "alpha_0",
-    "block_size",
-)
 CHECK_TENSORS, CHECK_RECORD = "check.safetensors", "check.json"
 CHECK_LOGIT_POSITIONS = 16
 MAX_SHARD_SIZE = "5GB"
@@ -114,7 +105,8 @@ def hugging_face_fields(
     model: ModelConfig, vocabulary: Vocabulary, objective: ObjectiveConfig
 ) -> dict[str, Any]:
     """What config.json says of the model: shape, vocabulary and family."""
-    family = {name: getattr(objective, name) for name in OBJECTIVE_FIELDS if hasattr(objective, name)}
+    # Whatever a family configures by a plain value; the remote code reads what it needs.
+    family = {name: value for name, value in vars(objective).items() if isinstance(value, int | float | str)}
     return {
         "family": objective.name,
         "vocab_size": vocabulary.size,

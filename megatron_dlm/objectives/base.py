@@ -31,11 +31,8 @@ class CorruptionContext:
     """Samples among which the times are stratified."""
     training: bool
     """False asks for the bound's weights, whatever the training loss."""
-
-    @property
-    def step(self) -> int:
-        """Global batches of this size before this one: optimizer steps, or batches of an evaluation."""
-        return self.batch_start // self.global_batch_size
+    step: int
+    """Optimizer steps before this one, or batches of an evaluation; batches may differ in size over a run."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,32 +48,33 @@ def cross_entropy_and_dlogits(
     """
     column_R, present_R = vocab.locate(clean_R)
     target_R = torch.where(present_R, logits_RVp.gather(1, column_R[:, None])[:, 0], 0.0)
-    probability_RVp, log_sum_R = softmax(logits_RVp, vocab)
+    probability_RVp, log_sum_R, target_R = softmax(logits_RVp, vocab, target_R)
     one_hot_R = -present_R.to(probability_RVp.dtype)
     probability_RVp.scatter_add_(1, column_R[:, None], one_hot_R[:, None])
-    return log_sum_R - vocab.sum(target_R), probability_RVp
+    return log_sum_R - target_R, probability_RVp
 
 
 @torch.no_grad()
-def softmax(logits_RVp: Tensor, vocab: VocabShard) -> tuple[Tensor, Tensor]:
-    """Softmax over the whole vocabulary, mask token and padding left out.
+def softmax(logits_RVp: Tensor, vocab: VocabShard, partial_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Softmax over the whole vocabulary, mask token and padding left out; two reductions.
 
     Args:
         logits_RVp: float32 or float64 [R, Vp]; its memory is used up.
         vocab: this rank's columns.
+        partial_R: [R], this rank's part of another sum over the vocabulary.
 
     Returns:
-        [R, Vp] probabilities of this rank's columns, and [R] log-sum-exp of the logits.
+        [R, Vp] probabilities of this rank's columns, [R] log-sum-exp of the logits, [R] that other sum.
     """
     vocab.exclude_(logits_RVp)
     max_R = vocab.max(logits_RVp.amax(dim=1))
     if vocab.group is None:
         # One kernel that stays in cache; the sum follows from the largest probability.
         probability_RVp = torch.softmax(logits_RVp, dim=1)
-        return probability_RVp, max_R - probability_RVp.amax(dim=1).log()
+        return probability_RVp, max_R - probability_RVp.amax(dim=1).log(), partial_R
     probability_RVp = logits_RVp.sub_(max_R[:, None]).exp_()
-    sum_R = vocab.sum(probability_RVp.sum(dim=1))
-    return probability_RVp.div_(sum_R[:, None]), max_R + sum_R.log()
+    sum_R, other_R = vocab.sum(torch.stack([probability_RVp.sum(dim=1), partial_R]))
+    return probability_RVp.div_(sum_R[:, None]), max_R + sum_R.log(), other_R
 
 
 class CrossEntropyObjective(Objective):

@@ -81,7 +81,7 @@ def uniform_divergence_and_dlogits(
     Returns:
         [R] losses and [R, Vp] gradients.
     """
-    p_RVp, _ = softmax(logits_RVp, vocab)
+    p_RVp, _, _ = softmax(logits_RVp, vocab, torch.zeros_like(logits_RVp[:, 0]))
     row = _Row.of(targets, states)
     scaled_RVp = p_RVp * row.r[:, None].to(p_RVp.dtype)
     s = torch.log1p(scaled_RVp).sum(dim=1)

@@ -19,6 +19,10 @@ from megatron_dlm.platform.rng import NoiseSource
 QUADRATURE_POINTS = 4001
 QUADRATURE_REACH = 12.0
 """Standard deviations to both sides of the integrand's Gaussian."""
+SMALLEST_SHARE = 1e-6
+"""Least signal, and least noise, at the ends of the curriculum's range."""
+LARGEST_DROPPED = 1e-3
+"""Most of a soft token's weight that may lie on entries that are not kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +87,32 @@ class GaussianCurriculum:
             )
         self._config = config
         self._states = states
+        if config.steps:
+            self._check()
+
+    def _check(self) -> None:
+        """Refuse noise levels without signal or noise, and a top_k that drops weight."""
+        config = self._config
+        alphas, _ = signal_probability(np.array([config.gamma_min, config.gamma_max]), self._states)
+        for name, alpha in zip(("gamma_min", "gamma_max"), alphas, strict=True):
+            if not SMALLEST_SHARE <= alpha <= 1 - SMALLEST_SHARE:
+                raise InputError(
+                    f"objective.curriculum.{name}: {getattr(config, name)} leaves a token clean with "
+                    f"probability {alpha:.3g} of {self._states} states, outside [{SMALLEST_SHARE}, "
+                    f"1 - {SMALLEST_SHARE}]"
+                )
+        # Typical weights of the noise entries, largest first; the smallest spread has the most of them.
+        quantiles = (np.arange(self._states - 1) + 0.5) / (self._states - 1)
+        entries = np.sqrt(_sigmoid(np.float64(config.gamma_min))) * -torch.special.ndtri(
+            torch.from_numpy(quantiles)
+        ).numpy()
+        weights = np.exp((entries - entries[0]) / config.temperature)
+        dropped = weights[config.top_k :].sum() / weights.sum()
+        if dropped > LARGEST_DROPPED:
+            raise InputError(
+                f"objective.curriculum.top_k: {config.top_k} drops {dropped:.2g} of the weight of soft tokens "
+                f"at temperature {config.temperature}, more than {LARGEST_DROPPED}"
+            )
 
     def gamma(self, t: NDArray[np.float64]) -> NDArray[np.float64]:
         """Minus the log signal-to-noise ratio at time t."""

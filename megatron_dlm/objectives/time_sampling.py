@@ -13,7 +13,6 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_dlm.interfaces import InputError
 from megatron_dlm.objectives.base import CorruptionContext
 
 TimeOrder = Literal["scrambled", "reference"]
@@ -86,12 +85,7 @@ def times_in_strata(
 
     Returns:
         float64 [B, per_sample], below 1.
-
-    Raises:
-        InputError: time_epsilon outside [0, 1).
     """
-    if not 0 <= time_epsilon < 1:
-        raise InputError(f"objective.time_epsilon: {time_epsilon} is outside [0, 1)")
     jitter = context.noise.uniform("time/jitter", sample_indices, strata.shape[1])
     times: NDArray[np.float64] = time_epsilon + (1.0 - time_epsilon) * (jitter + strata) / num_strata
     # The last stratum's end may round to 1, where some schedules have alpha = 0.

@@ -49,10 +49,11 @@ class BatchStream:
         self._micro_batch_size = micro_batch_size
         self._parallel = parallel
 
-    def run(self, first_sample: int, batch_size: int, *, training: bool) -> BatchSums:
+    def run(self, step: int, first_sample: int, batch_size: int, *, training: bool) -> BatchSums:
         """Forward, and backward where `training`, of one global batch; all ranks call it.
 
         Args:
+            step: optimizer steps, or batches of the evaluation, before this one.
             first_sample: position in the run of the batch's first sample.
             batch_size: samples of the batch, over all processes.
             training: False asks for the bound alone.
@@ -61,7 +62,11 @@ class BatchStream:
             Sums over the global batch, equal on all ranks.
         """
         context = CorruptionContext(
-            noise=self._noise, batch_start=first_sample, global_batch_size=batch_size, training=training
+            noise=self._noise,
+            step=step,
+            batch_start=first_sample,
+            global_batch_size=batch_size,
+            training=training,
         )
         return self._runner.run(self._microbatches(first_sample, batch_size), context)
 
@@ -95,7 +100,9 @@ class Validation:
         """The bound over `config.num_batches` batches; all ranks call it."""
 
         def run_batch(index: int) -> tuple[float, int]:
-            sums = self._stream.run(index * config.batch_size, config.batch_size, training=False)
+            sums = self._stream.run(
+                index, index * config.batch_size, config.batch_size, training=False
+            )
             return sums.bound, sums.tokens
 
         return estimate_likelihood(run_batch, config.num_batches, self._bytes_per_token)
@@ -134,10 +141,11 @@ class Session:
         self.denoiser.config.finalize_model_grads_func = finalize_model_grads
         self.denoiser.config.grad_scale_func = self.optimizer.scale_loss
 
-    def run_batch(self, first_sample: int) -> BatchSums:
+    def run_batch(self, step: int, first_sample: int) -> BatchSums:
         """Forward and backward of the global batch that starts at `first_sample`; gradients are left ready.
 
         Args:
+            step: optimizer steps done.
             first_sample: samples consumed before this step.
 
         Returns:
@@ -145,4 +153,4 @@ class Session:
         """
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        return self._stream.run(first_sample, self.config.training.global_batch_size, training=True)
+        return self._stream.run(step, first_sample, self.config.training.global_batch_size, training=True)

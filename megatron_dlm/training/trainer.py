@@ -75,7 +75,7 @@ def fit(session: Session, progress: Progress, hooks: Sequence[Hook]) -> None:
 def train_step(session: Session, progress: Progress) -> StepReport:
     """One optimizer step; moves `progress` on."""
     started = time.monotonic()
-    sums = session.run_batch(progress.consumed_samples)
+    sums = session.run_batch(progress.step, progress.consumed_samples)
     lr = session.config.schedule.at(progress.step)
     set_learning_rate(session.optimizer, lr)
     _, grad_norm, _ = session.optimizer.step()

@@ -134,6 +134,7 @@ def export_checkpoint(
         positions = np.arange(check_samples, dtype=np.int64)
         context = CorruptionContext(
             noise=NoiseSource(record.config.training.seed, "export"),
+            step=0,
             batch_start=0,
             global_batch_size=check_samples,
             training=False,

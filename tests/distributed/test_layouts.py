@@ -60,7 +60,7 @@ def three_steps(state, config):
     session.optimizer.reload_model_params()
     losses, fingerprints, gradients, norms = [], [], [], []
     for step in range(STEPS):
-        sums = session.run_batch(step * config.training.global_batch_size)
+        sums = session.run_batch(step, step * config.training.global_batch_size)
         losses.append((sums.loss / sums.tokens, sums.bound / sums.tokens))
         fingerprints.append(sums.fingerprint)
         gradients.append(weights.reduced_gradients(session))
@@ -202,7 +202,7 @@ def first_batch(config, data):
     noise = NoiseSource(config.training.seed)
     positions = np.arange(size)
     batch = read_batch(data.train, SampleOrder(data.train.num_blocks, noise)(positions), positions)
-    context = CorruptionContext(noise=noise, batch_start=0, global_batch_size=size, training=True)
+    context = CorruptionContext(noise=noise, step=0, batch_start=0, global_batch_size=size, training=True)
     objective = config.objective.build(data.vocabulary)
     return [objective.corrupt(part, context) for part in objective.split(batch, context)]
 
@@ -234,7 +234,7 @@ def padded_part(state, config, steps):
     head_dim = config.model.head_dim
     attention = session.denoiser.block.layers[0].self_attention
     for step in range(steps):
-        session.run_batch(step * 8)
+        session.run_batch(step, step * 8)
         set_learning_rate(session.optimizer, 1e-2)
         session.optimizer.step()
         if state.tensor_rank == 0:
@@ -263,7 +263,7 @@ def initial_loss(state, config):
     from megatron_dlm.training.session import Session
 
     session = Session(config, open_data(config.data), state)
-    sums = session.run_batch(0)
+    sums = session.run_batch(0, 0)
     full = weights.gather(session.denoiser, state, {p: p.detach() for p in session.denoiser.parameters()})
     return sums.bound / sums.tokens, session.data.vocabulary.size, full
 

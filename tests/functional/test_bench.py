@@ -4,14 +4,33 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tests.conftest import ROOT
 
 
-def test_step_benchmark_prints_both_sides_and_the_floor():
+def run_bench(*arguments):
     command = [sys.executable, str(ROOT / "tools" / "bench" / "step.py"), "--sizes", "tiny"]
-    command += ["--families", "duo", "--batch-size", "1", "--seq-length", "32", "--vocabulary-size", "67"]
-    command += ["--repeats", "1", "--threads", "1"]
+    command += ["--batch-size", "1", "--seq-length", "32", "--vocabulary-size", "67"]
+    command += ["--repeats", "1", "--threads", "1", *arguments]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ)
     assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_step_benchmark_prints_both_sides_and_the_floor(precision):
+    printed = run_bench("--families", "duo", "--precision", precision)
     for word in ("ours", "naive", "floor", "MiB", "plain DiT", "redirection costs"):
-        assert word in finished.stdout
+        assert word in printed
+    (row,) = (line for line in printed.splitlines() if " duo " in line)
+    ours, naive, floor, against, floor_against, *memory = row.replace(",", "").split("│")[4:-1]
+    assert float(ours) > 0 and float(floor) > 0 and len(memory) == 4
+    # The ratio printed is that of the columns before it, up to rounding.
+    assert float(against.strip(" x")) == pytest.approx(float(ours) / float(naive), rel=0.02)
+
+
+def test_step_benchmark_prints_its_scaling():
+    printed = run_bench("--families", "mdlm", "--scaling")
+    for varied in ("seq_length", "vocabulary_size", "batch_size"):
+        assert varied in printed

@@ -46,6 +46,7 @@ def test_a_subset_passes_and_a_wrong_value_fails(made, tmp_path):
         ({"V9/s0/f64/no_such": np.zeros(2)}, "unknown key"),
         ({"V9/s0/f64/duo_nll": np.zeros((1, 2))}, "lacks the input"),
         ({"cat/x": np.zeros((2, 3), dtype=np.int64)}, "shape"),
+        ({"topp/logits": np.array("text"), "topp/out_0.9": np.zeros(2)}, "FAIL: TypeError"),
     ],
 )
 def test_what_cannot_be_checked_fails(made, tmp_path, change, message):

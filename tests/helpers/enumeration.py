@@ -39,7 +39,7 @@ class FixedDraws(NoiseSource):
 def corrupt(config, x, draws, *, training=False):
     """One sample through the objective at laid-down draws; time jitter is the time itself (eps = 0)."""
     context = CorruptionContext(
-        noise=FixedDraws(**draws), batch_start=0, global_batch_size=1, training=training
+        noise=FixedDraws(**draws), step=0, batch_start=0, global_batch_size=1, training=training
     )
     batch = TokenBatch(token_ids=torch.tensor([[*x, 0]]), sample_indices=np.zeros(1, dtype=np.int64))
     return config.build(VOCABULARY).corrupt(batch, context)

@@ -72,7 +72,7 @@ def test_curriculum_signal_probability(states, expected):
 
 def test_curriculum_draws_follow_the_full_gaussian():
     """Against noise over the whole vocabulary: how often the clean token wins, how soft the mixture is."""
-    config = DuoConfig(curriculum=CurriculumConfig(steps=1, temperature=0.1, gamma_min=-1.5, gamma_max=0.0))
+    config = DuoConfig(curriculum=CurriculumConfig(steps=1, temperature=0.1, gamma_min=-1.5, gamma_max=0.0, top_k=39))
     batch = tokens(32, 2000)
     ((inputs, targets),) = corrupt(config, batch)
     mixture = inputs.mixture
@@ -264,6 +264,18 @@ def test_the_reference_order_gives_rising_strata():
         (
             lambda: DuoConfig(curriculum=CurriculumConfig(steps=1, top_k=50)).build(VOCABULARY),
             "objective.curriculum.top_k: 50 exceeds the 39 other states",
+        ),
+        (
+            lambda: DuoConfig(curriculum=CurriculumConfig(steps=1, temperature=0.1)).build(VOCABULARY),
+            "objective.curriculum.top_k: 16 drops",
+        ),
+        (
+            lambda: DuoConfig(curriculum=CurriculumConfig(steps=1, gamma_min=-30.0)).build(VOCABULARY),
+            "objective.curriculum.gamma_min: -30.0 leaves a token clean with probability 1",
+        ),
+        (
+            lambda: DuoConfig(curriculum=CurriculumConfig(steps=1, gamma_max=30.0)).build(VOCABULARY),
+            "objective.curriculum.gamma_max: 30.0 leaves a token clean with probability",
         ),
     ],
 )

@@ -30,7 +30,11 @@ def whole(size, mask):
 
 def context(batch_start=0, size=8, training=True, seed=1):
     return CorruptionContext(
-        noise=NoiseSource(seed), batch_start=batch_start, global_batch_size=size, training=training
+        noise=NoiseSource(seed),
+        step=batch_start // size,
+        batch_start=batch_start,
+        global_batch_size=size,
+        training=training,
     )
 
 
@@ -61,6 +65,20 @@ def test_strata_are_a_permutation_whose_slices_are_spread(n):
         if n in (8, 64):  # any aligned slice of 4 has one stratum in each quarter
             for start in range(0, n, 4):
                 assert sorted(strata[start : start + 4] * 4 // n) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("n", "per_sample"), [(8, 1), (24, 1), (64, 1), (100, 1), (8, 4), (6, 4)])
+def test_every_contiguous_slice_is_balanced(n, per_sample):
+    """Aligned or not, of any length: in each quarter of the times a quarter of the slice, give or take one."""
+    for step in range(20):
+        positions = np.arange(step * n, step * n + n)
+        times = stratified_times(positions, context(step * n, n), time_epsilon=0.0, per_sample=per_sample)
+        quarters = np.eye(4)[np.floor(4 * times.ravel()).astype(int)]
+        before = np.concatenate([np.zeros((1, 4)), quarters.cumsum(axis=0)])
+        for length in range(1, n * per_sample + 1):
+            counts = before[length:] - before[:-length]
+            # Rotated orders, for n no power of two, join two such sequences.
+            assert np.abs(counts - length / 4).max() < (1 if n * per_sample & (n * per_sample - 1) == 0 else 2)
 
 
 def test_van_der_corput_order():

@@ -71,6 +71,25 @@ def test_uniform_posterior_is_bayes_rule(mask_in_noise):
     assert torch.allclose(found, expected, atol=1e-14)
 
 
+@pytest.mark.parametrize("mask_in_noise", [True, False])
+def test_the_exported_sampler_has_the_same_posterior(mask_in_noise):
+    from megatron_dlm.conversion.hugging_face_model.configuration_megatron_dlm import MegatronDlmConfig
+    from megatron_dlm.conversion.hugging_face_model.generation_megatron_dlm import posterior_weights
+
+    size, mask = 7, 3
+    p = uniform(2, 5, size, seed=1)
+    p[..., mask] = 0
+    p = p / p.sum(-1, keepdim=True)
+    allowed = [v for v in range(size) if mask_in_noise or v != mask]
+    noisy = torch.tensor(allowed)[(uniform(2, 5, seed=2) * len(allowed)).long()]
+    alphas = [torch.tensor(alpha, dtype=torch.float64) for alpha in (0.3, 0.8)]
+    config = MegatronDlmConfig(vocab_size=size, mask_token_id=mask, mask_in_noise=mask_in_noise)
+    weights = posterior_weights(config, noisy, p, *alphas)
+    states = noise_states(size, mask, mask_in_noise=mask_in_noise)
+    expected = uniform_posterior(noisy, p, *alphas, states)
+    assert torch.allclose(weights / weights.sum(-1, keepdim=True), expected, rtol=0, atol=1e-12)
+
+
 def test_plans_cover_every_position_once():
     order, sizes = block_plan(uniform(3, 4).numpy(), 5)
     assert sizes == [5] * 4 and all(sorted(row) == list(range(20)) for row in order.tolist())

@@ -57,6 +57,7 @@ class Shape:
         """Address of a step's draws."""
         return CorruptionContext(
             noise=NoiseSource(1),
+            step=step,
             batch_start=step * self.batch_size,
             global_batch_size=self.batch_size,
             training=True,

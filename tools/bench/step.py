@@ -6,8 +6,9 @@
 A step is corruption, forward, backward and optimizer over one microbatch. The plain way has the same
 denoiser, full logits of all rows and losses under autograd; "floor" is the same step without any loss: the
 body and the head's three matrix products on the rows that carry a loss; "plain body" is a DiT of the same
-shape in plain PyTorch. Times are medians over interleaved repeats; memory is the peak of a process that runs
-one side alone, over what it held before its first step; the floor's is what body and optimizer need.
+shape in plain PyTorch. Our side makes cheap activations again (--recompute), the others keep all. Times are
+medians over interleaved repeats; memory is the peak of the tensors of a process that runs one side alone, over
+what it held before its first step; the floor's is what body and optimizer need.
 """
 
 from __future__ import annotations
@@ -36,7 +37,11 @@ COMPARED = [
     *("size", "family", "precision", "ours tokens/s", "naive tokens/s", "floor tokens/s"),
     *("ours/naive", "floor/naive", "ours MiB", "naive MiB", "floor MiB", "ours/naive MiB"),
 ]
-TOUCHED_KIB = 10 * 2**20
+TOUCHED_LOGITS = 10
+"""Float32 tensors of full logits that the plain way may hold at a time, and more."""
+OWN_PAGES = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
+"""Gives each large tensor pages of its own, so that a process holds what its tensors hold, not what the C
+library keeps for later."""
 
 
 def interleaved(steps: dict[str, Callable[[int], None]], repeats: int) -> dict[str, float]:
@@ -58,7 +63,13 @@ def peak_memory(shape: Shape, side: str, arguments: argparse.Namespace) -> float
     command += ["--recompute", shape.recompute]
     command += ["--batch-size", shape.batch_size, "--seq-length", shape.seq_length]
     command += ["--vocabulary-size", shape.vocabulary_size, "--threads", arguments.threads]
-    finished = subprocess.run([str(word) for word in command], check=True, stdout=subprocess.PIPE, text=True)
+    finished = subprocess.run(
+        [str(word) for word in command],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | OWN_PAGES,
+    )
     return float(finished.stdout.split()[-1])
 
 
@@ -78,18 +89,16 @@ def _status_mib(name: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
 
 
-def touch_memory() -> None:
+def touch_memory(shapes: list[Shape]) -> None:
     """Use once what the plain way will use: a virtual machine's first touch of a page costs far more."""
-    free = int(
-        next(line for line in Path("/proc/meminfo").read_text().splitlines() if "MemFree" in line).split()[1]
-    )
-    torch.zeros(min(free // 2, TOUCHED_KIB) * 256).add_(1)
+    logits = max(shape.batch_size * shape.seq_length * shape.vocabulary_size for shape in shapes)
+    torch.zeros(TOUCHED_LOGITS * logits).add_(1)
 
 
 def compare(shapes: list[Shape], arguments: argparse.Namespace, parallel: ParallelState) -> None:
     """The main table: our step, the plain way and the floor."""
     rows = []
-    touch_memory()
+    touch_memory(shapes)
     for shape in shapes:
         tokens = shape.batch_size * shape.seq_length
         steps = {side: BUILDERS[side](shape, parallel) for side in SIDES}

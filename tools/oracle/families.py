@@ -59,6 +59,7 @@ class Case:
         }
         return CorruptionContext(
             noise=RecordedNoise(0, draws=streams),
+            step=0,
             batch_start=0,
             global_batch_size=len(self._in["x0"]),
             training=training,

@@ -65,6 +65,7 @@ def _split_times(jitter: Array, shape: Array, node: int, device: int, micro_step
     samples, nodes, devices, micro_steps = map(int, shape)
     context = CorruptionContext(
         noise=RecordedNoise(0, draws={"time/jitter": jitter}),
+        step=0,
         batch_start=0,
         global_batch_size=samples,
         training=True,
@@ -95,18 +96,19 @@ def _step_counts(names: Array, budgets: Array) -> Array:
 
 
 def _reveal_sizes(alpha_0: float, recorded: dict[str, Array]) -> list[int]:
-    """Drawn by numpy's old generator; its seed is not recorded, so the first that fits is taken."""
+    """Drawn by numpy's old generator; its seed is not recorded, so it is the one that fits the whole file."""
     full = recorded.get("a1.0")
-    expected = recorded[f"a{alpha_0}"]
     length = STEP_COUNT_LENGTH if full is None else int(full.sum())
-    steps = len(expected if full is None else full)
-    times = np.linspace(1.0, 1.0 / steps, steps)
-    alphas = alpha_and_slope("log-linear", np.append(times, 0.0), alpha_0=alpha_0)[0].tolist()
-    for seed in range(SEEDS_TRIED):
-        sizes = ancestral_sizes(length, alphas, np.random.RandomState(seed).binomial)
-        if sizes == expected.tolist():
-            break
-    return sizes
+    steps = len(recorded[f"a{alpha_0}"] if full is None else full)
+    times = np.append(np.linspace(1.0, 1.0 / steps, steps), 0.0)
+
+    def sizes(share: float, seed: int) -> list[int]:
+        alphas = alpha_and_slope("log-linear", times, alpha_0=share)[0].tolist()
+        return ancestral_sizes(length, alphas, np.random.RandomState(seed).binomial)
+
+    shares = {float(name[1:]): values.tolist() for name, values in recorded.items()}
+    fitting = (s for s in range(SEEDS_TRIED) if all(sizes(a, s) == found for a, found in shares.items()))
+    return sizes(alpha_0, next(fitting, 0))
 
 
 def _nucleus(logits: Array, top_p: float, *, renormalise: bool) -> Array:

@@ -58,22 +58,26 @@ def _duo(model, prompt, max_length, num_steps, temperature, generator):
     """Ancestral sampling from the exact posterior; every position is drawn anew in every step."""
     config, device = model.config, prompt.device
     ids = random_states(config, (len(prompt), max_length), generator).to(device)
-    states = num_states(config)
-    is_state = torch.ones(config.vocab_size, dtype=torch.float64, device=device)
-    if not config.mask_in_noise:
-        is_state[config.mask_token_id] = 0
     for t, s in itertools.pairwise(_times(num_steps).to(device)):
         ids[:, : prompt.shape[1]] = prompt
         (alpha_t, _), (alpha_s, _) = alpha_and_slope(config, t), alpha_and_slope(config, s)
         sigma = -alpha_t.clamp_min(1e-9).log().float().expand(len(ids))
         p = (model(ids, sigma=sigma).logits.double() / temperature).softmax(-1)
-        ratio = alpha_t / alpha_s
-        weights = (alpha_s - alpha_t) * p + (1 - ratio) * (1 - alpha_s) / states * is_state
-        seen = p.gather(-1, ids[..., None])
-        weights.scatter_add_(-1, ids[..., None], states * alpha_t * seen + ratio - alpha_t)
+        weights = posterior_weights(config, ids, p, alpha_t, alpha_s)
         ids = draw(weights.flatten(0, 1), generator).view(ids.shape)
     ids[:, : prompt.shape[1]] = prompt
     return ids
+
+
+def posterior_weights(config, ids, p, alpha_t, alpha_s):
+    """Uniform-state diffusion's q(z_s | z_t, prediction p), float64 [B, L, V], not normalised."""
+    states, ratio = num_states(config), alpha_t / alpha_s
+    is_state = torch.ones(config.vocab_size, dtype=torch.float64, device=ids.device)
+    if not config.mask_in_noise:
+        is_state[config.mask_token_id] = 0
+    weights = (alpha_s - alpha_t) * p + (1 - ratio) * (1 - alpha_s) / states * is_state
+    seen = p.gather(-1, ids[..., None])
+    return weights.scatter_add_(-1, ids[..., None], states * alpha_t * seen + ratio - alpha_t)
 
 
 def _esolm(model, prompt, max_length, num_steps, temperature, generator):
