@@ -37,9 +37,7 @@ SMALLEST_CORPUS_BYTES = 10_000_000
 def main() -> int:
     """Run every stage; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--objective", choices=tuple(OBJECTIVES), default="mdlm"
-    )
+    parser.add_argument("--objective", choices=tuple(OBJECTIVES), default="mdlm")
     parser.add_argument(
         "--data", type=Path, help=".jsonl or .txt file; default: the standard library's sources"
     )

@@ -12,12 +12,15 @@ from megatron_dlm.interfaces import InputError
 if TYPE_CHECKING:
     from megatron_dlm.training.run_config import RunConfig
 
-USAGE = """usage: megatron-dlm train RECIPE [--model.size NAME] [--field.name VALUE ...] [--dry-run PROCESSES]
+USAGE = """usage: megatron-dlm train RECIPE [--model.size NAME] [--budget-flops FLOPS] [--field.name VALUE ...]
+                          [--dry-run PROCESSES]
 
 RECIPE is a Python file with a function recipe() -> RunConfig, such as those under examples/, or the run.json
 of a checkpoint. `megatron-dlm train RECIPE --help` lists every field with its unit and the recipe's value.
 Start one process per device: examples/torchrun/train.sh, examples/slurm/train.sh, examples/mpi/train.sh.
 --model.size takes a published shape (6M to 2121M) for the recipe's; --model.* fields change it further.
+--budget-flops sets steps, warm-up and decay as the paper's IsoFLOP runs have them, for example 6e18; the rest
+of the recipe, its directory too, stays.
 --dry-run checks the configuration for a job of that many processes, prints its layout and starts nothing.
 A run continues from the newest complete checkpoint in its directory. SIGTERM or SIGUSR1 saves and stops it
 with exit code 3.
@@ -36,12 +39,17 @@ def run(arguments: list[str]) -> int:
 
     overrides, processes = _take_dry_run(arguments[1:])
     overrides, size = _take_option(overrides, "--model.size")
+    overrides, budget = _take_option(overrides, "--budget-flops")
     recipe = load_recipe(Path(arguments[0]))
     if size is not None:
         from megatron_dlm.models.sizes import paper_model
 
         recipe = replace(recipe, model=paper_model(size))
     config = parse(RunConfig, overrides, verb=f"train {arguments[0]}", default=recipe)
+    if budget is not None:
+        from megatron_dlm.training.recipes import within_budget
+
+        config = within_budget(config, _positive_number("--budget-flops", budget))
     if processes is not None:
         print(describe_layout(config, processes))
         return 0
@@ -60,6 +68,16 @@ def _take_dry_run(arguments: list[str]) -> tuple[list[str], int | None]:
     return rest, int(value)
 
 
+def _positive_number(name: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise InputError(f"{name}: {text!r} is not a number above 0")
+    return value
+
+
 def _take_option(arguments: list[str], name: str) -> tuple[list[str], str | None]:
     """The arguments without `name VALUE` or `name=VALUE`, and the value; None where it is not among them."""
     for index, word in enumerate(arguments):
@@ -73,8 +91,8 @@ def _take_option(arguments: list[str], name: str) -> tuple[list[str], str | None
 
 def describe_layout(config: RunConfig, processes: int) -> str:
     """What a job of that many processes would run; raises InputError where it cannot."""
-    from megatron_dlm.models.flops import PUBLISHED_VOCABULARY, TRAINING_PASSES, published_forward_flops
     from megatron_dlm.models.sizes import parameter_count
+    from megatron_dlm.training.budget import describe_flops
     from megatron_dlm.training.run_config import check_run
 
     check_run(config, processes)
@@ -83,8 +101,6 @@ def describe_layout(config: RunConfig, processes: int) -> str:
     data_size = parallel.data_parallel_size(processes)
     tokens = training.global_batch_size * config.data.seq_length
     microbatches = training.global_batch_size // (training.micro_batch_size * data_size)
-    sequence_flops = published_forward_flops(config.model, PUBLISHED_VOCABULARY, config.data.seq_length)
-    published = TRAINING_PASSES * sequence_flops * training.global_batch_size * training.num_steps
     lines = {
         "objective": config.objective.name,
         "processes": f"{processes} = {parallel.tensor_model_parallel_size} tensor "
@@ -93,8 +109,8 @@ def describe_layout(config: RunConfig, processes: int) -> str:
         f"{config.model.num_attention_heads} heads ({padded_heads} with padding), {training.precision}",
         "step": f"{training.global_batch_size} samples x {config.data.seq_length} = {tokens:,} tokens, "
         f"{microbatches} microbatches of {training.micro_batch_size} a process",
-        "run": f"{training.num_steps:,} steps, {training.num_steps * tokens / 1e9:,.1f}B tokens, "
-        f"{published:.3g} FLOPs by the published count at {PUBLISHED_VOCABULARY:,} ids",
+        "run": f"{training.num_steps:,} steps, {training.num_steps * tokens / 1e9:,.1f}B tokens",
+        "FLOPs": describe_flops(config),
         "directory": str(config.directory),
         "data": f"{config.data.train}, validation {config.data.validation}",
     }

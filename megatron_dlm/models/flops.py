@@ -30,9 +30,16 @@ def published_forward_flops(model: ModelConfig, vocabulary_size: int, seq_length
     Returns:
         2 MACs + n (L^2 h + 12 L d) + 4 L d + L d / h with
         MACs = L (12 n d^2 + V d) + 6 c n d + 2 c d + 256 c + c^2.
+
+    Raises:
+        InputError: an MLP of another width.
     """
     n, d, h, c = model.num_layers, model.hidden_size, model.num_attention_heads, model.conditioning_size
     length = seq_length
+    if model.ffn_hidden_size != 4 * d:
+        raise InputError(
+            f"model.ffn_hidden_size: {model.ffn_hidden_size} is not 4 x {d}; the published count knows no other"
+        )
     macs = length * (12 * n * d * d + vocabulary_size * d) + 6 * c * n * d + 2 * c * d
     macs += FREQUENCY_CHANNELS * c + c * c
     elementwise = n * (length * length * h + 12 * length * d) + 4 * length * d + length * d // h

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_dlm.checkpointing.storage import CheckpointConfig
 from megatron_dlm.data.loader import DataConfig
+from megatron_dlm.interfaces import InputError
 from megatron_dlm.models.config import ModelConfig
 from megatron_dlm.models.flops import PUBLISHED_VOCABULARY, max_steps, published_forward_flops
 from megatron_dlm.models.sizes import PAPER_1_7B, paper_model
@@ -41,26 +43,50 @@ def isoflop_run(size: str, objective: ObjectiveConfig, *, budget_flops: float) -
     Returns:
         The run.
     """
-    model, seq_length, global_batch_size = paper_model(size), 2048, 256
-    sequence_flops = published_forward_flops(model, PUBLISHED_VOCABULARY, seq_length)
-    num_steps = max_steps(budget_flops, sequence_flops, global_batch_size)
-    return RunConfig(
+    config = RunConfig(
         directory=Path(f"runs/{objective.name}-{size.lower()}"),
-        model=model,
+        model=paper_model(size),
         objective=objective,
-        data=_data("data/slim-pajama", "validation", seq_length=seq_length),
+        data=_data("data/slim-pajama", "validation", seq_length=2048),
         training=TrainingConfig(
-            num_steps=num_steps,
-            global_batch_size=global_batch_size,
+            num_steps=1,
+            global_batch_size=256,
             micro_batch_size=32,
             precision="bf16",
             head_rows_per_chunk=GPU_HEAD_ROWS,
         ),
-        schedule=LrScheduleConfig(
-            lr=2e-4, min_lr=2e-5, warmup_steps=max(num_steps // 100, 100), decay_steps=num_steps
-        ),
+        schedule=LrScheduleConfig(lr=2e-4, min_lr=2e-5),
         evaluation=EvaluationConfig(every=10_000, num_batches=16, batch_size=256),
         checkpoint=CheckpointConfig(save_every=1000, keep_last=2),
+    )
+    return within_budget(config, budget_flops)
+
+
+def within_budget(config: RunConfig, budget_flops: float) -> RunConfig:
+    """The run with as many steps as a budget pays for, as the paper's IsoFLOP runs have them.
+
+    Args:
+        config: run whose model, length and batch are kept.
+        budget_flops: of the run, by the published count at the paper's 32,001 ids.
+
+    Returns:
+        The run with these steps, a warm-up over 1% of them, at least 100, and the cosine over all of them.
+
+    Raises:
+        InputError: the budget is below one step, or the run not longer than its warm-up.
+    """
+    sequence_flops = published_forward_flops(config.model, PUBLISHED_VOCABULARY, config.data.seq_length)
+    num_steps = max_steps(budget_flops, sequence_flops, config.training.global_batch_size)
+    warmup_steps = max(num_steps // 100, 100)
+    if num_steps <= warmup_steps:
+        raise InputError(
+            f"budget_flops: {budget_flops:g} pays for {num_steps} steps, not more than the warm-up's "
+            f"{warmup_steps}"
+        )
+    return replace(
+        config,
+        training=replace(config.training, num_steps=num_steps),
+        schedule=replace(config.schedule, warmup_steps=warmup_steps, decay_steps=num_steps),
     )
 
 

@@ -175,9 +175,7 @@ def _restore(session: Session, start: RunRecord | ReferenceStart | None) -> Prog
     verify_on_all_ranks(start.directory, parallel)
     if start.directory.parent != checkpoint_root(session.config).path:
         weights = load_weights(start.directory, denoiser, parallel)
-        set_weights(
-            session.optimizer, {param: weights[name] for name, param in denoiser.named_parameters()}
-        )
+        set_weights(session.optimizer, {param: weights[name] for name, param in denoiser.named_parameters()})
         return Progress()
     load(start.directory, denoiser, session.optimizer, parallel)
     restore_settings(session.optimizer, session.config.optimizer)

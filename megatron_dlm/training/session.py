@@ -100,9 +100,7 @@ class Validation:
         """The bound over `config.num_batches` batches; all ranks call it."""
 
         def run_batch(index: int) -> tuple[float, int]:
-            sums = self._stream.run(
-                index, index * config.batch_size, config.batch_size, training=False
-            )
+            sums = self._stream.run(index, index * config.batch_size, config.batch_size, training=False)
             return sums.bound, sums.tokens
 
         return estimate_likelihood(run_batch, config.num_batches, self._bytes_per_token)

@@ -94,6 +94,16 @@ BAD = {
         "training.global_batch_size: 8 is not a multiple of training.micro_batch_size 3",
     ),
     "shard": (["train", RECIPE, "--data.train", "no/shard"], "no/shard.json: no such file"),
+    "budget": (["train", RECIPE, "--budget-flops", "much"], "--budget-flops: 'much' is not a number above 0"),
+    "small budget": (["train", RECIPE, "--budget-flops", "1"], "budget_flops: 1.0 does not pay for one step"),
+    "short budget": (
+        ["train", RECIPE, "--budget-flops", "1e13"],
+        "pays for 84 steps, not more than the warm-up's 100",
+    ),
+    "budget of another MLP": (
+        ["train", RECIPE, "--budget-flops", "1e18", "--model.ffn-hidden-size", "64"],
+        "model.ffn_hidden_size: 64 is not 4 x 224",
+    ),
     "dry run": (["train", RECIPE, "--dry-run", "x"], "--dry-run: 'x' is not a number of processes"),
     "checkpoint": (["evaluate", "no/checkpoint", "--data", "x"], "no/checkpoint/manifest.json: no such file"),
     "index flag": (["index", "--inptu", "x"], "inptu"),
@@ -147,6 +157,31 @@ def test_the_package_imports_quickly():
 def test_a_recipe_without_function_is_named(command, tmp_path):
     finished = command("train", write(tmp_path / "r.py", "x = 1\n"), check=False)
     assert finished.returncode == 2 and "has no function recipe()" in finished.stderr
+
+
+def test_an_unknown_family_is_named(command, tmp_path):
+    recipe = write(
+        tmp_path / "recipe.py",
+        """
+from dataclasses import replace
+from megatron_dlm.objectives.base import ObjectiveConfig
+from megatron_dlm.training.run_config import load_recipe
+from pathlib import Path
+
+def recipe():
+    return replace(load_recipe(Path("examples/mdlm/tiny.py")), objective=ObjectiveConfig())
+""",
+    )
+    finished = command("train", recipe, "--dry-run", "1", check=False)
+    assert finished.returncode == 2
+    assert "objective: choose a family, one of ar, mdlm, duo, esolm, block-diffusion" in finished.stderr
+
+
+def test_a_budget_gives_the_published_steps(command):
+    arguments = ["train", "examples/mdlm/113m.py", "--model.size", "66M", "--budget-flops", "6e18"]
+    printed = command(*arguments, "--dry-run", "1", "--training.micro-batch-size", 1).stdout
+    assert "27,334 steps" in printed, printed
+    assert "6e+18 by the published count, at 32,001 ids" in printed
 
 
 def test_tokenizer_and_index_from_the_command_line(command, tmp_path, read_json):

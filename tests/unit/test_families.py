@@ -72,7 +72,9 @@ def test_curriculum_signal_probability(states, expected):
 
 def test_curriculum_draws_follow_the_full_gaussian():
     """Against noise over the whole vocabulary: how often the clean token wins, how soft the mixture is."""
-    config = DuoConfig(curriculum=CurriculumConfig(steps=1, temperature=0.1, gamma_min=-1.5, gamma_max=0.0, top_k=39))
+    config = DuoConfig(
+        curriculum=CurriculumConfig(steps=1, temperature=0.1, gamma_min=-1.5, gamma_max=0.0, top_k=39)
+    )
     batch = tokens(32, 2000)
     ((inputs, targets),) = corrupt(config, batch)
     mixture = inputs.mixture

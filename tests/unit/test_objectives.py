@@ -78,7 +78,9 @@ def test_every_contiguous_slice_is_balanced(n, per_sample):
         for length in range(1, n * per_sample + 1):
             counts = before[length:] - before[:-length]
             # Rotated orders, for n no power of two, join two such sequences.
-            assert np.abs(counts - length / 4).max() < (1 if n * per_sample & (n * per_sample - 1) == 0 else 2)
+            assert np.abs(counts - length / 4).max() < (
+                1 if n * per_sample & (n * per_sample - 1) == 0 else 2
+            )
 
 
 def test_van_der_corput_order():

@@ -77,7 +77,11 @@ class Networks:
             "esolm/sequential-order": order,
         }
         context = CorruptionContext(
-            noise=RecordedNoise(0, draws=draws), step=0, batch_start=0, global_batch_size=len(x), training=True
+            noise=RecordedNoise(0, draws=draws),
+            step=0,
+            batch_start=0,
+            global_batch_size=len(x),
+            training=True,
         )
         vocabulary = Vocabulary(
             size=self._shape["vocab"], mask_token_id=self._shape["mask"], eos_token_id=0, bos_token_id=0
