@@ -22,9 +22,9 @@ from megatron_dlm.checkpointing.storage import CheckpointRoot
 from megatron_dlm.data.corpus import check_readable, read_texts
 from megatron_dlm.data.manifest import read_manifest
 from megatron_dlm.interfaces import InputError
+from megatron_dlm.objectives.registry import OBJECTIVES
 from megatron_dlm.telemetry.plots import plot_loss
 from megatron_dlm.telemetry.writers import duration, read_metrics
-from megatron_dlm.objectives.registry import OBJECTIVES
 from megatron_dlm.training.run_config import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,8 +12,8 @@ from megatron_dlm.interfaces import InputError
 if TYPE_CHECKING:
     from megatron_dlm.training.run_config import RunConfig
 
-USAGE = """usage: megatron-dlm train RECIPE [--model.size NAME] [--budget-flops FLOPS] [--field.name VALUE ...]
-                          [--dry-run PROCESSES]
+USAGE = """usage: megatron-dlm train RECIPE [--model.size NAME] [--budget-flops FLOPS] [--dry-run PROCESSES]
+                          [--field.name VALUE ...]
 
 RECIPE is a Python file with a function recipe() -> RunConfig, such as those under examples/, or the run.json
 of a checkpoint. `megatron-dlm train RECIPE --help` lists every field with its unit and the recipe's value.

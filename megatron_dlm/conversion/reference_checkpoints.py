@@ -103,36 +103,30 @@ def read_reference_checkpoint(path: Path, model: ModelConfig, vocabulary: Vocabu
     """
     state = _load(path).get("state_dict")
     if not isinstance(state, dict):
-        raise InputError(f"checkpoint.initialize_from: {path}: has no state_dict")
+        raise _complaint(path, "has no state_dict")
     for name, tensor in state.items():
         if not (isinstance(name, str) and isinstance(tensor, Tensor) and tensor.is_floating_point()):
-            raise InputError(
-                f"checkpoint.initialize_from: {path}: state_dict entry {name!r} is not a floating-point tensor"
-            )
+            raise _complaint(path, f"state_dict entry {name!r} is not a floating-point tensor")
     found = {name.removeprefix(PREFIX): tensor for name, tensor in state.items() if name.startswith(PREFIX)}
     frequencies, expected_frequencies = found.pop(ROTARY_BUFFER, None), _rotary_frequencies(model)
     if frequencies is not None and not (
         frequencies.shape == expected_frequencies.shape
         and torch.allclose(frequencies.float(), expected_frequencies)
     ):
-        raise InputError(
-            f"checkpoint.initialize_from: {path}: {ROTARY_BUFFER} is not that of head dimension {model.head_dim}"
-        )
+        raise _complaint(path, f"{ROTARY_BUFFER} is not that of head dimension {model.head_dim}")
     expected = public_shapes(model, vocabulary.size)
     for name in sorted(expected.keys() ^ found.keys()):
         what = "lacks" if name in expected else "has an unknown tensor"
-        raise InputError(f"checkpoint.initialize_from: {path}: {what} {PREFIX}{name}")
+        raise _complaint(path, f"{what} {PREFIX}{name}")
     for name, shape in expected.items():
         if tuple(found[name].shape) != shape:
-            raise InputError(
-                f"checkpoint.initialize_from: {path}: {PREFIX}{name} has shape {tuple(found[name].shape)}, the model {shape}"
-            )
+            raise _complaint(path, f"{PREFIX}{name} has shape {tuple(found[name].shape)}, the model {shape}")
     return found
 
 
 def _load(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise InputError(f"checkpoint.initialize_from: {path}: no such file")
+        raise _complaint(path, "no such file")
     _refuse_programs(path)
     try:
         with _own_unpickler_allowed():
@@ -140,15 +134,17 @@ def _load(path: Path) -> dict[str, Any]:
                 path, map_location="cpu", weights_only=False, pickle_module=_PICKLE, mmap=True
             )
     except InputError as error:
-        raise InputError(f"checkpoint.initialize_from: {path}: {error}") from error
+        raise _complaint(path, f"{error}") from error
     except Exception as error:  # a damaged pickle raises almost anything
         message = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"checkpoint.initialize_from: {path}: unreadable: {message}") from error
+        raise _complaint(path, f"unreadable: {message}") from error
     if not isinstance(loaded, dict):
-        raise InputError(
-            f"checkpoint.initialize_from: {path}: holds a {type(loaded).__name__}, not a checkpoint"
-        )
+        raise _complaint(path, f"holds a {type(loaded).__name__}, not a checkpoint")
     return loaded
+
+
+def _complaint(path: Path, what: str) -> InputError:
+    return InputError(f"checkpoint.initialize_from: {path}: {what}")
 
 
 def _refuse_programs(path: Path) -> None:
@@ -157,13 +153,11 @@ def _refuse_programs(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             records = {Path(name).name for name in archive.namelist()}
     except (zipfile.BadZipFile, OSError) as error:
-        raise InputError(f"checkpoint.initialize_from: {path}: unreadable: {error}") from error
+        raise _complaint(path, f"unreadable: {error}") from error
     if "constants.pkl" in records:
-        raise InputError(
-            f"checkpoint.initialize_from: {path}: is a TorchScript program, not a checkpoint; refused"
-        )
+        raise _complaint(path, "is a TorchScript program, not a checkpoint; refused")
     if "data.pkl" not in records:
-        raise InputError(f"checkpoint.initialize_from: {path}: unreadable: holds no data.pkl")
+        raise _complaint(path, "unreadable: holds no data.pkl")
 
 
 @contextmanager

@@ -38,7 +38,7 @@ def published_forward_flops(model: ModelConfig, vocabulary_size: int, seq_length
     length = seq_length
     if model.ffn_hidden_size != 4 * d:
         raise InputError(
-            f"model.ffn_hidden_size: {model.ffn_hidden_size} is not 4 x {d}; the published count knows no other"
+            f"model.ffn_hidden_size: {model.ffn_hidden_size} is not 4 x {d}, as the published count has it"
         )
     macs = length * (12 * n * d * d + vocabulary_size * d) + 6 * c * n * d + 2 * c * d
     macs += FREQUENCY_CHANNELS * c + c * c

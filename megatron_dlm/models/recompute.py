@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Recomputable:
-    """A function's value that one linear layer reads: it can be dropped and is made again for its gradient."""
+    """A function's value that one linear layer reads; it can be dropped and made again for the gradient."""
 
     def __init__(self, config: TransformerConfig, function: Callable[..., Tensor], *inputs: Any) -> None:
         wanted = config.recompute_granularity == "selective" and torch.is_grad_enabled()

@@ -111,8 +111,8 @@ class GaussianCurriculum:
         dropped = weights[config.top_k :].sum() / weights.sum()
         if dropped > LARGEST_DROPPED:
             raise InputError(
-                f"objective.curriculum.top_k: {config.top_k} drops {dropped:.2g} of the weight of soft tokens "
-                f"at temperature {config.temperature}, more than {LARGEST_DROPPED}"
+                f"objective.curriculum.top_k: {config.top_k} drops {dropped:.2g} of the weight of soft "
+                f"tokens at temperature {config.temperature}, more than {LARGEST_DROPPED}"
             )
 
     def gamma(self, t: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -1,4 +1,4 @@
-"""What a run computes: the published count that budgets follow, and the honest one that utilisation follows."""
+"""What a run computes: by the published count, which budgets follow, and honestly, as utilisation needs."""
 
 from __future__ import annotations
 

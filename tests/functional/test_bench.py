@@ -24,7 +24,7 @@ def test_step_benchmark_prints_both_sides_and_the_floor(precision):
     for word in ("ours", "naive", "floor", "MiB", "plain DiT", "redirection costs"):
         assert word in printed
     (row,) = (line for line in printed.splitlines() if " duo " in line)
-    ours, naive, floor, against, floor_against, *memory = row.replace(",", "").split("│")[4:-1]
+    ours, naive, floor, against, _, *memory = row.replace(",", "").split("│")[4:-1]
     assert float(ours) > 0 and float(floor) > 0 and len(memory) == 4
     # The ratio printed is that of the columns before it, up to rounding.
     assert float(against.strip(" x")) == pytest.approx(float(ours) / float(naive), rel=0.02)

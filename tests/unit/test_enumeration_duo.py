@@ -17,7 +17,6 @@ from tests.helpers.enumeration import (
     with_mask_column,
 )
 
-
 # Without and with the mask token among the states of the noise; it is never predicted.
 STATES = pytest.mark.parametrize("states", [TOKENS, TOKENS + 1])
 
@@ -89,7 +88,7 @@ def duo_nelbo(denoiser, joint, x, states, **fields):
 
 
 def duo_rate_divergence(denoiser, joint, x, states, until=1.0):
-    """The same bound from jump rates alone: sum over jumps of R_m - R + R ln(R / R_m), t from 0 to `until`."""
+    """The same bound from jump rates alone: sum of R_m - R + R ln(R / R_m) over jumps, up to t = `until`."""
 
     def at(t):
         alpha, total = 1 - t, 0.0

@@ -69,7 +69,7 @@ def test_strata_are_a_permutation_whose_slices_are_spread(n):
 
 @pytest.mark.parametrize(("n", "per_sample"), [(8, 1), (24, 1), (64, 1), (100, 1), (8, 4), (6, 4)])
 def test_every_contiguous_slice_is_balanced(n, per_sample):
-    """Aligned or not, of any length: in each quarter of the times a quarter of the slice, give or take one."""
+    """Aligned or not, of any length: a quarter of it in each quarter of the times, give or take one."""
     for step in range(20):
         positions = np.arange(step * n, step * n + n)
         times = stratified_times(positions, context(step * n, n), time_epsilon=0.0, per_sample=per_sample)

@@ -7,7 +7,7 @@ A step is corruption, forward, backward and optimizer over one microbatch. The p
 denoiser, full logits of all rows and losses under autograd; "floor" is the same step without any loss: the
 body and the head's three matrix products on the rows that carry a loss; "plain body" is a DiT of the same
 shape in plain PyTorch. Our side makes cheap activations again (--recompute), the others keep all. Times are
-medians over interleaved repeats; memory is the peak of the tensors of a process that runs one side alone, over
+medians over interleaved repeats; memory is the peak of a process's tensors when it runs one side alone, over
 what it held before its first step; the floor's is what body and optimizer need.
 """
 
