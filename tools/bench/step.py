@@ -37,8 +37,8 @@ COMPARED = [
     *("size", "family", "precision", "ours tokens/s", "naive tokens/s", "floor tokens/s"),
     *("ours/naive", "floor/naive", "ours MiB", "naive MiB", "floor MiB", "ours/naive MiB"),
 ]
-TOUCHED_LOGITS = 10
-"""Float32 tensors of full logits that the plain way may hold at a time, and more."""
+TOUCHED_LOGITS = 24
+"""Float32 tensors of full logits: more than the plain way ever holds, at most half of the free memory."""
 OWN_PAGES = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
 """Gives each large tensor pages of its own, so that a process holds what its tensors hold, not what the C
 library keeps for later."""
@@ -92,7 +92,9 @@ def _status_mib(name: str) -> float:
 def touch_memory(shapes: list[Shape]) -> None:
     """Use once what the plain way will use: a virtual machine's first touch of a page costs far more."""
     logits = max(shape.batch_size * shape.seq_length * shape.vocabulary_size for shape in shapes)
-    torch.zeros(TOUCHED_LOGITS * logits).add_(1)
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free_kib = int(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
+    torch.zeros(min(TOUCHED_LOGITS * logits, free_kib * 128)).add_(1)
 
 
 def compare(shapes: list[Shape], arguments: argparse.Namespace, parallel: ParallelState) -> None:
