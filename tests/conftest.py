@@ -14,7 +14,7 @@ TABLES = {
     "table: layout": (
         "against one process, 3 steps: largest relative difference of loss and of any parameter's gradient",
         (
-            *("tensor", "pipeline", "data", "micro-batch", "distributed optimizer"),
+            *("tensor", "pipeline", "data", "micro-batch", "options"),
             *("family", "loss", "gradient"),
         ),
     )

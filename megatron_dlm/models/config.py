@@ -64,7 +64,7 @@ class ModelConfig:
             parallel: sizes of the axes.
 
         Raises:
-            InputError: tensor parallelism does not divide the MLP, or stages do not divide the layers.
+            InputError: tensor parallelism does not divide the MLP, or there are more stages than layers.
         """
         tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
         if self.ffn_hidden_size % tensor:
@@ -72,11 +72,24 @@ class ModelConfig:
                 f"parallel.tensor_model_parallel_size: {tensor} does not divide "
                 f"model.ffn_hidden_size {self.ffn_hidden_size}"
             )
-        if self.num_layers % stages:
+        if self.num_layers < stages:
             raise InputError(
-                f"parallel.pipeline_model_parallel_size: {stages} does not divide "
-                f"model.num_layers {self.num_layers}"
+                f"parallel.pipeline_model_parallel_size: {stages} exceeds model.num_layers {self.num_layers}"
             )
+
+    def stage_layers(self, stages: int) -> list[int]:
+        """Layers of each pipeline stage, nearly equal; the last stages, towards the head, have fewer."""
+        each, extra = divmod(self.num_layers, stages)
+        return [each + (stage < extra) for stage in range(stages)]
+
+
+def _pipeline_layout(model: ModelConfig, parallel: ParallelConfig) -> list[list[str]] | None:
+    """megatron-core's table of what each stage holds; None for one stage."""
+    stages = parallel.pipeline_model_parallel_size
+    if stages == 1:
+        return None
+    layout = [["decoder"] * layers for layers in model.stage_layers(stages)]
+    return [["embedding", *layout[0]], *layout[1:-1], [*layout[-1], "loss"]]
 
 
 def transformer_config(
@@ -116,6 +129,8 @@ def transformer_config(
         pipeline_dtype=torch.float32,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        pipeline_model_parallel_layout=_pipeline_layout(model, parallel),
+        sequence_parallel=parallel.sequence_parallel,
         # Losses are summed and divided once by the tokens of the global batch.
         calculate_per_token_loss=True,
         # Weights are drawn by models/initialization.py.

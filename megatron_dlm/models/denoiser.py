@@ -15,7 +15,9 @@ from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
+    gather_from_sequence_parallel_region,
     reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer import TransformerConfig
@@ -24,7 +26,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor, nn
 
 from megatron_dlm.interfaces import AttentionPattern, ModelInputs, Vocabulary
-from megatron_dlm.models.adaln_layer import FinalLayer
+from megatron_dlm.models.adaln_layer import AdaLNTransformerLayer, FinalLayer, ModulatedNorm
 from megatron_dlm.models.attention import rotary_angles
 from megatron_dlm.models.config import ModelConfig
 from megatron_dlm.models.head import Head
@@ -55,6 +57,7 @@ class Denoiser(MegatronModule):
         self.attention = attention
         self.pre_process, self.post_process = parallel.is_first_stage, parallel.is_last_stage
         self._pipeline_rank = parallel.pipeline_rank
+        self._tensor_group = parallel.tensor_group
         if self.pre_process:
             self.embedding = VocabParallelEmbedding(
                 padded_vocabulary_size(vocabulary.size, parallel.tensor_size),
@@ -62,6 +65,7 @@ class Denoiser(MegatronModule):
                 init_method=_leave_uninitialised,
                 config=config,
                 tp_group=parallel.tensor_group,
+                reduce_scatter_embeddings=config.sequence_parallel,
             )
         self.time_embedder = TimeEmbedder(model.conditioning_size, first_stage=self.pre_process)
         self.block = TransformerBlock(
@@ -81,6 +85,8 @@ class Denoiser(MegatronModule):
                 model.hidden_size, vocab, parallel.tensor_group, config.params_dtype, parallel.device
             )
         _mark_tensor_parallel(self)
+        if config.sequence_parallel:
+            _mark_sequence_parallel(self)
         self.to(device=parallel.device, dtype=config.params_dtype)
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
@@ -99,7 +105,7 @@ class Denoiser(MegatronModule):
         c = self.time_embedder(inputs.sigma_B)
         hidden_states = None
         if self.pre_process:
-            hidden_states = self._embed(inputs).transpose(0, 1).float().contiguous()
+            hidden_states = self._embed(inputs).float().contiguous()
         hidden_states = self.block(
             hidden_states=hidden_states,
             attention_mask=inputs.attention_mask,
@@ -107,13 +113,24 @@ class Denoiser(MegatronModule):
             context=c.view_as(c),
             rotary_pos_emb=rotary_angles(inputs.position_ids_BL, self.model.head_dim),
         )
-        return self.final_layer(hidden_states, c) if self.post_process else hidden_states
+        if not self.post_process:
+            return hidden_states
+        hidden_states = self.final_layer(hidden_states, c)
+        if self.config.sequence_parallel:
+            # The head's gradient is whole on every rank, so each takes its part of it back.
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=False, group=self._tensor_group
+            )
+        return hidden_states
 
     def _embed(self, inputs: ModelInputs) -> Tensor:
-        """[B, L, D] embeddings of tokens or, where there is a mixture, of weighted tokens."""
+        """[L, B, D] embeddings of tokens or, where there is a mixture, of weighted tokens.
+
+        Under sequence parallelism this rank's part of the positions.
+        """
         if inputs.mixture is None:
             embedded: Tensor = self.embedding(inputs.token_ids_BL)
-            return embedded
+            return embedded if self.config.sequence_parallel else embedded.transpose(0, 1)
         ids, weights = inputs.mixture.token_ids_BLk, inputs.mixture.weights_BLk
         table, start = self.embedding.weight, self.embedding.vocab_start_index
         present = (ids >= start) & (ids < start + table.shape[0])
@@ -123,8 +140,12 @@ class Denoiser(MegatronModule):
             per_sample_weights=(weights * present).to(table.dtype).flatten(0, 1),
             mode="sum",
         )
-        mixed: Tensor = reduce_from_tensor_model_parallel_region(bags, self.embedding.tp_group)
-        return mixed.unflatten(0, ids.shape[:2])
+        bags_LBD = bags.unflatten(0, ids.shape[:2]).transpose(0, 1).contiguous()
+        if self.config.sequence_parallel:
+            part: Tensor = reduce_scatter_to_sequence_parallel_region(bags_LBD, self._tensor_group)
+            return part
+        mixed: Tensor = reduce_from_tensor_model_parallel_region(bags_LBD, self._tensor_group)
+        return mixed
 
     def logits(self, inputs: ModelInputs) -> Tensor:
         """float32 [B, L, Vp] of this rank's columns; for evaluation of small batches on one stage."""
@@ -153,6 +174,22 @@ def _mark_tensor_parallel(model: nn.Module) -> None:
         for kind, dim in cut_dim.items():
             if isinstance(module, kind):
                 set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
+
+
+def _mark_sequence_parallel(model: nn.Module) -> None:
+    """Mark what works on a part of the positions, so that its gradients are summed over tensor ranks.
+
+    Norms, modulations and, through these, the time embedder; megatron-core marks its own linears' biases.
+    """
+    for module in model.modules():
+        if isinstance(module, ModulatedNorm | TimeEmbedder):
+            parameters = list(module.parameters())
+        elif isinstance(module, AdaLNTransformerLayer | FinalLayer):
+            parameters = list(module.modulation.parameters())
+        else:
+            continue
+        for parameter in parameters:
+            parameter.sequence_parallel = True  # type: ignore[attr-defined]
 
 
 def _leave_uninitialised(weight: Tensor) -> Tensor:

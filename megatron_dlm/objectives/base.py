@@ -53,6 +53,17 @@ class ObjectiveConfig:
             InputError: where it cannot.
         """
 
+    def length_multiple(self, seq_length: int) -> int:
+        """What divides the positions of every forward, for layouts that cut them into equal parts.
+
+        Args:
+            seq_length: tokens of a sample.
+
+        Returns:
+            `seq_length`, unless a family cuts its samples short.
+        """
+        return seq_length
+
     def build(self, vocabulary: Vocabulary) -> Objective:
         """The family over `vocabulary`."""
         raise TypeError(f"{type(self).__name__} is no family; choose one from objectives/registry.py")

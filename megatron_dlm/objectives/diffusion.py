@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -30,12 +31,20 @@ class DiffusionConfig(ObjectiveConfig):
     """Which place of the global batch gets which stratum of time; reference ties places to bands."""
     ssl_ratio: float = 0.0
     """Probability that a training step cuts its samples to one random length (arXiv:2602.15014: 0.01)."""
+    ssl_multiple: int = 1
+    """Random lengths are rounded up to a multiple of this; sequence parallelism needs one of its size."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.time_epsilon < 1:
             raise InputError(f"objective.time_epsilon: {self.time_epsilon} is outside [0, 1)")
         if not 0 <= self.ssl_ratio <= 1:
             raise InputError(f"objective.ssl_ratio: {self.ssl_ratio} is outside [0, 1]")
+        if self.ssl_multiple < 1:
+            raise InputError(f"objective.ssl_multiple: {self.ssl_multiple} is below 1")
+
+    def length_multiple(self, seq_length: int) -> int:
+        """A truncated sample's length is a multiple of `ssl_multiple`, or `seq_length`."""
+        return math.gcd(seq_length, self.ssl_multiple) if self.ssl_ratio else seq_length
 
 
 def clean_tokens(
@@ -49,7 +58,7 @@ def clean_tokens(
         batch: clean blocks.
         context: address of the draw; evaluation never cuts.
         config: says how often.
-        multiple: the length is rounded up to a multiple of this.
+        multiple: the length is rounded up to a multiple of this, too.
 
     Returns:
         int64 [B, L'], L' the whole length or one uniform in {1, ..., L}.
@@ -59,6 +68,7 @@ def clean_tokens(
     if context.training and config.ssl_ratio > 0:
         coin, share = context.noise.uniform("ssl/length", [context.batch_start], 2)[0]
         if coin < config.ssl_ratio:
+            multiple = math.lcm(multiple, config.ssl_multiple)
             length = min(length, -(-(1 + int(share * length)) // multiple) * multiple)
     return np.ascontiguousarray(tokens_BL[:, :length])
 

@@ -24,7 +24,9 @@ class ParallelConfig:
     tensor_model_parallel_size: int = 1
     """Processes that share each layer's weights."""
     pipeline_model_parallel_size: int = 1
-    """Pipeline stages; must divide the number of layers."""
+    """Pipeline stages; the first ones take a layer more where layers do not divide."""
+    sequence_parallel: bool = False
+    """Cut what tensor parallelism would replicate, norms and the residual stream, along the sequence."""
     use_distributed_optimizer: bool = True
     """Shard optimizer state over data parallel ranks (ZeRO-1)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -38,6 +40,8 @@ class ParallelConfig:
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "intra_op_threads"):
             if getattr(self, name) < 1:
                 raise InputError(f"parallel.{name}: {getattr(self, name)} is below 1")
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise InputError("parallel.sequence_parallel: needs parallel.tensor_model_parallel_size above 1")
         if self.collective_timeout_seconds <= 0:
             raise InputError(
                 f"parallel.collective_timeout_seconds: {self.collective_timeout_seconds} is not above 0"
@@ -143,6 +147,8 @@ def _silence_megatron() -> None:
     ):
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
+    # On a CPU one generator plays both, so saving and restoring "CUDA's" changes the other.
+    logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
 
 
 def start_parallel(environment: ProcessEnvironment, config: ParallelConfig) -> ParallelState:
@@ -163,11 +169,14 @@ def start_parallel(environment: ProcessEnvironment, config: ParallelConfig) -> P
         timeout_seconds=config.collective_timeout_seconds,
     )
     from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
     )
+    # Nothing is drawn from it, but sequence parallel layers and recomputation save and restore its state.
+    model_parallel_cuda_manual_seed(0)
     return ParallelState(
         rank=environment.rank,
         world_size=environment.world_size,

@@ -17,6 +17,8 @@ LAYOUTS = {
     "plain": (1, ParallelConfig(use_distributed_optimizer=False)),
     "tp2": (2, ParallelConfig(tensor_model_parallel_size=2)),
     "pp2dp2": (4, ParallelConfig(pipeline_model_parallel_size=2)),
+    "tp2sp": (2, ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)),
+    "pp3": (3, ParallelConfig(pipeline_model_parallel_size=3)),
     "tp2pp2": (4, ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)),
 }
 
@@ -100,7 +102,17 @@ def test_same_layout_resumes_bit_for_bit(corpus, tmp_path, name):
         assert losses == later
 
 
-@pytest.mark.parametrize(("source", "target"), [("one", "tp2pp2"), ("pp2dp2", "one"), ("tp2", "pp2dp2")])
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ("one", "tp2pp2"),
+        ("pp2dp2", "one"),
+        ("tp2", "pp2dp2"),
+        ("tp2pp2", "tp2sp"),
+        ("pp3", "tp2"),
+        ("tp2sp", "pp3"),
+    ],
+)
 def test_another_layout_goes_on_with_equal_losses(corpus, tmp_path, source, target):
     (size, parallel), (other_size, other) = LAYOUTS[source], LAYOUTS[target]
     saved = run_distributed(save_at_two, size, config_for(corpus, tmp_path, parallel), parallel=parallel)

@@ -23,27 +23,48 @@ FAMILIES = {
     "ar": ARConfig(),
     "duo": DuoConfig(),
     "duo-curriculum": DuoConfig(curriculum=CurriculumConfig(steps=2), mask_in_noise=False),
-    "esolm": EsoLMConfig(ssl_ratio=0.5),
+    "esolm": EsoLMConfig(ssl_ratio=0.5, ssl_multiple=4),
     "esolm-two-parts": EsoLMConfig(alpha_0=0.5, batch_split=0.5, loss="elbo"),
     # Data parallel ranks then run different numbers of microbatches.
     "esolm-uneven-parts": EsoLMConfig(alpha_0=0.5, batch_split=0.375),
     "block-diffusion": BlockDiffusionConfig(block_size=8),
 }
-# tensor, pipeline, data, micro-batch, distributed optimizer
-LAYOUTS = [
-    (2, 1, 1, 4, True),
-    (1, 2, 1, 2, True),
-    (1, 1, 2, 4, True),
-    (1, 1, 2, 2, False),
-    (2, 2, 1, 2, True),
-    (1, 2, 2, 2, True),
+# tensor, pipeline, data, micro-batch, options of the layout
+QUICK = [
+    (2, 1, 1, 4, ""),
+    (2, 1, 1, 4, "sequence"),
+    (1, 2, 1, 2, ""),
+    (1, 1, 2, 4, ""),
+    (1, 1, 2, 2, "plain optimizer"),
+    (2, 2, 1, 2, ""),
+    (1, 2, 2, 2, ""),
 ]
+SLOW = [
+    (1, 3, 1, 1, ""),
+    (4, 1, 1, 8, "sequence"),
+    (2, 2, 1, 4, "sequence"),
+    (1, 3, 2, 4, "plain optimizer"),
+    (2, 1, 4, 1, "sequence"),
+    (2, 2, 2, 2, "sequence"),
+    (4, 2, 1, 2, ""),
+]
+LAYOUTS = [*QUICK, *(pytest.param(layout, marks=pytest.mark.slow) for layout in SLOW)]
+
+
+def parallel_of(layout):
+    tensor, pipeline, _, _, options = layout
+    return ParallelConfig(
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        sequence_parallel="sequence" in options,
+        use_distributed_optimizer="plain" not in options,
+    )
 
 
 def toy_model(**changes):
-    # 5 heads: tensor parallelism 2 pads them to 6.
+    # 5 heads: tensor parallelism 2 pads them to 6. 3 layers: 2 stages have 2 and 1.
     shape = ModelConfig(
-        num_layers=2, hidden_size=40, num_attention_heads=5, ffn_hidden_size=64, conditioning_size=16
+        num_layers=3, hidden_size=40, num_attention_heads=5, ffn_hidden_size=64, conditioning_size=16
     )
     return replace(shape, **changes)
 
@@ -119,14 +140,10 @@ def assert_equal_runs(run, reference):
     return largest_loss, largest_gradient
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "-".join(map(str, layout)))
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "-".join(map(str, layout)).replace(" ", "-"))
 def test_layout_equals_one_process(corpus, one_process, layout, record_property):
-    tensor, pipeline, data, micro_batch_size, distributed_optimizer = layout
-    parallel = ParallelConfig(
-        tensor_model_parallel_size=tensor,
-        pipeline_model_parallel_size=pipeline,
-        use_distributed_optimizer=distributed_optimizer,
-    )
+    tensor, pipeline, data, micro_batch_size, _ = layout
+    parallel = parallel_of(layout)
     configs = configs_for(corpus, parallel, micro_batch_size)
     for rank, runs in enumerate(
         run_distributed(all_families, tensor * pipeline * data, configs, parallel=parallel)

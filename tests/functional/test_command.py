@@ -60,6 +60,21 @@ BAD = {
         ["train", RECIPE, "--parallel.tensor-model-parallel-size", "2"],
         "tensor_model_parallel_size 2 x pipeline_model_parallel_size 1 does not divide the world size 1",
     ),
+    "sequence without tensor": (
+        ["train", RECIPE, "--parallel.sequence-parallel"],
+        "parallel.sequence_parallel: needs parallel.tensor_model_parallel_size above 1",
+    ),
+    "sequence does not divide": (
+        [
+            *("train", RECIPE, "--parallel.sequence-parallel", "--parallel.tensor-model-parallel-size", "2"),
+            *("--objective.ssl-ratio", "0.1", "--objective.ssl-multiple", "3", "--dry-run", "2"),
+        ],
+        "does not divide lengths that are multiples of 1",
+    ),
+    "too many stages": (
+        ["train", RECIPE, "--parallel.pipeline-model-parallel-size", "5", "--dry-run", "5"],
+        "parallel.pipeline_model_parallel_size: 5 exceeds model.num_layers 4",
+    ),
     "tensor does not divide": (
         ["train", RECIPE, "--parallel.tensor-model-parallel-size", "5", "--dry-run", "5"],
         "parallel.tensor_model_parallel_size: 5 does not divide model.ffn_hidden_size 896",

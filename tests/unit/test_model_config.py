@@ -30,12 +30,29 @@ def test_impossible_shapes_are_named(changes, message):
     ("fields", "message"),
     [
         ({"tensor_model_parallel_size": 3}, "parallel.tensor_model_parallel_size: 3 does not divide"),
-        ({"pipeline_model_parallel_size": 3}, "parallel.pipeline_model_parallel_size: 3 does not divide"),
+        (
+            {"pipeline_model_parallel_size": 9},
+            "parallel.pipeline_model_parallel_size: 9 exceeds model.num_layers",
+        ),
     ],
 )
 def test_impossible_layouts_are_named(fields, message):
     with pytest.raises(InputError, match=message):
         model().check_parallel(ParallelConfig(**fields))
+
+
+@pytest.mark.parametrize(
+    ("layers", "stages", "expected"),
+    [
+        (25, 2, [13, 12]),
+        (25, 3, [9, 8, 8]),
+        (25, 4, [7, 6, 6, 6]),
+        (28, 3, [10, 9, 9]),
+        (28, 4, [7, 7, 7, 7]),
+    ],
+)
+def test_stages_hold_nearly_equal_layers(layers, stages, expected):
+    assert model(num_layers=layers).stage_layers(stages) == expected
 
 
 def test_heads_are_padded_to_the_tensor_parallel_size():
