@@ -104,7 +104,7 @@ class GaussianCurriculum:
         # Typical weights of the noise entries, largest first; the smallest spread has the most of them.
         quantiles = (np.arange(self._states - 1) + 0.5) / (self._states - 1)
         entries = (
-            np.sqrt(_sigmoid(np.float64(config.gamma_min)))
+            np.sqrt(_sigmoid(np.array(config.gamma_min)))
             * -torch.special.ndtri(torch.from_numpy(quantiles)).numpy()
         )
         weights = np.exp((entries - entries[0]) / config.temperature)
