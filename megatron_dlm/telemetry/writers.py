@@ -14,7 +14,7 @@ class Writer(Protocol):
     """Takes one set of metrics at a time."""
 
     def write(self, kind: str, step: int, metrics: dict[str, float | int]) -> None:
-        """Record `metrics` of `step`; `kind` is train or validation."""
+        """Record `metrics` of `step`; `kind` is train, validation or skipped."""
 
     def close(self) -> None:
         """Flush everything."""
@@ -93,6 +93,8 @@ class ConsoleWriter:
                 f"{head} | {metrics['nats_per_token']:.4f}{error} nats/token "
                 f"| {metrics['bits_per_byte']:.4f} bits/byte"
             )
+        if kind == "skipped":
+            return f"{head} | not finite, {metrics['samples_at_fault']} samples at fault"
         return (
             f"{head} | loss {metrics['loss']:.4f} | {metrics['nats_per_token']:.4f} nats/token "
             f"| {metrics['tokens_per_second']:,.0f} tokens/s | ETA {duration(metrics['eta_seconds'])} "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +88,28 @@ def build_optimizer(
     )
     # An empty override table: megatron-core's default exempts biases and 1-D parameters from decay.
     return get_megatron_optimizer(megatron_config, [model], config_overrides={})
+
+
+def step_if_finite(optimizer: Any) -> float:
+    """One step with the gradients of the last pass; all ranks call it.
+
+    Args:
+        optimizer: from `build_optimizer`.
+
+    Returns:
+        The gradient's norm before clipping; where it is not finite nothing has changed on any rank.
+    """
+    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    if math.isfinite(norm):
+        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+            parameters = part.get_parameters()
+            if parameters and part.config.clip_grad > 0:
+                clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)
+        optimizer.step_with_ready_grads()
+    return norm
 
 
 def restore_settings(optimizer: Any, config: OptimizerConfig) -> None:

@@ -99,7 +99,7 @@ def train(config: RunConfig) -> bool:
 
     session = Session(config, data, parallel)
     progress = _restore(session, start)
-    _fit(session, progress)
+    go_on(session, progress)
     # Not after an error: the other ranks may never arrive.
     stop_parallel()
     return progress.step >= config.training.num_steps
@@ -183,13 +183,27 @@ def _restore(session: Session, start: RunRecord | ReferenceStart | None) -> Prog
     return Progress(int(saved["step"]), int(saved["consumed_samples"]), int(saved["fingerprint"]))
 
 
-def _fit(session: Session, progress: Progress) -> None:
+def go_on(session: Session, progress: Progress) -> None:
+    """Train a session to its last step, or until a signal, with all that happens around steps.
+
+    Args:
+        session: model, optimizer and data.
+        progress: where to begin; kept up to date.
+    """
     from megatron_dlm.training.hooks import CheckpointHook, EvaluationHook, LoggingHook, SignalHook, Telemetry
+    from megatron_dlm.training.non_finite import NonFiniteHook
     from megatron_dlm.training.trainer import fit
+
+    def roll_back() -> Progress:
+        complete = on_first_rank(session.parallel, lambda: checkpoint_root(session.config).complete())
+        if not complete:
+            raise InputError("training.on_non_finite: rollback, and no checkpoint to go back to")
+        return _restore(session, read_run_record(complete[-1]))
 
     telemetry = Telemetry(session, progress.step)
     # Evaluation before the checkpoint: a resumed run must not skip the evaluation of its first step.
     hooks = [
+        NonFiniteHook(roll_back),
         SignalHook(),
         EvaluationHook(telemetry),
         CheckpointHook(checkpoint_root(session.config), progress.step),

@@ -6,6 +6,7 @@ import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from megatron_dlm.checkpointing.storage import CheckpointConfig
 from megatron_dlm.data.loader import DataConfig
@@ -36,11 +37,23 @@ class TrainingConfig:
     recompute: Recompute = "selective"
     """Activations made again in the backward pass: none; selective, those that cost no matrix product; full,
     whole layers, for a third more time. All give the same bits."""
+    on_non_finite: Literal["skip", "stop", "rollback"] = "skip"
+    """Where a loss or the gradient's norm is not finite no parameter is changed; then skip the step, stop, or load
+    the newest checkpoint and go on with the samples behind the step's."""
+    max_skipped_steps: int = 3
+    """Such steps in a row, or rollbacks to one checkpoint, that end the run all the same, with a file of the
+    step's samples."""
     head_rows_per_chunk: int = 128
     """Most rows whose logits exist at a time: what a CPU's cache holds; GPUs want 1,024 and more."""
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "global_batch_size", "micro_batch_size", "head_rows_per_chunk"):
+        for name in (
+            "num_steps",
+            "global_batch_size",
+            "micro_batch_size",
+            "head_rows_per_chunk",
+            "max_skipped_steps",
+        ):
             if getattr(self, name) < 1:
                 raise InputError(f"training.{name}: {getattr(self, name)} is below 1")
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from megatron_dlm.data.loader import SampleOrder, microbatch_positions, read_batch
 from megatron_dlm.data.packing import TokenBlocks
 from megatron_dlm.evaluation.likelihood import Likelihood, estimate_likelihood
@@ -69,6 +72,40 @@ class BatchStream:
             training=training,
         )
         return self._runner.run(self._microbatches(first_sample, batch_size), context)
+
+    def corrupted(
+        self, step: int, first_sample: int, batch_size: int, positions: NDArray[np.int64]
+    ) -> dict[str, NDArray[Any]]:
+        """Some samples of a training batch as the network sees them.
+
+        Args:
+            step: optimizer steps done before the batch.
+            first_sample: position in the run of the batch's first sample.
+            batch_size: samples of the batch, over all processes.
+            positions: int64 [n], in the run.
+
+        Returns:
+            For each position its clean tokens and the tensors of its inputs and targets, by name.
+        """
+        context = CorruptionContext(
+            noise=self._noise,
+            step=step,
+            batch_start=first_sample,
+            global_batch_size=batch_size,
+            training=True,
+        )
+        arrays = {}
+        for position in positions:
+            one = np.array([position])
+            batch = read_batch(self._blocks, self._order(one), one)
+            inputs, targets = self._runner.objective.corrupt(batch, context)
+            tensors = {"clean_token_ids": batch.token_ids, **vars(inputs), **vars(targets)}
+            arrays |= {
+                f"sample_{position}/{name}": value.numpy()
+                for name, value in tensors.items()
+                if hasattr(value, "numpy")
+            }
+        return arrays
 
     def _microbatches(self, first_sample: int, batch_size: int) -> Iterator[TokenBatch]:
         for positions in microbatch_positions(
@@ -152,3 +189,9 @@ class Session:
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         return self._stream.run(step, first_sample, self.config.training.global_batch_size, training=True)
+
+    def corrupted(
+        self, step: int, first_sample: int, positions: NDArray[np.int64]
+    ) -> dict[str, NDArray[Any]]:
+        """Some samples of a training batch as the network saw them; see `BatchStream.corrupted`."""
+        return self._stream.corrupted(step, first_sample, self.config.training.global_batch_size, positions)

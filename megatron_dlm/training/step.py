@@ -31,6 +31,8 @@ class BatchSums:
     """What the network and the head really computed on."""
     fingerprint: int
     """Digest of the batch's corruption; does not depend on the layout."""
+    bad_samples: tuple[int, ...] = ()
+    """Positions in the run of samples whose microbatch has a loss that is not finite."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class PipelineRunner:
     ) -> None:
         self._model = model
         self._denoiser = model.module if hasattr(model, "ddp_config") else model
-        self._objective = objective
+        self.objective = objective
         self._parallel = parallel
         self._rows_per_chunk = head_rows_per_chunk
 
@@ -68,13 +70,13 @@ class PipelineRunner:
             Sums over the global batch.
 
         Raises:
-            TrainingError: a loss is not finite; gradients are left as they came.
+            TrainingError: a loss of an evaluation is not finite.
         """
         # On the CPU and small; a family may need several forwards for one microbatch, of different lengths.
         microbatches = [
-            Microbatch(part, *self._objective.corrupt(part, context))
+            Microbatch(part, *self.objective.corrupt(part, context))
             for batch in batches
-            for part in self._objective.split(batch, context)
+            for part in self.objective.split(batch, context)
         ]
         shapes = {microbatch.inputs.token_ids_BL.shape for microbatch in microbatches}
         batch_size, length = microbatches[0].inputs.token_ids_BL.shape
@@ -100,7 +102,7 @@ class PipelineRunner:
 
         def loss_of(hidden_states: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             losses = self._denoiser.head.losses(
-                hidden_states, targets, self._objective.loss_and_dlogits, self._rows_per_chunk
+                hidden_states, targets, self.objective.loss_and_dlogits, self._rows_per_chunk
             )
             tokens = torch.tensor(targets.token_count, dtype=torch.int, device=losses.loss.device)
             # Cloned: the schedule may change what it was given in place.
@@ -122,8 +124,13 @@ class PipelineRunner:
         last_stage = dist.get_global_rank(parallel.pipeline_group, parallel.pipeline_size - 1)
         dist.broadcast(sums, src=last_stage, group=parallel.pipeline_group)
         loss, bound = sums.tolist()
+        bad_samples: tuple[int, ...] = ()
         if not (math.isfinite(loss) and math.isfinite(bound)):
-            raise self._complaint(mine, microbatches, context)
+            bad_samples = self._samples_at_fault(mine, microbatches, context)
+            if not context.training:
+                raise TrainingError(
+                    f"loss: not finite in validation batch {context.step + 1}, samples {list(bad_samples)}"
+                )
         fingerprint, tokens, work = 0, 0, Work()
         for microbatch in microbatches:
             fingerprint += corruption_fingerprint(microbatch.inputs, microbatch.targets, microbatch.batch)
@@ -134,18 +141,19 @@ class PipelineRunner:
         )
         dist.all_reduce(counts, group=parallel.data_group)
         fingerprint, tokens, *numbers = counts.tolist()
-        return BatchSums(loss, bound, tokens, Work(*numbers), fingerprint % 2**63)
+        return BatchSums(loss, bound, tokens, Work(*numbers), fingerprint % 2**63, bad_samples)
 
-    def _complaint(
+    def _samples_at_fault(
         self, mine: Tensor, microbatches: Sequence[Microbatch], context: CorruptionContext
-    ) -> TrainingError:
-        """Which samples of this rank are at fault; the sums of all ranks are not finite."""
-        bad = [
-            int(index)
-            for sums, microbatch in zip(mine.tolist(), microbatches, strict=True)
-            for index in microbatch.batch.sample_indices
-            if not all(map(math.isfinite, sums))
-        ]
-        where = f"samples {bad}" if bad else "nothing seen here, samples of another rank"
-        when = f"step {context.step + 1}" if context.training else f"validation batch {context.step + 1}"
-        return TrainingError(f"loss: not finite in {when} on rank {self._parallel.rank}: {where}")
+    ) -> tuple[int, ...]:
+        """All ranks' samples whose microbatch has sums that are not finite; all ranks call it."""
+        parallel = self._parallel
+        flags = torch.zeros(context.global_batch_size, dtype=torch.int64, device=parallel.device)
+        for sums, microbatch in zip(mine.tolist(), microbatches, strict=True):
+            if not all(map(math.isfinite, sums)):
+                flags[torch.from_numpy(microbatch.batch.sample_indices - context.batch_start)] = 1
+        for group in (parallel.data_group, parallel.pipeline_group):
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
+        # A sum of finite losses may overflow: then all are at fault.
+        found = flags.nonzero()[:, 0] if bool(flags.any()) else torch.arange(context.global_batch_size)
+        return tuple((found + context.batch_start).tolist())

@@ -7,9 +7,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_dlm.interfaces import TrainingError
 from megatron_dlm.models.flops import Work
-from megatron_dlm.training.optimizer import set_learning_rate
+from megatron_dlm.training.optimizer import set_learning_rate, step_if_finite
 from megatron_dlm.training.session import Session
 
 
@@ -39,6 +38,15 @@ class StepReport:
     tokens: int
     work: Work
     seconds: float
+    bad_samples: tuple[int, ...]
+    """Samples at fault where loss or gradient is not finite, and no parameter has changed."""
+    not_finite: str
+    """Which of the two it is, where there are such samples."""
+
+    @property
+    def applied(self) -> bool:
+        """The optimizer has made a step."""
+        return not self.bad_samples
 
 
 class Hook:
@@ -78,22 +86,24 @@ def train_step(session: Session, progress: Progress) -> StepReport:
     sums = session.run_batch(progress.step, progress.consumed_samples)
     lr = session.config.schedule.at(progress.step)
     set_learning_rate(session.optimizer, lr)
-    _, grad_norm, _ = session.optimizer.step()
+    size = session.config.training.global_batch_size
+    grad_norm, not_finite, bad_samples = math.nan, "loss", sums.bad_samples
+    if not bad_samples:
+        grad_norm = step_if_finite(session.optimizer)
+        if not math.isfinite(grad_norm):
+            not_finite = "gradient norm"
+            bad_samples = tuple(range(progress.consumed_samples, progress.consumed_samples + size))
     progress.step += 1
-    if not math.isfinite(grad_norm):
-        # The weights are spoilt, but no checkpoint holds them.
-        raise TrainingError(
-            f"gradient norm: {grad_norm} in step {progress.step} on rank {session.parallel.rank}, "
-            f"samples from {progress.consumed_samples} on"
-        )
-    progress.consumed_samples += session.config.training.global_batch_size
+    progress.consumed_samples += size
     progress.fingerprint = sums.fingerprint
     return StepReport(
         loss=sums.loss / sums.tokens,
         nats_per_token=sums.bound / sums.tokens,
         lr=lr,
-        grad_norm=float(grad_norm),
+        grad_norm=grad_norm,
         tokens=sums.tokens,
         work=sums.work,
         seconds=time.monotonic() - started,
+        bad_samples=bad_samples,
+        not_finite=not_finite,
     )

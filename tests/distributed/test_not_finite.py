@@ -1,85 +1,192 @@
-"""A loss or gradient that is not finite ends the run, naming step, rank and samples."""
+"""A loss or gradient that is not finite changes no parameter; the run skips the step, stops or goes back."""
 
+import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from megatron_dlm.interfaces import TrainingError
 from megatron_dlm.objectives.ar import ARConfig
+from megatron_dlm.objectives.esolm import EsoLMConfig
+from megatron_dlm.objectives.mdlm import MDLMConfig
 from megatron_dlm.platform.parallel import ParallelConfig
 from tests.helpers import tiny
 from tests.helpers.distributed import run_distributed
 
+NAN = float("nan")
 
-def train_with(state, config, spoil):
-    """What `train_step` complains of in the second step, after `spoil` has changed the weights."""
+
+def build(state, config):
     from megatron_dlm.training.run_data import open_data
     from megatron_dlm.training.session import Session
+
+    return Session(config, open_data(config.data), state)
+
+
+def spoil(session, kind, steps):
+    """Make loss or gradient NaN in some steps (counted from 0): in one microbatch, or on one rank."""
+    run_batch, current = session.run_batch, {}
+    state = session.parallel
+    if kind == "loss" and state.is_last_stage:
+        losses = session.denoiser.head.losses
+
+        def spoiled_losses(*arguments):
+            result = losses(*arguments)
+            if current.pop("spoil", False) and state.data_rank == state.data_size - 1:
+                return replace(result, loss=result.loss * NAN, bound=result.bound * NAN)
+            return result
+
+        session.denoiser.head.losses = spoiled_losses
+
+    def spoiled_batch(step, first_sample):
+        current["spoil"] = step in steps
+        sums = run_batch(step, first_sample)
+        if kind == "gradient" and step in steps and state.rank == state.world_size - 1:
+            for parameter in session.denoiser.parameters():
+                parameter.main_grad.fill_(NAN)
+        return sums
+
+    session.run_batch = spoiled_batch
+
+
+def four_steps(state, config, kind):
+    """Reports of four steps with a fault in the second, and the parameters after each."""
     from megatron_dlm.training.trainer import Progress, train_step
 
-    session = Session(config, open_data(config.data), state)
-    progress = Progress()
-    train_step(session, progress)
-    expected = spoil(session)
-    before = [parameter.detach().clone() for parameter in session.denoiser.parameters()]
-    try:
-        train_step(session, progress)
-    except TrainingError as error:
-        pairs = zip(before, session.denoiser.parameters(), strict=True)
-        unchanged = all(torch.equal(a.nan_to_num(), b.detach().nan_to_num()) for a, b in pairs)
-        return str(error), expected, unchanged
-    return "no complaint", expected, False
+    session, progress, seen = build(state, config), Progress(), []
+    if kind is not None:
+        spoil(session, kind, {1})
+    for step in range(4):
+        if kind is None and step == 1:
+            # The same run with the second step left out of the update.
+            session.run_batch(1, 8)
+            progress.step, progress.consumed_samples = 2, 16
+            report = None
+        else:
+            report = train_step(session, progress)
+        seen.append((report, [p.detach().clone() for p in session.denoiser.parameters()]))
+    return seen
 
 
-def spoil_one_token(session):
-    """Make the embedding of a token NaN that one sample of the second batch alone holds; its position."""
-    from megatron_dlm.data.loader import SampleOrder
-    from megatron_dlm.platform.rng import NoiseSource
-
-    size = session.config.training.global_batch_size
-    blocks = session.data.train
-    order = SampleOrder(blocks.num_blocks, NoiseSource(session.config.training.seed))
-    positions = torch.arange(size, 2 * size).numpy()
-    rows = [set(row[:-1].tolist()) for row in blocks.read(order(positions))]
-    for place, ids in enumerate(rows):
-        others = set().union(*(row for index, row in enumerate(rows) if index != place))
-        if ids - others:
-            with torch.no_grad():
-                session.denoiser.embedding.weight[min(ids - others)] = float("nan")
-            return int(positions[place])
-    raise AssertionError("no token belongs to one sample alone")
+LAYOUTS = {
+    "one": (1, ParallelConfig()),
+    "dp2": (2, ParallelConfig()),
+    "dp2-plain": (2, ParallelConfig(use_distributed_optimizer=False)),
+    "tp2pp2": (4, ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)),
+}
 
 
-def test_the_sample_at_fault_is_named(corpus):
-    config = tiny.run_config(corpus, corpus.directory / "unused", ARConfig(), training__micro_batch_size=1)
-    complaints = run_distributed(train_with, 2, config, spoil_one_token)
-    sample = complaints[0][1]
-    for rank, (message, _, unchanged) in enumerate(complaints):
-        assert unchanged
-        share = range(8 + 4 * rank, 12 + 4 * rank)
-        where = f"samples [{sample}]" if sample in share else "nothing seen here, samples of another rank"
-        assert message == f"loss: not finite in step 2 on rank {rank}: {where}"
-
-
-def spoil_the_gradient(session):
-    """A finite loss whose gradient overflows."""
-    if not session.parallel.is_last_stage:
-        return
-    with torch.no_grad():
-        session.denoiser.final_layer.norm.weight.fill_(1e38)
-        session.denoiser.head.weight.fill_(0.0)
-        session.denoiser.head.weight[:2, :1] = 1e-30
-
-
-@pytest.mark.parametrize("pipeline", [1, 2])
-def test_a_gradient_norm_that_is_not_finite_stops_the_run(corpus, pipeline):
-    parallel = ParallelConfig(pipeline_model_parallel_size=pipeline)
-    config = tiny.run_config(corpus, corpus.directory / "unused", ARConfig())
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_bad_step_changes_nothing_and_the_run_goes_on(corpus, layout, kind, precision):
+    size, parallel = LAYOUTS[layout]
+    config = tiny.run_config(corpus, corpus.directory / "unused", MDLMConfig(), training__precision=precision)
     config = replace(config, parallel=parallel)
-    for rank, (message, _, _) in enumerate(
-        run_distributed(train_with, pipeline, config, spoil_the_gradient, parallel=parallel)
-    ):
-        assert (
-            message.startswith("gradient norm: ") and f"in step 2 on rank {rank}, samples from 8" in message
+    spoiled = run_distributed(four_steps, size, config, kind, parallel=parallel)
+    without = run_distributed(four_steps, size, config, None, parallel=parallel)
+    for ours, theirs in zip(spoiled, without, strict=True):
+        reports = [report for report, _ in ours]
+        assert [report.applied for report in reports] == [True, False, True, True]
+        # The micro-batch at fault (2 samples of the last data parallel rank), or all of the batch.
+        first = 12 if size == 2 else 8
+        expected = range(first, first + 2) if kind == "loss" else range(8, 16)
+        assert reports[1].bad_samples == tuple(expected)
+        for (_, mine), (_, other) in zip(ours, theirs, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(ours[0][1], ours[1][1], strict=True))
+
+
+def whole_run(state, config, kind, steps):
+    """What a run with faults ends with: its last progress, or its complaint."""
+    from megatron_dlm.training.run import go_on
+    from megatron_dlm.training.trainer import Progress
+
+    session, progress = build(state, config), Progress()
+    seen = []
+    spoil(session, kind, steps)
+    run_batch = session.run_batch
+
+    def recording(step, first_sample):
+        seen.append((step, first_sample))
+        # A step is spoiled the first time only.
+        sums = run_batch(step, first_sample)
+        steps.discard(step)
+        return sums
+
+    session.run_batch = recording
+    try:
+        go_on(session, progress)
+    except TrainingError as error:
+        return str(error), seen
+    return (progress.step, progress.consumed_samples), seen
+
+
+def config_for(corpus, directory, policy, objective=None):
+    return tiny.run_config(
+        corpus, directory, objective or ARConfig(), training__on_non_finite=policy, training__num_steps=6
+    )
+
+
+@pytest.mark.parametrize(
+    "objective", [ARConfig(), EsoLMConfig(alpha_0=0.5, batch_split=0.5)], ids=["ar", "esolm"]
+)
+def test_three_bad_steps_in_a_row_end_the_run_and_leave_a_replay(corpus, tmp_path, objective):
+    config = config_for(corpus, tmp_path, "skip", objective)
+    for message, _ in run_distributed(whole_run, 2, config, "gradient", {1, 2, 3}):
+        assert message.startswith(
+            "gradient norm: not finite in step 4, samples 24, 25, 26, 27, 28, 29, 30, 31,"
         )
+        assert "3 such steps in a row" in message
+    record = json.loads((tmp_path / "non-finite-step-00000004.json").read_text())
+    assert (
+        record["step"] == 4 and record["consumed_samples"] == 24 and record["samples"] == list(range(24, 32))
+    )
+    with np.load(tmp_path / "non-finite-step-00000004.npz") as arrays:
+        assert arrays["sample_24/clean_token_ids"].shape == (1, 33)
+        assert "sample_31/token_ids_BL" in arrays and "sample_31/weight_BL" in arrays
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    # The third ends the run before it is logged.
+    assert [line["step"] for line in lines if line["kind"] == "skipped"] == [2, 3]
+    assert all(line["loss"] == line["loss"] for line in lines if line["kind"] == "train")
+
+
+def test_single_bad_steps_are_skipped_and_stop_ends_at_once(corpus, tmp_path):
+    for end, seen in run_distributed(
+        whole_run, 2, config_for(corpus, tmp_path / "a", "skip"), "loss", {1, 3}
+    ):
+        assert end == (6, 48) and seen == [(step, 8 * step) for step in range(6)]
+    for message, seen in run_distributed(
+        whole_run, 1, config_for(corpus, tmp_path / "b", "stop"), "loss", {1}
+    ):
+        assert message.startswith("loss: not finite in step 2, samples 8, 9, 1 such steps in a row")
+        assert seen == [(0, 0), (1, 8)]
+
+
+def test_rollback_goes_on_from_the_checkpoint_behind_the_bad_samples(corpus, tmp_path):
+    """Checkpoints at steps 2 and 4; the fourth step is bad the first time."""
+    config = config_for(corpus, tmp_path, "rollback")
+    for end, seen in run_distributed(whole_run, 2, config, "gradient", {3}):
+        assert end == (6, 64)
+        assert seen == [(0, 0), (1, 8), (2, 16), (3, 24), (2, 32), (3, 40), (4, 48), (5, 56)]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["loss"] == line["loss"] for line in lines if line["kind"] == "train")
+
+
+def validation_of_spoiled_weights(state, config):
+    session = build(state, config)
+    with torch.no_grad():
+        next(session.denoiser.parameters()).fill_(NAN)
+    try:
+        session.validation.run(config.evaluation)
+    except TrainingError as error:
+        return str(error)
+    return "no complaint"
+
+
+def test_a_bad_validation_loss_names_its_samples(corpus, tmp_path):
+    config = config_for(corpus, tmp_path, "skip")
+    (message,) = run_distributed(validation_of_spoiled_weights, 1, config)
+    assert message == "loss: not finite in validation batch 1, samples [0, 1, 2, 3, 4, 5, 6, 7]"

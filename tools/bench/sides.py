@@ -19,7 +19,7 @@ from megatron_dlm.objectives.base import CorruptionContext
 from megatron_dlm.objectives.registry import OBJECTIVES
 from megatron_dlm.platform.parallel import ParallelConfig, ParallelState
 from megatron_dlm.platform.rng import NoiseSource
-from megatron_dlm.training.optimizer import OptimizerConfig, set_learning_rate
+from megatron_dlm.training.optimizer import OptimizerConfig, set_learning_rate, step_if_finite
 
 LEARNING_RATE = 1e-4
 HEAD_ROWS_PER_CHUNK = 128
@@ -99,7 +99,7 @@ def our_step(shape: Shape, parallel: ParallelState) -> Callable[[int], None]:
         model.zero_grad_buffer()
         optimizer.zero_grad()
         runner.run(iter([shape.batch(index)]), shape.context(index))
-        optimizer.step()
+        step_if_finite(optimizer)
 
     return step
 
