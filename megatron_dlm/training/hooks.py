@@ -66,7 +66,10 @@ class LoggingHook(Hook):
     def after_step(self, session: Session, progress: Progress, report: StepReport) -> None:
         """Write the means, and this step's learning rate, gradient norm and noise fingerprint."""
         if not report.applied:
-            skipped = {"samples_at_fault": len(report.bad_samples), "fingerprint": progress.fingerprint}
+            skipped: dict[str, float | int] = {
+                "samples_at_fault": len(report.bad_samples),
+                "fingerprint": progress.fingerprint,
+            }
             self._telemetry.write("skipped", progress.step, skipped)
             return
         self._reports.append(report)

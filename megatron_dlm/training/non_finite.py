@@ -80,4 +80,4 @@ class NonFiniteHook(Hook):
         arrays = session.corrupted(
             progress.step - 1, progress.consumed_samples - size, np.array(report.bad_samples)
         )
-        np.savez(directory / f"{self._name(progress)}.npz", **arrays)
+        np.savez(directory / f"{self._name(progress)}.npz", allow_pickle=False, **arrays)

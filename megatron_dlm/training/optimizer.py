@@ -97,18 +97,24 @@ def step_if_finite(optimizer: Any) -> float:
         optimizer: from `build_optimizer`.
 
     Returns:
-        The gradient's norm before clipping; where it is not finite nothing has changed on any rank.
+        The gradient's norm before clipping; NaN where some rank's is not finite: nothing has changed then.
     """
+    import torch
+    import torch.distributed as dist
     from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())
-    if math.isfinite(norm):
-        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-            parameters = part.get_parameters()
-            if parameters and part.config.clip_grad > 0:
-                clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)
-        optimizer.step_with_ready_grads()
+    # Without the distributed optimizer each replica has a norm of its own, and one may be damaged.
+    largest = torch.tensor(norm if math.isfinite(norm) else math.inf, device=torch.cuda.current_device())
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    if not torch.isfinite(largest):
+        return math.nan
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        parameters = part.get_parameters()
+        if parameters and part.config.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)
+    optimizer.step_with_ready_grads()
     return norm
 
 

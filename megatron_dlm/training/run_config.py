@@ -38,8 +38,8 @@ class TrainingConfig:
     """Activations made again in the backward pass: none; selective, those that cost no matrix product; full,
     whole layers, for a third more time. All give the same bits."""
     on_non_finite: Literal["skip", "stop", "rollback"] = "skip"
-    """Where a loss or the gradient's norm is not finite no parameter is changed; then skip the step, stop, or load
-    the newest checkpoint and go on with the samples behind the step's."""
+    """A loss or gradient norm that is not finite changes no parameter; then skip the step, stop, or load the
+    newest checkpoint and go on with the samples behind the step's."""
     max_skipped_steps: int = 3
     """Such steps in a row, or rollbacks to one checkpoint, that end the run all the same, with a file of the
     step's samples."""

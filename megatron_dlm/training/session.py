@@ -94,7 +94,7 @@ class BatchStream:
             global_batch_size=batch_size,
             training=True,
         )
-        arrays = {}
+        arrays: dict[str, NDArray[Any]] = {}
         for position in positions:
             one = np.array([position])
             batch = read_batch(self._blocks, self._order(one), one)
