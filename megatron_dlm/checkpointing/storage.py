@@ -7,7 +7,7 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.platform.files import commit, flush_to_disk, sha256_of, write_json
@@ -23,7 +23,13 @@ class CheckpointConfig:
     save_every: int = 1000
     """Steps between checkpoints; one is also written at the end and when the run is asked to stop."""
     keep_last: int = 0
-    """Complete checkpoints to keep; 0 keeps all."""
+    """Newest complete checkpoints to keep; 0 keeps all."""
+    keep_every: int = 0
+    """Also keep checkpoints whose step is a multiple of this; 0 keeps none besides."""
+    stop_after_minutes: float = 0.0
+    """Minutes after which a run is saved and ends with exit code 3, before a scheduler's limit; 0: none."""
+    on_corrupt: Literal["stop", "previous"] = "stop"
+    """Where the newest complete checkpoint is damaged: stop, or go on from the one before it."""
     initialize_from: Path | None = None
     """Checkpoint whose weights start a new run with fresh optimizer, schedule, data and step 0: a
     step-NNNNNNNN directory, or a Lightning .ckpt file of the paper's code."""
@@ -33,6 +39,10 @@ class CheckpointConfig:
             raise InputError(f"checkpoint.save_every: {self.save_every} is below 1")
         if self.keep_last < 0:
             raise InputError(f"checkpoint.keep_last: {self.keep_last} is below 0")
+        if self.keep_every < 0:
+            raise InputError(f"checkpoint.keep_every: {self.keep_every} is below 0")
+        if not self.stop_after_minutes >= 0:
+            raise InputError(f"checkpoint.stop_after_minutes: {self.stop_after_minutes} is not 0 or above")
 
 
 @dataclass(frozen=True)
@@ -81,21 +91,38 @@ class CheckpointRoot:
             files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         write_json(temporary / MANIFEST, {"files": files})
         if final.exists():
-            _remove(final)
+            self.remove(final)
         commit(temporary, final)
         return final
 
-    def retain(self, keep_last: int) -> None:
-        """Remove all but the newest `keep_last` complete checkpoints; 0 keeps all."""
-        for path in self.complete()[:-keep_last] if keep_last else []:
-            _remove(path)
+    def superfluous(self, keep_last: int, keep_every: int) -> list[Path]:
+        """Complete checkpoints beyond the newest ones and the multiples of a number of steps.
+
+        Args:
+            keep_last: newest ones to keep; 0 keeps all.
+            keep_every: steps whose multiples are kept; 0 keeps none besides.
+
+        Returns:
+            The others, oldest first.
+        """
+        older = self.complete()[:-keep_last] if keep_last else []
+        return [path for path in older if not (keep_every and step_of(path) % keep_every == 0)]
+
+    def retain(self, keep_last: int, keep_every: int) -> None:
+        """Remove what `superfluous` names."""
+        for path in self.superfluous(keep_last, keep_every):
+            self.remove(path)
+
+    def remove(self, checkpoint: Path) -> None:
+        """Remove a checkpoint so that a kill half way leaves none that looks complete."""
+        doomed = checkpoint.with_name(checkpoint.name + ".old.tmp")
+        checkpoint.rename(doomed)
+        shutil.rmtree(doomed)
 
 
-def _remove(checkpoint: Path) -> None:
-    """Remove a checkpoint so that a kill half way leaves none that looks complete."""
-    doomed = checkpoint.with_name(checkpoint.name + ".old.tmp")
-    checkpoint.rename(doomed)
-    shutil.rmtree(doomed)
+def step_of(checkpoint: Path) -> int:
+    """Optimizer steps done in a step-NNNNNNNN directory."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def verify(directory: Path) -> None:

@@ -15,6 +15,7 @@ VERBS = {
     "tokenizer": "train a byte-level BPE tokenizer from text",
     "index": "text files to an indexed shard (.bin, .idx, manifest)",
     "train": "train a model, or continue a run",
+    "checkpoint": "list, inspect, verify or prune the checkpoints of a run",
     "evaluate": "NELBO of a checkpoint on held-out data (nats/token, bits/byte)",
     "export": "checkpoint to a Hugging Face folder",
 }

@@ -20,6 +20,8 @@ from megatron_dlm.training.session import Session
 from megatron_dlm.training.trainer import Hook, Progress, StepReport
 
 REPEATED_SIGNAL_SECONDS = 5.0
+SAVE_REQUEST = "save-now"
+"""Making this file in a run's directory asks for a checkpoint after the current step, which removes it."""
 
 
 class Telemetry:
@@ -139,8 +141,8 @@ class CheckpointHook(Hook):
         self._saved_step = saved_step
 
     def after_step(self, session: Session, progress: Progress, report: StepReport) -> None:
-        """Save when due."""
-        if progress.step % session.config.checkpoint.save_every == 0:
+        """Save when due or asked to."""
+        if progress.save_requested or progress.step % session.config.checkpoint.save_every == 0:
             self._save(session, progress)
 
     def on_end(self, session: Session, progress: Progress) -> None:
@@ -166,11 +168,13 @@ class CheckpointHook(Hook):
         save(self._root, progress.step, session.denoiser, session.optimizer, session.parallel, records)
         self._saved_step = progress.step
         if session.parallel.rank == 0:
-            self._root.retain(session.config.checkpoint.keep_last)
+            checkpoint = session.config.checkpoint
+            self._root.retain(checkpoint.keep_last, checkpoint.keep_every)
+            (session.config.directory / SAVE_REQUEST).unlink(missing_ok=True)
 
 
-class SignalHook(Hook):
-    """Stops the run after the current step when any rank got SIGTERM or SIGUSR1.
+class RequestHook(Hook):
+    """What asks a run from outside to save or to stop: signals, the time limit, a file in its directory.
 
     Launchers deliver one signal twice (to the process and to its group), so only one that comes seconds
     later means "at once".
@@ -179,10 +183,11 @@ class SignalHook(Hook):
     def __init__(self) -> None:
         self._received = 0
         self._received_at = 0.0
+        self._started_at = time.monotonic()
 
     def on_start(self, session: Session, progress: Progress) -> None:
-        """Take over the signals that schedulers send before they kill."""
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        """Take over the signals that schedulers and terminals send before they kill."""
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
@@ -193,6 +198,9 @@ class SignalHook(Hook):
 
     def after_step(self, session: Session, progress: Progress, report: StepReport) -> None:
         """Agree with all ranks, so that none waits for one that has left."""
-        received = torch.tensor(self._received, device=session.parallel.device)
-        dist.all_reduce(received, op=dist.ReduceOp.MAX)
-        progress.stop_requested = bool(received)
+        limit = session.config.checkpoint.stop_after_minutes
+        late = bool(limit) and time.monotonic() - self._started_at > 60 * limit
+        asked = session.parallel.rank == 0 and (session.config.directory / SAVE_REQUEST).exists()
+        requests = torch.tensor([bool(self._received) or late, asked], device=session.parallel.device).int()
+        dist.all_reduce(requests, op=dist.ReduceOp.MAX)
+        progress.stop_requested, progress.save_requested = map(bool, requests.tolist())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,7 +116,13 @@ def _find_start(config: RunConfig, data: RunData) -> RunRecord | ReferenceStart 
         from megatron_dlm.conversion.reference_checkpoints import read_reference_checkpoint
 
         return ReferenceStart(source, read_reference_checkpoint(source, config.model, data.vocabulary))
-    record = read_run_record(source)
+    try:
+        record = read_run_record(source)
+    except InputError as error:
+        if config.checkpoint.on_corrupt == "stop" or len(complete) < 2:
+            raise
+        print(f"warning: {error}; going back to {complete[-2]}", file=sys.stderr, flush=True)
+        record = read_run_record(complete[-2])
     _refuse_change(record, "model", record.config.model, config.model)
     _refuse_change(record, "vocabulary", record.vocabulary, data.vocabulary)
     saved, asked = record.config, config
@@ -172,15 +179,34 @@ def _restore(session: Session, start: RunRecord | ReferenceStart | None) -> Prog
     if isinstance(start, ReferenceStart):
         set_weights(session.optimizer, local_tensors(start.state, denoiser, parallel))
         return Progress()
-    verify_on_all_ranks(start.directory, parallel)
     if start.directory.parent != checkpoint_root(session.config).path:
+        verify_on_all_ranks(start.directory, parallel)
         weights = load_weights(start.directory, denoiser, parallel)
         set_weights(session.optimizer, {param: weights[name] for name, param in denoiser.named_parameters()})
         return Progress()
-    load(start.directory, denoiser, session.optimizer, parallel)
+    directory = _sound(start.directory, session)
+    load(directory, denoiser, session.optimizer, parallel)
     restore_settings(session.optimizer, session.config.optimizer)
-    saved = read_json(start.directory / PROGRESS_RECORD)
+    saved = read_json(directory / PROGRESS_RECORD)
     return Progress(int(saved["step"]), int(saved["consumed_samples"]), int(saved["fingerprint"]))
+
+
+def _sound(newest: Path, session: Session) -> Path:
+    """The newest checkpoint, or where it is damaged and `checkpoint.on_corrupt` says so the one before."""
+    from megatron_dlm.checkpointing.manager import verify_on_all_ranks
+
+    try:
+        verify_on_all_ranks(newest, session.parallel)
+    except InputError as error:
+        complete = on_first_rank(session.parallel, checkpoint_root(session.config).complete)
+        older = [path for path in complete if path.name < newest.name]
+        if session.config.checkpoint.on_corrupt == "stop" or not older:
+            raise
+        if session.parallel.rank == 0:
+            print(f"warning: {error}; going back to {older[-1]}", file=sys.stderr, flush=True)
+        verify_on_all_ranks(older[-1], session.parallel)
+        return older[-1]
+    return newest
 
 
 def go_on(session: Session, progress: Progress) -> None:
@@ -190,7 +216,13 @@ def go_on(session: Session, progress: Progress) -> None:
         session: model, optimizer and data.
         progress: where to begin; kept up to date.
     """
-    from megatron_dlm.training.hooks import CheckpointHook, EvaluationHook, LoggingHook, SignalHook, Telemetry
+    from megatron_dlm.training.hooks import (
+        CheckpointHook,
+        EvaluationHook,
+        LoggingHook,
+        RequestHook,
+        Telemetry,
+    )
     from megatron_dlm.training.non_finite import NonFiniteHook
     from megatron_dlm.training.trainer import fit
 
@@ -204,7 +236,7 @@ def go_on(session: Session, progress: Progress) -> None:
     # Evaluation before the checkpoint: a resumed run must not skip the evaluation of its first step.
     hooks = [
         NonFiniteHook(roll_back),
-        SignalHook(),
+        RequestHook(),
         EvaluationHook(telemetry),
         CheckpointHook(checkpoint_root(session.config), progress.step),
         LoggingHook(telemetry),

@@ -23,6 +23,8 @@ class Progress:
     """Digest of the last step's corruption."""
     stop_requested: bool = False
     """Set by a hook; the loop ends after the current step."""
+    save_requested: bool = False
+    """Set by a hook; a checkpoint is saved after the current step."""
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ def tensor_files(directory):
     return {path.name: path.read_bytes() for path in files}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_saves_and_exits_with_3(corpus, tmp_path, uninterrupted, number):
     directory = tmp_path / "run"
     process = start(arguments_for(corpus, directory))
@@ -137,6 +137,76 @@ def test_a_signal_saves_and_exits_with_3(corpus, tmp_path, uninterrupted, number
         code, output = finish(start(arguments_for(corpus, directory)))
         assert code == 0, output
         assert train_metrics(directory) == train_metrics(uninterrupted[0])
+
+
+@pytest.mark.parametrize("name", ["run.json", "__0_0.distcp"])
+def test_a_damaged_checkpoint_is_named_and_gone_behind_only_on_request(corpus, tmp_path, uninterrupted, name):
+    directory = tmp_path / "run"
+    shutil.copytree(
+        uninterrupted[0] / "checkpoints" / "step-00000008", directory / "checkpoints" / "step-00000008"
+    )
+    shutil.copytree(
+        uninterrupted[0] / "checkpoints" / "step-00000012", directory / "checkpoints" / "step-00000012"
+    )
+    damaged = directory / "checkpoints" / "step-00000012" / name
+    content = bytearray(damaged.read_bytes())
+    if name == "run.json":
+        del content[len(content) // 2 :]
+    else:
+        content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    code, output = finish(start(arguments_for(corpus, directory)))
+    assert code == 2 and str(damaged) in output, output
+    code, output = finish(start(arguments_for(corpus, directory, "--checkpoint.on-corrupt", "previous")))
+    assert code == 0 and f"going back to {directory}/checkpoints/step-00000008" in output, output
+    assert min(train_metrics(directory)) == 9
+    assert tensor_files(directory) == tensor_files(uninterrupted[0])
+
+
+def test_a_time_limit_saves_and_exits_with_3(corpus, tmp_path):
+    limit = ["--checkpoint.stop-after-minutes", 1e-6]
+    code, output = finish(start(arguments_for(corpus, tmp_path, *limit)))
+    assert code == 3, output
+    assert (tmp_path / "checkpoints" / "step-00000001").is_dir()
+
+
+def test_a_file_asks_for_a_checkpoint(corpus, tmp_path):
+    tmp_path.joinpath("save-now").touch()
+    code, output = finish(start(arguments_for(corpus, tmp_path, steps=3)))
+    assert code == 0, output
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "step-00000001",
+        "step-00000003",
+    ]
+    assert not (tmp_path / "save-now").exists()
+
+
+def test_checkpoints_are_listed_inspected_verified_and_pruned(corpus, tmp_path, uninterrupted, command):
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted[0], run)
+    listed = command("checkpoint", "list", run).stdout
+    assert [line.split()[0] for line in listed.splitlines()[1:]] == [
+        f"step-{step:08d}" for step in (4, 8, 12, 14)
+    ]
+    newest = run / "checkpoints" / "step-00000014"
+    inspected = command("checkpoint", "inspect", newest).stdout
+    assert "step 14 of 14, 112 samples" in inspected and "MDLMConfig(" in inspected
+    assert "  block.layers.mlp.linear_fc1.weight  float32 [2, 64, 32]" in inspected
+    assert "all as in the manifest" in command("checkpoint", "verify", newest).stdout
+    (newest / "progress.json").write_text("{}")
+    finished = command("checkpoint", "verify", newest, check=False)
+    assert finished.returncode == 2 and "progress.json" in finished.stderr
+    prune = ["checkpoint", "prune", run, "--keep-last", 1, "--keep-every", 8]
+    assert command(*prune, "--dry-run").stdout.count("would remove") == 2
+    assert command(*prune).stdout.count("removed") == 2
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000008", "step-00000014"]
+    for wrong, message in (
+        (["prune", run, "--keep-last", 0], "keep_last: 0 is below 1"),
+        (["list", tmp_path], "has no directory checkpoints"),
+        (["show", run], "'show' is not one of list, inspect, verify, prune"),
+    ):
+        finished = command("checkpoint", *wrong, check=False)
+        assert finished.returncode == 2 and message in finished.stderr
 
 
 def test_a_signal_to_one_of_two_ranks_stops_both(corpus, tmp_path):

@@ -42,10 +42,14 @@ def test_order_and_retention(tmp_path):
     for step in (1, 20, 3):
         make(root, step)
     assert [path.name for path in root.complete()] == ["step-00000001", "step-00000003", "step-00000020"]
-    root.retain(0)
+    root.retain(0, 0)
     assert len(root.complete()) == 3
-    root.retain(2)
+    root.retain(2, 0)
     assert [path.name for path in root.complete()] == ["step-00000003", "step-00000020"]
+    for step in (30, 40, 41, 42):
+        make(root, step)
+    root.retain(1, 20)
+    assert [path.name for path in root.complete()] == ["step-00000020", "step-00000040", "step-00000042"]
 
 
 def test_the_same_step_can_be_saved_again(tmp_path):
@@ -116,7 +120,7 @@ def test_a_removal_cut_short_leaves_no_complete_checkpoint(tmp_path, monkeypatch
     for step in (1, 2):
         make(root, step)
     monkeypatch.setattr("shutil.rmtree", lambda path: (path / "a.distcp").unlink())
-    root.retain(1)
+    root.retain(1, 0)
     assert [path.name for path in root.complete()] == ["step-00000002"]
 
 

@@ -1,0 +1,162 @@
+"""`megatron-dlm checkpoint list|inspect|verify|prune`: what a run has saved."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from megatron_dlm.checkpointing.storage import MANIFEST, CheckpointRoot, read_json, verify
+from megatron_dlm.cli.arguments import parse
+from megatron_dlm.interfaces import InputError
+
+USAGE = """usage: megatron-dlm checkpoint list RUN                 complete checkpoints of a run, oldest first
+       megatron-dlm checkpoint inspect CHECKPOINT       its run, progress and tensors
+       megatron-dlm checkpoint verify CHECKPOINT        compare every file with its SHA-256; 2 if one differs
+       megatron-dlm checkpoint prune RUN --keep-last K [--keep-every STEPS] [--dry-run]
+
+RUN is a run's directory, CHECKPOINT one of its checkpoints/step-NNNNNNNN.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListConfig:
+    """Complete checkpoints of a run."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Directory of the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneConfig:
+    """One checkpoint."""
+
+    checkpoint: Annotated[Path, tyro.conf.Positional]
+    """A step-NNNNNNNN directory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig:
+    """Remove checkpoints of a run; the newest complete one always stays."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Directory of the run."""
+    keep_last: int
+    """Newest complete checkpoints to keep, at least 1."""
+    keep_every: int = 0
+    """Also keep those whose step is a multiple of this; 0 keeps none besides."""
+    dry_run: bool = False
+    """Say what would go and remove nothing."""
+
+    def __post_init__(self) -> None:
+        if self.keep_last < 1:
+            raise InputError(f"keep_last: {self.keep_last} is below 1")
+        if self.keep_every < 0:
+            raise InputError(f"keep_every: {self.keep_every} is below 0")
+
+
+def run(arguments: list[str]) -> int:
+    """Do what the first word says; returns the exit code."""
+    actions: dict[str, Callable[[list[str]], None]] = {
+        "list": _list,
+        "inspect": _inspect,
+        "verify": _verify,
+        "prune": _prune,
+    }
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if arguments else 2
+    if arguments[0] not in actions:
+        raise InputError(f"checkpoint: {arguments[0]!r} is not one of {', '.join(actions)}")
+    actions[arguments[0]](arguments[1:])
+    return 0
+
+
+def _root(directory: Path) -> CheckpointRoot:
+    if not (directory / "checkpoints").is_dir():
+        raise InputError(f"run: {directory}: has no directory checkpoints")
+    return CheckpointRoot(directory / "checkpoints")
+
+
+def _size(checkpoint: Path) -> int:
+    return sum(entry["bytes"] for entry in read_json(checkpoint / MANIFEST)["files"].values())
+
+
+def _list(arguments: list[str]) -> None:
+    config = parse(ListConfig, arguments, verb="checkpoint list")
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("checkpoint", "step", "samples", "GiB", "saved (UTC)", "processes", box=None)
+    for checkpoint in _root(config.run).complete():
+        progress = read_json(checkpoint / "progress.json")
+        saved = datetime.datetime.fromtimestamp(
+            (checkpoint / MANIFEST).stat().st_mtime, tz=datetime.timezone.utc
+        )
+        table.add_row(
+            checkpoint.name,
+            f"{progress['step']:,}",
+            f"{progress['consumed_samples']:,}",
+            f"{_size(checkpoint) / 2**30:.3f}",
+            saved.strftime("%Y-%m-%d %H:%M:%S"),
+            str(progress["world_size"]),
+        )
+    Console(width=110).print(table)
+
+
+def _inspect(arguments: list[str]) -> None:
+    config = parse(OneConfig, arguments, verb="checkpoint inspect")
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    from megatron_dlm.checkpointing.safe_metadata import check_metadata
+    from megatron_dlm.training.run import read_run_record
+
+    record = read_run_record(config.checkpoint)
+    check_metadata(config.checkpoint)
+    run_config, progress = record.config, read_json(config.checkpoint / "progress.json")
+    parallel = run_config.parallel
+    for name, value in {
+        "objective": run_config.objective,
+        "model": run_config.model,
+        "vocabulary": record.vocabulary,
+        "tokenizer": record.tokenizer_fingerprint,
+        "data": f"{run_config.data.train}, tokens {record.train_sha256}",
+        "precision": run_config.training.precision,
+        "saved by": f"{progress['world_size']} processes, {parallel.tensor_model_parallel_size} tensor x "
+        f"{parallel.pipeline_model_parallel_size} pipeline parallel",
+        "progress": f"step {progress['step']:,} of {run_config.training.num_steps:,}, "
+        f"{progress['consumed_samples']:,} samples, last noise {progress['fingerprint']}",
+        "size": f"{_size(config.checkpoint) / 2**30:.3f} GiB",
+    }.items():
+        print(f"{name:<10} {value}")
+    print("tensors")
+    entries = FileSystemReader(config.checkpoint).read_metadata().state_dict_metadata
+    for name, entry in sorted(entries.items()):
+        if isinstance(entry, TensorStorageMetadata):
+            dtype = str(entry.properties.dtype).removeprefix("torch.")
+            print(f"  {name}  {dtype} {list(entry.size)}")
+
+
+def _verify(arguments: list[str]) -> None:
+    config = parse(OneConfig, arguments, verb="checkpoint verify")
+    from megatron_dlm.checkpointing.safe_metadata import check_metadata
+
+    verify(config.checkpoint)
+    check_metadata(config.checkpoint)
+    count = len(read_json(config.checkpoint / MANIFEST)["files"])
+    print(f"{config.checkpoint}: {count} files, {_size(config.checkpoint):,} bytes, all as in the manifest")
+
+
+def _prune(arguments: list[str]) -> None:
+    config = parse(PruneConfig, arguments, verb="checkpoint prune")
+    root = _root(config.run)
+    for checkpoint in root.superfluous(config.keep_last, config.keep_every):
+        size = _size(checkpoint)
+        if not config.dry_run:
+            root.remove(checkpoint)
+        print(f"{'would remove' if config.dry_run else 'removed'} {checkpoint} ({size / 2**30:.3f} GiB)")
