@@ -27,9 +27,12 @@ from pathlib import Path
 import torch
 from sides import BUILDERS, Shape, body_steps, our_step
 
+from megatron_dlm.models.flops import Work
+from megatron_dlm.models.sizes import paper_model
 from megatron_dlm.objectives.registry import OBJECTIVES
 from megatron_dlm.platform.launch import detect_environment
 from megatron_dlm.platform.parallel import ParallelConfig, ParallelState, start_parallel, stop_parallel
+from megatron_dlm.platform.peak import matmul_flops_per_second
 
 FAMILIES = ("mdlm", "duo", "ar", "esolm")
 SIDES = ("ours", "naive", "floor")
@@ -129,22 +132,28 @@ def compare(shapes: list[Shape], arguments: argparse.Namespace, parallel: Parall
 
 
 def compare_bodies(shapes: list[Shape], arguments: argparse.Namespace, parallel: ParallelState) -> None:
-    """The second table: body against a plain DiT, and what the CPU redirection costs."""
+    """The second table: body against a plain DiT and bare matrix products; the redirection's cost."""
     rows = []
+    dtype = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
+    peak = matmul_flops_per_second(parallel.device, dtype)
     for size in dict.fromkeys(shape.size for shape in shapes):
         shape = replace(shapes[0], size=size, family="mdlm")
         bodies = {name: lambda index, body=body: body() for name, body in body_steps(shape, parallel).items()}
         seconds = interleaved(bodies, arguments.repeats)
-        tokens = shape.batch_size * shape.seq_length
+        tokens, pairs = shape.batch_size * shape.seq_length, shape.batch_size * shape.seq_length**2
+        work = Work(body_rows=tokens, attention_pairs=pairs, sequences=shape.batch_size)
+        speed = work.training_flops(paper_model(size), shape.vocabulary_size) / seconds["ours"]
         rows.append(
             [
                 size,
                 *(f"{tokens / seconds[name]:,.0f}" for name in ("ours", "plain")),
+                *(f"{flops / 1e9:,.0f}" for flops in (speed, peak)),
                 f"{seconds['plain'] / seconds['ours']:.2f}x",
                 f"{100 * (seconds['plain, redirected'] / seconds['plain'] - 1):+.1f}%",
             ]
         )
-    columns = ["size", "ours tokens/s", "plain DiT tokens/s", "ours/plain", "redirection costs"]
+    columns = ["size", "ours tokens/s", "plain DiT tokens/s", "ours GFLOP/s", "matmul GFLOP/s"]
+    columns += ["ours/plain", "redirection costs"]
     show("body alone, forward and backward", columns, rows)
 
 

@@ -1,0 +1,68 @@
+"""tools/compare_runs.py on logs written here."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+
+def write_run(directory, losses, fingerprints=None):
+    directory.mkdir()
+    lines = [
+        {
+            "kind": "train",
+            "step": step,
+            "loss": loss,
+            "nats_per_token": loss,
+            "grad_norm": 1.0,
+            "lr": 1e-3,
+            "fingerprint": (fingerprints or {}).get(step, step),
+        }
+        for step, loss in enumerate(losses, 1)
+    ]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return directory
+
+
+def compare(*arguments):
+    command = [sys.executable, str(ROOT / "tools" / "compare_runs.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+@pytest.fixture
+def run(tmp_path):
+    return write_run(tmp_path / "a", [3.0, 2.0, 1.0])
+
+
+def test_equal_runs_agree(run, tmp_path):
+    finished = compare(run, write_run(tmp_path / "b", [3.0, 2.0]), "--plot", tmp_path / "d.png")
+    assert finished.returncode == 0 and "2 steps in both, 1 in one alone; agree" in finished.stdout
+    assert (tmp_path / "d.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_first_difference_is_named(run, tmp_path):
+    other = write_run(tmp_path / "b", [3.0, 2.0 + 2e-6, 1.5])
+    finished = compare(run, other)
+    assert finished.returncode == 1 and "differ" in finished.stdout
+    line = next(line for line in finished.stdout.splitlines() if line.strip().startswith("loss"))
+    assert line.split()[:4] == ["loss", "2", "2.0", "2.000002"] and line.split()[-1] == "0.33"
+    assert compare(run, other, "--tolerance", 1e-5).returncode == 1
+    assert compare(run, write_run(tmp_path / "c", [3.0, 2.0 + 2e-6]), "--tolerance", 1e-5).returncode == 0
+
+
+def test_other_noise_is_never_within_tolerance(run, tmp_path):
+    finished = compare(run, write_run(tmp_path / "b", [3.0, 2.0, 1.0], {3: 7}), "--tolerance", 1.0)
+    assert finished.returncode == 1
+    line = next(line for line in finished.stdout.splitlines() if line.strip().startswith("fingerprint"))
+    assert line.split()[:4] == ["fingerprint", "3", "3", "7"]
+
+
+def test_nothing_shared_and_no_run(run, tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "metrics.jsonl").write_text("")
+    assert compare(run, tmp_path / "b").returncode == 1
+    finished = compare(run, tmp_path / "none")
+    assert finished.returncode == 2 and "has no metrics.jsonl" in finished.stderr
