@@ -121,7 +121,8 @@ def _find_start(config: RunConfig, data: RunData) -> RunRecord | ReferenceStart 
     except InputError as error:
         if config.checkpoint.on_corrupt == "stop" or len(complete) < 2:
             raise
-        print(f"warning: {error}; going back to {complete[-2]}", file=sys.stderr, flush=True)
+        if detect_environment().rank == 0:
+            print(f"warning: {error}; going back to {complete[-2]}", file=sys.stderr, flush=True)
         record = read_run_record(complete[-2])
     _refuse_change(record, "model", record.config.model, config.model)
     _refuse_change(record, "vocabulary", record.vocabulary, data.vocabulary)
