@@ -13,7 +13,7 @@ from megatron_dlm.objectives.registry import OBJECTIVES
 from megatron_dlm.telemetry.writers import read_metrics
 from megatron_dlm.training.run_config import check_run, load_recipe
 from tests.conftest import ROOT
-from tests.functional.test_training import arguments_for
+from tests.helpers.runs import arguments_for
 
 RECIPES = sorted(path for family in OBJECTIVES for path in (ROOT / "examples" / family).glob("*.py"))
 WORLD = {"tiny": 2, "113m": 8, "1.7b": 128, "1.7b-phase2": 128}

@@ -5,7 +5,7 @@ import torch
 
 from megatron_dlm.objectives.registry import OBJECTIVES
 from megatron_dlm.telemetry.writers import read_metrics
-from tests.functional.test_training import arguments_for
+from tests.helpers.runs import arguments_for
 
 pytestmark = [
     pytest.mark.gpu,

@@ -1,0 +1,160 @@
+"""What a run continues from and what it refuses; the checkpoint command."""
+
+import shutil
+
+import pytest
+
+from megatron_dlm.telemetry.writers import read_metrics
+from tests.helpers.runs import arguments_for, finish, start, tensor_files, train_metrics
+
+
+@pytest.mark.parametrize("name", ["run.json", "__0_0.distcp"])
+def test_a_damaged_checkpoint_is_named_and_gone_behind_only_on_request(corpus, tmp_path, uninterrupted, name):
+    directory = tmp_path / "run"
+    shutil.copytree(
+        uninterrupted[0] / "checkpoints" / "step-00000008", directory / "checkpoints" / "step-00000008"
+    )
+    shutil.copytree(
+        uninterrupted[0] / "checkpoints" / "step-00000012", directory / "checkpoints" / "step-00000012"
+    )
+    damaged = directory / "checkpoints" / "step-00000012" / name
+    content = bytearray(damaged.read_bytes())
+    if name == "run.json":
+        del content[len(content) // 2 :]
+    else:
+        content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    code, output = finish(start(arguments_for(corpus, directory)))
+    assert code == 2 and str(damaged) in output, output
+    code, output = finish(start(arguments_for(corpus, directory, "--checkpoint.on-corrupt", "previous")))
+    assert code == 0 and f"going back to {directory}/checkpoints/step-00000008" in output, output
+    assert min(train_metrics(directory)) == 9
+    assert tensor_files(directory) == tensor_files(uninterrupted[0])
+
+
+def test_checkpoints_are_listed_inspected_verified_and_pruned(corpus, tmp_path, uninterrupted, command):
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted[0], run)
+    listed = command("checkpoint", "list", run).stdout
+    assert [line.split()[0] for line in listed.splitlines()[1:]] == [
+        f"step-{step:08d}" for step in (4, 8, 12, 14)
+    ]
+    newest = run / "checkpoints" / "step-00000014"
+    inspected = command("checkpoint", "inspect", newest).stdout
+    assert "step 14 of 14, 112 samples" in inspected and "MDLMConfig(" in inspected
+    assert "  block.layers.mlp.linear_fc1.weight  float32 [2, 64, 32]" in inspected
+    assert "all as in the manifest" in command("checkpoint", "verify", newest).stdout
+    (newest / "progress.json").write_text("{}")
+    finished = command("checkpoint", "verify", newest, check=False)
+    assert finished.returncode == 2 and "progress.json" in finished.stderr
+    prune = ["checkpoint", "prune", run, "--keep-last", 1, "--keep-every", 8]
+    assert command(*prune, "--dry-run").stdout.count("would remove") == 2
+    assert command(*prune).stdout.count("removed") == 2
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000008", "step-00000014"]
+    for wrong, message in (
+        (["prune", run, "--keep-last", 0], "keep_last: 0 is below 1"),
+        (["list", tmp_path], "has no directory checkpoints"),
+        (["show", run], "'show' is not one of list, inspect, verify, prune"),
+    ):
+        finished = command("checkpoint", *wrong, check=False)
+        assert finished.returncode == 2 and message in finished.stderr
+
+
+@pytest.fixture
+def copied(uninterrupted, tmp_path):
+    """A copy of the finished run that a test may damage."""
+    target = tmp_path / "copy"
+    shutil.copytree(uninterrupted[0], target)
+    return target
+
+
+def test_a_flipped_byte_stops_the_resume_naming_the_file(corpus, copied):
+    file = sorted((copied / "checkpoints" / "step-00000014").glob("*.distcp"))[0]
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(bytes(data))
+    code, output = finish(start(arguments_for(corpus, copied, steps=16)))
+    assert code == 2 and str(file) in output and "SHA-256 differs" in output
+    assert "Traceback" not in output
+
+
+def test_a_half_written_checkpoint_is_passed_over(corpus, copied):
+    last = copied / "checkpoints" / "step-00000014"
+    last.rename(last.with_name("step-00000014.tmp"))
+    code, output = finish(start(arguments_for(corpus, copied, steps=13)))
+    assert code == 0, output
+    assert "train step 13/13" in output and "train step 12/" not in output
+
+
+REFUSED = {
+    "architecture": (["--model.num-layers", 3], "model.num_layers: 3 differs from 2 in checkpoint"),
+    "seed": (["--training.seed", 5], "training.seed: 5 differs from 1"),
+    "length": (["--data.seq-length", 16], "data.seq_length: 16 differs from 32"),
+    "precision": (["--training.precision", "bf16"], "training.precision: bf16 differs from fp32"),
+    "optimizer": (
+        ["--parallel.no-use-distributed-optimizer"],
+        "parallel.use_distributed_optimizer: False differs from True",
+    ),
+    "loss": (["--objective.loss", "elbo"], "objective.loss: elbo differs from low-variance"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_another_run_is_not_continued(corpus, copied, name):
+    changes, message = REFUSED[name]
+    code, output = finish(start(arguments_for(corpus, copied, *changes)))
+    assert code == 2 and message in output and len(output.strip().splitlines()) == 1, output
+
+
+def test_other_data_is_not_continued(command, corpus, copied, tmp_path):
+    from tests.helpers import tiny
+
+    text = tiny.write_jsonl(tmp_path / "t.jsonl", tiny.sentences(400, seed=77))
+    command("index", "--input", text, "--output", tmp_path / "other", "--tokenizer", corpus.tokenizer)
+    code, output = finish(start(arguments_for(corpus, copied, "--data.train", tmp_path / "other")))
+    assert code == 2 and "data.train: tokens: " in output
+
+
+def test_another_tokenizer_of_the_same_size_is_refused(command, corpus, copied, tmp_path):
+    from tests.helpers import tiny
+
+    text = tiny.write_jsonl(tmp_path / "t.jsonl", [s[::-1] for s in tiny.sentences(400, seed=7)])
+    command("tokenizer", "train", "--input", text, "--output", tmp_path / "tok", "--vocab-size", 301)
+    command("index", "--input", text, "--output", tmp_path / "other", "--tokenizer", tmp_path / "tok")
+    more = ["--data.train", tmp_path / "other", "--data.validation", tmp_path / "other"]
+    more += ["--checkpoint.initialize-from", copied / "checkpoints" / "step-00000014"]
+    code, output = finish(start(arguments_for(corpus, tmp_path / "run", *more)))
+    assert code == 2 and "data.train: tokenizer: " in output
+
+
+def test_the_record_of_a_run_is_a_recipe(command, copied):
+    record = copied / "checkpoints" / "step-00000014" / "run.json"
+    out = command("train", record, "--dry-run", 1).stdout
+    assert "objective  mdlm" in out and str(copied.parent) not in out
+
+
+def test_another_family_is_not_continued(corpus, copied):
+    code, output = finish(start(arguments_for(corpus, copied, recipe="examples/ar/tiny.py")))
+    assert code == 2 and "objective: ARConfig differs from MDLMConfig" in output
+
+
+def test_weights_only_start_is_fresh_in_all_else(corpus, tmp_path, uninterrupted):
+    directory = tmp_path / "phase2"
+    source = uninterrupted[0] / "checkpoints" / "step-00000014"
+    more = ["--checkpoint.initialize-from", source, "--schedule.lr", 5e-4]
+    code, output = finish(start(arguments_for(corpus, directory, *more, steps=2)))
+    assert code == 0, output
+    first = read_metrics(directory)[0]
+    assert first["kind"] == "validation" and first["step"] == 0
+    metrics = train_metrics(directory)
+    assert list(metrics) == [1, 2] and metrics[1]["consumed_samples"] == 8
+    assert metrics[1]["lr"] == pytest.approx(5e-4 / 20)
+    whole = [entry for entry in read_metrics(uninterrupted[0]) if entry["kind"] == "validation"]
+    assert first["nats_per_token"] == whole[-1]["nats_per_token"] != whole[0]["nats_per_token"]
+
+
+def test_a_start_that_is_no_checkpoint(corpus, tmp_path):
+    more = ["--checkpoint.initialize-from", tmp_path]
+    code, output = finish(start(arguments_for(corpus, tmp_path / "run", *more)))
+    assert code == 2 and "not a complete checkpoint" in output
+    assert not (tmp_path / "run").exists()

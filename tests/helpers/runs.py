@@ -1,0 +1,76 @@
+"""Training runs as a user starts them, and what they leave."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from megatron_dlm.telemetry.writers import read_metrics
+from tests.conftest import ROOT
+
+STEPS = 14
+
+
+def arguments_for(corpus, directory, *more, recipe="examples/mdlm/tiny.py", steps=STEPS):
+    shape = ["--model.num-layers", 2, "--model.hidden-size", 32, "--model.num-attention-heads", 2]
+    return [
+        *("train", recipe, "--directory", directory),
+        *("--data.train", corpus.train, "--data.validation", corpus.validation, "--data.seq-length", 32),
+        *shape,
+        *("--model.ffn-hidden-size", 64, "--training.num-steps", steps, "--telemetry.log-every", 1),
+        *("--training.micro-batch-size", 4, "--schedule.decay-steps", 100),
+        *("--evaluation.every", 1000, "--evaluation.num-batches", 1, "--evaluation.batch-size", 8),
+        *("--checkpoint.save-every", 4, "--checkpoint.keep-last", 0),
+        *more,
+    ]
+
+
+def torchrun(processes):
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+
+
+def start(arguments, processes=1):
+    launcher = torchrun(processes) if processes > 1 else []
+    words = [sys.executable, *launcher, "-m", "megatron_dlm", *map(str, arguments)]
+    return subprocess.Popen(
+        words,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for_step(process, directory, step, seconds=120):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and process.poll() is None:
+        if max((entry["step"] for entry in read_metrics(directory)), default=0) >= step:
+            return
+        time.sleep(0.02)
+    output, _ = process.communicate(timeout=10)
+    pytest.fail(f"step {step} was not reached; exit code {process.returncode}\n{output}")
+
+
+def finish(process, seconds=120):
+    output, _ = process.communicate(timeout=seconds)
+    return process.returncode, output
+
+
+def train_metrics(directory):
+    """Everything a step reports except its speed."""
+    timing = {"tokens_per_second", "eta_seconds", "tflops_per_second_per_device", "mfu"}
+    return {
+        entry["step"]: {k: v for k, v in entry.items() if k not in timing}
+        for entry in read_metrics(directory)
+        if entry["kind"] == "train"
+    }
+
+
+def tensor_files(directory):
+    """The bytes of all tensors, optimizer state included, of the last checkpoint."""
+    files = (directory / "checkpoints" / f"step-{STEPS:08d}").glob("*.distcp")
+    return {path.name: path.read_bytes() for path in files}
