@@ -58,7 +58,7 @@ def save(
             dict(state), is_loading=False, metadata=_metadata(parallel)
         )
     strategy = FullyParallelSaveStrategyWrapper(
-        TorchDistSaveShardedStrategy("torch_dist", 1), parallel.data_group, False
+        TorchDistSaveShardedStrategy("torch_dist", 1), parallel.replica_group, False
     )
     keep_save_results_in_process()
     described = {key: value for key, value in _metadata(parallel).items() if key != "dp_cp_group"}
@@ -114,7 +114,7 @@ def load_weights(directory: Path, denoiser: Denoiser, parallel: ParallelState) -
 
 def _load(state: dict[str, Any], directory: Path, parallel: ParallelState) -> dict[str, Any]:
     strategy = FullyParallelLoadStrategyWrapper(
-        get_default_load_sharded_strategy(str(directory)), parallel.data_group
+        get_default_load_sharded_strategy(str(directory)), parallel.replica_group
     )
     loaded: dict[str, Any] = dist_checkpointing.load(state, str(directory), strategy)
     return loaded
@@ -152,7 +152,7 @@ def _metadata(parallel: ParallelState) -> dict[str, Any]:
     return {
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,
-        "dp_cp_group": parallel.data_group,
+        "dp_cp_group": parallel.replica_group,
         # The other sharding types cannot be loaded with torch's AdamW, or only on the same layout.
         "distrib_optim_sharding_type": "fully_reshardable",
         "distrib_optim_fully_reshardable_mem_efficient": True,

@@ -104,7 +104,8 @@ def describe_layout(config: RunConfig, processes: int) -> str:
     lines = {
         "objective": config.objective.name,
         "processes": f"{processes} = {parallel.tensor_model_parallel_size} tensor "
-        f"x {parallel.pipeline_model_parallel_size} pipeline x {data_size} data parallel",
+        f"x {parallel.pipeline_model_parallel_size} pipeline x {parallel.context_parallel_size} context "
+        f"x {data_size} data parallel",
         "model": f"{parameter_count(config.model, 0):,} body parameters, {config.model.num_layers} layers, "
         f"{config.model.num_attention_heads} heads ({padded_heads} with padding), {training.precision}",
         "step": f"{training.global_batch_size} samples x {config.data.seq_length} = {tokens:,} tokens, "

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor, nn
 
 from megatron_dlm.models.config import ROTARY_BASE
+from megatron_dlm.models.context_parallel import gather_positions, own_parts
 
 
 def rotary_angles(position_ids_BL: Tensor, head_dim: int) -> Tensor:
@@ -34,14 +36,18 @@ def rotary_angles(position_ids_BL: Tensor, head_dim: int) -> Tensor:
 class SdpaAttention(nn.Module):
     """PyTorch's scaled dot product attention as a megatron-core attention core.
 
-    Causal or unmasked by its specification; a mask given with the tensors takes the place of both.
+    Causal or unmasked by its specification; a mask given with the tensors takes the place of both. Under
+    context parallelism keys and values are gathered and the queries stay where they are.
     """
 
-    def __init__(self, *, attn_mask_type: AttnMaskType, **unused: Any) -> None:
+    def __init__(
+        self, *, attn_mask_type: AttnMaskType, pg_collection: ProcessGroupCollection, **unused: Any
+    ) -> None:
         super().__init__()
         if attn_mask_type not in (AttnMaskType.causal, AttnMaskType.no_mask):
             raise ValueError(f"SdpaAttention has no mask for {attn_mask_type}")
         self._causal = attn_mask_type == AttnMaskType.causal
+        self._context_group = pg_collection.cp
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **unused: Any
@@ -52,14 +58,38 @@ class SdpaAttention(nn.Module):
             query: [s, b, n, h].
             key: [s, b, n, h].
             value: [s, b, n, h].
-            attention_mask: bool [1, 1, s, s], True where a query (row) may look at a key; or None.
+            attention_mask: bool [1, 1, s, S], True where a query (row) may look at a key, all ranks' S keys
+                in order; or None.
             **unused: arguments of megatron-core for other cores.
 
         Returns:
             [s, b, n * h].
         """
+        causal = self._causal and attention_mask is None
+        if self._context_group.size() > 1:
+            return self._attend_across(query, key, value, attention_mask, causal)
         # A copy: value is a view that would keep the whole of the projection, rotary has copied the others.
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value.contiguous()))
-        causal = self._causal and attention_mask is None
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, is_causal=causal)
         return out.permute(2, 0, 1, 3).flatten(2)
+
+    def _attend_across(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool
+    ) -> Tensor:
+        """[s, b, n * h]: this rank's queries over the keys of all context parallel ranks."""
+        rank, size = self._context_group.rank(), self._context_group.size()
+        both = gather_positions(torch.cat([key, value], dim=-1), self._context_group)
+        k, v = (x.permute(1, 2, 0, 3) for x in both.chunk(2, dim=-1))
+        q = query.permute(1, 2, 0, 3)
+        if not causal:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            return out.permute(2, 0, 1, 3).flatten(2)
+        outs = []
+        for part, q_part in zip(own_parts(rank, size), q.chunk(2, dim=2), strict=True):
+            # Keys behind the part's last query are left out, so all ranks do equal work.
+            before, seen = part * q_part.shape[2], (part + 1) * q_part.shape[2]
+            visible = torch.ones(q_part.shape[2], seen, dtype=torch.bool, device=q.device).tril(before)
+            outs.append(
+                F.scaled_dot_product_attention(q_part, k[:, :, :seen], v[:, :, :seen], attn_mask=visible)
+            )
+        return torch.cat(outs, dim=2).permute(2, 0, 1, 3).flatten(2)

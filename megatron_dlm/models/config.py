@@ -129,6 +129,7 @@ def transformer_config(
         pipeline_dtype=torch.float32,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
         pipeline_model_parallel_layout=_pipeline_layout(model, parallel),
         sequence_parallel=parallel.sequence_parallel,
         # Losses are summed and divided once by the tokens of the global batch.

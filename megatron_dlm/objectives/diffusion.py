@@ -32,7 +32,7 @@ class DiffusionConfig(ObjectiveConfig):
     ssl_ratio: float = 0.0
     """Probability that a training step cuts its samples to one random length (arXiv:2602.15014: 0.01)."""
     ssl_multiple: int = 1
-    """Random lengths are rounded up to a multiple of this; sequence parallelism needs one of its size."""
+    """Random lengths are rounded up to a multiple of this; sequence and context parallelism ask for one."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.time_epsilon < 1:

@@ -25,6 +25,8 @@ class ParallelConfig:
     """Processes that share each layer's weights."""
     pipeline_model_parallel_size: int = 1
     """Pipeline stages; the first ones take a layer more where layers do not divide."""
+    context_parallel_size: int = 1
+    """Processes that share each sequence; lengths must be multiples of twice this."""
     sequence_parallel: bool = False
     """Cut what tensor parallelism would replicate, norms and the residual stream, along the sequence."""
     use_distributed_optimizer: bool = True
@@ -37,7 +39,12 @@ class ParallelConfig:
     """How long a collective waits for a silent peer before the job ends."""
 
     def __post_init__(self) -> None:
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "intra_op_threads"):
+        for name in (
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "context_parallel_size",
+            "intra_op_threads",
+        ):
             if getattr(self, name) < 1:
                 raise InputError(f"parallel.{name}: {getattr(self, name)} is below 1")
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
@@ -54,18 +61,38 @@ class ParallelConfig:
             world_size: processes of the job.
 
         Returns:
-            World size over tensor x pipeline.
+            World size over tensor x pipeline x context.
 
         Raises:
-            InputError: tensor x pipeline does not divide the world.
+            InputError: tensor x pipeline x context does not divide the world.
         """
         tensor, pipeline = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
-        if world_size % (tensor * pipeline):
+        context = self.context_parallel_size
+        if world_size % (tensor * pipeline * context):
             raise InputError(
                 f"parallel: tensor_model_parallel_size {tensor} x pipeline_model_parallel_size {pipeline} "
-                f"does not divide the world size {world_size}"
+                f"x context_parallel_size {context} does not divide the world size {world_size}"
             )
-        return world_size // (tensor * pipeline)
+        return world_size // (tensor * pipeline * context)
+
+    def check_lengths(self, multiple: int) -> None:
+        """Refuse sequences that this layout cannot cut into equal parts.
+
+        Args:
+            multiple: what divides the positions of every forward.
+
+        Raises:
+            InputError: the parts of context or sequence parallelism do not divide it.
+        """
+        context, tensor = self.context_parallel_size, self.tensor_model_parallel_size
+        lengths = f"lengths that are multiples of {multiple} (data.seq_length, objective.ssl_multiple)"
+        if context > 1 and multiple % (2 * context):
+            raise InputError(f"parallel.context_parallel_size: twice {context} does not divide {lengths}")
+        if self.sequence_parallel and multiple % (tensor * context):
+            raise InputError(
+                f"parallel.sequence_parallel: tensor_model_parallel_size {tensor} x context_parallel_size "
+                f"{context} does not divide {lengths}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +110,13 @@ class ParallelState:
     data_rank: int
     data_size: int
     data_group: ProcessGroup
+    context_rank: int
+    context_size: int
+    context_group: ProcessGroup
+    replica_rank: int
+    replica_size: int
+    replica_group: ProcessGroup
+    """All that hold the same weights: data x context parallel ranks."""
     device: torch.device
 
     @property
@@ -174,6 +208,7 @@ def start_parallel(environment: ProcessEnvironment, config: ParallelConfig) -> P
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        context_parallel_size=config.context_parallel_size,
     )
     # Nothing is drawn from it, but sequence parallel layers and recomputation save and restore its state.
     model_parallel_cuda_manual_seed(0)
@@ -189,6 +224,12 @@ def start_parallel(environment: ProcessEnvironment, config: ParallelConfig) -> P
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
         data_group=parallel_state.get_data_parallel_group(),
+        context_rank=parallel_state.get_context_parallel_rank(),
+        context_size=parallel_state.get_context_parallel_world_size(),
+        context_group=parallel_state.get_context_parallel_group(),
+        replica_rank=parallel_state.get_data_parallel_rank(with_context_parallel=True),
+        replica_size=parallel_state.get_data_parallel_world_size(with_context_parallel=True),
+        replica_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         device=device,
     )
 

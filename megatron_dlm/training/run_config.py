@@ -121,13 +121,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
         raise InputError(f"objective: choose a family, one of {', '.join(OBJECTIVES)}")
     data_size = config.parallel.data_parallel_size(world_size)
     config.model.check_parallel(config.parallel)
-    tensor = config.parallel.tensor_model_parallel_size
-    multiple = config.objective.length_multiple(config.data.seq_length)
-    if config.parallel.sequence_parallel and multiple % tensor:
-        raise InputError(
-            f"parallel.sequence_parallel: tensor_model_parallel_size {tensor} does not divide lengths that "
-            f"are multiples of {multiple} (data.seq_length, objective.ssl_multiple)"
-        )
+    config.parallel.check_lengths(config.objective.length_multiple(config.data.seq_length))
     micro = config.training.micro_batch_size
     batches = {
         "training.global_batch_size": config.training.global_batch_size,

@@ -13,6 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_dlm.interfaces import ModelInputs, Targets, TokenBatch, TrainingError
+from megatron_dlm.models.context_parallel import own_share
 from megatron_dlm.models.flops import Work, work_of
 from megatron_dlm.objectives.base import CorruptionContext, Objective, corruption_fingerprint
 from megatron_dlm.platform.parallel import ParallelState
@@ -97,8 +98,10 @@ class PipelineRunner:
     def _forward_step(
         self, microbatches: Iterator[Microbatch], model: Any
     ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]]:
-        microbatch = next(microbatches)
-        targets = microbatch.targets
+        microbatch, parallel = next(microbatches), self._parallel
+        inputs, targets = own_share(
+            microbatch.inputs, microbatch.targets, parallel.context_rank, parallel.context_size
+        )
 
         def loss_of(hidden_states: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             losses = self._denoiser.head.losses(
@@ -109,7 +112,7 @@ class PipelineRunner:
             sums = torch.stack([losses.loss.detach().double(), losses.bound])
             return losses.loss, tokens, {"sums": sums}
 
-        return model(microbatch.inputs.to(self._parallel.device)), loss_of
+        return model(inputs.to(parallel.device)), loss_of
 
     def _reduce(
         self, outputs: list[dict[str, Tensor]], microbatches: Sequence[Microbatch], context: CorruptionContext
@@ -120,7 +123,7 @@ class PipelineRunner:
             mine += torch.stack([output["sums"] for output in outputs])
         sums = mine.sum(dim=0)
         if parallel.is_last_stage:
-            dist.all_reduce(sums, group=parallel.data_group)
+            dist.all_reduce(sums, group=parallel.replica_group)
         last_stage = dist.get_global_rank(parallel.pipeline_group, parallel.pipeline_size - 1)
         dist.broadcast(sums, src=last_stage, group=parallel.pipeline_group)
         loss, bound = sums.tolist()
@@ -152,7 +155,7 @@ class PipelineRunner:
         for sums, microbatch in zip(mine.tolist(), microbatches, strict=True):
             if not all(map(math.isfinite, sums)):
                 flags[torch.from_numpy(microbatch.batch.sample_indices - context.batch_start)] = 1
-        for group in (parallel.data_group, parallel.pipeline_group):
+        for group in (parallel.replica_group, parallel.pipeline_group):
             dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
         # A sum of finite losses may overflow: then all are at fault.
         found = flags.nonzero()[:, 0] if bool(flags.any()) else torch.arange(context.global_batch_size)

@@ -19,6 +19,7 @@ LAYOUTS = {
     "pp2dp2": (4, ParallelConfig(pipeline_model_parallel_size=2)),
     "tp2sp": (2, ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)),
     "pp3": (3, ParallelConfig(pipeline_model_parallel_size=3)),
+    "cp2": (2, ParallelConfig(context_parallel_size=2)),
     "tp2pp2": (4, ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)),
 }
 
@@ -111,6 +112,8 @@ def test_same_layout_resumes_bit_for_bit(corpus, tmp_path, name):
         ("tp2pp2", "tp2sp"),
         ("pp3", "tp2"),
         ("tp2sp", "pp3"),
+        ("tp2", "cp2"),
+        ("cp2", "one"),
     ],
 )
 def test_another_layout_goes_on_with_equal_losses(corpus, tmp_path, source, target):

@@ -23,7 +23,7 @@ FAMILIES = {
     "ar": ARConfig(),
     "duo": DuoConfig(),
     "duo-curriculum": DuoConfig(curriculum=CurriculumConfig(steps=2), mask_in_noise=False),
-    "esolm": EsoLMConfig(ssl_ratio=0.5, ssl_multiple=4),
+    "esolm": EsoLMConfig(ssl_ratio=0.5, ssl_multiple=8),
     "esolm-two-parts": EsoLMConfig(alpha_0=0.5, batch_split=0.5, loss="elbo"),
     # Data parallel ranks then run different numbers of microbatches.
     "esolm-uneven-parts": EsoLMConfig(alpha_0=0.5, batch_split=0.375),
@@ -38,8 +38,14 @@ QUICK = [
     (1, 1, 2, 2, "plain optimizer"),
     (2, 2, 1, 2, ""),
     (1, 2, 2, 2, ""),
+    (1, 1, 1, 4, "context 2"),
+    (2, 1, 1, 8, "context 2, sequence"),
 ]
 SLOW = [
+    (1, 1, 1, 2, "context 4"),
+    (1, 2, 2, 2, "context 2"),
+    (2, 2, 1, 4, "context 2, sequence"),
+    (1, 1, 2, 4, "context 2, plain optimizer"),
     (1, 3, 1, 1, ""),
     (4, 1, 1, 8, "sequence"),
     (2, 2, 1, 4, "sequence"),
@@ -51,11 +57,16 @@ SLOW = [
 LAYOUTS = [*QUICK, *(pytest.param(layout, marks=pytest.mark.slow) for layout in SLOW)]
 
 
+def context_of(options):
+    return int(options.removeprefix("context ")[0]) if options.startswith("context ") else 1
+
+
 def parallel_of(layout):
     tensor, pipeline, _, _, options = layout
     return ParallelConfig(
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
+        context_parallel_size=context_of(options),
         sequence_parallel="sequence" in options,
         use_distributed_optimizer="plain" not in options,
     )
@@ -142,11 +153,13 @@ def assert_equal_runs(run, reference):
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "-".join(map(str, layout)).replace(" ", "-"))
 def test_layout_equals_one_process(corpus, one_process, layout, record_property):
-    tensor, pipeline, data, micro_batch_size, _ = layout
+    tensor, pipeline, data, micro_batch_size, options = layout
     parallel = parallel_of(layout)
     configs = configs_for(corpus, parallel, micro_batch_size)
     for rank, runs in enumerate(
-        run_distributed(all_families, tensor * pipeline * data, configs, parallel=parallel)
+        run_distributed(
+            all_families, tensor * pipeline * data * context_of(options), configs, parallel=parallel
+        )
     ):
         for name, run in runs.items():
             differences = assert_equal_runs(run, one_process[name])

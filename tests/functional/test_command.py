@@ -58,7 +58,8 @@ BAD = {
     ),
     "tensor": (
         ["train", RECIPE, "--parallel.tensor-model-parallel-size", "2"],
-        "tensor_model_parallel_size 2 x pipeline_model_parallel_size 1 does not divide the world size 1",
+        "tensor_model_parallel_size 2 x pipeline_model_parallel_size 1 x context_parallel_size 1 "
+        "does not divide the world size 1",
     ),
     "sequence without tensor": (
         ["train", RECIPE, "--parallel.sequence-parallel"],
@@ -70,6 +71,17 @@ BAD = {
             *("--objective.ssl-ratio", "0.1", "--objective.ssl-multiple", "3", "--dry-run", "2"),
         ],
         "does not divide lengths that are multiples of 1",
+    ),
+    "context does not divide": (
+        [
+            *("train", RECIPE, "--parallel.context-parallel-size", "2"),
+            *("--objective.ssl-ratio", "0.1", "--objective.ssl-multiple", "2", "--dry-run", "2"),
+        ],
+        "parallel.context_parallel_size: twice 2 does not divide lengths that are multiples of 2",
+    ),
+    "no context": (
+        ["train", RECIPE, "--parallel.context-parallel-size", "0"],
+        "parallel.context_parallel_size: 0 is below 1",
     ),
     "too many stages": (
         ["train", RECIPE, "--parallel.pipeline-model-parallel-size", "5", "--dry-run", "5"],

@@ -64,7 +64,7 @@ def test_dry_run_prints_command_and_layout(launcher):
     words = shlex.split(out[0])
     assert words[-4:] == more and "examples/mdlm/1.7b.py" in words
     layout = "\n".join(out[1:])
-    assert "128 = 2 tensor x 1 pipeline x 64 data parallel" in layout
+    assert "128 = 2 tensor x 1 pipeline x 1 context x 64 data parallel" in layout
     assert "17 heads (18 with padding)" in layout and "2,097,152 tokens, 8 microbatches" in layout
 
 

@@ -44,9 +44,9 @@ def reduced_gradients(session):
     if session.config.parallel.use_distributed_optimizer:
         for buffer in model.buffers:
             for bucket in buffer.buckets:
-                shard = bucket.grad_data.chunk(parallel.data_size)[parallel.data_rank].clone()
-                parts = [torch.empty_like(shard) for _ in range(parallel.data_size)]
-                dist.all_gather(parts, shard, group=parallel.data_group)
+                shard = bucket.grad_data.chunk(parallel.replica_size)[parallel.replica_rank].clone()
+                parts = [torch.empty_like(shard) for _ in range(parallel.replica_size)]
+                dist.all_gather(parts, shard, group=parallel.replica_group)
                 bucket.grad_data.copy_(torch.cat(parts))
     values = {parameter: parameter.main_grad for parameter in session.denoiser.parameters()}
     return gather(session.denoiser, parallel, values)

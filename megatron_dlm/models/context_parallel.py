@@ -1,0 +1,81 @@
+"""Context parallelism: each rank holds two parts of every sequence, and attention gathers keys and values.
+
+Rank r of n holds parts r and 2 n - 1 - r of the 2 n equal parts of a sequence, first the earlier one; under
+causal attention all ranks then look at equally many keys ("zig-zag", as Megatron-LM and transformer-engine).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from torch import Tensor
+
+from megatron_dlm.interfaces import ModelInputs, Targets, TokenMixture
+
+
+def own_parts(rank: int, size: int) -> tuple[int, int]:
+    """The two parts, of 2 x `size`, that context parallel rank `rank` holds."""
+    return rank, 2 * size - 1 - rank
+
+
+def own_positions(length: int, rank: int, size: int) -> Tensor:
+    """Positions of one rank.
+
+    Args:
+        length: S, positions of the sequence; a multiple of 2 x `size`.
+        rank: context parallel rank.
+        size: context parallel size.
+
+    Returns:
+        int64 [S / size], increasing.
+    """
+    return torch.cat([torch.arange(length).chunk(2 * size)[part] for part in own_parts(rank, size)])
+
+
+def own_share(inputs: ModelInputs, targets: Targets, rank: int, size: int) -> tuple[ModelInputs, Targets]:
+    """One rank's positions of a microbatch.
+
+    Args:
+        inputs: of S positions, on the CPU.
+        targets: of the same positions.
+        rank: context parallel rank.
+        size: context parallel size; 1 gives back what came in.
+
+    Returns:
+        Inputs and targets of S / size positions; a mask keeps all columns. Rank 0 counts all the tokens.
+    """
+    if size == 1:
+        return inputs, targets
+    own = own_positions(inputs.token_ids_BL.shape[1], rank, size)
+    mask, mixture = inputs.attention_mask, inputs.mixture
+    if mixture is not None:
+        mixture = TokenMixture(
+            token_ids_BLk=mixture.token_ids_BLk[:, own], weights_BLk=mixture.weights_BLk[:, own]
+        )
+    inputs = replace(
+        inputs,
+        token_ids_BL=inputs.token_ids_BL[:, own],
+        position_ids_BL=inputs.position_ids_BL[:, own],
+        attention_mask=None if mask is None else mask[:, :, own],
+        mixture=mixture,
+    )
+    per_position = {name: value[:, own] for name, value in vars(targets).items() if name.endswith("_BL")}
+    return inputs, replace(targets, **per_position, token_count=0 if rank else targets.token_count)
+
+
+def gather_positions(own: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """All ranks' positions in their order; the gradient is summed over the ranks.
+
+    Args:
+        own: [S / n, ...], this rank's positions.
+        group: of the n context parallel ranks.
+
+    Returns:
+        [S, ...].
+    """
+    gathered = gather_from_sequence_parallel_region(own, group=group)
+    parts = gathered.chunk(2 * group.size())
+    return torch.cat([*parts[0::2], *reversed(parts[1::2])])
