@@ -36,7 +36,10 @@ def encode(value: Any) -> Any:
 
 
 def decode(declared: type[T], data: Any, path: str = "config") -> T:
-    """The dataclass that `encode` wrote.
+    """The dataclass that `encode` wrote, now or in an earlier version.
+
+    A field that the record lacks takes its default, so the default of a new field must be what was done
+    before there was a choice.
 
     Args:
         declared: the dataclass type, or a base class of the type that was encoded.
@@ -47,19 +50,25 @@ def decode(declared: type[T], data: Any, path: str = "config") -> T:
         An instance of `declared` or of the subclass the record names.
 
     Raises:
-        InputError: unknown or missing field, unknown class, value of the wrong type.
+        InputError: unknown field, missing field without default, unknown class, value of the wrong type.
     """
     if not isinstance(data, dict):
         raise InputError(f"{path}: expected an object, found {type(data).__name__}")
     cls = _resolve_class(declared, data.get(CLASS_KEY, declared.__name__), path)
     hints = get_type_hints(cls)
-    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    known = {field.name for field in fields}
+    required = {
+        field.name
+        for field in fields
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    }
     found = set(data) - {CLASS_KEY}
     if unknown := sorted(found - known):
-        raise InputError(f"{path}.{unknown[0]}: unknown field of {cls.__name__}")
-    if missing := sorted(known - found):
+        raise InputError(f"{path}.{unknown[0]}: unknown field of {cls.__name__}, perhaps of a later version")
+    if missing := sorted(required - found):
         raise InputError(f"{path}.{missing[0]}: missing field of {cls.__name__}")
-    return cls(**{name: _decode_value(hints[name], data[name], f"{path}.{name}") for name in known})
+    return cls(**{name: _decode_value(hints[name], data[name], f"{path}.{name}") for name in found})
 
 
 def _resolve_class(declared: type[T], name: str, path: str) -> type[T]:

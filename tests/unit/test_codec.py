@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dlm.checkpointing.storage import CheckpointConfig
 from megatron_dlm.interfaces import AttentionPattern, InputError
 from megatron_dlm.objectives.mdlm import MDLMConfig
 from megatron_dlm.platform.codec import decode, encode
@@ -52,8 +53,15 @@ def test_a_wrong_record_is_refused_by_name(path, value, message):
     assert message in str(error.value)
 
 
-def test_a_missing_field_is_refused_by_name():
+def test_a_missing_field_without_default_is_refused_by_name():
     record = encode(replace(tiny_run(MDLMConfig(), num_steps=320), directory=Path("x")))
-    del record["data"]["seq_length"]
-    with pytest.raises(InputError, match=r"config\.data\.seq_length: missing"):
+    del record["model"]["num_layers"]
+    with pytest.raises(InputError, match=r"config\.model\.num_layers: missing"):
         decode(RunConfig, record)
+
+
+def test_a_record_from_before_a_field_takes_the_default():
+    config = tiny_run(MDLMConfig(), num_steps=320)
+    record = encode(config)
+    del record["parallel"]["context_parallel_size"], record["checkpoint"]
+    assert decode(RunConfig, record) == replace(config, checkpoint=CheckpointConfig())
