@@ -66,30 +66,28 @@ class SdpaAttention(nn.Module):
             [s, b, n * h].
         """
         causal = self._causal and attention_mask is None
-        if self._context_group.size() > 1:
-            return self._attend_across(query, key, value, attention_mask, causal)
-        # A copy: value is a view that would keep the whole of the projection, rotary has copied the others.
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value.contiguous()))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, is_causal=causal)
+        if self._context_group.size() == 1:
+            # A copy: value is a view that would keep the whole projection, rotary has copied the others.
+            value = value.contiguous()
+        else:
+            both = gather_positions(torch.cat([key, value], dim=-1), self._context_group)
+            key, value = both.chunk(2, dim=-1)
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        if causal and self._context_group.size() > 1:
+            out = self._attend_causally_across(q, k, v)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, is_causal=causal)
         return out.permute(2, 0, 1, 3).flatten(2)
 
-    def _attend_across(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool
-    ) -> Tensor:
-        """[s, b, n * h]: this rank's queries over the keys of all context parallel ranks."""
-        rank, size = self._context_group.rank(), self._context_group.size()
-        both = gather_positions(torch.cat([key, value], dim=-1), self._context_group)
-        k, v = (x.permute(1, 2, 0, 3) for x in both.chunk(2, dim=-1))
-        q = query.permute(1, 2, 0, 3)
-        if not causal:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-            return out.permute(2, 0, 1, 3).flatten(2)
+    def _attend_causally_across(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[b, n, s, h]: this rank's queries [b, n, s, h] over all ranks' keys and values [b, n, S, h]."""
         outs = []
-        for part, q_part in zip(own_parts(rank, size), q.chunk(2, dim=2), strict=True):
+        parts = own_parts(self._context_group.rank(), self._context_group.size())
+        for part, q_part in zip(parts, q.chunk(2, dim=2), strict=True):
             # Keys behind the part's last query are left out, so all ranks do equal work.
             before, seen = part * q_part.shape[2], (part + 1) * q_part.shape[2]
             visible = torch.ones(q_part.shape[2], seen, dtype=torch.bool, device=q.device).tril(before)
             outs.append(
                 F.scaled_dot_product_attention(q_part, k[:, :, :seen], v[:, :, :seen], attn_mask=visible)
             )
-        return torch.cat(outs, dim=2).permute(2, 0, 1, 3).flatten(2)
+        return torch.cat(outs, dim=2)

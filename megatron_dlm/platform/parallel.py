@@ -112,9 +112,6 @@ class ParallelState:
     data_group: ProcessGroup
     context_rank: int
     context_size: int
-    context_group: ProcessGroup
-    replica_rank: int
-    replica_size: int
     replica_group: ProcessGroup
     """All that hold the same weights: data x context parallel ranks."""
     device: torch.device
@@ -226,9 +223,6 @@ def start_parallel(environment: ProcessEnvironment, config: ParallelConfig) -> P
         data_group=parallel_state.get_data_parallel_group(),
         context_rank=parallel_state.get_context_parallel_rank(),
         context_size=parallel_state.get_context_parallel_world_size(),
-        context_group=parallel_state.get_context_parallel_group(),
-        replica_rank=parallel_state.get_data_parallel_rank(with_context_parallel=True),
-        replica_size=parallel_state.get_data_parallel_world_size(with_context_parallel=True),
         replica_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         device=device,
     )

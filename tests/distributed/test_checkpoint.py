@@ -163,7 +163,7 @@ def start_from_weights(state, config, directory):
         if parameter.main_param is not None:
             whole.view(-1)[own] = parameter.main_param.detach().view(-1)
         if sharded:
-            torch.distributed.all_reduce(whole, group=state.data_group)
+            torch.distributed.all_reduce(whole, group=state.replica_group)
         assert torch.equal(parameter, whole.bfloat16())
         read[parameter] = whole
     return weights.gather(session.denoiser, state, read)

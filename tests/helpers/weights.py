@@ -42,11 +42,12 @@ def reduced_gradients(session):
     """
     model, parallel = session.model, session.parallel
     if session.config.parallel.use_distributed_optimizer:
+        group = parallel.replica_group
         for buffer in model.buffers:
             for bucket in buffer.buckets:
-                shard = bucket.grad_data.chunk(parallel.replica_size)[parallel.replica_rank].clone()
-                parts = [torch.empty_like(shard) for _ in range(parallel.replica_size)]
-                dist.all_gather(parts, shard, group=parallel.replica_group)
+                shard = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+                parts = [torch.empty_like(shard) for _ in range(group.size())]
+                dist.all_gather(parts, shard, group=group)
                 bucket.grad_data.copy_(torch.cat(parts))
     values = {parameter: parameter.main_grad for parameter in session.denoiser.parameters()}
     return gather(session.denoiser, parallel, values)
