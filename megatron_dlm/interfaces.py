@@ -24,6 +24,10 @@ class TrainingError(RuntimeError):
     """A run cannot go on: the numbers are not finite. One line: what, step, rank, samples."""
 
 
+class SaveError(TrainingError):
+    """A checkpoint could not be saved; what was saved before is as it was. One line: path, reason."""
+
+
 class AttentionPattern(str, Enum):
     """Which positions a query may look at."""
 

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
-from megatron.core.dist_checkpointing.strategies.fully_parallel import (
-    FullyParallelLoadStrategyWrapper,
-    FullyParallelSaveStrategyWrapper,
-)
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from torch import Tensor
 
 from megatron_dlm.checkpointing.safe_metadata import check_metadata
 from megatron_dlm.checkpointing.storage import CheckpointRoot, verify
+from megatron_dlm.checkpointing.writing import BACKEND, VERSION, ShareWriter
+from megatron_dlm.interfaces import SaveError
 from megatron_dlm.models.denoiser import Denoiser
 from megatron_dlm.platform import distributed_optimizer
 from megatron_dlm.platform.files import write_json
-from megatron_dlm.platform.mcore import keep_save_results_in_process
 from megatron_dlm.platform.parallel import ParallelState, on_first_rank
 
 MAIN_WEIGHTS = ("optimizer.state.param.", "optimizer.state.fp32_param.")
@@ -33,37 +35,115 @@ RUN_RECORD, PROGRESS_RECORD = "run.json", "progress.json"
 os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 
 
-def save(
-    root: CheckpointRoot,
-    step: int,
-    denoiser: Denoiser,
-    optimizer: Any,
-    parallel: ParallelState,
-    records: dict[str, Any],
-) -> None:
-    """Write one checkpoint; it is visible only once complete. All ranks call it.
+class PendingSave:
+    """A checkpoint that is being written; it becomes visible in `finish`, once complete."""
 
-    Args:
-        root: the run's checkpoints, on storage that all ranks share.
-        step: optimizer steps done.
-        denoiser: this process's stage.
-        optimizer: megatron-core's.
-        parallel: this process's place.
-        records: JSON values by file name, written by rank 0.
-    """
-    on_first_rank(parallel, lambda: root.prepare(step))
+    def __init__(
+        self,
+        root: CheckpointRoot,
+        step: int,
+        denoiser: Denoiser,
+        optimizer: Any,
+        parallel: ParallelState,
+        records: dict[str, Any],
+        timeout_seconds: float,
+    ) -> None:
+        """Start to write the run as it is now; all ranks call it.
+
+        Args:
+            root: the run's checkpoints, on storage that all ranks share.
+            step: optimizer steps done.
+            denoiser: this process's stage; may change as soon as this returns.
+            optimizer: megatron-core's; likewise.
+            parallel: this process's place.
+            records: JSON values by file name, written by rank 0.
+            timeout_seconds: for writing the tensors.
+
+        Raises:
+            SaveError: the storage is full or cannot be written.
+        """
+        self.step = step
+        self._root = root
+        self._parallel = parallel
+        self._records = records
+        self._timeout_seconds = timeout_seconds
+        try:
+            self._on_first_rank(lambda: root.prepare(step))
+            sharded, common = _sharded_state(denoiser, optimizer, parallel)
+            self._on_first_rank(lambda: _write_common(root.temporary(step), common))
+            self._share = ShareWriter(root.temporary(step), sharded, parallel)
+            self._require_space()
+        except SaveError:
+            self._discard()
+            raise
+        self._share.start()
+
+    def _require_space(self) -> None:
+        size = torch.tensor(self._share.num_bytes, device=self._parallel.device)
+        dist.all_reduce(size)
+        self._on_first_rank(lambda: self._root.require_space(int(size)))
+
+    def is_done(self) -> bool:
+        """Whether `finish` has nothing to wait for; all ranks call it."""
+        waiting = torch.tensor(
+            int(not self._share.is_done(self._timeout_seconds)), device=self._parallel.device
+        )
+        dist.all_reduce(waiting, op=dist.ReduceOp.MAX)
+        return not waiting
+
+    def finish(self) -> None:
+        """Wait until all is written and make it visible; all ranks call it.
+
+        Raises:
+            SaveError: something could not be written; nothing of it is left.
+        """
+        written = self._share.wait(self._timeout_seconds)
+        shares: list[Any] = [None] * self._parallel.world_size
+        dist.gather_object(written, shares if self._parallel.rank == 0 else None)
+
+        def publish() -> None:
+            if errors := [share.error for share in shares if share.error]:
+                raise SaveError(errors[0])
+            self._share.write_index(shares)
+            for name, record in self._records.items():
+                write_json(self._root.temporary(self.step) / name, record)
+            self._root.publish(self.step, {k: v for share in shares for k, v in share.digests.items()})
+
+        try:
+            self._on_first_rank(publish)
+        except SaveError:
+            self._discard()
+            raise
+
+    def _discard(self) -> None:
+        if self._parallel.rank == 0:
+            self._root.discard(self.step)
+
+    def _on_first_rank(self, action: Callable[[], Any]) -> None:
+        def act() -> None:
+            try:
+                action()
+            except OSError as error:
+                raise SaveError(f"{self._root.temporary(self.step)}: {error}") from error
+
+        on_first_rank(self._parallel, act)
+
+
+def _sharded_state(denoiser: Denoiser, optimizer: Any, parallel: ParallelState) -> tuple[Any, Any]:
+    """megatron-core's view of the tensors this process has, and of what all have in common."""
     state = _model_state(denoiser, parallel)
     with distributed_optimizer.correct_slices(optimizer):
         state["optimizer"] = optimizer.sharded_state_dict(
             dict(state), is_loading=False, metadata=_metadata(parallel)
         )
-    strategy = FullyParallelSaveStrategyWrapper(
-        TorchDistSaveShardedStrategy("torch_dist", 1), parallel.replica_group, False
-    )
-    keep_save_results_in_process()
     described = {key: value for key, value in _metadata(parallel).items() if key != "dp_cp_group"}
-    dist_checkpointing.save(state, str(root.temporary(step)), strategy, content_metadata=described)
-    on_first_rank(parallel, lambda: _publish(root, step, records))
+    sharded, common = save_preprocess(state | {"content_metadata": described})
+    return sharded, common
+
+
+def _write_common(directory: Path, common: Any) -> None:
+    TorchCommonSaveStrategy("torch", VERSION).save_common(common, directory)
+    save_config(CheckpointingConfig(BACKEND, VERSION), str(directory))
 
 
 def load(directory: Path, denoiser: Denoiser, optimizer: Any, parallel: ParallelState) -> None:
@@ -136,12 +216,6 @@ def verify_on_all_ranks(directory: Path, parallel: ParallelState) -> None:
         check_metadata(directory)
 
     on_first_rank(parallel, check)
-
-
-def _publish(root: CheckpointRoot, step: int, records: dict[str, Any]) -> None:
-    for name, record in records.items():
-        write_json(root.temporary(step) / name, record)
-    root.publish(step)
 
 
 def _model_state(denoiser: Denoiser, parallel: ParallelState) -> dict[str, Any]:

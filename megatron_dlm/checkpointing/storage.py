@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_dlm.interfaces import InputError
+from megatron_dlm.interfaces import InputError, SaveError
 from megatron_dlm.platform.files import commit, flush_to_disk, sha256_of, write_json
 
 MANIFEST = "manifest.json"
@@ -22,6 +23,12 @@ class CheckpointConfig:
 
     save_every: int = 1000
     """Steps between checkpoints; one is also written at the end and when the run is asked to stop."""
+    async_save: bool = False
+    """Write from a child process while training goes on; needs host memory for a second copy."""
+    save_timeout_seconds: float = 1800.0
+    """How long writing one checkpoint may take before it counts as failed."""
+    max_failed_saves: int = 3
+    """Saves in a row that may fail, for example for a full disk, before the run ends with exit code 75."""
     keep_last: int = 0
     """Newest complete checkpoints to keep; 0 keeps all."""
     keep_every: int = 0
@@ -37,6 +44,10 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         if self.save_every < 1:
             raise InputError(f"checkpoint.save_every: {self.save_every} is below 1")
+        if not self.save_timeout_seconds > 0:
+            raise InputError(f"checkpoint.save_timeout_seconds: {self.save_timeout_seconds} is not above 0")
+        if self.max_failed_saves < 1:
+            raise InputError(f"checkpoint.max_failed_saves: {self.max_failed_saves} is below 1")
         if self.keep_last < 0:
             raise InputError(f"checkpoint.keep_last: {self.keep_last} is below 0")
         if self.keep_every < 0:
@@ -73,13 +84,31 @@ class CheckpointRoot:
         temporary.mkdir(parents=True)
         return temporary
 
-    def publish(self, step: int) -> Path:
+    def require_space(self, num_bytes: int) -> None:
+        """Refuse to begin what the storage has no room for.
+
+        Args:
+            num_bytes: of the checkpoint's tensors.
+
+        Raises:
+            SaveError: fewer bytes are free.
+        """
+        free = shutil.disk_usage(self.path).free
+        if free < num_bytes:
+            raise SaveError(f"{self.path}: {num_bytes:,} bytes needed, {free:,} free")
+
+    def discard(self, step: int) -> None:
+        """Remove what is there of an unfinished checkpoint, as far as the storage lets us."""
+        shutil.rmtree(self.temporary(step), ignore_errors=True)
+
+    def publish(self, step: int, digests: Mapping[str, str]) -> Path:
         """Write the manifest of the temporary directory, flush everything, make it visible.
 
         An older directory of the same step is replaced.
 
         Args:
             step: of the checkpoint.
+            digests: SHA-256 of files that are on disk already; the others are flushed and read.
 
         Returns:
             The final path.
@@ -87,8 +116,12 @@ class CheckpointRoot:
         temporary, final = self.temporary(step), self.final(step)
         files = {}
         for path in sorted(temporary.iterdir()):
-            flush_to_disk(path)
-            files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+            if path.name not in digests:
+                flush_to_disk(path)
+            files[path.name] = {
+                "bytes": path.stat().st_size,
+                "sha256": digests.get(path.name) or sha256_of(path),
+            }
         write_json(temporary / MANIFEST, {"files": files})
         if final.exists():
             self.remove(final)

@@ -9,7 +9,7 @@ import importlib
 import sys
 
 from megatron_dlm import __version__
-from megatron_dlm.interfaces import InputError, TrainingError
+from megatron_dlm.interfaces import InputError, SaveError, TrainingError
 
 VERBS = {
     "tokenizer": "train a byte-level BPE tokenizer from text",
@@ -20,6 +20,9 @@ VERBS = {
     "export": "checkpoint to a Hugging Face folder",
 }
 
+EXIT_SAVE_FAILED = 75
+"""EX_TEMPFAIL of sysexits.h."""
+
 USAGE = f"""usage: megatron-dlm VERB [arguments]
 
 Training of discrete diffusion language models. Version {__version__}.
@@ -28,7 +31,8 @@ verbs:
 {chr(10).join(f"  {name:<10} {what}" for name, what in VERBS.items())}
 
 `megatron-dlm VERB --help` lists a verb's arguments with their units.
-exit codes: 0 done, 1 error, 2 bad configuration or usage, 3 stopped by a signal and saved
+exit codes: 0 done, 1 error, 2 bad configuration or usage, 3 stopped by a signal and saved,
+{EXIT_SAVE_FAILED} checkpoints cannot be saved
 """
 
 
@@ -48,6 +52,8 @@ def main() -> None:
         sys.exit(importlib.import_module(f"megatron_dlm.cli.{verb}").run(arguments[1:]))
     except InputError as error:
         fail(f"megatron-dlm {verb}", str(error))
+    except SaveError as error:
+        fail(f"megatron-dlm {verb}", str(error), exit_code=EXIT_SAVE_FAILED)
     except TrainingError as error:
         fail(f"megatron-dlm {verb}", str(error), exit_code=1)
 

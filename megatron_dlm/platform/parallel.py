@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from megatron_dlm.interfaces import InputError
+from megatron_dlm.interfaces import InputError, TrainingError
 from megatron_dlm.platform.launch import ProcessEnvironment, start_process_group
 
 if TYPE_CHECKING:
@@ -243,27 +243,28 @@ def on_first_rank(state: ParallelState, action: Callable[[], T]) -> T:
 
     Raises:
         InputError: rank 0's complaint, on every rank, so that none waits for one that has left.
+        TrainingError: likewise.
         RuntimeError: the text of any other failure of rank 0, on the other ranks.
     """
     import torch.distributed as dist
 
-    outcome: list[tuple[str, object]] = [("", None)]
+    outcome: list[object] = [None]
     failure: Exception | None = None
     if state.rank == 0:
         try:
-            outcome = [("done", action())]
+            outcome = [action()]
+        except (InputError, TrainingError) as error:
+            failure = error
+            outcome = [error]
         except Exception as error:
             failure = error
-            outcome = [("input" if isinstance(error, InputError) else "failure", str(error))]
+            outcome = [RuntimeError(f"rank 0: {error}")]
     dist.broadcast_object_list(outcome, src=0)
     if failure is not None:
         raise failure
-    kind, value = outcome[0]
-    if kind == "input":
-        raise InputError(str(value))
-    if kind == "failure":
-        raise RuntimeError(f"rank 0: {value}")
-    return value  # type: ignore[return-value]
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]  # type: ignore[return-value]
 
 
 def stop_parallel() -> None:

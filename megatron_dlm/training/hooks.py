@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 import torch
 import torch.distributed as dist
 
-from megatron_dlm.checkpointing.manager import PROGRESS_RECORD, RUN_RECORD, save
-from megatron_dlm.checkpointing.storage import CheckpointRoot
+from megatron_dlm.checkpointing.manager import PROGRESS_RECORD, RUN_RECORD, PendingSave
+from megatron_dlm.checkpointing.storage import CheckpointConfig, CheckpointRoot
+from megatron_dlm.interfaces import SaveError
 from megatron_dlm.models.flops import Work
 from megatron_dlm.platform.codec import encode
 from megatron_dlm.platform.peak import matmul_flops_per_second
@@ -139,18 +143,26 @@ class CheckpointHook(Hook):
     def __init__(self, root: CheckpointRoot, saved_step: int) -> None:
         self._root = root
         self._saved_step = saved_step
+        self._pending: PendingSave | None = None
+        self._failures = 0
 
     def after_step(self, session: Session, progress: Progress, report: StepReport) -> None:
         """Save when due or asked to."""
+        if self._pending and self._pending.is_done():
+            self.finish(session)
         if progress.save_requested or progress.step % session.config.checkpoint.save_every == 0:
             self._save(session, progress)
 
     def on_end(self, session: Session, progress: Progress) -> None:
-        """Save what has not been saved."""
+        """Save what has not been saved; here a failure is final."""
+        self.finish(session)
         if progress.step != self._saved_step:
+            self._failures = session.config.checkpoint.max_failed_saves
             self._save(session, progress)
+            self.finish(session)
 
     def _save(self, session: Session, progress: Progress) -> None:
+        self.finish(session)
         records = {
             RUN_RECORD: {
                 "config": encode(session.config),
@@ -165,12 +177,53 @@ class CheckpointHook(Hook):
                 "world_size": session.parallel.world_size,
             },
         }
-        save(self._root, progress.step, session.denoiser, session.optimizer, session.parallel, records)
-        self._saved_step = progress.step
+        checkpoint = session.config.checkpoint
+        with self._failures_counted(session, progress.step):
+            self._pending = PendingSave(
+                self._root,
+                progress.step,
+                session.denoiser,
+                session.optimizer,
+                session.parallel,
+                records,
+                checkpoint.save_timeout_seconds,
+            )
         if session.parallel.rank == 0:
-            checkpoint = session.config.checkpoint
-            self._root.retain(checkpoint.keep_last, checkpoint.keep_every)
             (session.config.directory / SAVE_REQUEST).unlink(missing_ok=True)
+        if not checkpoint.async_save:
+            self.finish(session)
+
+    def finish(self, session: Session) -> None:
+        """Wait for a save that is under way; all ranks call it."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        with self._failures_counted(session, pending.step):
+            pending.finish()
+            self._saved_step = pending.step
+            self._failures = 0
+            if session.parallel.rank == 0:
+                self._remove_superfluous(session.config.checkpoint)
+
+    def _remove_superfluous(self, config: CheckpointConfig) -> None:
+        try:
+            self._root.retain(config.keep_last, config.keep_every)
+        except OSError as error:
+            # The next save tries again; what it leaves is complete.
+            print(f"warning: older checkpoints stay: {error}", file=sys.stderr, flush=True)
+
+    @contextmanager
+    def _failures_counted(self, session: Session, step: int) -> Iterator[None]:
+        """Let training go on after a failed save, some times."""
+        try:
+            yield
+        except SaveError as error:
+            self._failures += 1
+            failed = f"checkpoint of step {step} was not saved: {error}"
+            if self._failures >= session.config.checkpoint.max_failed_saves:
+                raise SaveError(failed) from error
+            if session.parallel.rank == 0:
+                print(f"warning: {failed}; training goes on", file=sys.stderr, flush=True)
 
 
 class RequestHook(Hook):

@@ -227,7 +227,10 @@ def go_on(session: Session, progress: Progress) -> None:
     from megatron_dlm.training.non_finite import NonFiniteHook
     from megatron_dlm.training.trainer import fit
 
+    checkpoints = CheckpointHook(checkpoint_root(session.config), progress.step)
+
     def roll_back() -> Progress:
+        checkpoints.finish(session)
         complete = on_first_rank(session.parallel, lambda: checkpoint_root(session.config).complete())
         if not complete:
             raise InputError("training.on_non_finite: rollback, and no checkpoint to go back to")
@@ -239,7 +242,7 @@ def go_on(session: Session, progress: Progress) -> None:
         NonFiniteHook(roll_back),
         RequestHook(),
         EvaluationHook(telemetry),
-        CheckpointHook(checkpoint_root(session.config), progress.step),
+        checkpoints,
         LoggingHook(telemetry),
     ]
     fit(session, progress, hooks)

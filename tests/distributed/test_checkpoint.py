@@ -71,12 +71,11 @@ def optimizer_state(session):
 
 
 def save_at_two(state, config):
-    from megatron_dlm.checkpointing.manager import save
-    from megatron_dlm.checkpointing.storage import CheckpointRoot
+    from tests.helpers.runs import save
 
     session = build_random(state, config)
     steps(session, 0, 2)
-    save(CheckpointRoot(config.directory), 2, session.denoiser, session.optimizer, state, {"a.json": 1})
+    save(session, 2)
     return optimizer_state(session), steps(session, 2, 3)
 
 
@@ -186,12 +185,11 @@ def test_bf16_weights_are_taken_as_they_were_before_rounding(corpus, tmp_path, s
 
 def failing_save(state, config):
     """A save whose directory cannot be made: what each rank is told."""
-    from megatron_dlm.checkpointing.manager import save
-    from megatron_dlm.checkpointing.storage import CheckpointRoot
+    from tests.helpers.runs import save
 
     session = build(state, config)
     try:
-        save(CheckpointRoot(config.directory), 1, session.denoiser, session.optimizer, state, {})
+        save(session, 1)
     except Exception as error:
         return str(error)
     return ""

@@ -12,7 +12,7 @@ def make(root, step, content=b"weights"):
     directory = root.prepare(step)
     (directory / "a.distcp").write_bytes(content)
     (directory / "b.json").write_text("{}")
-    return root.publish(step)
+    return root.publish(step, {})
 
 
 def test_a_checkpoint_appears_when_complete(tmp_path):
@@ -21,7 +21,7 @@ def test_a_checkpoint_appears_when_complete(tmp_path):
     root.prepare(5)
     (root.temporary(5) / "a").write_bytes(b"x")
     assert root.complete() == []
-    final = root.publish(5)
+    final = root.publish(5, {})
     assert root.complete() == [final] == [tmp_path / "run" / "step-00000005"]
     assert not root.temporary(5).exists()
     verify(final)

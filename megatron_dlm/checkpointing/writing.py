@@ -1,0 +1,168 @@
+"""Writes each process's share of a checkpoint from a child process, so that training can go on meanwhile."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import time
+import warnings
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch.distributed.checkpoint import FileSystemWriter, Metadata, SavePlan
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.checkpoint.utils import _DistWrapper
+
+from megatron_dlm.platform.files import sha256_of
+from megatron_dlm.platform.parallel import ParallelState
+
+BACKEND, VERSION = "torch_dist", 1
+"""megatron-core's names of the format."""
+_SET_PARENT_DEATH_SIGNAL = 1
+"""PR_SET_PDEATHSIG of prctl(2)."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What one process's child wrote, or why it did not."""
+
+    error: str = ""
+    results: list[WriteResult] = field(default_factory=list)
+    digests: dict[str, str] = field(default_factory=dict)
+    """SHA-256 by file name."""
+
+
+class _PathlessWriter(FileSystemWriter):
+    """Leaves this machine's paths out of what it writes."""
+
+    def storage_meta(self) -> None:
+        """Nothing: it would be the path as an object, which our reader refuses to unpickle."""
+        return
+
+
+class ShareWriter:
+    """Plans which process writes which tensors, and writes this process's share.
+
+    megatron-core's own save waits for ever where its writer process is killed, and where rank 0 cannot write
+    it leaves the other ranks in a collective.
+    """
+
+    def __init__(self, directory: Path, sharded_state: Any, parallel: ParallelState) -> None:
+        """Plan, and copy from the GPU; all ranks call it, and nothing is written yet.
+
+        Args:
+            directory: an existing directory that all ranks share.
+            sharded_state: megatron-core's sharded tensors and objects; which of them hold data is changed.
+            parallel: this process's place.
+        """
+        self._directory = directory
+        self._is_first = parallel.rank == 0
+        FullyParallelSaveStrategyWrapper(
+            TorchDistSaveShardedStrategy(BACKEND, VERSION), parallel.replica_group, False
+        ).apply_saving_parallelization(sharded_state)
+        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state, True)
+        self.num_bytes = 0
+        for tensor in nested_values(by_key):
+            if isinstance(tensor, ShardedTensor):
+                tensor.data = tensor.data.cpu()
+                self.num_bytes += tensor.data.nbytes
+        self._planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+        # Files are flushed to disk when written.
+        self._writer = _PathlessWriter(directory, single_file_per_rank=True, thread_count=1)
+        self._metadata = Metadata({})
+        self._plan = self._agree_on_plan(mcore_to_pyt_state_dict(by_key, False))
+        self._process: Any = None
+        self._outcome: Connection | None = None
+        self._started_at = 0.0
+
+    def _agree_on_plan(self, state: dict[str, Any]) -> SavePlan:
+        def plan_share() -> SavePlan:
+            self._planner.set_up_planner(state, is_coordinator=self._is_first)
+            self._writer.set_up_storage_writer(self._is_first)
+            return self._writer.prepare_local_plan(self._planner.create_local_plan())
+
+        def join_plans(plans: list[SavePlan]) -> list[SavePlan]:
+            plans, self._metadata = self._planner.create_global_plan(plans)
+            return self._writer.prepare_global_plan(plans)
+
+        agreed = _DistWrapper(None, True, 0).reduce_scatter("plan", plan_share, join_plans)
+        return self._planner.finish_plan(agreed)
+
+    def start(self) -> None:
+        """Write from a child process, which sees memory as it is now."""
+        context = multiprocessing.get_context("fork")
+        self._outcome, child_end = context.Pipe(duplex=False)
+        self._process = context.Process(target=self._write, args=(os.getpid(), child_end), daemon=True)
+        with warnings.catch_warnings():
+            # Of threads in the parent: the child touches none of their locks.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._process.start()
+        child_end.close()
+        self._started_at = time.monotonic()
+
+    def _write(self, parent: int, outcome: Connection) -> None:
+        # Launchers signal all processes of a rank; the save they ask for needs this one.
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+        if os.getppid() != parent:
+            return
+        torch.set_num_threads(1)
+        try:
+            results = self._writer.write_data(self._plan, self._planner).wait()
+            names = {result.storage_data.relative_path for result in results}
+            digests = {name: sha256_of(self._directory / name) for name in names}
+            outcome.send(Written(results=results, digests=digests))
+        except Exception as error:
+            outcome.send(Written(error=f"{self._directory}: {error}"))
+
+    def is_done(self, timeout_seconds: float) -> bool:
+        """Whether this process need not be waited for: it has an outcome, or is out of time."""
+        assert self._outcome is not None
+        return self._outcome.poll() or time.monotonic() - self._started_at > timeout_seconds
+
+    def wait(self, timeout_seconds: float) -> Written:
+        """The outcome of this process's child; one that takes too long since its start is killed.
+
+        Args:
+            timeout_seconds: since `start`.
+
+        Returns:
+            What it wrote, or the error.
+        """
+        assert self._outcome is not None
+        left = max(0.0, timeout_seconds - (time.monotonic() - self._started_at))
+        try:
+            if self._outcome.poll(left):
+                return self._outcome.recv()  # type: ignore[no-any-return]
+            error = f"not written within {timeout_seconds:g} s"
+        except EOFError:
+            self._process.join()
+            error = f"the writing process ended with exit code {self._process.exitcode}"
+        finally:
+            self._process.kill()
+            self._process.join()
+            self._outcome.close()
+        return Written(error=f"{self._directory}: {error}")
+
+    def write_index(self, shares: list[Written]) -> None:
+        """Write where each tensor is; rank 0 calls it.
+
+        Args:
+            shares: of all ranks, none with an error.
+        """
+        self._writer.finish(self._metadata, [share.results for share in shares])
