@@ -14,7 +14,7 @@ EXTRAS = {
     "mpi": ["mpi4py"],
     "hf": ["transformers>=4.51"],
     "eval": ["matplotlib"],
-    "test": ["pytest>=8", "pytest-timeout", "pytest-xdist"],
+    "test": ["psutil", "pytest>=8", "pytest-timeout", "pytest-xdist"],
 }
 EXTRAS["dev"] = [*EXTRAS["test"], "ruff==0.17.6", "mypy==2.4.1"]
 
@@ -30,8 +30,7 @@ setup(
     install_requires=[
         "torch>=2.6",
         "megatron-core==0.16.1",
-        # megatron-core's checkpoint writer hangs for ever when psutil is missing.
-        "psutil",
+        "filelock>=3.12",
         "numpy>=1.26",
         "safetensors>=0.4",
         "huggingface-hub>=0.25",

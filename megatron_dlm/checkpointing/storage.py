@@ -33,6 +33,8 @@ class CheckpointConfig:
     """Newest complete checkpoints to keep; 0 keeps all."""
     keep_every: int = 0
     """Also keep checkpoints whose step is a multiple of this; 0 keeps none besides."""
+    lock_timeout_seconds: float = 30.0
+    """How long to wait for another job to leave the run's directory."""
     stop_after_minutes: float = 0.0
     """Minutes after which a run is saved and ends with exit code 3, before a scheduler's limit; 0: none."""
     on_corrupt: Literal["stop", "previous"] = "stop"
@@ -46,6 +48,8 @@ class CheckpointConfig:
             raise InputError(f"checkpoint.save_every: {self.save_every} is below 1")
         if not self.save_timeout_seconds > 0:
             raise InputError(f"checkpoint.save_timeout_seconds: {self.save_timeout_seconds} is not above 0")
+        if not self.lock_timeout_seconds >= 0:
+            raise InputError(f"checkpoint.lock_timeout_seconds: {self.lock_timeout_seconds} is below 0")
         if self.max_failed_saves < 1:
             raise InputError(f"checkpoint.max_failed_saves: {self.max_failed_saves} is below 1")
         if self.keep_last < 0:

@@ -128,7 +128,7 @@ class ShareWriter:
             digests = {name: sha256_of(self._directory / name) for name in names}
             outcome.send(Written(results=results, digests=digests))
         except Exception as error:
-            outcome.send(Written(error=f"{self._directory}: {error}"))
+            outcome.send(Written(error=f"{self._directory}: {_first_cause(error)}"))
 
     def is_done(self, timeout_seconds: float) -> bool:
         """Whether this process need not be waited for: it has an outcome, or is out of time."""
@@ -148,7 +148,7 @@ class ShareWriter:
         left = max(0.0, timeout_seconds - (time.monotonic() - self._started_at))
         try:
             if self._outcome.poll(left):
-                return self._outcome.recv()  # type: ignore[no-any-return]
+                return self._outcome.recv()
             error = f"not written within {timeout_seconds:g} s"
         except EOFError:
             self._process.join()
@@ -166,3 +166,10 @@ class ShareWriter:
             shares: of all ranks, none with an error.
         """
         self._writer.finish(self._metadata, [share.results for share in shares])
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """Torch reports a full disk as a wrong position in its archive; what came first says more."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__ or error
+    return error

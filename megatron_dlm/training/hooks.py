@@ -104,7 +104,7 @@ class LoggingHook(Hook):
         self._reports = []
 
     def on_end(self, session: Session, progress: Progress) -> None:
-        """Close the writers; this hook therefore comes last."""
+        """Close the writers; what else writes metrics comes before this hook."""
         self._telemetry.close()
 
 

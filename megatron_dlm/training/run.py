@@ -15,6 +15,7 @@ from megatron_dlm.platform.parallel import ParallelState, on_first_rank, start_p
 from megatron_dlm.training.optimizer import restore_settings
 from megatron_dlm.training.run_config import RunConfig, check_run
 from megatron_dlm.training.run_data import RunData, open_data
+from megatron_dlm.training.run_lock import RunLock
 
 REFERENCE_SUFFIX = ".ckpt"
 
@@ -85,16 +86,20 @@ def train(config: RunConfig) -> bool:
         True when the run reached its last step, False when a signal ended it early (it is saved).
 
     Raises:
-        InputError: the configuration, the data or the checkpoint to start from cannot be used; nothing has
-            started then.
+        InputError: the configuration, the data or the checkpoint to start from cannot be used, or another job
+            is in the directory; no step has been made then.
     """
     environment = detect_environment()
     check_run(config, environment.world_size)
     data = open_data(config.data)
     # Refuses what this vocabulary is too small for.
     config.objective.build(data.vocabulary)
-    start = _find_start(config, data)
+    # What cannot be used is refused before anything starts; the lock's last holder may have saved since.
+    _find_start(config, data)
     parallel = start_parallel(environment, config.parallel)
+    lock = RunLock(config.directory)
+    on_first_rank(parallel, lambda: lock.acquire(config.checkpoint.lock_timeout_seconds))
+    start = _find_start(config, data)
     _agree_on_start(start, parallel)
     from megatron_dlm.training.session import Session
 
@@ -237,12 +242,12 @@ def go_on(session: Session, progress: Progress) -> None:
         return _restore(session, read_run_record(complete[-1]))
 
     telemetry = Telemetry(session, progress.step)
-    # Evaluation before the checkpoint: a resumed run must not skip the evaluation of its first step.
+    # Evaluation and metrics before the checkpoint: what it holds is not done or logged again after a kill.
     hooks = [
         NonFiniteHook(roll_back),
         RequestHook(),
         EvaluationHook(telemetry),
-        checkpoints,
         LoggingHook(telemetry),
+        checkpoints,
     ]
     fit(session, progress, hooks)

@@ -1,0 +1,51 @@
+"""One job at a time in a run's directory."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from pathlib import Path
+
+import filelock
+
+from megatron_dlm.interfaces import InputError
+from megatron_dlm.platform.files import write_json
+
+JOB_VARIABLES = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "TORCHELASTIC_RUN_ID")
+"""Where schedulers and launchers name a job."""
+
+
+class RunLock:
+    """Held from `acquire` until the process ends, however it ends.
+
+    The kernel keeps it (flock), on shared storage the file server, so a lock whose holder has died is free.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._holder = directory / "lock.json"
+        self._lock = filelock.FileLock(directory / "lock")
+
+    def acquire(self, timeout_seconds: float) -> None:
+        """Take the lock; one process of a job calls it.
+
+        Args:
+            timeout_seconds: how long to wait for another job to leave.
+
+        Raises:
+            InputError: another job holds it: its host, process and job id.
+        """
+        self._holder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=timeout_seconds)
+        except filelock.Timeout as error:
+            holder = self._holder.read_text(encoding="utf-8") if self._holder.exists() else "{}"
+            raise InputError(
+                f"directory: {self._holder.parent} is in use by another job: {' '.join(holder.split())}"
+            ) from error
+        except NotImplementedError:
+            where = self._holder.parent
+            print(f"warning: {where} is on storage without locks; keep other jobs out", file=sys.stderr)
+            return
+        job = next((os.environ[name] for name in JOB_VARIABLES if name in os.environ), None)
+        write_json(self._holder, {"host": socket.gethostname(), "pid": os.getpid(), "job": job})

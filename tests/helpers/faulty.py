@@ -1,0 +1,127 @@
+"""Whole training runs in a forked process, with a fault at a chosen moment."""
+
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import time
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["tests.helpers.preload"])
+
+
+def train_in_child(config, fault=None, *arguments, timeout=120):
+    """`train(config)` after `fault(*arguments)`; exit code, negative for a signal, and standard error."""
+    config.directory.mkdir(parents=True, exist_ok=True)
+    process = _context.Process(target=_train, args=(config, fault, arguments))
+    process.start()
+    process.join(timeout)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        raise AssertionError(f"no end within {timeout} s")
+    return process.exitcode, (config.directory / "stderr").read_text()
+
+
+def _train(config, fault, arguments):
+    from megatron_dlm.cli.main import EXIT_SAVE_FAILED
+    from megatron_dlm.interfaces import SaveError
+    from megatron_dlm.training.run import train
+
+    os.dup2(os.open(config.directory / "stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    if fault:
+        fault(*arguments)
+    try:
+        sys.exit(0 if train(config) else 3)
+    except SaveError as error:
+        print(error, file=sys.stderr)
+        sys.exit(EXIT_SAVE_FAILED)
+
+
+def _die():
+    os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+def _on_call(owner, name, number, action, when=lambda *arguments: True):
+    """Do `action` in place of the `number`th call of `owner.name` for which `when` holds."""
+    original, calls = getattr(owner, name), []
+
+    def replacement(*arguments, **keywords):
+        if when(*arguments):
+            calls.append(1)
+            if len(calls) == number:
+                action()
+        return original(*arguments, **keywords)
+
+    setattr(owner, name, replacement)
+
+
+def die_at(point, save):
+    """Kill the process in its `save`th save at a point of the commit protocol."""
+    from megatron_dlm.checkpointing import manager, storage
+    from megatron_dlm.checkpointing.writing import ShareWriter
+
+    def is_manifest(path, value):
+        return path.name == storage.MANIFEST
+
+    def is_checkpoint(temporary, final):
+        return final.suffix == ""
+
+    if point == "before the common state":
+        _on_call(manager, "_write_common", save, _die)
+    elif point == "while tensors are written":
+        _on_call(ShareWriter, "start", save, kill_parents_while_writing)
+    elif point == "before the index of tensors":
+        _on_call(ShareWriter, "write_index", save, _die)
+    elif point == "before the manifest":
+        _on_call(storage, "write_json", save, _die, is_manifest)
+    elif point == "before the rename":
+        _on_call(storage, "commit", save, _die, is_checkpoint)
+    elif point == "after the rename":
+        _on_call(storage.CheckpointRoot, "retain", save, _die)
+    elif point == "while an old one is removed":
+        _on_call(shutil, "rmtree", 1, _die, lambda path, **_: path.name.endswith(".old.tmp"))
+    else:
+        raise AssertionError(point)
+
+
+def slow_down_writers(seconds):
+    """Let every writing process sleep before it writes."""
+    from megatron_dlm.checkpointing.writing import ShareWriter
+
+    original = ShareWriter._write
+
+    def slow(self, *arguments):
+        time.sleep(seconds)
+        original(self, *arguments)
+
+    ShareWriter._write = slow
+
+
+def kill_parents_while_writing():
+    """Let the next writing process kill the training process when its file is half there."""
+    from megatron_dlm.checkpointing import writing
+
+    def die(path):
+        with path.open("r+b") as file:
+            file.truncate(path.stat().st_size // 2)
+        os.kill(os.getppid(), signal.SIGKILL)
+        time.sleep(60)
+
+    writing.sha256_of = die
+
+
+def kill_writers():
+    """Let every writing process die before it writes, as the kernel does where memory is short."""
+    from megatron_dlm.checkpointing.writing import ShareWriter
+
+    ShareWriter._write = lambda self, *arguments: _die()
+
+
+def small_files(num_bytes):
+    """No file may grow beyond this: the portable form of a full disk."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
