@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Callable
+from typing import NoReturn
 
 from megatron_dlm import __version__
 from megatron_dlm.interfaces import InputError, SaveError, TrainingError
@@ -48,17 +50,29 @@ def main() -> None:
     verb = arguments[0]
     if verb not in VERBS:
         fail("megatron-dlm", f"verb: {verb!r} is not one of {', '.join(VERBS)}")
+    run_and_exit(
+        f"megatron-dlm {verb}", lambda: importlib.import_module(f"megatron_dlm.cli.{verb}").run(arguments[1:])
+    )
+
+
+def run_and_exit(program: str, action: Callable[[], int]) -> NoReturn:
+    """Exit with what `action` returns, or with a line on what it raised.
+
+    Args:
+        program: command and verb.
+        action: returns an exit code.
+    """
     try:
-        sys.exit(importlib.import_module(f"megatron_dlm.cli.{verb}").run(arguments[1:]))
+        sys.exit(action())
     except InputError as error:
-        fail(f"megatron-dlm {verb}", str(error))
+        fail(program, str(error))
     except SaveError as error:
-        fail(f"megatron-dlm {verb}", str(error), exit_code=EXIT_SAVE_FAILED)
+        fail(program, str(error), exit_code=EXIT_SAVE_FAILED)
     except TrainingError as error:
-        fail(f"megatron-dlm {verb}", str(error), exit_code=1)
+        fail(program, str(error), exit_code=1)
 
 
-def fail(program: str, message: str, exit_code: int = 2) -> None:
+def fail(program: str, message: str, exit_code: int = 2) -> NoReturn:
     """Print one line and exit.
 
     Before the process group exists all ranks find the same fault, so only the first speaks.

@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import sys
 import time
 
 _context = multiprocessing.get_context("forkserver")
@@ -25,18 +24,14 @@ def train_in_child(config, fault=None, *arguments, timeout=120):
 
 
 def _train(config, fault, arguments):
-    from megatron_dlm.cli.main import EXIT_SAVE_FAILED
-    from megatron_dlm.interfaces import SaveError
+    from megatron_dlm.cli.main import run_and_exit
+    from megatron_dlm.cli.train import EXIT_PREEMPTED
     from megatron_dlm.training.run import train
 
     os.dup2(os.open(config.directory / "stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     if fault:
         fault(*arguments)
-    try:
-        sys.exit(0 if train(config) else 3)
-    except SaveError as error:
-        print(error, file=sys.stderr)
-        sys.exit(EXIT_SAVE_FAILED)
+    run_and_exit("train", lambda: 0 if train(config) else EXIT_PREEMPTED)
 
 
 def _die():
