@@ -18,7 +18,6 @@ import random
 import resource
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -38,6 +37,7 @@ from megatron_dlm.objectives.registry import OBJECTIVES  # noqa: E402
 from megatron_dlm.telemetry.writers import read_metrics  # noqa: E402
 from megatron_dlm.training.run_config import RunConfig  # noqa: E402
 from tests.helpers import tiny  # noqa: E402
+from tests.helpers.distributed import free_port  # noqa: E402
 
 FAMILIES = ("ar", "mdlm", "duo", "esolm")
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -169,9 +169,7 @@ FAULTS = {"kill": 5, "kill in a save": 7, "signals": 1, "full disk": 1}
 def attempt(run: Run, processes: int, fault: str | None, dice: random.Random) -> int:
     """Start the run, do what `fault` says, wait for the end; the exit code, 0 where all ranks are done."""
     limit = FILE_LIMIT_BYTES if fault == "full disk" else None
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     ranks = [
         _context.Process(target=train_rank, args=(run.config, rank, processes, port, limit))
         for rank in range(processes)

@@ -153,10 +153,15 @@ def load(directory: Path, denoiser: Denoiser, optimizer: Any, parallel: Parallel
         directory: a checkpoint that `verify_on_all_ranks` has accepted.
         denoiser: this process's stage; changed in place.
         optimizer: megatron-core's; changed in place.
-        parallel: this process's place; may differ from the one that saved.
+        parallel: this process's place; may differ from the one that saved, sharded optimizer or not.
     """
-    state = _model_state(denoiser, parallel)
     distributed_optimizer.prepare_to_load(optimizer)
+    stored = dist_checkpointing.load_tensors_metadata(str(directory))
+    was_sharded = any(key.startswith(MAIN_WEIGHTS[0]) for key in stored)
+    if was_sharded != distributed_optimizer.is_sharded(optimizer):
+        _load_by_parameter(directory, denoiser, optimizer, parallel)
+        return
+    state = _model_state(denoiser, parallel)
     with distributed_optimizer.correct_slices(optimizer):
         state["optimizer"] = optimizer.sharded_state_dict(
             dict(state), is_loading=True, metadata=_metadata(parallel)
@@ -165,6 +170,23 @@ def load(directory: Path, denoiser: Denoiser, optimizer: Any, parallel: Parallel
     denoiser.load_state_dict(loaded["model"])
     optimizer.load_state_dict(loaded["optimizer"])
     distributed_optimizer.finish_load(optimizer)
+
+
+def _load_by_parameter(directory: Path, denoiser: Denoiser, optimizer: Any, parallel: ParallelState) -> None:
+    """Load an optimizer's state that was cut otherwise: whole tensors first, then this one's pieces."""
+    parameters = dict(denoiser.named_parameters())
+
+    def read(prefixes: tuple[str, ...]) -> dict[torch.nn.Parameter, Tensor]:
+        tensors = _load_float32(directory, denoiser, parallel, prefixes)
+        return {parameter: tensors[name] for name, parameter in parameters.items()}
+
+    distributed_optimizer.set_weights(optimizer, read(MAIN_WEIGHTS))
+    for moment in distributed_optimizer.MOMENTS:
+        distributed_optimizer.set_moment(optimizer, moment, read((f"optimizer.state.{moment}.",)))
+    saved = dist_checkpointing.load_common_state_dict(str(directory))["optimizer"]
+    saved = saved.get("optimizer", saved)
+    step = saved["param_groups"][0].get("step", saved.get("state", {}).get("common_step"))
+    distributed_optimizer.set_step(optimizer, int(step))
 
 
 def load_weights(directory: Path, denoiser: Denoiser, parallel: ParallelState) -> dict[str, Tensor]:
@@ -178,13 +200,20 @@ def load_weights(directory: Path, denoiser: Denoiser, parallel: ParallelState) -
     Returns:
         float32 tensors by the stage's own names: of a bf16 run the optimizer's main weights.
     """
+    return _load_float32(directory, denoiser, parallel, MAIN_WEIGHTS)
+
+
+def _load_float32(
+    directory: Path, denoiser: Denoiser, parallel: ParallelState, prefixes: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """What is stored of each weight under the first prefix that is there, else the weight itself."""
     stored = dist_checkpointing.load_tensors_metadata(str(directory))
     state = _model_state(denoiser, parallel)
     for tensor in state["model"].values():
         if not isinstance(tensor, ShardedTensor):
             # An FP8 linear's scales, or nothing at other precisions.
             continue
-        candidates = [f"{prefix}{tensor.key}" for prefix in MAIN_WEIGHTS]
+        candidates = [f"{prefix}{tensor.key}" for prefix in prefixes]
         tensor.key = next((key for key in candidates if key in stored), tensor.key)
         tensor.data = torch.empty(tensor.local_shape, dtype=torch.float32, device=parallel.device)
         tensor.dtype = torch.float32

@@ -30,11 +30,7 @@ def correct_slices(optimizer: Any) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    buffers = [
-        buffer
-        for part in getattr(optimizer, "chained_optimizers", [optimizer])
-        for buffer in getattr(part, "buffers", [])
-    ]
+    buffers = [buffer for part in _parts(optimizer) for buffer in getattr(part, "buffers", [])]
     padded = [buffer.param_index_map for buffer in buffers]
     try:
         for buffer in buffers:
@@ -52,9 +48,33 @@ def correct_slices(optimizer: Any) -> Iterator[None]:
 
 def _adamw_optimizers(optimizer: Any) -> Iterator[Any]:
     """The parts of a (chained) megatron optimizer that wrap torch's AdamW."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in _parts(optimizer):
         if isinstance(part.optimizer, torch.optim.AdamW):
             yield part
+
+
+def _parts(optimizer: Any) -> list[Any]:
+    """The optimizers that a chained one is made of."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def is_sharded(optimizer: Any) -> bool:
+    """Whether each data parallel rank has a part of the state only."""
+    return any(hasattr(part, "model_param_group_index_map") for part in _parts(optimizer))
+
+
+def _main_pieces(
+    optimizer: Any, values: dict[torch.nn.Parameter, torch.Tensor]
+) -> Iterator[tuple[Any, torch.Tensor, torch.Tensor]]:
+    """The part that optimizes each parameter, the main tensor this rank has, its piece of the value."""
+    for part in _parts(optimizer):
+        if not is_sharded(part):
+            yield from ((part, getattr(param, "main_param", param), value) for param, value in values.items())
+            continue
+        for param, (group, index) in part.model_param_group_index_map.items():
+            own = part._get_model_param_range_map(param)["param"]
+            main = part.optimizer.param_groups[group]["params"][index]
+            yield part, main, values[param].reshape(-1)[own.start : own.end]
 
 
 def set_weights(optimizer: Any, values: dict[torch.nn.Parameter, torch.Tensor]) -> None:
@@ -68,15 +88,40 @@ def set_weights(optimizer: Any, values: dict[torch.nn.Parameter, torch.Tensor]) 
         for param, value in values.items():
             param.copy_(value)
     optimizer.reload_model_params()
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        for param, value in values.items():
-            main = getattr(param, "main_param", None)
-            if main is None:
+    for _, main, piece in _main_pieces(optimizer, values):
+        main.data.copy_(piece)
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def set_moment(optimizer: Any, name: str, values: dict[torch.nn.Parameter, torch.Tensor]) -> None:
+    """Give one of Adam's moments new values.
+
+    Args:
+        optimizer: what `get_megatron_optimizer` returned; changed in place.
+        name: one of MOMENTS.
+        values: float32, of each parameter's shape; every parameter of the optimizer.
+    """
+    for part, main, piece in _main_pieces(optimizer, values):
+        part.optimizer.state[main][name] = piece.clone()
+
+
+def set_step(optimizer: Any, step: int) -> None:
+    """Set how many steps Adam has made.
+
+    Args:
+        optimizer: what `get_megatron_optimizer` returned; changed in place.
+        step: 0 or above.
+    """
+    for part in _parts(optimizer):
+        for group in part.optimizer.param_groups:
+            if not isinstance(part.optimizer, torch.optim.AdamW):
+                # FusedAdam counts per group.
+                group["step"] = step
                 continue
-            if getattr(param, "main_param_sharded", False):
-                own = part._get_model_param_range_map(param)["param"]
-                value = value.reshape(-1)[own.start : own.end]
-            main.data.copy_(value)
+            for main in group["params"]:
+                part.optimizer.state[main]["step"] = torch.tensor(float(step))
 
 
 def prepare_to_load(optimizer: Any) -> None:

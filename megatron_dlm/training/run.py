@@ -137,13 +137,11 @@ def _find_start(config: RunConfig, data: RunData) -> RunRecord | ReferenceStart 
     }
     if complete:
         _refuse_change(record, "objective", saved.objective, asked.objective)
-        sharded = "use_distributed_optimizer"
         fixed |= {
             "data.train: tokens": (record.train_sha256, data.train_sha256),
             "data.seq_length": (saved.data.seq_length, asked.data.seq_length),
             "training.precision": (saved.training.precision, asked.training.precision),
             "training.seed": (saved.training.seed, asked.training.seed),
-            f"parallel.{sharded}": (getattr(saved.parallel, sharded), getattr(asked.parallel, sharded)),
         }
     for name, (old, new) in fixed.items():
         if old != new:

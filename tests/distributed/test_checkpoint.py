@@ -113,6 +113,8 @@ def test_same_layout_resumes_bit_for_bit(corpus, tmp_path, name):
         ("tp2sp", "pp3"),
         ("tp2", "cp2"),
         ("cp2", "one"),
+        ("one", "plain"),
+        ("plain", "pp2dp2"),
     ],
 )
 def test_another_layout_goes_on_with_equal_losses(corpus, tmp_path, source, target):
@@ -121,6 +123,52 @@ def test_another_layout_goes_on_with_equal_losses(corpus, tmp_path, source, targ
     resumed = run_distributed(load_and_go_on, other_size, config_for(corpus, tmp_path, other), parallel=other)
     for ours, theirs in zip(resumed[0][1], saved[0][1], strict=True):
         assert ours == pytest.approx(theirs, rel=2e-5)
+
+
+@pytest.mark.parametrize(("source", "target"), [("one", "plain"), ("plain", "one")])
+def test_the_distributed_optimizer_may_come_and_go_at_bf16(corpus, tmp_path, source, target):
+    """One process computes the same either way, so losses are equal bit for bit if all state is."""
+    configs = [
+        config_for(corpus, tmp_path, LAYOUTS[name][1], training__precision="bf16")
+        for name in (source, target)
+    ]
+    ((_, losses),) = run_distributed(save_at_two, 1, configs[0])
+    ((_, later),) = run_distributed(load_and_go_on, 1, configs[1])
+    assert later == losses
+
+
+def go_on_and_save(state, config):
+    """Load the newest checkpoint, make two steps, save, make one more."""
+    from megatron_dlm.checkpointing.manager import load
+    from megatron_dlm.checkpointing.storage import CheckpointRoot, step_of
+    from tests.helpers.runs import save
+
+    session = build(state, config)
+    newest = CheckpointRoot(config.directory).complete()[-1]
+    load(newest, session.denoiser, session.optimizer, state)
+    first = step_of(newest)
+    losses = steps(session, first, 2)
+    save(session, first + 2)
+    return losses
+
+
+def test_seventeen_heads_go_through_tensor_parallel_1_2_4_and_back(corpus, tmp_path):
+    """Heads are padded to 18 and 20 on the way; what pads them must neither grow nor be lost."""
+    model = replace(toy_model(), hidden_size=17 * 8, num_attention_heads=17)
+    found = []
+    for size in (1, 2, 4, 1):
+        parallel = ParallelConfig(tensor_model_parallel_size=size)
+        config = replace(config_for(corpus, tmp_path / "resumed", parallel), model=model)
+        body = go_on_and_save if found else save_at_two
+        result = run_distributed(body, size, config, parallel=parallel)[0]
+        found += result if body is go_on_and_save else [None, None]
+    whole = replace(config_for(corpus, tmp_path / "whole", ParallelConfig()), model=model)
+    ((_, first),) = run_distributed(save_at_two, 1, whole)
+    assert found[2:5] == [pytest.approx(losses, rel=2e-5) for losses in first]
+    later = []
+    for _ in range(3):
+        later += run_distributed(go_on_and_save, 1, whole)[0]
+    assert found[2:] == [pytest.approx(losses, rel=2e-5) for losses in later]
 
 
 def bf16_resume(state, config):

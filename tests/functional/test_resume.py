@@ -91,10 +91,6 @@ REFUSED = {
     "seed": (["--training.seed", 5], "training.seed: 5 differs from 1"),
     "length": (["--data.seq-length", 16], "data.seq_length: 16 differs from 32"),
     "precision": (["--training.precision", "bf16"], "training.precision: bf16 differs from fp32"),
-    "optimizer": (
-        ["--parallel.no-use-distributed-optimizer"],
-        "parallel.use_distributed_optimizer: False differs from True",
-    ),
     "loss": (["--objective.loss", "elbo"], "objective.loss: elbo differs from low-variance"),
 }
 

@@ -6,6 +6,7 @@ under a second; the pytest process itself never starts a process group.
 
 import multiprocessing
 import pickle
+import random
 import socket
 import time
 import traceback
@@ -34,7 +35,7 @@ def run_distributed(body, world_size, *arguments, parallel=None, timeout=150):
         What each rank returned, in rank order.
     """
     parallel = replace(parallel or ParallelConfig(), device="cpu")
-    port = _free_port()
+    port = free_port()
     children = []
     for rank in range(world_size):
         receiver, sender = _context.Pipe(duplex=False)
@@ -87,7 +88,13 @@ def _child(sender, body, environment, parallel, arguments):
         raise
 
 
-def _free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def free_port():
+    """A port below those the kernel hands out, so that no connection takes it before it is used."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 30_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
