@@ -206,6 +206,8 @@ def start_parallel(environment: ProcessEnvironment, config: ParallelConfig) -> P
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         context_parallel_size=config.context_parallel_size,
+        # Its groups would otherwise wait 30 minutes, whatever the default group does.
+        distributed_timeout_minutes=config.collective_timeout_seconds / 60,
     )
     # Nothing is drawn from it, but sequence parallel layers and recomputation save and restore its state.
     model_parallel_cuda_manual_seed(0)

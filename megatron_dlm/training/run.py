@@ -12,6 +12,7 @@ from megatron_dlm.interfaces import InputError, Vocabulary
 from megatron_dlm.platform.codec import decode
 from megatron_dlm.platform.launch import detect_environment
 from megatron_dlm.platform.parallel import ParallelState, on_first_rank, start_parallel, stop_parallel
+from megatron_dlm.platform.post_mortem import naming_the_rank_at_fault
 from megatron_dlm.training.optimizer import restore_settings
 from megatron_dlm.training.run_config import RunConfig, check_run
 from megatron_dlm.training.run_data import RunData, open_data
@@ -97,17 +98,18 @@ def train(config: RunConfig) -> bool:
     # What cannot be used is refused before anything starts; the lock's last holder may have saved since.
     _find_start(config, data)
     parallel = start_parallel(environment, config.parallel)
-    lock = RunLock(config.directory)
-    on_first_rank(parallel, lambda: lock.acquire(config.checkpoint.lock_timeout_seconds))
-    start = _find_start(config, data)
-    _agree_on_start(start, parallel)
-    from megatron_dlm.training.session import Session
+    with naming_the_rank_at_fault(parallel):
+        lock = RunLock(config.directory)
+        on_first_rank(parallel, lambda: lock.acquire(config.checkpoint.lock_timeout_seconds))
+        start = _find_start(config, data)
+        _agree_on_start(start, parallel)
+        from megatron_dlm.training.session import Session
 
-    session = Session(config, data, parallel)
-    progress = _restore(session, start)
-    go_on(session, progress)
-    # Not after an error: the other ranks may never arrive.
-    stop_parallel()
+        session = Session(config, data, parallel)
+        progress = _restore(session, start)
+        go_on(session, progress)
+        # Not after an error: the other ranks may never arrive.
+        stop_parallel()
     return progress.step >= config.training.num_steps
 
 
@@ -220,6 +222,7 @@ def go_on(session: Session, progress: Progress) -> None:
         session: model, optimizer and data.
         progress: where to begin; kept up to date.
     """
+    from megatron_dlm.training.health import ReplicaHook, WatchdogHook, stop_watching
     from megatron_dlm.training.hooks import (
         CheckpointHook,
         EvaluationHook,
@@ -242,10 +245,15 @@ def go_on(session: Session, progress: Progress) -> None:
     telemetry = Telemetry(session, progress.step)
     # Evaluation and metrics before the checkpoint: what it holds is not done or logged again after a kill.
     hooks = [
+        WatchdogHook(),
         NonFiniteHook(roll_back),
+        ReplicaHook(),
         RequestHook(),
         EvaluationHook(telemetry),
         LoggingHook(telemetry),
         checkpoints,
     ]
-    fit(session, progress, hooks)
+    try:
+        fit(session, progress, hooks)
+    finally:
+        stop_watching()

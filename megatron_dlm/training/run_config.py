@@ -43,6 +43,11 @@ class TrainingConfig:
     max_skipped_steps: int = 3
     """Such steps in a row, or rollbacks to one checkpoint, that end the run all the same, with a file of the
     step's samples."""
+    step_timeout_seconds: float = 7200.0
+    """Longest time from one step to the next, evaluation and saving included; then each process prints the
+    stacks of its threads and ends."""
+    check_replicas_every: int = 1000
+    """Steps between comparisons of all weights' bits between data parallel ranks; 0: none."""
     head_rows_per_chunk: int = 128
     """Most rows whose logits exist at a time: what a CPU's cache holds; GPUs want 1,024 and more."""
 
@@ -56,6 +61,10 @@ class TrainingConfig:
         ):
             if getattr(self, name) < 1:
                 raise InputError(f"training.{name}: {getattr(self, name)} is below 1")
+        if not self.step_timeout_seconds > 0:
+            raise InputError(f"training.step_timeout_seconds: {self.step_timeout_seconds} is not above 0")
+        if self.check_replicas_every < 0:
+            raise InputError(f"training.check_replicas_every: {self.check_replicas_every} is below 0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,84 @@
+"""Which rank ended a job: after a failure those that are left tell each other what they saw."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from megatron_dlm.interfaces import TrainingError
+from megatron_dlm.platform.parallel import ParallelState
+
+REPORT_SECONDS = 5.0
+"""How long a failed rank waits for the reports of the others; who is silent longer is gone or hangs."""
+
+
+@contextmanager
+def naming_the_rank_at_fault(parallel: ParallelState) -> Iterator[None]:
+    """Turn the error of a broken collective into one that names the ranks that broke it.
+
+    Args:
+        parallel: this process's place.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        TrainingError: another rank has failed, is gone or hangs. What this rank did wrong passes unchanged.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    # It is no Exception.
+    except (Exception, CheckpointException) as error:
+        broken = _is_broken_collective(error)
+        reports = _exchange_reports(parallel, str(error), broken=broken)
+        if not broken:
+            raise
+        raise TrainingError(_describe(reports, parallel.world_size)) from error
+
+
+def _is_broken_collective(error: BaseException) -> bool:
+    import torch.distributed as dist
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    if isinstance(error, CheckpointException):
+        return any(_is_broken_collective(cause) for cause, _ in error.failures.values())
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def _exchange_reports(parallel: ParallelState, message: str, *, broken: bool) -> dict[int, dict[str, Any]]:
+    """What each rank that answers in time has reported; a rank that failed by itself does not wait for it."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    reports: dict[int, dict[str, Any]] = {}
+    deadline = time.monotonic() + REPORT_SECONDS
+    try:
+        store = _get_default_store()
+        store.set(f"failure/{parallel.rank}", json.dumps({"message": message, "broken": broken}))
+        while broken and len(reports) < parallel.world_size and time.monotonic() < deadline:
+            for rank in set(range(parallel.world_size)) - set(reports):
+                if store.check([f"failure/{rank}"]):
+                    reports[rank] = json.loads(store.get(f"failure/{rank}"))
+            time.sleep(0.05)
+    except (RuntimeError, ValueError):
+        # The store went with rank 0, whose process keeps it where no launcher does.
+        pass
+    return reports
+
+
+def _describe(reports: dict[int, dict[str, Any]], world_size: int) -> str:
+    failed = {rank: report["message"] for rank, report in reports.items() if not report["broken"]}
+    if failed:
+        return "; ".join(f"rank {rank} failed: {message}" for rank, message in sorted(failed.items()))
+    silent = [str(rank) for rank in range(world_size) if rank not in reports]
+    if not reports:
+        silent = ["0"]
+    if not silent:
+        return "connection between ranks lost: " + "; ".join(
+            f"rank {rank}: {report['message']}" for rank, report in sorted(reports.items())
+        )
+    return f"rank {', '.join(silent)} is gone or hangs: no answer within {REPORT_SECONDS:g} s"
