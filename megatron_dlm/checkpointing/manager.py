@@ -18,6 +18,7 @@ from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveSt
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from torch import Tensor
 
+from megatron_dlm.checkpointing.optimizer_state import MAIN_WEIGHT, PREFIX, load_state, state_to_save
 from megatron_dlm.checkpointing.safe_metadata import check_metadata
 from megatron_dlm.checkpointing.storage import CheckpointRoot, verify
 from megatron_dlm.checkpointing.writing import BACKEND, VERSION, ShareWriter
@@ -27,8 +28,7 @@ from megatron_dlm.platform import distributed_optimizer
 from megatron_dlm.platform.files import write_json
 from megatron_dlm.platform.parallel import ParallelState, on_first_rank
 
-MAIN_WEIGHTS = ("optimizer.state.param.", "optimizer.state.fp32_param.")
-"""Where a distributed optimizer and a plain one keep fp32 weights, before the parameter's own name."""
+OPTIMIZER_STEP = "optimizer_step"
 RUN_RECORD, PROGRESS_RECORD = "run.json", "progress.json"
 
 # common.pt and byte objects are pickles too; with this torch accepts tensors and plain containers only.
@@ -69,9 +69,13 @@ class PendingSave:
         self._timeout_seconds = timeout_seconds
         try:
             self._on_first_rank(lambda: root.prepare(step))
-            sharded, common = _sharded_state(denoiser, optimizer, parallel)
+            weights, common = save_preprocess(
+                _model_state(denoiser, parallel)
+                | {OPTIMIZER_STEP: distributed_optimizer.step_count(optimizer), "content_metadata": {}}
+            )
             self._on_first_rank(lambda: _write_common(root.temporary(step), common))
-            self._share = ShareWriter(root.temporary(step), sharded, parallel)
+            pieces = state_to_save(optimizer, _places(denoiser, parallel))
+            self._share = ShareWriter(root.temporary(step), weights, pieces, parallel)
             self._require_space()
         except SaveError:
             self._discard()
@@ -129,18 +133,6 @@ class PendingSave:
         on_first_rank(self._parallel, act)
 
 
-def _sharded_state(denoiser: Denoiser, optimizer: Any, parallel: ParallelState) -> tuple[Any, Any]:
-    """megatron-core's view of the tensors this process has, and of what all have in common."""
-    state = _model_state(denoiser, parallel)
-    with distributed_optimizer.correct_slices(optimizer):
-        state["optimizer"] = optimizer.sharded_state_dict(
-            dict(state), is_loading=False, metadata=_metadata(parallel)
-        )
-    described = {key: value for key, value in _metadata(parallel).items() if key != "dp_cp_group"}
-    sharded, common = save_preprocess(state | {"content_metadata": described})
-    return sharded, common
-
-
 def _write_common(directory: Path, common: Any) -> None:
     TorchCommonSaveStrategy("torch", VERSION).save_common(common, directory)
     save_config(CheckpointingConfig(BACKEND, VERSION), str(directory))
@@ -155,38 +147,10 @@ def load(directory: Path, denoiser: Denoiser, optimizer: Any, parallel: Parallel
         optimizer: megatron-core's; changed in place.
         parallel: this process's place; may differ from the one that saved, sharded optimizer or not.
     """
-    distributed_optimizer.prepare_to_load(optimizer)
-    stored = dist_checkpointing.load_tensors_metadata(str(directory))
-    was_sharded = any(key.startswith(MAIN_WEIGHTS[0]) for key in stored)
-    if was_sharded != distributed_optimizer.is_sharded(optimizer):
-        _load_by_parameter(directory, denoiser, optimizer, parallel)
-        return
-    state = _model_state(denoiser, parallel)
-    with distributed_optimizer.correct_slices(optimizer):
-        state["optimizer"] = optimizer.sharded_state_dict(
-            dict(state), is_loading=True, metadata=_metadata(parallel)
-        )
-    loaded = _load(state, directory, parallel)
+    loaded = _load(_model_state(denoiser, parallel), directory, parallel)
     denoiser.load_state_dict(loaded["model"])
-    optimizer.load_state_dict(loaded["optimizer"])
-    distributed_optimizer.finish_load(optimizer)
-
-
-def _load_by_parameter(directory: Path, denoiser: Denoiser, optimizer: Any, parallel: ParallelState) -> None:
-    """Load an optimizer's state that was cut otherwise: whole tensors first, then this one's pieces."""
-    parameters = dict(denoiser.named_parameters())
-
-    def read(prefixes: tuple[str, ...]) -> dict[torch.nn.Parameter, Tensor]:
-        tensors = _load_float32(directory, denoiser, parallel, prefixes)
-        return {parameter: tensors[name] for name, parameter in parameters.items()}
-
-    distributed_optimizer.set_weights(optimizer, read(MAIN_WEIGHTS))
-    for moment in distributed_optimizer.MOMENTS:
-        distributed_optimizer.set_moment(optimizer, moment, read((f"optimizer.state.{moment}.",)))
-    saved = dist_checkpointing.load_common_state_dict(str(directory))["optimizer"]
-    saved = saved.get("optimizer", saved)
-    step = saved["param_groups"][0].get("step", saved.get("state", {}).get("common_step"))
-    distributed_optimizer.set_step(optimizer, int(step))
+    load_state(directory, optimizer, _places(denoiser, parallel))
+    distributed_optimizer.set_step_count(optimizer, loaded[OPTIMIZER_STEP])
 
 
 def load_weights(directory: Path, denoiser: Denoiser, parallel: ParallelState) -> dict[str, Tensor]:
@@ -200,21 +164,14 @@ def load_weights(directory: Path, denoiser: Denoiser, parallel: ParallelState) -
     Returns:
         float32 tensors by the stage's own names: of a bf16 run the optimizer's main weights.
     """
-    return _load_float32(directory, denoiser, parallel, MAIN_WEIGHTS)
-
-
-def _load_float32(
-    directory: Path, denoiser: Denoiser, parallel: ParallelState, prefixes: tuple[str, ...]
-) -> dict[str, Tensor]:
-    """What is stored of each weight under the first prefix that is there, else the weight itself."""
     stored = dist_checkpointing.load_tensors_metadata(str(directory))
     state = _model_state(denoiser, parallel)
     for tensor in state["model"].values():
         if not isinstance(tensor, ShardedTensor):
             # An FP8 linear's scales, or nothing at other precisions.
             continue
-        candidates = [f"{prefix}{tensor.key}" for prefix in prefixes]
-        tensor.key = next((key for key in candidates if key in stored), tensor.key)
+        main = f"{PREFIX}{MAIN_WEIGHT}.{tensor.key}"
+        tensor.key = main if main in stored else tensor.key
         tensor.data = torch.empty(tensor.local_shape, dtype=torch.float32, device=parallel.device)
         tensor.dtype = torch.float32
     weights: dict[str, Tensor] = _load(state, directory, parallel)["model"]
@@ -251,12 +208,11 @@ def _model_state(denoiser: Denoiser, parallel: ParallelState) -> dict[str, Any]:
     return {"model": denoiser.sharded_state_dict(metadata=_metadata(parallel))}
 
 
+def _places(denoiser: Denoiser, parallel: ParallelState) -> dict[torch.nn.Parameter, ShardedTensor]:
+    """Where each parameter of this stage lies in the whole model."""
+    tensors = _model_state(denoiser, parallel)["model"]
+    return {parameter: tensors[name] for name, parameter in denoiser.named_parameters()}
+
+
 def _metadata(parallel: ParallelState) -> dict[str, Any]:
-    return {
-        "singleton_local_shards": False,
-        "chained_optim_avoid_prefix": True,
-        "dp_cp_group": parallel.replica_group,
-        # The other sharding types cannot be loaded with torch's AdamW, or only on the same layout.
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "distrib_optim_fully_reshardable_mem_efficient": True,
-    }
+    return {"singleton_local_shards": False, "dp_cp_group": parallel.replica_group}

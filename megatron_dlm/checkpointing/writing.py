@@ -8,6 +8,7 @@ import os
 import signal
 import time
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,7 +19,6 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
     TorchDistSaveShardedStrategy,
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
@@ -27,6 +27,7 @@ from torch.distributed.checkpoint import FileSystemWriter, Metadata, SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.checkpoint.utils import _DistWrapper
 
+from megatron_dlm.checkpointing.optimizer_state import SavePlanner, TensorPieces
 from megatron_dlm.platform.files import sha256_of
 from megatron_dlm.platform.parallel import ParallelState
 
@@ -61,30 +62,37 @@ class ShareWriter:
     it leaves the other ranks in a collective.
     """
 
-    def __init__(self, directory: Path, sharded_state: Any, parallel: ParallelState) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        weights: Any,
+        pieces: Mapping[str, TensorPieces],
+        parallel: ParallelState,
+    ) -> None:
         """Plan, and copy from the GPU; all ranks call it, and nothing is written yet.
 
         Args:
             directory: an existing directory that all ranks share.
-            sharded_state: megatron-core's sharded tensors and objects; which of them hold data is changed.
+            weights: megatron-core's sharded tensors and objects; which of them hold data is changed.
+            pieces: of the optimizer's state, by key; no other rank has the same.
             parallel: this process's place.
         """
         self._directory = directory
         self._is_first = parallel.rank == 0
         FullyParallelSaveStrategyWrapper(
             TorchDistSaveShardedStrategy(BACKEND, VERSION), parallel.replica_group, False
-        ).apply_saving_parallelization(sharded_state)
-        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state, True)
-        self.num_bytes = 0
+        ).apply_saving_parallelization(weights)
+        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(weights, True)
+        self.num_bytes = sum(tensor.to_host() for tensor in pieces.values())
         for tensor in nested_values(by_key):
             if isinstance(tensor, ShardedTensor):
                 tensor.data = tensor.data.cpu()
                 self.num_bytes += tensor.data.nbytes
-        self._planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+        self._planner = SavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
         # Files are flushed to disk when written.
         self._writer = _PathlessWriter(directory, single_file_per_rank=True, thread_count=1)
         self._metadata = Metadata({})
-        self._plan = self._agree_on_plan(mcore_to_pyt_state_dict(by_key, False))
+        self._plan = self._agree_on_plan(mcore_to_pyt_state_dict(by_key, False) | pieces)
         self._process: Any = None
         self._outcome: Connection | None = None
         self._started_at = 0.0

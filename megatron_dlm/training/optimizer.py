@@ -118,14 +118,6 @@ def step_if_finite(optimizer: Any) -> float:
     return norm
 
 
-def restore_settings(optimizer: Any, config: OptimizerConfig) -> None:
-    """Give every parameter group this run's settings; loading has put the checkpoint's in their place."""
-    for group in optimizer.param_groups:
-        group["betas"] = (config.beta1, config.beta2)
-        group["eps"] = config.epsilon
-        group["weight_decay"] = config.weight_decay
-
-
 def set_learning_rate(optimizer: Any, lr: float) -> None:
     """Set the learning rate of every parameter group."""
     for group in optimizer.param_groups:

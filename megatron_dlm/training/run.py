@@ -13,7 +13,6 @@ from megatron_dlm.platform.codec import decode
 from megatron_dlm.platform.launch import detect_environment
 from megatron_dlm.platform.parallel import ParallelState, on_first_rank, start_parallel, stop_parallel
 from megatron_dlm.platform.post_mortem import naming_the_rank_at_fault
-from megatron_dlm.training.optimizer import restore_settings
 from megatron_dlm.training.run_config import RunConfig, check_run
 from megatron_dlm.training.run_data import RunData, open_data
 from megatron_dlm.training.run_lock import RunLock
@@ -192,7 +191,6 @@ def _restore(session: Session, start: RunRecord | ReferenceStart | None) -> Prog
         return Progress()
     directory = _sound(start.directory, session)
     load(directory, denoiser, session.optimizer, parallel)
-    restore_settings(session.optimizer, session.config.optimizer)
     saved = read_json(directory / PROGRESS_RECORD)
     return Progress(int(saved["step"]), int(saved["consumed_samples"]), int(saved["fingerprint"]))
 

@@ -253,12 +253,10 @@ def test_a_failed_save_is_told_to_all_ranks(corpus, tmp_path):
 def settings_after_load(state, config):
     from megatron_dlm.checkpointing.manager import load
     from megatron_dlm.checkpointing.storage import CheckpointRoot
-    from megatron_dlm.training.optimizer import restore_settings
 
     session = build(state, config)
     (directory,) = CheckpointRoot(config.directory).complete()
     load(directory, session.denoiser, session.optimizer, state)
-    restore_settings(session.optimizer, config.optimizer)
     return [(g["betas"], g["eps"], g["weight_decay"]) for g in session.optimizer.param_groups]
 
 

@@ -1,4 +1,4 @@
-"""What saving, loading and watching a run cost: synchronous saves beside asynchronous ones, hooks beside steps.
+"""What saving and watching a run cost: synchronous saves beside asynchronous ones, hooks beside steps.
 
     torchrun --standalone --nproc-per-node 2 tools/bench/checkpoint.py
 
@@ -74,8 +74,6 @@ def measure_saves(
     size: str, directory: Path, arguments: argparse.Namespace, parallel: ParallelState
 ) -> list[str]:
     """One row: a model with its optimizer, saved both ways and loaded."""
-    import torch
-
     from megatron_dlm.checkpointing.manager import PendingSave, load
     from megatron_dlm.checkpointing.storage import CheckpointRoot
     from megatron_dlm.training.optimizer import (
@@ -126,8 +124,6 @@ def measure_saves(
                 seconds[name].append(value)
     median = {name: statistics.median(values) for name, values in seconds.items()}
     num_bytes = sum(path.stat().st_size for path in root.final(2).iterdir())
-    del model, optimizer, denoiser
-    torch.distributed.barrier()
     ratio = median["async"] / median["sync"]
     return [
         size,

@@ -1,0 +1,222 @@
+"""Adam's state as boxes of whole tensors: each rank saves and loads what it has, however that is cut.
+
+A distributed optimizer gives each data parallel rank a range of every parameter's elements. megatron-core
+saves such ranges in a form that only the same layout can load, or gathers all of them on one rank; a range of
+a tensor's elements is a few boxes, and boxes are what torch's checkpoint format is made of.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner
+from torch import Size, Tensor
+from torch.distributed.checkpoint import (
+    ChunkStorageMetadata,
+    DefaultLoadPlanner,
+    FileSystemReader,
+    Metadata,
+    load,
+)
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from megatron_dlm.interfaces import InputError
+from megatron_dlm.platform import distributed_optimizer
+
+MAIN_WEIGHT = "fp32_param"
+PREFIX = "optimizer.state."
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+"""Offset and size along each axis."""
+
+
+def boxes(shape: Sequence[int], start: int, end: int) -> list[Box]:
+    """Cut a range of a tensor's elements, counted in row-major order, into boxes.
+
+    Args:
+        shape: of the tensor.
+        start: first element.
+        end: behind the last element; `start` gives no box.
+
+    Returns:
+        The boxes in order: at most 2 n - 1 for n axes.
+    """
+    if start >= end:
+        return []
+    if not shape:
+        return [((), ())]
+    row = math.prod(shape[1:])
+
+    def part_of_row(index: int, begin: int, stop: int) -> list[Box]:
+        return [((index, *offset), (1, *size)) for offset, size in boxes(shape[1:], begin, stop)]
+
+    (first, skipped), (last, taken) = divmod(start, row), divmod(end, row)
+    if first == last:
+        return part_of_row(first, skipped, taken)
+    found = part_of_row(first, skipped, row) if skipped else []
+    first += bool(skipped)
+    if first < last:
+        found.append(((first, *(0 for _ in shape[1:])), (last - first, *shape[1:])))
+    return found + (part_of_row(last, 0, taken) if taken else [])
+
+
+class TensorPieces:
+    """Boxes of one tensor that this rank has; torch calls the method with underscores to plan."""
+
+    def __init__(self, global_shape: Sequence[int]) -> None:
+        self._global_shape = Size(global_shape)
+        self._pieces: dict[tuple[int, ...], Tensor] = {}
+
+    def add(self, offset: tuple[int, ...], piece: Tensor) -> None:
+        """Take in a box.
+
+        Args:
+            offset: of its first element in the whole tensor.
+            piece: with as many axes as the whole tensor.
+        """
+        self._pieces[offset] = piece
+
+    def to_host(self) -> int:
+        """Copy the pieces from the GPU; returns their bytes."""
+        self._pieces = {offset: piece.cpu() for offset, piece in self._pieces.items()}
+        return sum(piece.nbytes for piece in self._pieces.values())
+
+    def __create_write_items__(self, name: str, pieces: TensorPieces) -> list[WriteItem]:
+        return [
+            WriteItem(
+                index=MetadataIndex(name, Size(offset)),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(
+                    chunk=ChunkStorageMetadata(Size(offset), piece.shape),
+                    properties=TensorProperties.create_from_tensor(piece),
+                    size=self._global_shape,
+                ),
+            )
+            for offset, piece in self._pieces.items()
+        ]
+
+    def chunks(self) -> list[ChunkStorageMetadata]:
+        """Where the pieces lie."""
+        return [ChunkStorageMetadata(Size(offset), piece.shape) for offset, piece in self._pieces.items()]
+
+    def at(self, offset: Sequence[int] | None) -> Tensor:
+        """The piece that was added with this offset."""
+        return self._pieces[tuple(offset or ())]
+
+    def fill_with_zeros(self) -> None:
+        """Set all elements of all pieces to 0."""
+        for piece in self._pieces.values():
+            piece.zero_()
+
+
+class SavePlanner(MCoreSavePlanner):
+    """megatron-core's, which also finds pieces."""
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        """What is to be written: a piece, or as the base class has it."""
+        found = self.state_dict[index.fqn]
+        return found.at(index.offset) if isinstance(found, TensorPieces) else super().lookup_object(index)
+
+
+class _LoadPlanner(DefaultLoadPlanner):
+    """torch's, of a state made of pieces."""
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        """Take the pieces as they are; the base class would drop what is no tensor."""
+        self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
+
+    def create_local_plan(self) -> LoadPlan:
+        """What to read: all that the checkpoint has of each piece."""
+        assert self.metadata is not None
+        stored = self.metadata.state_dict_metadata
+        items = []
+        for name, pieces in self.state_dict.items():
+            tensor = stored.get(name)
+            if not isinstance(tensor, TensorStorageMetadata):
+                raise InputError(f"checkpoint: has no tensor {name}")
+            items += create_read_items_for_chunk_list(name, tensor, pieces.chunks())
+        return LoadPlan(items)
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        """The piece to read into."""
+        piece: Tensor = self.state_dict[index.fqn].at(index.offset)
+        return piece
+
+
+def state_to_save(
+    optimizer: Any, sharded: Mapping[torch.nn.Parameter, ShardedTensor]
+) -> dict[str, TensorPieces]:
+    """What of Adam's state this rank has to save: moments, and fp32 weights where parameters are not.
+
+    Args:
+        optimizer: megatron-core's.
+        sharded: where each parameter of this process's stage lies in the whole model.
+
+    Returns:
+        Pieces by key; other ranks have other pieces of the same keys. They share memory with the optimizer.
+    """
+    return _collect(optimizer, sharded, skip_replicas=True)
+
+
+def load_state(directory: Path, optimizer: Any, sharded: Mapping[torch.nn.Parameter, ShardedTensor]) -> None:
+    """Read Adam's state into the optimizer. All ranks call it.
+
+    Args:
+        directory: a checkpoint that `verify_on_all_ranks` has accepted.
+        optimizer: megatron-core's; changed in place.
+        sharded: where each parameter of this process's stage lies in the whole model.
+    """
+    wanted = _collect(optimizer, sharded, skip_replicas=False)
+    # What the checkpoint has not is padding that another layout did without.
+    for pieces in wanted.values():
+        pieces.fill_with_zeros()
+    load(wanted, storage_reader=FileSystemReader(directory), planner=_LoadPlanner())
+
+
+def _collect(
+    optimizer: Any, sharded: Mapping[torch.nn.Parameter, ShardedTensor], *, skip_replicas: bool
+) -> dict[str, TensorPieces]:
+    found: dict[str, TensorPieces] = {}
+    cut = distributed_optimizer.is_sharded(optimizer)
+    for part, parameter, main, start, end in distributed_optimizer.main_pieces(optimizer, sharded):
+        place = sharded[parameter]
+        # Replicas along the data axis have different ranges where the optimizer is distributed.
+        replica = place.replica_id[:-1] if cut else place.replica_id
+        if skip_replicas and any(replica):
+            continue
+        for name, tensor in _tensors(part, parameter, main).items():
+            pieces = found.setdefault(f"{PREFIX}{name}.{place.key}", TensorPieces(place.global_shape))
+            for offset, piece in _cut(place, tensor.detach().view(-1), start, end):
+                pieces.add(offset, piece)
+    return found
+
+
+def _tensors(part: Any, parameter: torch.nn.Parameter, main: Tensor) -> dict[str, Tensor]:
+    state = distributed_optimizer.state_of(part, main)
+    tensors = {name: state[name] for name in distributed_optimizer.MOMENTS}
+    return tensors if parameter.dtype == torch.float32 else tensors | {MAIN_WEIGHT: main}
+
+
+def _cut(
+    place: ShardedTensor, elements: Tensor, start: int, end: int
+) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """Offset in the whole tensor, and view, of each box of a range of the local tensor."""
+    ahead = len(place.global_shape) - len(place.local_shape)
+    done = 0
+    for offset, size in boxes(place.local_shape, start, end):
+        count = math.prod(size)
+        where = (
+            *place.global_offset[:ahead],
+            *map(sum, zip(place.global_offset[ahead:], offset, strict=True)),
+        )
+        yield where, elements[done : done + count].view((1,) * ahead + size)
+        done += count
