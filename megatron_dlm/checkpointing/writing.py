@@ -154,17 +154,18 @@ class ShareWriter:
         """
         assert self._outcome is not None
         left = max(0.0, timeout_seconds - (time.monotonic() - self._started_at))
-        try:
-            if self._outcome.poll(left):
-                return self._outcome.recv()
-            error = f"not written within {timeout_seconds:g} s"
-        except EOFError:
-            self._process.join()
-            error = f"the writing process ended with exit code {self._process.exitcode}"
-        finally:
-            self._process.kill()
-            self._process.join()
-            self._outcome.close()
+        error = f"not written within {timeout_seconds:g} s"
+        if self._outcome.poll(left):
+            try:
+                written: Written = self._outcome.recv()
+            except EOFError:
+                self._process.join()
+                error = f"the writing process ended with exit code {self._process.exitcode}"
+            else:
+                # Not joined: it has done its work, and freeing its memory takes a while.
+                return written
+        self._process.kill()
+        self._process.join()
         return Written(error=f"{self._directory}: {error}")
 
     def write_index(self, shares: list[Written]) -> None:

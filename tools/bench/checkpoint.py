@@ -10,6 +10,7 @@ log lines and the health checks it comes with. Medians of several rounds.
 from __future__ import annotations
 
 import argparse
+import shutil
 import statistics
 import tempfile
 import time
@@ -99,6 +100,8 @@ def measure_saves(
 
     seconds: dict[str, list[float]] = {"sync": [], "async": [], "visible": [], "load": []}
     for round_ in range(arguments.repeats + 1):
+        # Removing the last round's is no part of a save.
+        on_first_rank(parallel, lambda: shutil.rmtree(directory, ignore_errors=True))
         whole = timed(lambda: begin(1).finish(), parallel)
         started = time.monotonic()
         pending: Any = None
@@ -107,15 +110,10 @@ def measure_saves(
             nonlocal pending
             pending = begin(2)
 
-        waited, polls = timed(start, parallel), 0
-        done = False
-        while not done:
+        waited = timed(start, parallel)
+        while not pending.is_done():
             time.sleep(0.05)
-            polled = time.monotonic()
-            done = pending.is_done()
-            last_poll = time.monotonic() - polled
-            polls += 1
-        waited += last_poll + timed(pending.finish, parallel)
+        waited += timed(pending.finish, parallel)
         visible = time.monotonic() - started
         loaded = timed(lambda: load(root.final(2), denoiser, optimizer, parallel), parallel)
         if round_:
