@@ -17,7 +17,11 @@ TABLES = {
             *("tensor", "pipeline", "data", "micro-batch", "options"),
             *("family", "loss", "gradient"),
         ),
-    )
+    ),
+    "table: resharding": (
+        "saved at one layout, resumed at another: largest relative difference in the next 5 steps",
+        ("saved", "resumed", "family", "loss", "gradient norm"),
+    ),
 }
 ROOT = Path(__file__).resolve().parents[1]
 # Numbers recorded from the public reference code; not part of the repository.

@@ -101,6 +101,8 @@ def describe_layout(config: RunConfig, processes: int) -> str:
     data_size = parallel.data_parallel_size(processes)
     tokens = training.global_batch_size * config.data.seq_length
     microbatches = training.global_batch_size // (training.micro_batch_size * data_size)
+    run_tokens = training.samples_ahead(0, training.num_steps) * config.data.seq_length
+    ramp = f", from {training.ramp_start} samples on" if training.ramp_start else ""
     lines = {
         "objective": config.objective.name,
         "processes": f"{processes} = {parallel.tensor_model_parallel_size} tensor "
@@ -109,8 +111,8 @@ def describe_layout(config: RunConfig, processes: int) -> str:
         "model": f"{parameter_count(config.model, 0):,} body parameters, {config.model.num_layers} layers, "
         f"{config.model.num_attention_heads} heads ({padded_heads} with padding), {training.precision}",
         "step": f"{training.global_batch_size} samples x {config.data.seq_length} = {tokens:,} tokens, "
-        f"{microbatches} microbatches of {training.micro_batch_size} a process",
-        "run": f"{training.num_steps:,} steps, {training.num_steps * tokens / 1e9:,.1f}B tokens",
+        f"{microbatches} microbatches of {training.micro_batch_size} a process{ramp}",
+        "run": f"{training.num_steps:,} steps, {run_tokens / 1e9:,.1f}B tokens",
         "FLOPs": describe_flops(config),
         "directory": str(config.directory),
         "data": f"{config.data.train}, validation {config.data.validation}",

@@ -141,6 +141,7 @@ def transformer_config(
         recompute_method="uniform" if recompute == "full" else None,
         recompute_num_layers=1 if recompute == "full" else None,
         recompute_modules=["layernorm"],
+        deterministic_mode=parallel.deterministic,
         cuda_graph_scope=[],
         # These need GPU extensions.
         gradient_accumulation_fusion=False,

@@ -33,6 +33,8 @@ class ParallelConfig:
     """Shard optimizer state over data parallel ranks (ZeRO-1)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA where the machine has it; the others refuse to run on anything else."""
+    deterministic: bool = False
+    """On CUDA, take only kernels that give the same bits run after run; a CPU always does."""
     intra_op_threads: int = 1
     """CPU threads of one process; a different count changes the last bits of a CPU run."""
     collective_timeout_seconds: float = 1800.0
@@ -147,6 +149,11 @@ def prepare_device(environment: ProcessEnvironment, config: ParallelConfig) -> t
     # One queue to the GPU keeps megatron-core's overlapped collectives in order; it warns where unset.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     torch.set_num_threads(config.intra_op_threads)
+    if config.deterministic:
+        # cuBLAS and Transformer Engine read these when they start.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+        torch.use_deterministic_algorithms(True)
     _silence_megatron()
     present = torch.cuda.is_available()
     if config.device == "cuda" and not present:

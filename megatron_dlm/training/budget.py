@@ -51,7 +51,7 @@ def honest_training_flops(config: RunConfig, vocabulary_size: int) -> float:
         Work(),
     )
     flops = work.training_flops(config.model, vocabulary_size)
-    return flops * size / len(positions) * config.training.num_steps
+    return flops / len(positions) * config.training.samples_ahead(0, config.training.num_steps)
 
 
 def describe_flops(config: RunConfig) -> str:
@@ -61,5 +61,5 @@ def describe_flops(config: RunConfig) -> str:
     if config.model.ffn_hidden_size != 4 * config.model.hidden_size:
         return f"{honest}, {where}"
     sequence = published_forward_flops(config.model, PUBLISHED_VOCABULARY, config.data.seq_length)
-    published = TRAINING_PASSES * sequence * config.training.global_batch_size * config.training.num_steps
+    published = TRAINING_PASSES * sequence * config.training.samples_ahead(0, config.training.num_steps)
     return f"{honest}, {published:.3g} by the published count, {where}"

@@ -87,7 +87,8 @@ class LoggingHook(Hook):
         work = sum((r.work for r in self._reports), Work())
         flops = work.training_flops(session.config.model, session.data.vocabulary.size)
         device_flops_per_second = flops / seconds / session.parallel.world_size
-        steps_left = session.config.training.num_steps - progress.step
+        training = session.config.training
+        samples_left = training.samples_ahead(progress.consumed_samples, training.num_steps - progress.step)
         metrics: dict[str, float | int] = {
             "loss": sum(r.loss * r.tokens for r in self._reports) / tokens,
             "nats_per_token": sum(r.nats_per_token * r.tokens for r in self._reports) / tokens,
@@ -96,7 +97,8 @@ class LoggingHook(Hook):
             "tokens_per_second": speed,
             "tflops_per_second_per_device": device_flops_per_second / 1e12,
             "mfu": device_flops_per_second / self._peak,
-            "eta_seconds": steps_left * seconds / len(self._reports),
+            "eta_seconds": samples_left * seconds / sum(r.batch_size for r in self._reports),
+            "batch_size": report.batch_size,
             "consumed_samples": progress.consumed_samples,
             "fingerprint": progress.fingerprint,
         }

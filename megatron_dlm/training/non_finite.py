@@ -68,16 +68,14 @@ class NonFiniteHook(Hook):
 
     def _dump(self, session: Session, progress: Progress, report: StepReport) -> None:
         """What a replay needs: configuration, the step's address, its samples as the network saw them."""
-        directory, size = session.config.directory, session.config.training.global_batch_size
+        directory, first_sample = session.config.directory, progress.consumed_samples - report.batch_size
         record = {
             "config": encode(session.config),
             "step": progress.step,
-            "consumed_samples": progress.consumed_samples - size,
+            "consumed_samples": first_sample,
             "not_finite": report.not_finite,
             "samples": list(report.bad_samples),
         }
         write_json(directory / f"{self._name(progress)}.json", record)
-        arrays = session.corrupted(
-            progress.step - 1, progress.consumed_samples - size, np.array(report.bad_samples)
-        )
+        arrays = session.corrupted(progress.step - 1, first_sample, np.array(report.bad_samples))
         np.savez(directory / f"{self._name(progress)}.npz", allow_pickle=False, **arrays)

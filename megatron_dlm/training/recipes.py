@@ -76,6 +76,8 @@ def within_budget(config: RunConfig, budget_flops: float) -> RunConfig:
         InputError: the budget is below one step, or the run not longer than its warm-up.
     """
     sequence_flops = published_forward_flops(config.model, PUBLISHED_VOCABULARY, config.data.seq_length)
+    if config.training.ramp_start:
+        raise InputError("--budget-flops: the published runs have no training.ramp_start")
     num_steps = max_steps(budget_flops, sequence_flops, config.training.global_batch_size)
     warmup_steps = max(num_steps // 100, 100)
     if num_steps <= warmup_steps:

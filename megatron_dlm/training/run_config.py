@@ -30,6 +30,12 @@ class TrainingConfig:
     """Samples of one optimizer step, over all processes."""
     micro_batch_size: int = 1
     """Samples of one forward-backward of one process."""
+    ramp_start: int = 0
+    """Samples of the first step where the batch grows to global_batch_size; 0: it has that size at once."""
+    ramp_increment: int = 0
+    """Samples by which the batch grows at a time; divides the whole growth."""
+    ramp_samples: int = 0
+    """Samples over which the batch grows, in equal parts for each size."""
     seed: int = 1
     """Addresses every draw: weights, data order, noise."""
     precision: Precision = "fp32"
@@ -61,10 +67,66 @@ class TrainingConfig:
         ):
             if getattr(self, name) < 1:
                 raise InputError(f"training.{name}: {getattr(self, name)} is below 1")
+        self._check_ramp()
         if not self.step_timeout_seconds > 0:
             raise InputError(f"training.step_timeout_seconds: {self.step_timeout_seconds} is not above 0")
         if self.check_replicas_every < 0:
             raise InputError(f"training.check_replicas_every: {self.check_replicas_every} is below 0")
+
+    def _check_ramp(self) -> None:
+        if not self.ramp_start:
+            if self.ramp_increment or self.ramp_samples:
+                raise InputError("training.ramp_start: 0, while ramp_increment or ramp_samples is set")
+            return
+        growth = self.global_batch_size - self.ramp_start
+        if self.ramp_start < 1 or growth < 1:
+            raise InputError(
+                f"training.ramp_start: {self.ramp_start} is outside [1, global_batch_size "
+                f"{self.global_batch_size})"
+            )
+        if self.ramp_increment < 1 or growth % self.ramp_increment:
+            raise InputError(
+                f"training.ramp_increment: {self.ramp_increment} does not divide global_batch_size - "
+                f"ramp_start = {growth}"
+            )
+        if self.ramp_samples < 1:
+            raise InputError(f"training.ramp_samples: {self.ramp_samples} is below 1")
+
+    def batch_sizes(self) -> list[int]:
+        """All sizes that a step's batch takes, in order."""
+        if not self.ramp_start:
+            return [self.global_batch_size]
+        return list(range(self.ramp_start, self.global_batch_size + 1, self.ramp_increment))
+
+    def batch_size_at(self, consumed_samples: int) -> int:
+        """Samples of the step that begins there.
+
+        Args:
+            consumed_samples: of the steps before.
+
+        Returns:
+            Of the sizes below global_batch_size each one for the same share of ramp_samples.
+        """
+        sizes = self.batch_sizes()
+        if consumed_samples >= self.ramp_samples:
+            return sizes[-1]
+        return sizes[consumed_samples * (len(sizes) - 1) // self.ramp_samples]
+
+    def samples_ahead(self, consumed_samples: int, steps: int) -> int:
+        """Samples of the next steps.
+
+        Args:
+            consumed_samples: of the steps before.
+            steps: how many.
+
+        Returns:
+            Sum of their batch sizes.
+        """
+        consumed = consumed_samples
+        while consumed < self.ramp_samples and steps:
+            consumed += self.batch_size_at(consumed)
+            steps -= 1
+        return consumed - consumed_samples + steps * self.global_batch_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,11 +194,8 @@ def check_run(config: RunConfig, world_size: int) -> None:
     config.model.check_parallel(config.parallel)
     config.parallel.check_lengths(config.objective.length_multiple(config.data.seq_length))
     micro = config.training.micro_batch_size
-    batches = {
-        "training.global_batch_size": config.training.global_batch_size,
-        "evaluation.batch_size": config.evaluation.batch_size,
-    }
-    for name, size in batches.items():
+    batches = [("training.global_batch_size", size) for size in config.training.batch_sizes()]
+    for name, size in [*batches, ("evaluation.batch_size", config.evaluation.batch_size)]:
         config.objective.check_sizes(size, config.data.seq_length)
         if size % (micro * data_size):
             raise InputError(

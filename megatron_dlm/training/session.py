@@ -188,10 +188,12 @@ class Session:
         """
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        return self._stream.run(step, first_sample, self.config.training.global_batch_size, training=True)
+        size = self.config.training.batch_size_at(first_sample)
+        return self._stream.run(step, first_sample, size, training=True)
 
     def corrupted(
         self, step: int, first_sample: int, positions: NDArray[np.int64]
     ) -> dict[str, NDArray[Any]]:
         """Some samples of a training batch as the network saw them; see `BatchStream.corrupted`."""
-        return self._stream.corrupted(step, first_sample, self.config.training.global_batch_size, positions)
+        size = self.config.training.batch_size_at(first_sample)
+        return self._stream.corrupted(step, first_sample, size, positions)

@@ -37,6 +37,8 @@ class StepReport:
     """The NELBO (AR: NLL) on the step's own batch and noise."""
     lr: float
     grad_norm: float
+    batch_size: int
+    """Samples, over all processes."""
     tokens: int
     work: Work
     seconds: float
@@ -85,10 +87,10 @@ def fit(session: Session, progress: Progress, hooks: Sequence[Hook]) -> None:
 def train_step(session: Session, progress: Progress) -> StepReport:
     """One optimizer step; moves `progress` on."""
     started = time.monotonic()
+    size = session.config.training.batch_size_at(progress.consumed_samples)
     sums = session.run_batch(progress.step, progress.consumed_samples)
     lr = session.config.schedule.at(progress.step)
     set_learning_rate(session.optimizer, lr)
-    size = session.config.training.global_batch_size
     grad_norm, not_finite, bad_samples = math.nan, "loss", sums.bad_samples
     if not bad_samples:
         grad_norm = step_if_finite(session.optimizer)
@@ -103,6 +105,7 @@ def train_step(session: Session, progress: Progress) -> StepReport:
         nats_per_token=sums.bound / sums.tokens,
         lr=lr,
         grad_norm=grad_norm,
+        batch_size=size,
         tokens=sums.tokens,
         work=sums.work,
         seconds=time.monotonic() - started,

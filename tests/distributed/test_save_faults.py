@@ -144,3 +144,25 @@ def hold_lock(directory, ready):
     lock.acquire(5)
     ready.set()
     time.sleep(60)
+
+
+def test_a_growing_batch_resumes_bit_for_bit(corpus, tmp_path):
+    """Every sample position is consumed once, in order, whether the run was cut in the ramp or not."""
+
+    def ramped(name):
+        config = config_for(corpus, tmp_path / name)
+        training = replace(config.training, ramp_start=2, ramp_increment=2, ramp_samples=24)
+        return replace(config, training=training)
+
+    finish(ramped("whole"))
+    code, output = faulty.train_in_child(ramped("cut"), faulty.die_at, "before the rename", 3)
+    assert code == -9, output
+    finish(ramped("cut"))
+    logs = [
+        {e["step"]: e["consumed_samples"] for e in read_metrics(tmp_path / name) if e["kind"] == "train"}
+        for name in ("whole", "cut")
+    ]
+    assert logs[0] == logs[1]
+    assert list(logs[0].values()) == [2, 4, 6, 8, 12, 16, 22, 28]
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+    assert tensors(tmp_path / "whole") == tensors(tmp_path / "cut")

@@ -124,3 +124,9 @@ def test_a_bad_token_found_while_running_is_one_line(corpus, tmp_path):
     more = ["--data.train", tmp_path / "train"]
     code, output = finish(start(arguments_for(corpus, tmp_path / "run", *more)))
     assert code == 2 and "token id 65535 is outside [0, 301)" in output and "Traceback" not in output
+
+
+def test_deterministic_kernels_change_nothing_on_a_cpu(corpus, tmp_path, uninterrupted):
+    code, output = finish(start(arguments_for(corpus, tmp_path, "--parallel.deterministic")))
+    assert code == 0, output
+    assert tensor_files(tmp_path) == tensor_files(uninterrupted[0])
