@@ -14,6 +14,9 @@ from megatron_dlm.interfaces import InputError, SaveError
 from megatron_dlm.platform.files import commit, flush_to_disk, sha256_of, write_json
 
 MANIFEST = "manifest.json"
+VERSION = 1
+"""Of the directory's layout; a later one is refused."""
+ChangeableField = Literal["data.train", "data.tokenizer", "data.seq_length", "training.seed", "objective"]
 _STEP = re.compile(r"step-(\d{8})")
 
 
@@ -39,6 +42,9 @@ class CheckpointConfig:
     """Minutes after which a run is saved and ends with exit code 3, before a scheduler's limit; 0: none."""
     on_corrupt: Literal["stop", "previous"] = "stop"
     """Where the newest complete checkpoint is damaged: stop, or go on from the one before it."""
+    allow_changed: tuple[ChangeableField, ...] = ()
+    """What a resumed run may have other than its checkpoint says; refused unless named here. A changed
+    objective stays of the same family."""
     initialize_from: Path | None = None
     """Checkpoint whose weights start a new run with fresh optimizer, schedule, data and step 0: a
     step-NNNNNNNN directory, or a Lightning .ckpt file of the paper's code."""
@@ -126,7 +132,7 @@ class CheckpointRoot:
                 "bytes": path.stat().st_size,
                 "sha256": digests.get(path.name) or sha256_of(path),
             }
-        write_json(temporary / MANIFEST, {"files": files})
+        write_json(temporary / MANIFEST, {"version": VERSION, "files": files})
         if final.exists():
             self.remove(final)
         commit(temporary, final)
@@ -171,9 +177,7 @@ def verify(directory: Path) -> None:
     Raises:
         InputError: no manifest, or a file that is missing, foreign, or of another size or content.
     """
-    files = read_json(directory / MANIFEST).get("files")
-    if not isinstance(files, dict):
-        raise InputError(f"checkpoint: {directory / MANIFEST}: lists no files")
+    files = read_manifest(directory)
     present = {path.name for path in directory.iterdir()} - {MANIFEST}
     for name in sorted(present | set(files)):
         path = directory / name
@@ -185,6 +189,30 @@ def verify(directory: Path) -> None:
             )
         if sha256_of(path) != files[name]["sha256"]:
             raise InputError(f"checkpoint: {path}: SHA-256 differs from the manifest")
+
+
+def read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
+    """What a checkpoint says it consists of.
+
+    Args:
+        directory: a checkpoint.
+
+    Returns:
+        Bytes and SHA-256 by file name.
+
+    Raises:
+        InputError: no manifest, a damaged one, or one of a later version.
+    """
+    path = directory / MANIFEST
+    manifest = read_json(path)
+    if manifest.get("version") != VERSION:
+        raise InputError(
+            f"checkpoint: {path}: version {manifest.get('version')}, this program reads {VERSION}"
+        )
+    files = manifest.get("files")
+    if not isinstance(files, dict):
+        raise InputError(f"checkpoint: {path}: lists no files")
+    return files
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from megatron_dlm.checkpointing.storage import CheckpointRoot, read_json
+from megatron_dlm.checkpointing.storage import ChangeableField, CheckpointRoot, read_json, read_manifest
 from megatron_dlm.interfaces import InputError, Vocabulary
 from megatron_dlm.platform.codec import decode
 from megatron_dlm.platform.launch import detect_environment
@@ -49,7 +49,7 @@ def read_run_record(checkpoint: Path) -> RunRecord:
     Raises:
         InputError: not a complete checkpoint, or a record of another version.
     """
-    read_json(checkpoint / "manifest.json")
+    read_manifest(checkpoint)
     path = checkpoint / "run.json"
     data = read_json(path)
     return RunRecord(
@@ -134,18 +134,22 @@ def _find_start(config: RunConfig, data: RunData) -> RunRecord | ReferenceStart 
     _refuse_change(record, "vocabulary", record.vocabulary, data.vocabulary)
     saved, asked = record.config, config
     fixed: dict[str, tuple[Any, Any]] = {
-        "data.train: tokenizer": (record.tokenizer_fingerprint, data.tokenizer_fingerprint)
+        "data.tokenizer": (record.tokenizer_fingerprint, data.tokenizer_fingerprint)
     }
     if complete:
-        _refuse_change(record, "objective", saved.objective, asked.objective)
+        if (
+            type(saved.objective) is not type(asked.objective)
+            or "objective" not in asked.checkpoint.allow_changed
+        ):
+            _refuse_change(record, "objective", saved.objective, asked.objective)
         fixed |= {
-            "data.train: tokens": (record.train_sha256, data.train_sha256),
+            "data.train": (record.train_sha256, data.train_sha256),
             "data.seq_length": (saved.data.seq_length, asked.data.seq_length),
             "training.precision": (saved.training.precision, asked.training.precision),
             "training.seed": (saved.training.seed, asked.training.seed),
         }
     for name, (old, new) in fixed.items():
-        if old != new:
+        if old != new and name not in asked.checkpoint.allow_changed:
             _mismatch(record, name, old, new)
     return record
 
@@ -168,7 +172,10 @@ def _refuse_change(record: RunRecord, path: str, saved: Any, asked: Any) -> None
 
 
 def _mismatch(record: RunRecord, name: str, saved: Any, asked: Any) -> None:
-    raise InputError(f"{name}: {asked} differs from {saved} in checkpoint {record.directory}")
+    allowable = get_args(ChangeableField)
+    field = next((field for field in allowable if name == field or name.startswith(f"{field}.")), None)
+    hint = f"; --checkpoint.allow-changed {field} goes on all the same" if field else ""
+    raise InputError(f"{name}: {asked} differs from {saved} in checkpoint {record.directory}{hint}")
 
 
 def _restore(session: Session, start: RunRecord | ReferenceStart | None) -> Progress:

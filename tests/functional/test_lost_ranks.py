@@ -6,7 +6,7 @@ import time
 import psutil
 import pytest
 
-from tests.helpers.runs import arguments_for, finish, start, wait_for_step
+from tests.helpers.runs import arguments_for, finish, start, tensor_files, train_metrics, wait_for_step
 
 
 def rank_process(launcher, rank):
@@ -42,3 +42,17 @@ def test_the_others_end_and_name_the_rank(corpus, tmp_path, fate, rank):
     assert code == 1
     assert f"error on rank {1 - rank}: rank {rank} is gone or hangs" in output, output
     assert psutil.wait_procs([lost, left], timeout=5)[1] == []
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_killed_rank_and_nothing_is_lost(corpus, tmp_path):
+    process = start(arguments_for(corpus, tmp_path), processes=2, options=["--max-restarts", "2"])
+    wait_for_step(process, tmp_path, 6)
+    rank_process(process, 1).kill()
+    code, output = finish(process)
+    assert code == 0, output
+    whole = tmp_path / "whole"
+    code, output = finish(start(arguments_for(corpus, whole), processes=2))
+    assert code == 0, output
+    assert train_metrics(tmp_path) == train_metrics(whole)
+    assert tensor_files(tmp_path) == tensor_files(whole)

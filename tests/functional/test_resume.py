@@ -102,13 +102,26 @@ def test_another_run_is_not_continued(corpus, copied, name):
     assert code == 2 and message in output and len(output.strip().splitlines()) == 1, output
 
 
+def test_what_is_named_may_change(corpus, copied):
+    more = ["--training.seed", 5, "--checkpoint.allow-changed", "training.seed"]
+    code, output = finish(start(arguments_for(corpus, copied, *more, steps=16)))
+    assert code == 0 and "train step 15/16" in output, output
+
+
+def test_a_later_version_is_not_continued(corpus, copied):
+    manifest = copied / "checkpoints" / "step-00000014" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"version": 1', '"version": 2'))
+    code, output = finish(start(arguments_for(corpus, copied)))
+    assert code == 2 and "version 2, this program reads 1" in output, output
+
+
 def test_other_data_is_not_continued(command, corpus, copied, tmp_path):
     from tests.helpers import tiny
 
     text = tiny.write_jsonl(tmp_path / "t.jsonl", tiny.sentences(400, seed=77))
     command("index", "--input", text, "--output", tmp_path / "other", "--tokenizer", corpus.tokenizer)
     code, output = finish(start(arguments_for(corpus, copied, "--data.train", tmp_path / "other")))
-    assert code == 2 and "data.train: tokens: " in output
+    assert code == 2 and "data.train: " in output
 
 
 def test_another_tokenizer_of_the_same_size_is_refused(command, corpus, copied, tmp_path):
@@ -120,7 +133,7 @@ def test_another_tokenizer_of_the_same_size_is_refused(command, corpus, copied, 
     more = ["--data.train", tmp_path / "other", "--data.validation", tmp_path / "other"]
     more += ["--checkpoint.initialize-from", copied / "checkpoints" / "step-00000014"]
     code, output = finish(start(arguments_for(corpus, tmp_path / "run", *more)))
-    assert code == 2 and "data.train: tokenizer: " in output
+    assert code == 2 and "data.tokenizer: " in output
 
 
 def test_the_record_of_a_run_is_a_recipe(command, copied):

@@ -27,12 +27,12 @@ def arguments_for(corpus, directory, *more, recipe="examples/mdlm/tiny.py", step
     ]
 
 
-def torchrun(processes):
-    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+def torchrun(processes, options=()):
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *options]
 
 
-def start(arguments, processes=1):
-    launcher = torchrun(processes) if processes > 1 else []
+def start(arguments, processes=1, options=()):
+    launcher = torchrun(processes, options) if processes > 1 else []
     words = [sys.executable, *launcher, "-m", "megatron_dlm", *map(str, arguments)]
     return subprocess.Popen(
         words,
