@@ -176,6 +176,8 @@ class CheckpointHook(Hook):
                 "step": progress.step,
                 "consumed_samples": progress.consumed_samples,
                 "fingerprint": progress.fingerprint,
+                "recent_losses": progress.recent_losses,
+                "recent_grad_norms": progress.recent_grad_norms,
                 "world_size": session.parallel.world_size,
             },
         }

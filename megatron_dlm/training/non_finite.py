@@ -1,4 +1,4 @@
-"""What happens after a step whose loss or gradient is not finite: skip it, stop, or go back."""
+"""What happens after a step whose loss or gradient is not finite, or a spike: skip it, stop, or go back."""
 
 from __future__ import annotations
 
@@ -51,6 +51,8 @@ class NonFiniteHook(Hook):
             if self._rolled_back[saved.step] > config.max_skipped_steps:
                 raise TrainingError(f"{what}, rolled back to step {saved.step} too often")
             progress.step, progress.fingerprint = saved.step, saved.fingerprint
+            progress.recent_losses = saved.recent_losses
+            progress.recent_grad_norms = saved.recent_grad_norms
             # Its samples are not read again.
             progress.consumed_samples = consumed_samples
             what += f"; back to step {saved.step}"
@@ -61,10 +63,10 @@ class NonFiniteHook(Hook):
         named = ", ".join(map(str, report.bad_samples[:NAMED_SAMPLES]))
         more = len(report.bad_samples) - NAMED_SAMPLES
         rest = f" and {more} more" if more > 0 else ""
-        return f"{report.not_finite}: not finite in step {progress.step}, samples {named}{rest}"
+        return f"{report.fault} in step {progress.step}, samples {named}{rest}"
 
     def _name(self, progress: Progress) -> str:
-        return f"non-finite-step-{progress.step:08d}"
+        return f"bad-step-{progress.step:08d}"
 
     def _dump(self, session: Session, progress: Progress, report: StepReport) -> None:
         """What a replay needs: configuration, the step's address, its samples as the network saw them."""
@@ -73,7 +75,7 @@ class NonFiniteHook(Hook):
             "config": encode(session.config),
             "step": progress.step,
             "consumed_samples": first_sample,
-            "not_finite": report.not_finite,
+            "fault": report.fault,
             "samples": list(report.bad_samples),
         }
         write_json(directory / f"{self._name(progress)}.json", record)

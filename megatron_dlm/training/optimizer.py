@@ -90,11 +90,12 @@ def build_optimizer(
     return get_megatron_optimizer(megatron_config, [model], config_overrides={})
 
 
-def step_if_finite(optimizer: Any) -> float:
+def step_if_finite(optimizer: Any, largest_norm: float = math.inf) -> float:
     """One step with the gradients of the last pass; all ranks call it.
 
     Args:
         optimizer: from `build_optimizer`.
+        largest_norm: gradients above it change nothing.
 
     Returns:
         The gradient's norm before clipping; NaN where some rank's is not finite: nothing has changed then.
@@ -110,6 +111,8 @@ def step_if_finite(optimizer: Any) -> float:
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     if not torch.isfinite(largest):
         return math.nan
+    if largest > largest_norm:
+        return float(largest)
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         parameters = part.get_parameters()
         if parameters and part.config.clip_grad > 0:

@@ -199,7 +199,13 @@ def _restore(session: Session, start: RunRecord | ReferenceStart | None) -> Prog
     directory = _sound(start.directory, session)
     load(directory, denoiser, session.optimizer, parallel)
     saved = read_json(directory / PROGRESS_RECORD)
-    return Progress(int(saved["step"]), int(saved["consumed_samples"]), int(saved["fingerprint"]))
+    return Progress(
+        step=int(saved["step"]),
+        consumed_samples=int(saved["consumed_samples"]),
+        fingerprint=int(saved["fingerprint"]),
+        recent_losses=tuple(saved["recent_losses"]),
+        recent_grad_norms=tuple(saved["recent_grad_norms"]),
+    )
 
 
 def _sound(newest: Path, session: Session) -> Path:

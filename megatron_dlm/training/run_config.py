@@ -46,6 +46,9 @@ class TrainingConfig:
     on_non_finite: Literal["skip", "stop", "rollback"] = "skip"
     """A loss or gradient norm that is not finite changes no parameter; then skip the step, stop, or load the
     newest checkpoint and go on with the samples behind the step's."""
+    spike_sigmas: float = 0.0
+    """Treat a loss or gradient norm as not finite where it is more than this many standard deviations above
+    the mean of the last 128 steps, for example 6; 0: never."""
     max_skipped_steps: int = 3
     """Such steps in a row, or rollbacks to one checkpoint, that end the run all the same, with a file of the
     step's samples."""
@@ -68,6 +71,8 @@ class TrainingConfig:
             if getattr(self, name) < 1:
                 raise InputError(f"training.{name}: {getattr(self, name)} is below 1")
         self._check_ramp()
+        if not self.spike_sigmas >= 0:
+            raise InputError(f"training.spike_sigmas: {self.spike_sigmas} is not 0 or above")
         if not self.step_timeout_seconds > 0:
             raise InputError(f"training.step_timeout_seconds: {self.step_timeout_seconds} is not above 0")
         if self.check_replicas_every < 0:

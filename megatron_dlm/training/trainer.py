@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from megatron_dlm.models.flops import Work
 from megatron_dlm.training.optimizer import set_learning_rate, step_if_finite
 from megatron_dlm.training.session import Session
+from megatron_dlm.training.spikes import extended, spike_limit
 
 
 @dataclass
@@ -21,6 +22,9 @@ class Progress:
     consumed_samples: int = 0
     fingerprint: int = 0
     """Digest of the last step's corruption."""
+    recent_losses: tuple[float, ...] = ()
+    """Of the last steps, where spikes are looked for."""
+    recent_grad_norms: tuple[float, ...] = ()
     stop_requested: bool = False
     """Set by a hook; the loop ends after the current step."""
     save_requested: bool = False
@@ -43,9 +47,9 @@ class StepReport:
     work: Work
     seconds: float
     bad_samples: tuple[int, ...]
-    """Samples at fault where loss or gradient is not finite, and no parameter has changed."""
-    not_finite: str
-    """Which of the two it is, where there are such samples."""
+    """Samples at fault where loss or gradient is not finite or a spike, and no parameter has changed."""
+    fault: str
+    """What it is, where there are such samples."""
 
     @property
     def applied(self) -> bool:
@@ -91,17 +95,26 @@ def train_step(session: Session, progress: Progress) -> StepReport:
     sums = session.run_batch(progress.step, progress.consumed_samples)
     lr = session.config.schedule.at(progress.step)
     set_learning_rate(session.optimizer, lr)
-    grad_norm, not_finite, bad_samples = math.nan, "loss", sums.bad_samples
+    sigmas, loss = session.config.training.spike_sigmas, sums.loss / sums.tokens
+    grad_norm, fault, bad_samples = math.nan, "loss: not finite", sums.bad_samples
+    whole_batch = tuple(range(progress.consumed_samples, progress.consumed_samples + size))
+    if not bad_samples and loss > (limit := spike_limit(progress.recent_losses, sigmas)):
+        fault, bad_samples = f"loss: {loss:.4g} is above {limit:.4g}", whole_batch
     if not bad_samples:
-        grad_norm = step_if_finite(session.optimizer)
+        limit = spike_limit(progress.recent_grad_norms, sigmas)
+        grad_norm = step_if_finite(session.optimizer, limit)
         if not math.isfinite(grad_norm):
-            not_finite = "gradient norm"
-            bad_samples = tuple(range(progress.consumed_samples, progress.consumed_samples + size))
+            fault, bad_samples = "gradient norm: not finite", whole_batch
+        elif grad_norm > limit:
+            fault, bad_samples = f"gradient norm: {grad_norm:.4g} is above {limit:.4g}", whole_batch
+    if sigmas and not bad_samples:
+        progress.recent_losses = extended(progress.recent_losses, loss)
+        progress.recent_grad_norms = extended(progress.recent_grad_norms, grad_norm)
     progress.step += 1
     progress.consumed_samples += size
     progress.fingerprint = sums.fingerprint
     return StepReport(
-        loss=sums.loss / sums.tokens,
+        loss=loss,
         nats_per_token=sums.bound / sums.tokens,
         lr=lr,
         grad_norm=grad_norm,
@@ -110,5 +123,5 @@ def train_step(session: Session, progress: Progress) -> StepReport:
         work=sums.work,
         seconds=time.monotonic() - started,
         bad_samples=bad_samples,
-        not_finite=not_finite,
+        fault=fault,
     )

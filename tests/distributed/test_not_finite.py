@@ -140,11 +140,11 @@ def test_three_bad_steps_in_a_row_end_the_run_and_leave_a_replay(corpus, tmp_pat
             "gradient norm: not finite in step 4, samples 24, 25, 26, 27, 28, 29, 30, 31,"
         )
         assert "3 such steps in a row" in message
-    record = json.loads((tmp_path / "non-finite-step-00000004.json").read_text())
+    record = json.loads((tmp_path / "bad-step-00000004.json").read_text())
     assert (
         record["step"] == 4 and record["consumed_samples"] == 24 and record["samples"] == list(range(24, 32))
     )
-    with np.load(tmp_path / "non-finite-step-00000004.npz") as arrays:
+    with np.load(tmp_path / "bad-step-00000004.npz") as arrays:
         assert arrays["sample_24/clean_token_ids"].shape == (1, 33)
         assert "sample_31/token_ids_BL" in arrays and "sample_31/weight_BL" in arrays
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

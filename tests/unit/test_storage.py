@@ -65,7 +65,10 @@ DAMAGE = {
     "foreign": (lambda d: (d / "c").write_bytes(b""), "not in the manifest"),
     "manifest": (lambda d: (d / "manifest.json").unlink(), "not a complete checkpoint"),
     "manifest json": (lambda d: (d / "manifest.json").write_text("{"), "unreadable"),
-    "manifest empty": (lambda d: (d / "manifest.json").write_text("{}"), "version None, this program reads 1"),
+    "manifest empty": (
+        lambda d: (d / "manifest.json").write_text("{}"),
+        "version None, this",
+    ),
     "manifest list": (lambda d: (d / "manifest.json").write_text(json.dumps([1])), "not a JSON object"),
 }
 
