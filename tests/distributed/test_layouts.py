@@ -53,6 +53,9 @@ SLOW = [
     (2, 1, 4, 1, "sequence"),
     (2, 2, 2, 2, "sequence"),
     (4, 2, 1, 2, ""),
+    (2, 1, 1, 4, "sequence, recompute"),
+    (2, 2, 1, 4, "context 2, sequence, recompute"),
+    (1, 2, 2, 2, "recompute"),
 ]
 LAYOUTS = [*QUICK, *(pytest.param(layout, marks=pytest.mark.slow) for layout in SLOW)]
 
@@ -112,19 +115,20 @@ def all_families(state, configs):
     return {name: three_steps(state, config) for name, config in configs.items()}
 
 
-def configs_for(corpus, parallel, micro_batch_size):
+def configs_for(corpus, parallel, micro_batch_size, model=None, recompute="selective"):
     configs = {
         name: tiny.run_config(
             corpus,
             corpus.directory / "unused",
             objective,
             training__micro_batch_size=micro_batch_size,
+            training__recompute=recompute,
             # Adam divides by the gradient's size: with a small epsilon it blows up its last bits.
             optimizer__epsilon=1e-2,
         )
         for name, objective in FAMILIES.items()
     }
-    return {name: replace(c, model=toy_model(), parallel=parallel) for name, c in configs.items()}
+    return {name: replace(c, model=model or toy_model(), parallel=parallel) for name, c in configs.items()}
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +159,8 @@ def assert_equal_runs(run, reference):
 def test_layout_equals_one_process(corpus, one_process, layout, record_property):
     tensor, pipeline, data, micro_batch_size, options = layout
     parallel = parallel_of(layout)
-    configs = configs_for(corpus, parallel, micro_batch_size)
+    recompute = "full" if "recompute" in options else "selective"
+    configs = configs_for(corpus, parallel, micro_batch_size, recompute=recompute)
     for rank, runs in enumerate(
         run_distributed(
             all_families, tensor * pipeline * data * context_of(options), configs, parallel=parallel
@@ -165,6 +170,21 @@ def test_layout_equals_one_process(corpus, one_process, layout, record_property)
             differences = assert_equal_runs(run, one_process[name])
             if rank == 0:
                 record_property("table: layout", (*layout, name, *(f"{d:.1e}" for d in differences)))
+
+
+@pytest.mark.slow
+def test_seventeen_heads_equal_one_process(corpus, record_property):
+    """Padded to 18 heads on 2 tensor parallel ranks and to 20 on 4, in uneven stages."""
+    model = toy_model(hidden_size=17 * 8, num_attention_heads=17)
+    reference = run_distributed(all_families, 1, configs_for(corpus, ParallelConfig(), 8, model))[0]
+    for layout in [(2, 1, 1, 4, "17 heads"), (4, 1, 1, 4, "17 heads, sequence"), (2, 2, 2, 2, "17 heads")]:
+        tensor, pipeline, data, micro_batch_size, _ = layout
+        parallel = parallel_of(layout)
+        configs = configs_for(corpus, parallel, micro_batch_size, model)
+        runs = run_distributed(all_families, tensor * pipeline * data, configs, parallel=parallel)[0]
+        for name, run in runs.items():
+            differences = assert_equal_runs(run, reference[name])
+            record_property("table: layout", (*layout, name, *(f"{d:.1e}" for d in differences)))
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
