@@ -23,7 +23,7 @@ from megatron_dlm.checkpointing.safe_metadata import check_metadata
 from megatron_dlm.checkpointing.storage import CheckpointRoot, verify
 from megatron_dlm.checkpointing.writing import BACKEND, VERSION, ShareWriter
 from megatron_dlm.interfaces import SaveError
-from megatron_dlm.models.denoiser import Denoiser
+from megatron_dlm.models.denoiser import ChunkedDenoiser, Denoiser
 from megatron_dlm.platform import distributed_optimizer
 from megatron_dlm.platform.files import write_json
 from megatron_dlm.platform.parallel import ParallelState, on_first_rank
@@ -42,7 +42,7 @@ class PendingSave:
         self,
         root: CheckpointRoot,
         step: int,
-        denoiser: Denoiser,
+        denoiser: Denoiser | ChunkedDenoiser,
         optimizer: Any,
         parallel: ParallelState,
         records: dict[str, Any],
@@ -138,7 +138,9 @@ def _write_common(directory: Path, common: Any) -> None:
     save_config(CheckpointingConfig(BACKEND, VERSION), str(directory))
 
 
-def load(directory: Path, denoiser: Denoiser, optimizer: Any, parallel: ParallelState) -> None:
+def load(
+    directory: Path, denoiser: Denoiser | ChunkedDenoiser, optimizer: Any, parallel: ParallelState
+) -> None:
     """Load weights and optimizer to go on with a run. All ranks call it.
 
     Args:
@@ -149,11 +151,15 @@ def load(directory: Path, denoiser: Denoiser, optimizer: Any, parallel: Parallel
     """
     loaded = _load(_model_state(denoiser, parallel), directory, parallel)
     denoiser.load_state_dict(loaded["model"])
-    load_state(directory, optimizer, _places(denoiser, parallel))
+    for chunk in denoiser.chunks:
+        # One by one: chunks of one process have copies of the time embedder.
+        load_state(directory, optimizer, _places(chunk, parallel))
     distributed_optimizer.set_step_count(optimizer, loaded[OPTIMIZER_STEP])
 
 
-def load_weights(directory: Path, denoiser: Denoiser, parallel: ParallelState) -> dict[str, Tensor]:
+def load_weights(
+    directory: Path, denoiser: Denoiser | ChunkedDenoiser, parallel: ParallelState
+) -> dict[str, Tensor]:
     """The weights alone, as exactly as the checkpoint has them. All ranks call it.
 
     Args:
@@ -204,11 +210,13 @@ def verify_on_all_ranks(directory: Path, parallel: ParallelState) -> None:
     on_first_rank(parallel, check)
 
 
-def _model_state(denoiser: Denoiser, parallel: ParallelState) -> dict[str, Any]:
+def _model_state(denoiser: Denoiser | ChunkedDenoiser, parallel: ParallelState) -> dict[str, Any]:
     return {"model": denoiser.sharded_state_dict(metadata=_metadata(parallel))}
 
 
-def _places(denoiser: Denoiser, parallel: ParallelState) -> dict[torch.nn.Parameter, ShardedTensor]:
+def _places(
+    denoiser: Denoiser | ChunkedDenoiser, parallel: ParallelState
+) -> dict[torch.nn.Parameter, ShardedTensor]:
     """Where each parameter of this stage lies in the whole model."""
     tensors = _model_state(denoiser, parallel)["model"]
     return {parameter: tensors[name] for name, parameter in denoiser.named_parameters()}

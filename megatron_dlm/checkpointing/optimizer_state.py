@@ -173,7 +173,7 @@ def load_state(directory: Path, optimizer: Any, sharded: Mapping[torch.nn.Parame
     Args:
         directory: a checkpoint that `verify_on_all_ranks` has accepted.
         optimizer: megatron-core's; changed in place.
-        sharded: where each parameter of this process's stage lies in the whole model.
+        sharded: where each parameter to load for lies in the whole model, none twice.
     """
     wanted = _collect(optimizer, sharded, skip_replicas=False)
     # What the checkpoint has not is padding that another layout did without.

@@ -102,12 +102,15 @@ def describe_layout(config: RunConfig, processes: int) -> str:
     tokens = training.global_batch_size * config.data.seq_length
     microbatches = training.global_batch_size // (training.micro_batch_size * data_size)
     run_tokens = training.samples_ahead(0, training.num_steps) * config.data.seq_length
+    chunks = ""
+    if parallel.virtual_pipeline_model_parallel_size > 1:
+        chunks = f" of {parallel.virtual_pipeline_model_parallel_size} chunks"
     ramp = f", from {training.ramp_start} samples on" if training.ramp_start else ""
     lines = {
         "objective": config.objective.name,
         "processes": f"{processes} = {parallel.tensor_model_parallel_size} tensor "
-        f"x {parallel.pipeline_model_parallel_size} pipeline x {parallel.context_parallel_size} context "
-        f"x {data_size} data parallel",
+        f"x {parallel.pipeline_model_parallel_size} pipeline{chunks} "
+        f"x {parallel.context_parallel_size} context x {data_size} data parallel",
         "model": f"{parameter_count(config.model, 0):,} body parameters, {config.model.num_layers} layers, "
         f"{config.model.num_attention_heads} heads ({padded_heads} with padding), {training.precision}",
         "step": f"{training.global_batch_size} samples x {config.data.seq_length} = {tokens:,} tokens, "

@@ -72,9 +72,15 @@ class ModelConfig:
                 f"parallel.tensor_model_parallel_size: {tensor} does not divide "
                 f"model.ffn_hidden_size {self.ffn_hidden_size}"
             )
+        chunks = parallel.virtual_pipeline_model_parallel_size
         if self.num_layers < stages:
             raise InputError(
                 f"parallel.pipeline_model_parallel_size: {stages} exceeds model.num_layers {self.num_layers}"
+            )
+        if self.num_layers < stages * chunks:
+            raise InputError(
+                f"parallel.virtual_pipeline_model_parallel_size: {chunks} chunks on {stages} stages exceed "
+                f"model.num_layers {self.num_layers}"
             )
 
     def stage_layers(self, stages: int) -> list[int]:
@@ -85,7 +91,7 @@ class ModelConfig:
 
 def _pipeline_layout(model: ModelConfig, parallel: ParallelConfig) -> list[list[str]] | None:
     """megatron-core's table of what each stage holds; None for one stage."""
-    stages = parallel.pipeline_model_parallel_size
+    stages = parallel.pipeline_model_parallel_size * parallel.virtual_pipeline_model_parallel_size
     if stages == 1:
         return None
     layout = [["decoder"] * layers for layers in model.stage_layers(stages)]
@@ -113,6 +119,7 @@ def transformer_config(
     def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
         return F.gelu(x, approximate="tanh")
 
+    chunks = parallel.virtual_pipeline_model_parallel_size
     config = TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -130,6 +137,10 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
+        virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+        # On two stages megatron-core's default order of sends trains wrongly, without an error.
+        overlap_p2p_comm=chunks > 1,
+        batch_p2p_comm=chunks == 1,
         pipeline_model_parallel_layout=_pipeline_layout(model, parallel),
         sequence_parallel=parallel.sequence_parallel,
         # Losses are summed and divided once by the tokens of the global batch.

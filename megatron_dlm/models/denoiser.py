@@ -1,4 +1,4 @@
-"""One pipeline stage of the denoiser: embedding, adaLN layers, final layer; the head hangs on the last.
+"""What one process holds of the denoiser: embedding, adaLN layers, final layer; the head hangs on the last.
 
 Shape legend: B microbatch sequences, L tokens, D hidden size; hidden states are [L, B, D].
 """
@@ -37,7 +37,7 @@ from megatron_dlm.platform.vocab_parallel import VocabShard, padded_vocabulary_s
 
 
 class Denoiser(MegatronModule):
-    """The stage of the model that this process holds."""
+    """A run of layers on one process: its pipeline stage, or one of several chunks of it."""
 
     # megatron-core's schedules and its search for tied embeddings ask for these.
     model_type = ModelType.encoder_or_decoder
@@ -50,13 +50,16 @@ class Denoiser(MegatronModule):
         vocabulary: Vocabulary,
         attention: AttentionPattern,
         parallel: ParallelState,
+        chunk: int = 0,
     ) -> None:
         super().__init__(config=config)
         self.model = model
         self.vocabulary = vocabulary
         self.attention = attention
-        self.pre_process, self.post_process = parallel.is_first_stage, parallel.is_last_stage
-        self._pipeline_rank = parallel.pipeline_rank
+        num_chunks = config.virtual_pipeline_model_parallel_size or 1
+        self.pre_process = parallel.is_first_stage and chunk == 0
+        self.post_process = parallel.is_last_stage and chunk == num_chunks - 1
+        self._place = chunk * parallel.pipeline_size + parallel.pipeline_rank
         self._tensor_group = parallel.tensor_group
         if self.pre_process:
             self.embedding = VocabParallelEmbedding(
@@ -75,6 +78,7 @@ class Denoiser(MegatronModule):
             post_process=self.post_process,
             # The adaLN final layer is ours.
             post_layer_norm=False,
+            vp_stage=chunk if num_chunks > 1 else None,
         )
         if self.post_process:
             vocab = VocabShard.of_rank(
@@ -88,6 +92,11 @@ class Denoiser(MegatronModule):
         if config.sequence_parallel:
             _mark_sequence_parallel(self)
         self.to(device=parallel.device, dtype=config.params_dtype)
+
+    @property
+    def chunks(self) -> list[Denoiser]:
+        """Itself: what a `ChunkedDenoiser` has several of."""
+        return [self]
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
         """Take the previous stage's output; megatron-core's schedules call this."""
@@ -160,8 +169,31 @@ class Denoiser(MegatronModule):
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         for name, tensor in state.items():
             if name.startswith(f"{prefix}time_embedder."):
-                tensor.replica_id = (self._pipeline_rank, *tensor.replica_id[1:])
+                tensor.replica_id = (self._place, *tensor.replica_id[1:])
         return state
+
+
+class ChunkedDenoiser(nn.Module):
+    """The chunks of an interleaved pipeline that this process holds, as one model to save and load."""
+
+    def __init__(self, chunks: list[Denoiser]) -> None:
+        super().__init__()
+        self._chunks = nn.ModuleList(chunks)
+        self.model, self.vocabulary = chunks[0].model, chunks[0].vocabulary
+        self.attention, self.config = chunks[0].attention, chunks[0].config
+
+    @property
+    def chunks(self) -> list[Denoiser]:
+        """From the input's side to the head's."""
+        return list(self._chunks)  # type: ignore[arg-type]
+
+    def sharded_state_dict(self, metadata: dict[str, Any] | None = None) -> ShardedStateDict:
+        """All chunks' tensors by the names that `named_parameters` gives them."""
+        return {
+            f"_chunks.{index}.{name}": tensor
+            for index, chunk in enumerate(self.chunks)
+            for name, tensor in chunk.sharded_state_dict(metadata=metadata).items()
+        }
 
 
 def _mark_tensor_parallel(model: nn.Module) -> None:

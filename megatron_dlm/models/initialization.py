@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_dlm.models.denoiser import Denoiser
+from megatron_dlm.models.denoiser import ChunkedDenoiser, Denoiser
 from megatron_dlm.models.weight_layout import public_shapes, weight_places
 from megatron_dlm.platform.parallel import ParallelState
 from megatron_dlm.platform.rng import NoiseSource
 
 
 @torch.no_grad()
-def initialize(denoiser: Denoiser, parallel: ParallelState, seed: int) -> None:
+def initialize(denoiser: Denoiser | ChunkedDenoiser, parallel: ParallelState, seed: int) -> None:
     """Give every parameter its initial value (arXiv:2602.15014: PyTorch defaults, zero gates and head).
 
     Args:

@@ -21,7 +21,7 @@ from megatron_dlm.platform.parallel import ParallelState
 from megatron_dlm.platform.vocab_parallel import padded_vocabulary_size
 
 if TYPE_CHECKING:
-    from megatron_dlm.models.denoiser import Denoiser
+    from megatron_dlm.models.denoiser import ChunkedDenoiser, Denoiser
 
 Cut = Callable[[Tensor], Tensor]
 Join = Callable[[Sequence[Tensor]], Tensor]
@@ -42,7 +42,7 @@ class WeightPlace:
     """The full tensor from the parts of all tensor parallel ranks, in rank order."""
 
 
-def weight_places(denoiser: Denoiser, parallel: ParallelState) -> Iterator[WeightPlace]:
+def weight_places(denoiser: Denoiser | ChunkedDenoiser, parallel: ParallelState) -> Iterator[WeightPlace]:
     """Every parameter of this process, once.
 
     Args:
@@ -54,16 +54,17 @@ def weight_places(denoiser: Denoiser, parallel: ParallelState) -> Iterator[Weigh
     """
     model = denoiser.model
     full_shapes = public_shapes(model, denoiser.vocabulary.size)
-    for local_name, parameter in denoiser.named_parameters():
-        name = _public_name(local_name, denoiser)
-        cut, join = _transfer(
-            name, model, denoiser.vocabulary.size, parallel.tensor_rank, parallel.tensor_size
-        )
-        yield WeightPlace(parameter, name, full_shapes[name], cut, join)
+    for chunk in denoiser.chunks:
+        for local_name, parameter in chunk.named_parameters():
+            name = _public_name(local_name, chunk)
+            cut, join = _transfer(
+                name, model, denoiser.vocabulary.size, parallel.tensor_rank, parallel.tensor_size
+            )
+            yield WeightPlace(parameter, name, full_shapes[name], cut, join)
 
 
 def local_tensors(
-    state: dict[str, Tensor], denoiser: Denoiser, parallel: ParallelState
+    state: dict[str, Tensor], denoiser: Denoiser | ChunkedDenoiser, parallel: ParallelState
 ) -> dict[nn.Parameter, Tensor]:
     """This process's part of full tensors.
 

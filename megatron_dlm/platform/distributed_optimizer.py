@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -22,13 +22,13 @@ def is_sharded(optimizer: Any) -> bool:
 
 
 def main_pieces(
-    optimizer: Any, parameters: Iterable[torch.nn.Parameter]
+    optimizer: Any, parameters: Collection[torch.nn.Parameter]
 ) -> Iterator[tuple[Any, torch.nn.Parameter, Tensor, int, int]]:
     """What this rank optimizes of each parameter.
 
     Args:
         optimizer: what `get_megatron_optimizer` returned.
-        parameters: every parameter of the optimizer.
+        parameters: those that are asked for.
 
     Yields:
         The part of the optimizer, the parameter, its float32 main tensor as far as this rank has it, and the
@@ -40,6 +40,8 @@ def main_pieces(
                 yield part, param, getattr(param, "main_param", param), 0, param.numel()
             continue
         for param, (group, index) in part.model_param_group_index_map.items():
+            if param not in parameters:
+                continue
             own = part._get_model_param_range_map(param)["param"]
             yield part, param, part.optimizer.param_groups[group]["params"][index], own.start, own.end
 

@@ -25,6 +25,8 @@ class ParallelConfig:
     """Processes that share each layer's weights."""
     pipeline_model_parallel_size: int = 1
     """Pipeline stages; the first ones take a layer more where layers do not divide."""
+    virtual_pipeline_model_parallel_size: int = 1
+    """Chunks of layers that each pipeline stage holds, run in turn with the other stages' (interleaved)."""
     context_parallel_size: int = 1
     """Processes that share each sequence; lengths must be multiples of twice this."""
     sequence_parallel: bool = False
@@ -44,6 +46,7 @@ class ParallelConfig:
         for name in (
             "tensor_model_parallel_size",
             "pipeline_model_parallel_size",
+            "virtual_pipeline_model_parallel_size",
             "context_parallel_size",
             "intra_op_threads",
         ):
@@ -51,6 +54,11 @@ class ParallelConfig:
                 raise InputError(f"parallel.{name}: {getattr(self, name)} is below 1")
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise InputError("parallel.sequence_parallel: needs parallel.tensor_model_parallel_size above 1")
+        if self.virtual_pipeline_model_parallel_size > 1 and self.pipeline_model_parallel_size == 1:
+            raise InputError(
+                "parallel.virtual_pipeline_model_parallel_size: needs parallel.pipeline_model_parallel_size "
+                "above 1"
+            )
         if self.collective_timeout_seconds <= 0:
             raise InputError(
                 f"parallel.collective_timeout_seconds: {self.collective_timeout_seconds} is not above 0"
@@ -209,10 +217,12 @@ def start_parallel(environment: ProcessEnvironment, config: ParallelConfig) -> P
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+    chunks = config.virtual_pipeline_model_parallel_size
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         context_parallel_size=config.context_parallel_size,
+        virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
         # Its groups would otherwise wait 30 minutes, whatever the default group does.
         distributed_timeout_minutes=config.collective_timeout_seconds / 60,
     )

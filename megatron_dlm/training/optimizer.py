@@ -11,7 +11,7 @@ from megatron_dlm.models.config import Precision
 from megatron_dlm.platform.parallel import ParallelConfig
 
 if TYPE_CHECKING:
-    from megatron_dlm.models.denoiser import Denoiser
+    from megatron_dlm.models.denoiser import ChunkedDenoiser, Denoiser
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,15 +35,15 @@ class OptimizerConfig:
                 raise InputError(f"optimizer.{name}: {getattr(self, name)} is not 0 or above")
 
 
-def wrap_data_parallel(denoiser: Denoiser, parallel: ParallelConfig) -> Any:
-    """megatron-core's DistributedDataParallel around one stage, gradients in float32.
+def wrap_data_parallel(denoiser: Denoiser | ChunkedDenoiser, parallel: ParallelConfig) -> list[Any]:
+    """megatron-core's DistributedDataParallel around each chunk of one stage, gradients in float32.
 
     Args:
         denoiser: initialised stage.
         parallel: tells whether the optimizer is sharded.
 
     Returns:
-        The wrapped stage; its `module` is the stage.
+        The wrapped chunks, one where the pipeline is not interleaved; the `module` of each is the chunk.
     """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
@@ -53,11 +53,11 @@ def wrap_data_parallel(denoiser: Denoiser, parallel: ParallelConfig) -> Any:
         # The loop stops on losses and gradient norms that are not finite, and names the samples.
         check_for_nan_in_grad=False,
     )
-    return DistributedDataParallel(denoiser.config, ddp_config, denoiser)
+    return [DistributedDataParallel(chunk.config, ddp_config, chunk) for chunk in denoiser.chunks]
 
 
 def build_optimizer(
-    config: OptimizerConfig, parallel: ParallelConfig, precision: Precision, model: Any
+    config: OptimizerConfig, parallel: ParallelConfig, precision: Precision, chunks: list[Any]
 ) -> Any:
     """megatron-core's optimizer over the wrapped stage.
 
@@ -65,7 +65,7 @@ def build_optimizer(
         config: AdamW.
         parallel: tells whether optimizer state is sharded over data parallel ranks.
         precision: of the parameters.
-        model: from `wrap_data_parallel`.
+        chunks: from `wrap_data_parallel`.
 
     Returns:
         A `MegatronOptimizer`; its learning rate is set every step by the loop.
@@ -87,7 +87,7 @@ def build_optimizer(
         use_distributed_optimizer=parallel.use_distributed_optimizer,
     )
     # An empty override table: megatron-core's default exempts biases and 1-D parameters from decay.
-    return get_megatron_optimizer(megatron_config, [model], config_overrides={})
+    return get_megatron_optimizer(megatron_config, chunks, config_overrides={})
 
 
 def step_if_finite(optimizer: Any, largest_norm: float = math.inf) -> float:

@@ -207,6 +207,12 @@ def check_run(config: RunConfig, world_size: int) -> None:
                 f"{name}: {size} is not a multiple of training.micro_batch_size {micro} "
                 f"x data parallel size {data_size}"
             )
+        stages, microbatches = config.parallel.pipeline_model_parallel_size, size // (micro * data_size)
+        if config.parallel.virtual_pipeline_model_parallel_size > 1 and microbatches < stages:
+            raise InputError(
+                f"{name}: {size} is {microbatches} microbatches, and interleaved chunks need as many as "
+                f"parallel.pipeline_model_parallel_size {stages}"
+            )
 
 
 def load_recipe(path: Path) -> RunConfig:

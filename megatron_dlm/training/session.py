@@ -13,7 +13,7 @@ from megatron_dlm.data.packing import TokenBlocks
 from megatron_dlm.evaluation.likelihood import Likelihood, estimate_likelihood
 from megatron_dlm.interfaces import TokenBatch, Vocabulary
 from megatron_dlm.models.config import transformer_config
-from megatron_dlm.models.denoiser import Denoiser
+from megatron_dlm.models.denoiser import ChunkedDenoiser, Denoiser
 from megatron_dlm.models.initialization import initialize
 from megatron_dlm.objectives.base import CorruptionContext
 from megatron_dlm.platform.parallel import ParallelState
@@ -24,13 +24,19 @@ from megatron_dlm.training.run_data import RunData
 from megatron_dlm.training.step import BatchSums, PipelineRunner
 
 
-def build_denoiser(config: RunConfig, vocabulary: Vocabulary, parallel: ParallelState) -> Denoiser:
+def build_denoiser(
+    config: RunConfig, vocabulary: Vocabulary, parallel: ParallelState
+) -> Denoiser | ChunkedDenoiser:
     """This process's stage, with uninitialised weights."""
     training = config.training
     megatron_config = transformer_config(
         config.model, config.parallel, training.precision, training.recompute
     )
-    return Denoiser(config.model, megatron_config, vocabulary, config.objective.attention, parallel)
+    chunks = [
+        Denoiser(config.model, megatron_config, vocabulary, config.objective.attention, parallel, index)
+        for index in range(config.parallel.virtual_pipeline_model_parallel_size)
+    ]
+    return chunks[0] if len(chunks) == 1 else ChunkedDenoiser(chunks)
 
 
 class BatchStream:
@@ -152,12 +158,12 @@ class Session:
         self.parallel = parallel
         self.denoiser = build_denoiser(config, data.vocabulary, parallel)
         initialize(self.denoiser, parallel, config.training.seed)
-        self.model: Any = wrap_data_parallel(self.denoiser, config.parallel)
+        self.chunks = wrap_data_parallel(self.denoiser, config.parallel)
         self.optimizer = build_optimizer(
-            config.optimizer, config.parallel, config.training.precision, self.model
+            config.optimizer, config.parallel, config.training.precision, self.chunks
         )
         runner = PipelineRunner(
-            self.model,
+            self.chunks,
             config.objective.build(data.vocabulary),
             parallel,
             config.training.head_rows_per_chunk,
@@ -186,7 +192,8 @@ class Session:
         Returns:
             Sums over the global batch, equal on all ranks.
         """
-        self.model.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         size = self.config.training.batch_size_at(first_sample)
         return self._stream.run(step, first_sample, size, training=True)

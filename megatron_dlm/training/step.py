@@ -52,10 +52,12 @@ class PipelineRunner:
     """
 
     def __init__(
-        self, model: Any, objective: Objective, parallel: ParallelState, head_rows_per_chunk: int
+        self, chunks: list[Any], objective: Objective, parallel: ParallelState, head_rows_per_chunk: int
     ) -> None:
-        self._model = model
-        self._denoiser = model.module if hasattr(model, "ddp_config") else model
+        """`chunks`: what this process holds of the model, wrapped for data parallelism or not."""
+        self._chunks = chunks
+        last = chunks[-1]
+        self._denoiser = last.module if hasattr(last, "ddp_config") else last
         self.objective = objective
         self._parallel = parallel
         self._rows_per_chunk = head_rows_per_chunk
@@ -81,13 +83,19 @@ class PipelineRunner:
         ]
         shapes = {microbatch.inputs.token_ids_BL.shape for microbatch in microbatches}
         batch_size, length = microbatches[0].inputs.token_ids_BL.shape
-        self._denoiser.config.variable_seq_lengths = len(shapes) > 1
-        self._model.train(context.training)
+        config, stages = self._denoiser.config, self._parallel.pipeline_size
+        config.variable_seq_lengths = len(shapes) > 1
+        # Microbatches that a chunk takes before the next one's turn; groups must come out even.
+        even = len(microbatches) % stages == 0
+        config.microbatch_group_size_per_vp_stage = stages if even else len(microbatches)
+        for chunk in self._chunks:
+            chunk.train(context.training)
         with torch.set_grad_enabled(context.training):
             outputs = get_forward_backward_func()(
                 forward_step_func=self._forward_step,
-                data_iterator=iter(microbatches),
-                model=[self._model],
+                # Every chunk reads every microbatch; without chunks megatron-core takes the one iterator.
+                data_iterator=[iter(microbatches) for _ in self._chunks],
+                model=self._chunks,
                 num_microbatches=len(microbatches),
                 seq_length=length,
                 micro_batch_size=batch_size,

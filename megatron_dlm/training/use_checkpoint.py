@@ -46,7 +46,12 @@ def open_checkpoint(
 
     Yields:
         The loaded stage.
+
+    Raises:
+        InputError: an interleaved layout.
     """
+    if parallel_config.virtual_pipeline_model_parallel_size > 1:
+        raise InputError("parallel.virtual_pipeline_model_parallel_size: for training only")
     parallel = start_parallel(detect_environment(), parallel_config)
     from megatron_dlm.checkpointing.manager import load_weights, verify_on_all_ranks
     from megatron_dlm.training.session import build_denoiser
@@ -54,7 +59,7 @@ def open_checkpoint(
     verify_on_all_ranks(record.directory, parallel)
     training = replace(record.config.training, precision=precision)
     config = replace(record.config, parallel=parallel_config, training=training)
-    denoiser = build_denoiser(config, record.vocabulary, parallel)
+    (denoiser,) = build_denoiser(config, record.vocabulary, parallel).chunks
     denoiser.load_state_dict(load_weights(record.directory, denoiser, parallel))
     yield OpenedCheckpoint(record, denoiser.eval(), parallel)
     stop_parallel()
@@ -95,7 +100,7 @@ def evaluate_checkpoint(
 
         objective = config.objective.build(record.vocabulary)
         runner = PipelineRunner(
-            opened.denoiser, objective, opened.parallel, config.training.head_rows_per_chunk
+            [opened.denoiser], objective, opened.parallel, config.training.head_rows_per_chunk
         )
         validation = Validation(runner, blocks, shard.manifest.bytes_per_token, config, opened.parallel)
         return validation.run(evaluation), opened.parallel.rank == 0

@@ -21,6 +21,10 @@ LAYOUTS = {
     "pp2dp2": (4, ParallelConfig(pipeline_model_parallel_size=2)),
     "tp2sp": (2, ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)),
     "pp3": (3, ParallelConfig(pipeline_model_parallel_size=3)),
+    "pp2vpp2": (
+        2,
+        ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
+    ),
     "cp2": (2, ParallelConfig(context_parallel_size=2)),
     "tp2pp2": (4, ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)),
 }
@@ -29,7 +33,7 @@ LAYOUTS = {
 def config_for(corpus, directory, parallel, objective=None, **changes):
     config = tiny.run_config(corpus, directory, objective or MDLMConfig(), **changes)
     # 40 x 5 heads and a hidden size that is no multiple of 64 leave padding in every bucket.
-    return replace(config, model=toy_model(), parallel=parallel)
+    return replace(config, model=toy_model(num_layers=4), parallel=parallel)
 
 
 def build(state, config):
@@ -117,6 +121,8 @@ RESHARDED = [
     ("plain", "pp2dp2"),
     ("pp2dp2", "cp2"),
     ("cp2", "plain"),
+    ("one", "pp2vpp2"),
+    ("pp2vpp2", "pp3"),
 ]
 FAMILIES = [MDLMConfig, ARConfig, DuoConfig, lambda: EsoLMConfig(ssl_multiple=8)]
 
@@ -287,7 +293,7 @@ def all_parameters_decay(state, config):
 
     session = build_random(state, config)
     before = {name: p.detach().clone() for name, p in session.denoiser.named_parameters()}
-    session.model.zero_grad_buffer()
+    session.chunks[0].zero_grad_buffer()
     session.optimizer.zero_grad()
     set_learning_rate(session.optimizer, 0.5)
     session.optimizer.step()

@@ -71,6 +71,7 @@ def parallel_of(layout):
         pipeline_model_parallel_size=pipeline,
         context_parallel_size=context_of(options),
         sequence_parallel="sequence" in options,
+        virtual_pipeline_model_parallel_size=2 if "interleaved" in options else 1,
         use_distributed_optimizer="plain" not in options,
     )
 
@@ -170,6 +171,28 @@ def test_layout_equals_one_process(corpus, one_process, layout, record_property)
             differences = assert_equal_runs(run, one_process[name])
             if rank == 0:
                 record_property("table: layout", (*layout, name, *(f"{d:.1e}" for d in differences)))
+
+
+INTERLEAVED = [
+    (1, 2, 1, 2, "interleaved"),
+    pytest.param((2, 2, 1, 2, "interleaved, sequence"), marks=pytest.mark.slow),
+    pytest.param((1, 2, 2, 2, "interleaved"), marks=pytest.mark.slow),
+    pytest.param((1, 2, 1, 1, "context 2, interleaved"), marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("layout", INTERLEAVED, ids=lambda layout: "-".join(map(str, layout)))
+def test_interleaved_stages_equal_one_process(corpus, layout, record_property):
+    """5 layers in 4 chunks on 2 stages."""
+    tensor, pipeline, data, micro_batch_size, options = layout
+    model, parallel = toy_model(num_layers=5), parallel_of(layout)
+    reference = run_distributed(all_families, 1, configs_for(corpus, ParallelConfig(), 8, model))[0]
+    configs = configs_for(corpus, parallel, micro_batch_size, model)
+    world_size = tensor * pipeline * data * context_of(options)
+    runs = run_distributed(all_families, world_size, configs, parallel=parallel)[0]
+    for name, run in runs.items():
+        differences = assert_equal_runs(run, reference[name])
+        record_property("table: layout", (*layout, name, *(f"{d:.1e}" for d in differences)))
 
 
 @pytest.mark.slow

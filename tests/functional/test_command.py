@@ -87,6 +87,24 @@ BAD = {
         ["train", RECIPE, "--parallel.pipeline-model-parallel-size", "5", "--dry-run", "5"],
         "parallel.pipeline_model_parallel_size: 5 exceeds model.num_layers 4",
     ),
+    "too many chunks": (
+        [
+            *("train", RECIPE, "--parallel.pipeline-model-parallel-size", "2", "--dry-run", "2"),
+            *("--parallel.virtual-pipeline-model-parallel-size", "3"),
+        ],
+        "parallel.virtual_pipeline_model_parallel_size: 3 chunks on 2 stages exceed model.num_layers 4",
+    ),
+    "chunks of one stage": (
+        ["train", RECIPE, "--parallel.virtual-pipeline-model-parallel-size", "2", "--dry-run", "2"],
+        "parallel.virtual_pipeline_model_parallel_size: needs parallel.pipeline_model_parallel_size above 1",
+    ),
+    "too few microbatches for chunks": (
+        [
+            *("train", RECIPE, "--parallel.pipeline-model-parallel-size", "2", "--dry-run", "4"),
+            *("--parallel.virtual-pipeline-model-parallel-size", "2", "--training.micro-batch-size", "4"),
+        ],
+        "training.global_batch_size: 8 is 1 microbatches, and interleaved chunks need as many as",
+    ),
     "tensor does not divide": (
         ["train", RECIPE, "--parallel.tensor-model-parallel-size", "5", "--dry-run", "5"],
         "parallel.tensor_model_parallel_size: 5 does not divide model.ffn_hidden_size 896",

@@ -40,10 +40,10 @@ def reduced_gradients(session):
 
     Under the distributed optimizer each rank holds the reduced values of its own shard of each bucket only.
     """
-    model, parallel = session.model, session.parallel
+    parallel = session.parallel
     if session.config.parallel.use_distributed_optimizer:
         group = parallel.replica_group
-        for buffer in model.buffers:
+        for buffer in [buffer for chunk in session.chunks for buffer in chunk.buffers]:
             for bucket in buffer.buckets:
                 shard = bucket.grad_data.chunk(group.size())[group.rank()].clone()
                 parts = [torch.empty_like(shard) for _ in range(group.size())]

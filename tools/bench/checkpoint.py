@@ -87,8 +87,8 @@ def measure_saves(
 
     shape = Shape(size, "mdlm", 1, 128, arguments.vocabulary_size, "fp32", "none")
     denoiser = build_denoiser(shape, parallel)
-    model = wrap_data_parallel(denoiser, ParallelConfig())
-    optimizer = build_optimizer(OptimizerConfig(), ParallelConfig(), "fp32", model)
+    chunks = wrap_data_parallel(denoiser, ParallelConfig())
+    optimizer = build_optimizer(OptimizerConfig(), ParallelConfig(), "fp32", chunks)
     for parameter in denoiser.parameters():
         parameter.main_grad.fill_(1e-3)
     set_learning_rate(optimizer, LEARNING_RATE)

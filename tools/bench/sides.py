@@ -86,17 +86,17 @@ def our_step(shape: Shape, parallel: ParallelState) -> Callable[[int], None]:
     from megatron_dlm.training.step import PipelineRunner
 
     denoiser = build_denoiser(shape, parallel, shape.recompute)
-    model = wrap_data_parallel(denoiser, ParallelConfig())
-    optimizer = build_optimizer(OptimizerConfig(), ParallelConfig(), shape.precision, model)
+    chunks = wrap_data_parallel(denoiser, ParallelConfig())
+    optimizer = build_optimizer(OptimizerConfig(), ParallelConfig(), shape.precision, chunks)
     denoiser.config.finalize_model_grads_func = finalize_model_grads
     denoiser.config.grad_scale_func = optimizer.scale_loss
     runner = PipelineRunner(
-        model, OBJECTIVES[shape.family]().build(shape.vocabulary), parallel, HEAD_ROWS_PER_CHUNK
+        chunks, OBJECTIVES[shape.family]().build(shape.vocabulary), parallel, HEAD_ROWS_PER_CHUNK
     )
     set_learning_rate(optimizer, LEARNING_RATE)
 
     def step(index: int) -> None:
-        model.zero_grad_buffer()
+        chunks[0].zero_grad_buffer()
         optimizer.zero_grad()
         runner.run(iter([shape.batch(index)]), shape.context(index))
         step_if_finite(optimizer)
