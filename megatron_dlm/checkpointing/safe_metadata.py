@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.checkpoint.metadata import MetadataIndex
+
 from megatron_dlm.interfaces import InputError
 
 METADATA = ".metadata"
+LARGEST_BYTES = 64 << 20
+"""Of the metadata; some hundred bytes a tensor and process."""
 _PLAN = "torch.distributed.checkpoint.planner"
 _META = "torch.distributed.checkpoint.metadata"
 _ALLOWED = {
@@ -49,13 +54,41 @@ def check_metadata(checkpoint: Path) -> None:
     """
     path = checkpoint / METADATA
     try:
+        if path.stat().st_size > LARGEST_BYTES:
+            raise InputError(f"{path.stat().st_size:,} bytes, more than {LARGEST_BYTES:,}")
         with path.open("rb") as file:
             metadata = _Unpickler(file).load()
-        names = {info.relative_path for info in metadata.storage_data.values()}
+        for index, info in metadata.storage_data.items():
+            _check_place(checkpoint, index.fqn, info)
+        for name, tensor in metadata.state_dict_metadata.items():
+            if hasattr(tensor, "chunks"):
+                _check_chunks(name, tensor, metadata.storage_data)
     except InputError as error:
         raise InputError(f"checkpoint: {path}: {error}") from error
     except Exception as error:  # a damaged pickle raises almost anything
         raise InputError(f"checkpoint: {path}: unreadable: {error}") from error
-    for name in sorted(names):
-        if Path(name).name != name or not name.endswith(".distcp"):
-            raise InputError(f"checkpoint: {path}: points at {name!r}, not at a .distcp file beside it")
+
+
+def _check_place(checkpoint: Path, name: str, info: Any) -> None:
+    """The bytes of a tensor's chunk lie in a regular file of the checkpoint."""
+    file = checkpoint / info.relative_path
+    if Path(info.relative_path).name != info.relative_path or file.suffix != ".distcp" or file.is_symlink():
+        raise InputError(f"points at {info.relative_path!r}, not at a .distcp file beside it")
+    size = file.stat().st_size if file.is_file() else 0
+    if info.offset < 0 or info.length < 0 or info.offset + info.length > size:
+        raise InputError(
+            f"{name}: bytes {info.offset} to {info.offset + info.length} of {file}, which has {size}"
+        )
+
+
+def _check_chunks(name: str, tensor: Any, storage: dict[Any, Any]) -> None:
+    """A tensor is as large as its chunks, and these as the bytes they are read from."""
+    total = 0
+    for chunk in tensor.chunks:
+        count = math.prod(chunk.sizes)
+        total += count
+        info = storage.get(MetadataIndex(name, chunk.offsets))
+        if info is None or count * tensor.properties.dtype.itemsize > info.length:
+            raise InputError(f"{name}: a chunk of {count:,} elements, and not the bytes for it")
+    if total != math.prod(tensor.size):
+        raise InputError(f"{name}: size {tuple(tensor.size)}, and chunks of {total:,} elements")

@@ -183,6 +183,8 @@ def verify(directory: Path) -> None:
         path = directory / name
         if name not in files:
             raise InputError(f"checkpoint: {path}: not in the manifest")
+        if path.is_symlink():
+            raise InputError(f"checkpoint: {path}: a symbolic link")
         if not path.is_file() or path.stat().st_size != files[name]["bytes"]:
             raise InputError(
                 f"checkpoint: {path}: missing, or not the {files[name]['bytes']} bytes of the manifest"

@@ -112,6 +112,67 @@ def test_metadata_points_only_beside_itself(tmp_path, name):
         check_metadata(tmp_path)
 
 
+def write_metadata(directory, *, size=(4,), chunk=(4,), offset=0, length=16, file_bytes=16, link=False):
+    """Metadata of one float32 tensor whose chunk begins at 0, and the file it is in."""
+    import torch
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import (
+        ChunkStorageMetadata,
+        Metadata,
+        MetadataIndex,
+        TensorProperties,
+        TensorStorageMetadata,
+    )
+
+    target = directory / ("elsewhere" if link else "__0_0.distcp")
+    target.write_bytes(bytes(file_bytes))
+    if link:
+        (directory / "__0_0.distcp").symlink_to(target)
+    zero = torch.Size([0] * len(chunk))
+    tensor = TensorStorageMetadata(
+        properties=TensorProperties(dtype=torch.float32),
+        size=torch.Size(size),
+        chunks=[ChunkStorageMetadata(zero, torch.Size(chunk))],
+    )
+    storage = {MetadataIndex("w", zero): _StorageInfo("__0_0.distcp", offset, length)}
+    metadata = Metadata(state_dict_metadata={"w": tensor}, storage_data=storage)
+    (directory / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+IMPOSSIBLE = {
+    "huge tensor": ({"size": (2**60,), "chunk": (2**60,)}, "elements, and not the bytes for it"),
+    "larger than its chunks": ({"size": (2**60,)}, "chunks of 4 elements"),
+    "beyond the file": ({"length": 17}, "bytes 0 to 17 of .*, which has 16"),
+    "before the file": ({"offset": -8}, "bytes -8 to 8"),
+    "symbolic link": ({"link": True}, "points at '__0_0.distcp', not at a .distcp file beside it"),
+}
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_impossible_metadata_is_refused_before_anything_is_reserved(tmp_path, name):
+    fields, message = IMPOSSIBLE[name]
+    write_metadata(tmp_path, **fields)
+    with pytest.raises(InputError, match=message):
+        check_metadata(tmp_path)
+
+
+def test_metadata_has_a_largest_size(tmp_path, monkeypatch):
+    write_metadata(tmp_path)
+    check_metadata(tmp_path)
+    monkeypatch.setattr("megatron_dlm.checkpointing.safe_metadata.LARGEST_BYTES", 100)
+    with pytest.raises(InputError, match="bytes, more than 100"):
+        check_metadata(tmp_path)
+
+
+def test_links_in_a_checkpoint_are_refused(tmp_path):
+    final = make(CheckpointRoot(tmp_path), 1)
+    (tmp_path / "elsewhere").write_bytes((final / "a.distcp").read_bytes())
+    (final / "a.distcp").unlink()
+    (final / "a.distcp").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="a symbolic link"):
+        verify(final)
+
+
 def test_damaged_metadata_is_unreadable(tmp_path):
     (tmp_path / ".metadata").write_bytes(b"\x80\x04nonsense")
     with pytest.raises(InputError, match="unreadable"):
