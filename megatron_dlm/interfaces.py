@@ -67,6 +67,23 @@ class TokenBatch:
     """int64 [B, L + 1]; the last column is one token of look-ahead, the next block's first token."""
     sample_indices: NDArray[np.int64]
     """int64 [B], position of each sample in the run; the address of all its random draws."""
+    document_ids: Tensor | None = None
+    """int64 [B, L + 1], the document of the shard each token belongs to; None where blocks are one text."""
+
+    def rows(self, indices: NDArray[np.int64]) -> TokenBatch:
+        """Some of the samples.
+
+        Args:
+            indices: int64 [n], rows of the batch.
+
+        Returns:
+            Their batch.
+        """
+        return TokenBatch(
+            token_ids=self.token_ids[indices],
+            sample_indices=self.sample_indices[indices],
+            document_ids=None if self.document_ids is None else self.document_ids[indices],
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +110,9 @@ class ModelInputs:
     """bool [1, 1, S, S], True where a query (row) may look at a key; None for the family's own pattern."""
     mixture: TokenMixture | None = None
     """Embedded in place of `token_ids_BL` where present."""
+    document_ids_BL: Tensor | None = None
+    """int64 [B, S], of all positions also where the others are one context parallel rank's; queries look only
+    at keys of their own document. None where all positions belong together."""
 
     def to(self, device: torch.device) -> ModelInputs:
         """The same inputs on `device`."""

@@ -16,7 +16,9 @@ from megatron_dlm.platform.files import commit, flush_to_disk, sha256_of, write_
 MANIFEST = "manifest.json"
 VERSION = 1
 """Of the directory's layout; a later one is refused."""
-ChangeableField = Literal["data.train", "data.tokenizer", "data.seq_length", "training.seed", "objective"]
+ChangeableField = Literal[
+    "data.train", "data.tokenizer", "data.seq_length", "data.document_mask", "training.seed", "objective"
+]
 _STEP = re.compile(r"step-(\d{8})")
 
 

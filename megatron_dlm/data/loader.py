@@ -26,6 +26,8 @@ class DataConfig:
     """Prefix of the held-out shard."""
     seq_length: int = 2048
     """Tokens of one sample."""
+    document_mask: bool = False
+    """Keep attention inside documents, whose positions start at 0; off, as in the paper, a block is one."""
     verify_checksums: bool = False
     """Read both shards whole before the run and compare their SHA-256 with the manifests."""
 
@@ -77,4 +79,9 @@ def read_batch(
     blocks: TokenBlocks, block_indices: NDArray[np.int64], positions: NDArray[np.int64]
 ) -> TokenBatch:
     """The blocks as one microbatch whose samples stand at `positions` of the run."""
-    return TokenBatch(token_ids=torch.from_numpy(blocks.read(block_indices)), sample_indices=positions)
+    documents = blocks.read_documents(block_indices)
+    return TokenBatch(
+        token_ids=torch.from_numpy(blocks.read(block_indices)),
+        sample_indices=positions,
+        document_ids=None if documents is None else torch.from_numpy(documents),
+    )

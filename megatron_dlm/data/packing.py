@@ -16,8 +16,10 @@ class TokenBlocks:
     block needs its look-ahead too, so a shard of N tokens has (N - 1) // L blocks.
     """
 
-    def __init__(self, shard: Shard, seq_length: int) -> None:
+    def __init__(self, shard: Shard, seq_length: int, *, document_mask: bool = False) -> None:
+        """`document_mask` also tells which document each token belongs to."""
         self.seq_length = seq_length
+        self._document_ends = np.cumsum(shard.document_lengths, dtype=np.int64) if document_mask else None
         self.num_blocks = (len(shard.tokens) - 1) // seq_length
         self._shard = shard
         if self.num_blocks < 1:
@@ -43,6 +45,20 @@ class TokenBlocks:
         token_ids = np.stack(rows).astype(np.int64)
         self._check(token_ids)
         return token_ids
+
+    def read_documents(self, block_indices: NDArray[np.int64]) -> NDArray[np.int64] | None:
+        """Which document of the shard each token of some blocks belongs to.
+
+        Args:
+            block_indices: int64 [B], each in [0, num_blocks).
+
+        Returns:
+            int64 [B, L + 1], or None where blocks are read without document masks.
+        """
+        if self._document_ends is None:
+            return None
+        tokens = block_indices[:, None] * self.seq_length + np.arange(self.seq_length + 1)
+        return np.searchsorted(self._document_ends, tokens, side="right").astype(np.int64)
 
     def _check(self, token_ids: NDArray[np.int64]) -> None:
         # Tensor parallel embeddings and losses accept an id of no rank in silence.

@@ -58,8 +58,8 @@ class SdpaAttention(nn.Module):
             query: [s, b, n, h].
             key: [s, b, n, h].
             value: [s, b, n, h].
-            attention_mask: bool [1, 1, s, S], True where a query (row) may look at a key, all ranks' S keys
-                in order; or None.
+            attention_mask: bool [b or 1, 1, s, S], True where a query (row) may look at a key, all ranks' S
+                keys in order; or None.
             **unused: arguments of megatron-core for other cores.
 
         Returns:

@@ -45,7 +45,8 @@ def own_share(inputs: ModelInputs, targets: Targets, rank: int, size: int) -> tu
         size: context parallel size; 1 gives back what came in.
 
     Returns:
-        Inputs and targets of S / size positions; a mask keeps all columns. Rank 0 counts all the tokens.
+        Inputs and targets of S / size positions; a mask keeps all columns, documents
+        all positions. Rank 0 counts all the tokens.
     """
     if size == 1:
         return inputs, targets

@@ -29,6 +29,8 @@ from megatron_dlm.interfaces import AttentionPattern, ModelInputs, Vocabulary
 from megatron_dlm.models.adaln_layer import AdaLNTransformerLayer, FinalLayer, ModulatedNorm
 from megatron_dlm.models.attention import rotary_angles
 from megatron_dlm.models.config import ModelConfig
+from megatron_dlm.models.context_parallel import own_positions
+from megatron_dlm.models.document_mask import document_mask
 from megatron_dlm.models.head import Head
 from megatron_dlm.models.layer_spec import layer_spec
 from megatron_dlm.models.time_embedding import TimeEmbedder
@@ -61,6 +63,7 @@ class Denoiser(MegatronModule):
         self.post_process = parallel.is_last_stage and chunk == num_chunks - 1
         self._place = chunk * parallel.pipeline_size + parallel.pipeline_rank
         self._tensor_group = parallel.tensor_group
+        self._context_place = parallel.context_rank, parallel.context_size
         if self.pre_process:
             self.embedding = VocabParallelEmbedding(
                 padded_vocabulary_size(vocabulary.size, parallel.tensor_size),
@@ -112,12 +115,16 @@ class Denoiser(MegatronModule):
             float32 [L, B, D]; on the last stage after the final layer, ready for `head`.
         """
         c = self.time_embedder(inputs.sigma_B)
+        attention_mask = inputs.attention_mask
+        if inputs.document_ids_BL is not None:
+            queries = own_positions(inputs.document_ids_BL.shape[1], *self._context_place).to(c.device)
+            attention_mask = document_mask(inputs.document_ids_BL, attention_mask, self.attention, queries)
         hidden_states = None
         if self.pre_process:
             hidden_states = self._embed(inputs).float().contiguous()
         hidden_states = self.block(
             hidden_states=hidden_states,
-            attention_mask=inputs.attention_mask,
+            attention_mask=attention_mask,
             # A view: the layers' gradients are summed before the final layer's, recomputed or not.
             context=c.view_as(c),
             rotary_pos_emb=rotary_angles(inputs.position_ids_BL, self.model.head_dim),

@@ -1,14 +1,12 @@
-"""Floating-point operations: the published count behind IsoFLOP budgets, and the honest one for MFU.
+"""Floating-point operations by the published count, which stands behind IsoFLOP budgets.
 
-The published count (arXiv:2602.15014's code, calflops) leaves out the attention's two matrix products and
-puts every row through the head. Budgets must follow it; utilisation must not.
+It (arXiv:2602.15014's code, calflops) leaves out the attention's two matrix products and puts every row
+through the head. Budgets must follow it; utilisation must not (`work.py`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-
-from megatron_dlm.interfaces import AttentionPattern, InputError, ModelInputs, Targets
+from megatron_dlm.interfaces import InputError
 from megatron_dlm.models.config import ModelConfig
 from megatron_dlm.models.sizes import parameter_count
 from megatron_dlm.models.time_embedding import FREQUENCY_CHANNELS
@@ -75,65 +73,3 @@ def max_steps(budget_flops: float, forward_flops: float, global_batch_size: int)
     if steps < 1:
         raise InputError(f"budget_flops: {budget_flops} does not pay for one step")
     return steps
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a pass computed on, summed over samples; the same for every layout."""
-
-    body_rows: int = 0
-    """Positions that went through the layers."""
-    attention_pairs: int = 0
-    """Query-key pairs that may see each other, of one layer and head."""
-    head_rows: int = 0
-    """Positions whose logits were made, without padding."""
-    sequences: int = 0
-
-    @property
-    def numbers(self) -> tuple[int, ...]:
-        """The fields in order."""
-        return tuple(getattr(self, field.name) for field in fields(self))
-
-    def __add__(self, other: Work) -> Work:
-        return Work(*(mine + theirs for mine, theirs in zip(self.numbers, other.numbers, strict=True)))
-
-    def training_flops(self, model: ModelConfig, vocabulary_size: int) -> int:
-        """Matrix-product FLOPs of forward and backward, recomputation not counted.
-
-        Args:
-            model: shape.
-            vocabulary_size: ids, mask token included.
-
-        Returns:
-            3 x 2 x (body weights x rows + 2 d x pairs a layer + V d x head rows + modulations x sequences).
-        """
-        n, d, c = model.num_layers, model.hidden_size, model.conditioning_size
-        layer = 4 * d * d + 2 * d * model.ffn_hidden_size
-        macs = n * (layer * self.body_rows + 2 * d * self.attention_pairs)
-        macs += vocabulary_size * d * self.head_rows
-        macs += (6 * n * d * c + 2 * d * c + FREQUENCY_CHANNELS * c + c * c) * self.sequences
-        return TRAINING_PASSES * 2 * macs
-
-
-def work_of(inputs: ModelInputs, targets: Targets, attention: AttentionPattern) -> Work:
-    """What one microbatch makes the network compute on.
-
-    Args:
-        inputs: of the microbatch.
-        targets: of the microbatch.
-        attention: the family's pattern, where the inputs bring no mask.
-
-    Returns:
-        The counts.
-    """
-    batch_size, length = inputs.token_ids_BL.shape
-    if inputs.attention_mask is not None:
-        pairs = int(inputs.attention_mask.sum())
-    else:
-        pairs = length * (length + 1) // 2 if attention == AttentionPattern.CAUSAL else length * length
-    return Work(
-        body_rows=batch_size * length,
-        attention_pairs=batch_size * pairs,
-        head_rows=int(targets.weight_BL.count_nonzero()),
-        sequences=batch_size,
-    )

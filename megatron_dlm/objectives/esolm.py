@@ -94,11 +94,7 @@ class EsoLM(CrossEntropyObjective):
         """The diffusion samples and the sequential ones."""
         is_diffusion = self._is_diffusion(batch, context)
         parts = [np.flatnonzero(is_diffusion), np.flatnonzero(~is_diffusion)]
-        return [
-            TokenBatch(token_ids=batch.token_ids[rows], sample_indices=batch.sample_indices[rows])
-            for rows in parts
-            if len(rows)
-        ]
+        return [batch.rows(rows) for rows in parts if len(rows)]
 
     def corrupt(self, batch: TokenBatch, context: CorruptionContext) -> tuple[ModelInputs, Targets]:
         """Corrupt samples of one part; the other part's share of the batch is folded into the weights."""

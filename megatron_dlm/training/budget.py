@@ -6,13 +6,8 @@ import numpy as np
 import torch
 
 from megatron_dlm.interfaces import TokenBatch, Vocabulary
-from megatron_dlm.models.flops import (
-    PUBLISHED_VOCABULARY,
-    TRAINING_PASSES,
-    Work,
-    published_forward_flops,
-    work_of,
-)
+from megatron_dlm.models.flops import PUBLISHED_VOCABULARY, TRAINING_PASSES, published_forward_flops
+from megatron_dlm.models.work import Work, work_of
 from megatron_dlm.objectives.base import CorruptionContext
 from megatron_dlm.platform.rng import NoiseSource
 from megatron_dlm.training.run_config import RunConfig

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron_dlm.checkpointing.manager import PROGRESS_RECORD, RUN_RECORD, PendingSave
 from megatron_dlm.checkpointing.storage import CheckpointConfig, CheckpointRoot
 from megatron_dlm.interfaces import SaveError
-from megatron_dlm.models.flops import Work
+from megatron_dlm.models.work import Work
 from megatron_dlm.platform.codec import encode
 from megatron_dlm.platform.peak import matmul_flops_per_second
 from megatron_dlm.telemetry.writers import ConsoleWriter, JsonLinesWriter, TensorBoardWriter, Writer

@@ -145,6 +145,7 @@ def _find_start(config: RunConfig, data: RunData) -> RunRecord | ReferenceStart 
         fixed |= {
             "data.train": (record.train_sha256, data.train_sha256),
             "data.seq_length": (saved.data.seq_length, asked.data.seq_length),
+            "data.document_mask": (saved.data.document_mask, asked.data.document_mask),
             "training.precision": (saved.training.precision, asked.training.precision),
             "training.seed": (saved.training.seed, asked.training.seed),
         }

@@ -44,8 +44,8 @@ def open_data(config: DataConfig) -> RunData:
         train.verify_checksums()
         validation.verify_checksums()
     return RunData(
-        train=TokenBlocks(train, config.seq_length),
-        validation=TokenBlocks(validation, config.seq_length),
+        train=TokenBlocks(train, config.seq_length, document_mask=config.document_mask),
+        validation=TokenBlocks(validation, config.seq_length, document_mask=config.document_mask),
         vocabulary=train.manifest.vocabulary,
         tokenizer_fingerprint=train.manifest.tokenizer_fingerprint,
         train_sha256=train.manifest.tokens_sha256,

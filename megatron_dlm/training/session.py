@@ -16,6 +16,7 @@ from megatron_dlm.models.config import transformer_config
 from megatron_dlm.models.denoiser import ChunkedDenoiser, Denoiser
 from megatron_dlm.models.initialization import initialize
 from megatron_dlm.objectives.base import CorruptionContext
+from megatron_dlm.objectives.documents import corrupt
 from megatron_dlm.platform.parallel import ParallelState
 from megatron_dlm.platform.rng import NoiseSource
 from megatron_dlm.training.optimizer import build_optimizer, wrap_data_parallel
@@ -104,7 +105,7 @@ class BatchStream:
         for position in positions:
             one = np.array([position])
             batch = read_batch(self._blocks, self._order(one), one)
-            inputs, targets = self._runner.objective.corrupt(batch, context)
+            inputs, targets = corrupt(self._runner.objective, batch, context)
             tensors = {"clean_token_ids": batch.token_ids, **vars(inputs), **vars(targets)}
             arrays |= {
                 f"sample_{position}/{name}": value.numpy()

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from megatron_dlm.interfaces import ModelInputs, Targets, TokenBatch, TrainingError
 from megatron_dlm.models.context_parallel import own_share
-from megatron_dlm.models.flops import Work, work_of
+from megatron_dlm.models.work import Work, work_of
 from megatron_dlm.objectives.base import CorruptionContext, Objective, corruption_fingerprint
+from megatron_dlm.objectives.documents import corrupt
 from megatron_dlm.platform.parallel import ParallelState
 
 
@@ -77,7 +78,7 @@ class PipelineRunner:
         """
         # On the CPU and small; a family may need several forwards for one microbatch, of different lengths.
         microbatches = [
-            Microbatch(part, *self.objective.corrupt(part, context))
+            Microbatch(part, *corrupt(self.objective, part, context))
             for batch in batches
             for part in self.objective.split(batch, context)
         ]

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_dlm.models.flops import Work
+from megatron_dlm.models.work import Work
 from megatron_dlm.training.optimizer import set_learning_rate, step_if_finite
 from megatron_dlm.training.session import Session
 from megatron_dlm.training.spikes import extended, spike_limit

@@ -93,7 +93,7 @@ def evaluate_checkpoint(
     )
     config = replace(record.config, parallel=parallel_config, training=training, evaluation=evaluation)
     check_run(config, detect_environment().world_size)
-    shard, blocks = _open_held_out(record, data)
+    shard, blocks = _open_held_out(record, data, document_mask=record.config.data.document_mask)
     with open_checkpoint(record, parallel_config, config.training.precision) as opened:
         from megatron_dlm.training.session import Validation
         from megatron_dlm.training.step import PipelineRunner
@@ -128,7 +128,8 @@ def export_checkpoint(
     import torch
 
     _require_one_process()
-    _, blocks = _open_held_out(record, data)
+    # Document masks are the data's, not the model's.
+    _, blocks = _open_held_out(record, data, document_mask=False)
     with open_checkpoint(record, ParallelConfig(), "fp32") as opened:
         from megatron_dlm.checkpointing.manager import PROGRESS_RECORD
         from megatron_dlm.conversion.to_hugging_face import ExportSource, export
@@ -189,7 +190,7 @@ def _require_one_process() -> None:
         )
 
 
-def _open_held_out(record: RunRecord, data: Path) -> tuple[Shard, TokenBlocks]:
+def _open_held_out(record: RunRecord, data: Path, *, document_mask: bool) -> tuple[Shard, TokenBlocks]:
     """The shard at `data`, which the model's tokenizer must have made, and its blocks."""
     from megatron_dlm.data.packing import TokenBlocks
     from megatron_dlm.data.shard import Shard
@@ -197,4 +198,4 @@ def _open_held_out(record: RunRecord, data: Path) -> tuple[Shard, TokenBlocks]:
     shard = Shard(data)
     if shard.manifest.tokenizer_fingerprint != record.tokenizer_fingerprint:
         raise InputError(f"data: {data} was made by another tokenizer than the data of {record.directory}")
-    return shard, TokenBlocks(shard, record.config.data.seq_length)
+    return shard, TokenBlocks(shard, record.config.data.seq_length, document_mask=document_mask)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_dlm.models.config import ModelConfig
+from megatron_dlm.models.document_mask import document_mask
 from megatron_dlm.objectives.ar import ARConfig
 from megatron_dlm.objectives.block_diffusion import BlockDiffusionConfig
 from megatron_dlm.objectives.duo import DuoConfig
@@ -28,6 +29,10 @@ FAMILIES = {
     # Data parallel ranks then run different numbers of microbatches.
     "esolm-uneven-parts": EsoLMConfig(alpha_0=0.5, batch_split=0.375),
     "block-diffusion": BlockDiffusionConfig(block_size=8),
+    # Blocks whose documents do not see each other.
+    "mdlm-documents": MDLMConfig(),
+    "ar-documents": ARConfig(),
+    "esolm-documents": EsoLMConfig(alpha_0=0.5, batch_split=0.5, loss="elbo"),
 }
 # tensor, pipeline, data, micro-batch, options of the layout
 QUICK = [
@@ -124,6 +129,7 @@ def configs_for(corpus, parallel, micro_batch_size, model=None, recompute="selec
             objective,
             training__micro_batch_size=micro_batch_size,
             training__recompute=recompute,
+            data__document_mask=name.endswith("-documents"),
             # Adam divides by the gradient's size: with a small epsilon it blows up its last bits.
             optimizer__epsilon=1e-2,
         )
@@ -242,12 +248,15 @@ def test_gradients_are_those_of_an_independent_model(corpus, one_process, name):
     plain.load_state_dict(weights.random_state(config.model, data.vocabulary.size))
     loss, tokens = 0.0, 0
     for inputs, targets in first_batch(config, data):
-        mask = inputs.attention_mask
+        mask, documents = inputs.attention_mask, inputs.document_ids_BL
+        if documents is not None:
+            queries = torch.arange(documents.shape[1])
+            mask = document_mask(documents, mask, config.objective.attention, queries)
         logits = plain(
             inputs.token_ids_BL,
             sigma=inputs.sigma_B,
             position_ids=inputs.position_ids_BL,
-            visible_mask=None if mask is None else mask[0, 0],
+            visible_mask=mask,
         ).logits
         nats = token_nats(plain.config, logits, inputs.token_ids_BL, targets.clean_BL, inputs.sigma_B)
         seen = targets.weight_BL > 0
@@ -269,6 +278,7 @@ def first_batch(config, data):
 
     from megatron_dlm.data.loader import SampleOrder, read_batch
     from megatron_dlm.objectives.base import CorruptionContext
+    from megatron_dlm.objectives.documents import corrupt
     from megatron_dlm.platform.rng import NoiseSource
 
     size = config.training.global_batch_size
@@ -277,7 +287,7 @@ def first_batch(config, data):
     batch = read_batch(data.train, SampleOrder(data.train.num_blocks, noise)(positions), positions)
     context = CorruptionContext(noise=noise, step=0, batch_start=0, global_batch_size=size, training=True)
     objective = config.objective.build(data.vocabulary)
-    return [objective.corrupt(part, context) for part in objective.split(batch, context)]
+    return [corrupt(objective, part, context) for part in objective.split(batch, context)]
 
 
 @pytest.mark.parametrize("name", ["mdlm", "duo"])

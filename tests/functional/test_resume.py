@@ -90,6 +90,7 @@ REFUSED = {
     "architecture": (["--model.num-layers", 3], "model.num_layers: 3 differs from 2 in checkpoint"),
     "seed": (["--training.seed", 5], "training.seed: 5 differs from 1"),
     "length": (["--data.seq-length", 16], "data.seq_length: 16 differs from 32"),
+    "documents": (["--data.document-mask"], "data.document_mask: True differs from False"),
     "precision": (["--training.precision", "bf16"], "training.precision: bf16 differs from fp32"),
     "loss": (["--objective.loss", "elbo"], "objective.loss: elbo differs from low-variance"),
 }

@@ -5,13 +5,12 @@ import torch
 
 from megatron_dlm.interfaces import AttentionPattern, InputError, Vocabulary
 from megatron_dlm.models.flops import (
-    Work,
     max_steps,
     published_forward_flops,
     published_non_embedding_parameters,
-    work_of,
 )
 from megatron_dlm.models.sizes import paper_model
+from megatron_dlm.models.work import Work, work_of
 from megatron_dlm.objectives.esolm import EsoLMConfig
 from megatron_dlm.objectives.mdlm import MDLMConfig
 from tests.unit.test_objectives import batch_of, context

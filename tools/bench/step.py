@@ -27,8 +27,8 @@ from pathlib import Path
 import torch
 from sides import BUILDERS, Shape, body_steps, our_step
 
-from megatron_dlm.models.flops import Work
 from megatron_dlm.models.sizes import paper_model
+from megatron_dlm.models.work import Work
 from megatron_dlm.objectives.registry import OBJECTIVES
 from megatron_dlm.platform.launch import detect_environment
 from megatron_dlm.platform.parallel import ParallelConfig, ParallelState, start_parallel, stop_parallel

@@ -1,0 +1,58 @@
+"""Documents packed into one block give what each gives by itself."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_dlm.objectives.ar import ARConfig
+from megatron_dlm.objectives.mdlm import MDLMConfig
+from megatron_dlm.platform.parallel import ParallelConfig
+from tests.distributed.test_layouts import toy_model
+from tests.helpers import tiny, weights
+from tests.helpers.distributed import run_distributed
+
+LENGTHS = (9, 1, 14, 8)
+
+
+def packed_and_single(state, config):
+    """Logits of a block of documents, and of each document as a sample of its own."""
+    from megatron_dlm.interfaces import ModelInputs
+    from megatron_dlm.training.run_data import open_data
+    from megatron_dlm.training.session import Session
+
+    session = Session(config, open_data(config.data), state)
+    size = session.data.vocabulary.size
+    weights.set_weights(session.denoiser, state, weights.random_state(config.model, size))
+    tokens = torch.randint(size, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(0))
+    packed = ModelInputs(
+        token_ids_BL=tokens,
+        position_ids_BL=torch.cat([torch.arange(length) for length in LENGTHS])[None],
+        sigma_B=torch.zeros(1),
+        document_ids_BL=torch.repeat_interleave(torch.tensor(LENGTHS))[None],
+    )
+    with torch.no_grad():
+        together = session.denoiser.logits(packed)
+        alone = [
+            session.denoiser.logits(
+                ModelInputs(
+                    token_ids_BL=part,
+                    position_ids_BL=torch.arange(part.shape[1])[None],
+                    sigma_B=torch.zeros(1),
+                )
+            )
+            for part in tokens.split(LENGTHS, dim=1)
+        ]
+        one_text = session.denoiser.logits(replace(packed, document_ids_BL=None))
+    return together.numpy(), torch.cat(alone, dim=1).numpy(), one_text.numpy()
+
+
+@pytest.mark.parametrize("objective", [ARConfig(), MDLMConfig()], ids=lambda config: config.name)
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_packed_documents_equal_single_ones(corpus, objective, tensor):
+    parallel = ParallelConfig(tensor_model_parallel_size=tensor)
+    config = tiny.run_config(corpus, corpus.directory / "unused", objective)
+    config = replace(config, model=toy_model(), parallel=parallel)
+    for together, alone, one_text in run_distributed(packed_and_single, tensor, config, parallel=parallel):
+        assert together == pytest.approx(alone, rel=1e-4, abs=1e-5)
+        assert one_text != pytest.approx(alone, rel=1e-2, abs=1e-2)

@@ -1,0 +1,100 @@
+"""Blocks whose documents do not see each other: which tokens, positions and pairs that concerns."""
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_dlm.data.packing import TokenBlocks
+from megatron_dlm.data.shard import Shard
+from megatron_dlm.interfaces import AttentionPattern, TokenBatch, Vocabulary
+from megatron_dlm.models.document_mask import document_mask
+from megatron_dlm.models.work import work_of
+from megatron_dlm.objectives.ar import ARConfig
+from megatron_dlm.objectives.block_diffusion import BlockDiffusionConfig
+from megatron_dlm.objectives.documents import corrupt, document_starts
+from megatron_dlm.objectives.esolm import EsoLMConfig, sequential_mask
+from megatron_dlm.objectives.mdlm import MDLMConfig
+from tests.unit.test_objectives import context
+
+VOCABULARY = Vocabulary(size=40, mask_token_id=7, eos_token_id=0, bos_token_id=1)
+# Two samples of 16 tokens and the look-ahead: documents of 5, 1 and 11 tokens, and one alone.
+DOCUMENTS = torch.tensor([[3] * 5 + [4] + [5] * 11, [9] * 17])
+
+
+def batch():
+    tokens = torch.randint(8, 40, DOCUMENTS.shape, generator=torch.Generator().manual_seed(0))
+    return TokenBatch(token_ids=tokens, sample_indices=np.arange(2), document_ids=DOCUMENTS)
+
+
+def test_every_token_knows_its_document(corpus):
+    shard = Shard(corpus.train)
+    blocks = TokenBlocks(shard, 32, document_mask=True)
+    document_of = np.repeat(np.arange(len(shard.document_lengths)), shard.document_lengths)
+    indices = np.array([0, 7, blocks.num_blocks - 1])
+    expected = np.stack([document_of[i * 32 : i * 32 + 33] for i in indices])
+    assert np.array_equal(blocks.read_documents(indices), expected)
+    assert TokenBlocks(shard, 32).read_documents(indices) is None
+
+
+def test_documents_start_where_they_change():
+    expected = [[0] * 5 + [5] + [6] * 11, [0] * 17]
+    assert document_starts(DOCUMENTS).tolist() == expected
+
+
+@pytest.mark.parametrize("pattern", AttentionPattern)
+def test_the_mask_is_the_pattern_inside_documents(pattern):
+    mask = document_mask(DOCUMENTS, None, pattern, torch.arange(17))
+    for sample, ids in enumerate(DOCUMENTS.tolist()):
+        for query in range(17):
+            for key in range(17):
+                allowed = key <= query or pattern == AttentionPattern.BIDIRECTIONAL
+                assert mask[sample, 0, query, key] == (allowed and ids[query] == ids[key])
+    some = torch.tensor([0, 1, 15, 16])
+    assert torch.equal(document_mask(DOCUMENTS, None, pattern, some), mask[:, :, some])
+
+
+def test_a_family_s_own_mask_is_kept():
+    doubled = torch.cat([DOCUMENTS[:, :16], DOCUMENTS[:, :16]], dim=1)
+    own = sequential_mask(16)[None, None]
+    mask = document_mask(doubled, own, AttentionPattern.CAUSAL, torch.arange(32))
+    assert torch.equal(mask, own & (doubled[:, None, :, None] == doubled[:, None, None]))
+
+
+FAMILIES = {
+    "ar": ARConfig(),
+    "mdlm": MDLMConfig(),
+    "esolm": EsoLMConfig(),
+    "esolm-sequential": EsoLMConfig(alpha_0=0.0, batch_split=0.0),
+    "block-diffusion": BlockDiffusionConfig(block_size=4),
+    "mdlm-cut-short": MDLMConfig(ssl_ratio=1.0),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_only_positions_and_visibility_change(name):
+    objective, where = FAMILIES[name].build(VOCABULARY), context(0, 2)
+    plain, plain_targets = objective.corrupt(batch(), where)
+    inputs, targets = corrupt(objective, batch(), where)
+    assert torch.equal(inputs.token_ids_BL, plain.token_ids_BL)
+    assert torch.equal(targets.bound_weight_BL, plain_targets.bound_weight_BL)
+    starts = document_starts(DOCUMENTS)
+    for sample, tokens in enumerate(plain.position_ids_BL.expand_as(plain.token_ids_BL).tolist()):
+        assert inputs.document_ids_BL[sample].tolist() == [int(DOCUMENTS[sample, t]) for t in tokens]
+        assert inputs.position_ids_BL[sample].tolist() == [t - int(starts[sample, t]) for t in tokens]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_pairs_of_other_documents_are_no_work(name):
+    config = FAMILIES[name]
+    inputs, targets = corrupt(config.build(VOCABULARY), batch(), context(0, 2))
+    queries = torch.arange(inputs.token_ids_BL.shape[1])
+    mask = document_mask(inputs.document_ids_BL, inputs.attention_mask, config.attention, queries)
+    assert work_of(inputs, targets, config.attention).attention_pairs == int(mask.sum())
+
+
+def test_parts_of_a_batch_keep_their_documents():
+    objective = EsoLMConfig(alpha_0=0.5, batch_split=0.5).build(VOCABULARY)
+    parts = objective.split(batch(), context(0, 2))
+    assert len(parts) == 2
+    for part in parts:
+        assert torch.equal(part.document_ids, DOCUMENTS[part.sample_indices])
