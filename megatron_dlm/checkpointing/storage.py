@@ -216,6 +216,15 @@ def read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
     files = manifest.get("files")
     if not isinstance(files, dict):
         raise InputError(f"checkpoint: {path}: lists no files")
+    for name, entry in files.items():
+        if (
+            Path(name).name != name
+            or not isinstance(entry, dict)
+            or {key: type(value) for key, value in entry.items()} != {"bytes": int, "sha256": str}
+        ):
+            raise InputError(
+                f"checkpoint: {path}: {name!r} has not the name, bytes and sha256 of a file beside"
+            )
     return files
 
 

@@ -6,7 +6,9 @@ Reads environment variables only; starts the default process group on request.
 from __future__ import annotations
 
 import datetime
+import errno
 import os
+import socket
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -121,6 +123,25 @@ def _master_port(environ: Mapping[str, str]) -> int:
     return _number(environ, "MASTER_PORT", DEFAULT_PORT)
 
 
+def _listen(environment: ProcessEnvironment) -> socket.socket | None:
+    """A socket on MASTER_ADDR alone; torch's store would listen on every interface. None where that must be.
+
+    Raises:
+        InputError: another program has the port.
+    """
+    address = (environment.master_addr, environment.master_port)
+    try:
+        family, *_, bound = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(bound, family=family)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise InputError(
+                f"MASTER_PORT: {address[1]} on {address[0]} is in use by another program"
+            ) from error
+        # A name of this host that none of its own interfaces has, such as a cluster service's.
+        return None
+
+
 def start_process_group(environment: ProcessEnvironment, *, backend: str, timeout_seconds: float) -> None:
     """Start torch.distributed's default group.
 
@@ -144,7 +165,16 @@ def start_process_group(environment: ProcessEnvironment, *, backend: str, timeou
         )
         store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", agent)
     else:
+        listener = _listen(environment) if rank == 0 else None
         store = TCPStore(
-            environment.master_addr, environment.master_port, world_size, is_master=rank == 0, timeout=timeout
+            environment.master_addr,
+            environment.master_port,
+            world_size,
+            is_master=rank == 0,
+            timeout=timeout,
+            master_listen_fd=listener.detach() if listener else None,
         )
+    if environment.local_world_size == world_size:
+        # gloo would take the address that the host's name has.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)

@@ -1,11 +1,15 @@
-"""Which rank ended a job: after a failure those that are left tell each other what they saw."""
+"""Which rank ended a job, and where the ranks were: after a failure those that are left tell each other."""
 
 from __future__ import annotations
 
+import faulthandler
 import json
+import sys
+import threading
 import time
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from megatron_dlm.interfaces import TrainingError
@@ -13,6 +17,9 @@ from megatron_dlm.platform.parallel import ParallelState
 
 REPORT_SECONDS = 5.0
 """How long a failed rank waits for the reports of the others; who is silent longer is gone or hangs."""
+STACKS_WANTED = "failure/stacks"
+"""In the rendezvous store: every rank that still can prints the stacks of its threads."""
+POLL_SECONDS = 1.0
 
 
 @contextmanager
@@ -30,15 +37,47 @@ def naming_the_rank_at_fault(parallel: ParallelState) -> Iterator[None]:
     """
     from torch.distributed.checkpoint.api import CheckpointException
 
+    ended = threading.Event()
+    threading.Thread(target=_print_stacks_on_demand, args=(ended,), daemon=True).start()
     try:
         yield
     # It is no Exception.
     except (Exception, CheckpointException) as error:
         broken = _is_broken_collective(error)
+        ended.set()
+        if broken and "timed out" in str(error).lower():
+            # Someone hangs: where everyone was tells why.
+            traceback.print_exception(error)
+            _ask_for_stacks()
         reports = _exchange_reports(parallel, str(error), broken=broken)
         if not broken:
             raise
         raise TrainingError(_describe(reports, parallel.world_size)) from error
+    finally:
+        ended.set()
+
+
+def _print_stacks_on_demand(ended: threading.Event) -> None:
+    """A thread of each rank, for the case that its main thread hangs."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    store = _get_default_store()
+    while not ended.wait(POLL_SECONDS):
+        try:
+            if store.check([STACKS_WANTED]):
+                print("another rank waited in vain; stacks of this one:", file=sys.stderr, flush=True)
+                faulthandler.dump_traceback()
+                return
+        except (RuntimeError, ValueError):
+            # The store went with rank 0.
+            return
+
+
+def _ask_for_stacks() -> None:
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    with suppress(RuntimeError, ValueError):
+        _get_default_store().set(STACKS_WANTED, "")
 
 
 def _is_broken_collective(error: BaseException) -> bool:

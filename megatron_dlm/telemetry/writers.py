@@ -34,7 +34,7 @@ class JsonLinesWriter:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, kind: str, step: int, metrics: dict[str, float | int]) -> None:
-        """Append one line."""
+        """Append one line; lines that the disk had no room for come with the next one that it has."""
         self._file.write(json.dumps({"kind": kind, "step": step, **metrics}) + "\n")
         self._file.flush()
 

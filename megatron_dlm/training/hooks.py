@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 import torch
@@ -29,10 +29,14 @@ SAVE_REQUEST = "save-now"
 
 
 class Telemetry:
-    """The writers of rank 0; on other ranks it takes everything and writes nothing."""
+    """The writers of rank 0; on other ranks it takes everything and writes nothing.
+
+    A full disk costs metrics, never a run: the first failure of a writer is told.
+    """
 
     def __init__(self, session: Session, first_step: int) -> None:
         self._writers: list[Writer] = []
+        self._failed: set[str] = set()
         if session.parallel.rank == 0:
             directory = session.config.directory
             self._writers = [
@@ -44,12 +48,24 @@ class Telemetry:
     def write(self, kind: str, step: int, metrics: dict[str, float | int]) -> None:
         """Pass on to all writers."""
         for writer in self._writers:
-            writer.write(kind, step, metrics)
+            with self._failure_told(writer):
+                writer.write(kind, step, metrics)
 
     def close(self) -> None:
         """Close all writers."""
         for writer in self._writers:
-            writer.close()
+            with self._failure_told(writer):
+                writer.close()
+
+    @contextmanager
+    def _failure_told(self, writer: Writer) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            name = type(writer).__name__
+            if name not in self._failed:
+                print(f"warning: {name}: {error}; training goes on", file=sys.stderr, flush=True)
+            self._failed.add(name)
 
 
 class LoggingHook(Hook):
@@ -192,8 +208,10 @@ class CheckpointHook(Hook):
                 records,
                 checkpoint.save_timeout_seconds,
             )
-        if session.parallel.rank == 0:
-            (session.config.directory / SAVE_REQUEST).unlink(missing_ok=True)
+        if progress.save_requested and session.parallel.rank == 0:
+            with suppress(OSError):
+                # What cannot be removed asks again after the next step.
+                (session.config.directory / SAVE_REQUEST).unlink(missing_ok=True)
         if not checkpoint.async_save:
             self.finish(session)
 
@@ -257,7 +275,7 @@ class RequestHook(Hook):
         """Agree with all ranks, so that none waits for one that has left."""
         limit = session.config.checkpoint.stop_after_minutes
         late = bool(limit) and time.monotonic() - self._started_at > 60 * limit
-        asked = session.parallel.rank == 0 and (session.config.directory / SAVE_REQUEST).exists()
+        asked = session.parallel.rank == 0 and os.path.exists(session.config.directory / SAVE_REQUEST)
         requests = torch.tensor([bool(self._received) or late, asked], device=session.parallel.device).int()
         dist.all_reduce(requests, op=dist.ReduceOp.MAX)
         progress.stop_requested, progress.save_requested = map(bool, requests.tolist())

@@ -81,6 +81,7 @@ FAULTS = {
     "killed writer": (faulty.kill_writers, [], "the writing process ended with exit code -9"),
     "slow disk": (faulty.slow_down_writers, [60], "not written within 0.5 s"),
     "full disk": (faulty.small_files, [40_000], "File too large"),
+    "directory made read-only": (faulty.forbid_writing, [], ".tmp: [Errno 13] Permission denied"),
 }
 
 
@@ -99,6 +100,38 @@ def test_failed_saves_are_survived_twice_and_the_good_one_is_kept(corpus, tmp_pa
     assert max(losses(tmp_path)) == STEPS
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
     assert tensors(tmp_path, 2) == good
+
+
+def test_a_jumping_clock_changes_nothing(corpus, tmp_path, whole):
+    config = config_for(corpus, tmp_path, async_save=True)
+    code, output = faulty.train_in_child(config, faulty.jumping_clock)
+    assert code == 0, output
+    assert losses(tmp_path) == losses(whole)
+    assert tensors(tmp_path) == tensors(whole)
+
+
+@pytest.mark.parametrize("place", ["reading data", "an evaluation", "a save", "the wait for a writer"])
+def test_a_signal_at_any_moment_saves_and_loses_nothing(corpus, tmp_path, whole, place):
+    config = config_for(corpus, tmp_path)
+    config = replace(config, evaluation=replace(config.evaluation, every=3))
+    code, output = faulty.train_in_child(config, faulty.signal_at, place)
+    assert code == 3, output
+    stopped = max(losses(tmp_path))
+    assert stopped < STEPS
+    assert CheckpointRoot(tmp_path / "checkpoints").complete()[-1].name == f"step-{stopped:08d}"
+    finish(config)
+    assert losses(tmp_path) == losses(whole)
+    assert tensors(tmp_path) == tensors(whole)
+
+
+def test_a_second_signal_later_ends_at_once(corpus, tmp_path):
+    code, output = faulty.train_in_child(config_for(corpus, tmp_path), signal_twice)
+    assert code == 143, output
+    assert CheckpointRoot(tmp_path / "checkpoints").complete()[-1].name == "step-00000002"
+
+
+def signal_twice():
+    faulty.signal_at("reading data", again=True)
 
 
 def test_too_little_room_is_found_before_writing(corpus, tmp_path):

@@ -126,6 +126,17 @@ def test_a_bad_token_found_while_running_is_one_line(corpus, tmp_path):
     assert code == 2 and "token id 65535 is outside [0, 301)" in output and "Traceback" not in output
 
 
+def test_secrets_of_the_environment_stay_there(command, corpus, tmp_path):
+    secrets = {name: f"secret-{name}" for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY")}
+    finished = command(
+        *arguments_for(corpus, tmp_path, "--training.max-skipped-steps", 1, steps=3), **secrets
+    )
+    written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    written += [finished.stdout.encode(), finished.stderr.encode()]
+    assert len(written) > 8
+    assert not any(secret.encode() in text for secret in secrets.values() for text in written)
+
+
 def test_deterministic_kernels_give_equal_runs(corpus, tmp_path, uninterrupted):
     """Some add in another order than the default ones, so only these two runs are equal in all bits."""
     logs = []

@@ -120,3 +120,49 @@ def small_files(num_bytes):
     import resource
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
+
+
+def forbid_writing():
+    """From its second save on the checkpoint directory cannot be written, also not by root."""
+    from megatron_dlm.checkpointing.storage import CheckpointRoot
+
+    def forbid():
+        (checkpoints,) = roots
+        checkpoints.chmod(0o555)
+        if os.geteuid() == 0:
+            os.seteuid(65534)
+
+    roots = set()
+    _on_call(CheckpointRoot, "prepare", 1, forbid, lambda root, step: not roots.add(root.path))
+
+
+def jumping_clock():
+    """The time of day jumps by up to a year, both ways, at every look."""
+    import itertools
+
+    now = time.time
+    jumps = itertools.cycle([0.0, 86_400.0, -31_536_000.0, 3_600.0])
+    time.time = lambda: now() + next(jumps)
+
+
+def signal_at(place, *, again=False):
+    """SIGTERM to the process at a place of a run; with `again` a second one later, in the same step."""
+    from megatron_dlm.checkpointing.writing import ShareWriter
+    from megatron_dlm.training import hooks, session
+
+    def send():
+        os.kill(os.getpid(), signal.SIGTERM)
+        if again:
+            time.sleep(2 * hooks.REPEATED_SIGNAL_SECONDS)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+
+    if again:
+        hooks.REPEATED_SIGNAL_SECONDS = 0.2
+    owner, name, number = {
+        "reading data": (session, "read_batch", 14),
+        "an evaluation": (session.Validation, "run", 2),
+        "a save": (ShareWriter, "start", 1),
+        "the wait for a writer": (ShareWriter, "wait", 1),
+    }[place]
+    _on_call(owner, name, number, send)

@@ -69,6 +69,12 @@ DAMAGE = {
         lambda d: (d / "manifest.json").write_text("{}"),
         "version None, this",
     ),
+    "manifest of another folder": (
+        lambda d: (d / "manifest.json").write_text(
+            json.dumps({"version": 1, "files": {"../a": {"bytes": 1, "sha256": ""}}})
+        ),
+        "'../a' has not the name",
+    ),
     "manifest list": (lambda d: (d / "manifest.json").write_text(json.dumps([1])), "not a JSON object"),
 }
 

@@ -1,0 +1,44 @@
+"""A long run takes no more memory, files, threads or processes than a short one, and leaves nothing."""
+
+import os
+import time
+
+import psutil
+import pytest
+
+from tests.helpers.runs import arguments_for, finish, start, wait_for_step
+
+STEPS, SETTLED = 3000, 1000
+
+
+def usage(process):
+    own = psutil.Process(process.pid)
+    return {
+        "memory": own.memory_info().rss,
+        "files": own.num_fds(),
+        "threads": own.num_threads(),
+        "children": len(own.children(recursive=True)),
+    }
+
+
+@pytest.mark.slow
+def test_nothing_grows_and_nothing_stays(corpus, tmp_path):
+    before = set(os.listdir("/dev/shm"))
+    directory = tmp_path / "run"
+    more = ["--checkpoint.save-every", 25, "--checkpoint.keep-last", 2, "--checkpoint.async-save"]
+    more += ["--training.check-replicas-every", 50, "--evaluation.every", 100, "--telemetry.log-every", 20]
+    process = start([*arguments_for(corpus, directory, steps=STEPS), *map(str, more)])
+    wait_for_step(process, directory, SETTLED, seconds=200)
+    first = usage(process)
+    wait_for_step(process, directory, STEPS - 20, seconds=400)
+    last = usage(process)
+    code, output = finish(process)
+    assert code == 0, output
+    assert last["memory"] < 1.01 * first["memory"], (first, last)
+    # A save may be under way at either look.
+    assert last["files"] <= first["files"] + 3 and last["threads"] <= first["threads"], (first, last)
+    assert last["children"] <= 1
+    assert len(list((directory / "checkpoints").iterdir())) == 2
+    time.sleep(1)
+    left = [p for p in psutil.process_iter(["cmdline"]) if str(directory) in (p.info["cmdline"] or [])]
+    assert left == [] and set(os.listdir("/dev/shm")) <= before
