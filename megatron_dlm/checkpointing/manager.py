@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_dlm.checkpointing.optimizer_state import MAIN_WEIGHT, PREFIX, load_state, state_to_save
 from megatron_dlm.checkpointing.safe_metadata import check_metadata
 from megatron_dlm.checkpointing.storage import CheckpointRoot, verify
-from megatron_dlm.checkpointing.writing import BACKEND, VERSION, ShareWriter
+from megatron_dlm.checkpointing.writing import BACKEND, VERSION, SavePlans, ShareWriter
 from megatron_dlm.interfaces import SaveError
 from megatron_dlm.models.denoiser import ChunkedDenoiser, Denoiser
 from megatron_dlm.platform import distributed_optimizer
@@ -45,6 +45,7 @@ class PendingSave:
         denoiser: Denoiser | ChunkedDenoiser,
         optimizer: Any,
         parallel: ParallelState,
+        plans: SavePlans,
         records: dict[str, Any],
         timeout_seconds: float,
     ) -> None:
@@ -56,6 +57,7 @@ class PendingSave:
             denoiser: this process's stage; may change as soon as this returns.
             optimizer: megatron-core's; likewise.
             parallel: this process's place.
+            plans: kept from save to save of one run.
             records: JSON values by file name, written by rank 0.
             timeout_seconds: for writing the tensors.
 
@@ -68,14 +70,14 @@ class PendingSave:
         self._records = records
         self._timeout_seconds = timeout_seconds
         try:
-            self._on_first_rank(lambda: root.prepare(step))
+            state = _model_state(denoiser, parallel)
+            pieces = state_to_save(optimizer, _places(denoiser, state))
             weights, common = save_preprocess(
-                _model_state(denoiser, parallel)
-                | {OPTIMIZER_STEP: distributed_optimizer.step_count(optimizer), "content_metadata": {}}
+                state | {OPTIMIZER_STEP: distributed_optimizer.step_count(optimizer), "content_metadata": {}},
+                validate_access_integrity=plans.agreed is None,
             )
-            self._on_first_rank(lambda: _write_common(root.temporary(step), common))
-            pieces = state_to_save(optimizer, _places(denoiser, parallel))
-            self._share = ShareWriter(root.temporary(step), weights, pieces, parallel)
+            self._on_first_rank(lambda: _write_common(root.prepare(step), common))
+            self._share = ShareWriter(root.temporary(step), weights, pieces, plans, parallel)
             self._require_space()
         except SaveError:
             self._discard()
@@ -83,9 +85,12 @@ class PendingSave:
         self._share.start()
 
     def _require_space(self) -> None:
-        size = torch.tensor(self._share.num_bytes, device=self._parallel.device)
-        dist.all_reduce(size)
-        self._on_first_rank(lambda: self._root.require_space(int(size)))
+        free = self._root.free_bytes() if self._parallel.rank == 0 else 0
+        sums = torch.tensor([self._share.num_bytes, free], device=self._parallel.device)
+        dist.all_reduce(sums)
+        needed, free = sums.tolist()
+        if free < needed:
+            raise SaveError(f"{self._root.path}: {needed:,} bytes needed, {free:,} free")
 
     def is_done(self) -> bool:
         """Whether `finish` has nothing to wait for; all ranks call it."""
@@ -153,7 +158,7 @@ def load(
     denoiser.load_state_dict(loaded["model"])
     for chunk in denoiser.chunks:
         # One by one: chunks of one process have copies of the time embedder.
-        load_state(directory, optimizer, _places(chunk, parallel))
+        load_state(directory, optimizer, _places(chunk, _model_state(chunk, parallel)))
     distributed_optimizer.set_step_count(optimizer, loaded[OPTIMIZER_STEP])
 
 
@@ -215,11 +220,10 @@ def _model_state(denoiser: Denoiser | ChunkedDenoiser, parallel: ParallelState) 
 
 
 def _places(
-    denoiser: Denoiser | ChunkedDenoiser, parallel: ParallelState
+    denoiser: Denoiser | ChunkedDenoiser, state: dict[str, Any]
 ) -> dict[torch.nn.Parameter, ShardedTensor]:
-    """Where each parameter of this stage lies in the whole model."""
-    tensors = _model_state(denoiser, parallel)["model"]
-    return {parameter: tensors[name] for name, parameter in denoiser.named_parameters()}
+    """Where each parameter of this stage lies in the whole model, of which `state` is this stage's part."""
+    return {parameter: state["model"][name] for name, parameter in denoiser.named_parameters()}
 
 
 def _metadata(parallel: ParallelState) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_dlm.interfaces import InputError, SaveError
+from megatron_dlm.interfaces import InputError
 from megatron_dlm.platform.files import commit, flush_to_disk, sha256_of, write_json
 
 MANIFEST = "manifest.json"
@@ -96,18 +96,9 @@ class CheckpointRoot:
         temporary.mkdir(parents=True)
         return temporary
 
-    def require_space(self, num_bytes: int) -> None:
-        """Refuse to begin what the storage has no room for.
-
-        Args:
-            num_bytes: of the checkpoint's tensors.
-
-        Raises:
-            SaveError: fewer bytes are free.
-        """
-        free = shutil.disk_usage(self.path).free
-        if free < num_bytes:
-            raise SaveError(f"{self.path}: {num_bytes:,} bytes needed, {free:,} free")
+    def free_bytes(self) -> int:
+        """What the storage still has room for."""
+        return shutil.disk_usage(self.path).free
 
     def discard(self, step: int) -> None:
         """Remove what is there of an unfinished checkpoint, as far as the storage lets us."""

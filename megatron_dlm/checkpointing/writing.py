@@ -9,7 +9,7 @@ import signal
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -55,8 +55,19 @@ class _PathlessWriter(FileSystemWriter):
         return
 
 
+class SavePlans:
+    """Which process writes what: agreed at a run's first save, since nothing of it changes later."""
+
+    def __init__(self, parallel: ParallelState) -> None:
+        self.distribution = FullyParallelSaveStrategyWrapper(
+            TorchDistSaveShardedStrategy(BACKEND, VERSION), parallel.replica_group, True
+        )
+        self.agreed: tuple[SavePlan, Metadata] | None = None
+        """This process's share, and on rank 0 where all tensors are."""
+
+
 class ShareWriter:
-    """Plans which process writes which tensors, and writes this process's share.
+    """Writes this process's share of a checkpoint.
 
     megatron-core's own save waits for ever where its writer process is killed, and where rank 0 cannot write
     it leaves the other ranks in a collective.
@@ -67,21 +78,21 @@ class ShareWriter:
         directory: Path,
         weights: Any,
         pieces: Mapping[str, TensorPieces],
+        plans: SavePlans,
         parallel: ParallelState,
     ) -> None:
-        """Plan, and copy from the GPU; all ranks call it, and nothing is written yet.
+        """Plan unless that has been done, copy from the GPU; all ranks call it, nothing is written yet.
 
         Args:
             directory: an existing directory that all ranks share.
             weights: megatron-core's sharded tensors and objects; which of them hold data is changed.
             pieces: of the optimizer's state, by key; no other rank has the same.
+            plans: of the run's earlier saves; changed by the first.
             parallel: this process's place.
         """
         self._directory = directory
         self._is_first = parallel.rank == 0
-        FullyParallelSaveStrategyWrapper(
-            TorchDistSaveShardedStrategy(BACKEND, VERSION), parallel.replica_group, False
-        ).apply_saving_parallelization(weights)
+        plans.distribution.apply_saving_parallelization(weights)
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(weights, True)
         self.num_bytes = sum(tensor.to_host() for tensor in pieces.values())
         for tensor in nested_values(by_key):
@@ -91,24 +102,29 @@ class ShareWriter:
         self._planner = SavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
         # Files are flushed to disk when written.
         self._writer = _PathlessWriter(directory, single_file_per_rank=True, thread_count=1)
-        self._metadata = Metadata({})
-        self._plan = self._agree_on_plan(mcore_to_pyt_state_dict(by_key, False) | pieces)
+        state = mcore_to_pyt_state_dict(by_key, False) | pieces
+        self._planner.set_up_planner(state, is_coordinator=self._is_first)
+        self._writer.set_up_storage_writer(self._is_first)
+        if plans.agreed is None:
+            plans.agreed = self._agree()
+        self._plan = self._planner.finish_plan(plans.agreed[0])
+        self._metadata = replace(plans.agreed[1])
         self._process: Any = None
         self._outcome: Connection | None = None
         self._started_at = 0.0
 
-    def _agree_on_plan(self, state: dict[str, Any]) -> SavePlan:
+    def _agree(self) -> tuple[SavePlan, Metadata]:
+        metadata = Metadata({})
+
         def plan_share() -> SavePlan:
-            self._planner.set_up_planner(state, is_coordinator=self._is_first)
-            self._writer.set_up_storage_writer(self._is_first)
             return self._writer.prepare_local_plan(self._planner.create_local_plan())
 
         def join_plans(plans: list[SavePlan]) -> list[SavePlan]:
-            plans, self._metadata = self._planner.create_global_plan(plans)
+            nonlocal metadata
+            plans, metadata = self._planner.create_global_plan(plans)
             return self._writer.prepare_global_plan(plans)
 
-        agreed = _DistWrapper(None, True, 0).reduce_scatter("plan", plan_share, join_plans)
-        return self._planner.finish_plan(agreed)
+        return _DistWrapper(None, True, 0).reduce_scatter("plan", plan_share, join_plans), metadata
 
     def start(self) -> None:
         """Write from a child process, which sees memory as it is now."""

@@ -15,9 +15,11 @@ import torch.distributed as dist
 
 from megatron_dlm.checkpointing.manager import PROGRESS_RECORD, RUN_RECORD, PendingSave
 from megatron_dlm.checkpointing.storage import CheckpointConfig, CheckpointRoot
+from megatron_dlm.checkpointing.writing import SavePlans
 from megatron_dlm.interfaces import SaveError
 from megatron_dlm.models.work import Work
 from megatron_dlm.platform.codec import encode
+from megatron_dlm.platform.parallel import ParallelState
 from megatron_dlm.platform.peak import matmul_flops_per_second
 from megatron_dlm.telemetry.writers import ConsoleWriter, JsonLinesWriter, TensorBoardWriter, Writer
 from megatron_dlm.training.session import Session
@@ -158,8 +160,9 @@ class EvaluationHook(Hook):
 class CheckpointHook(Hook):
     """Saves every few steps and at the end, whether the run is done or asked to stop."""
 
-    def __init__(self, root: CheckpointRoot, saved_step: int) -> None:
+    def __init__(self, root: CheckpointRoot, saved_step: int, parallel: ParallelState) -> None:
         self._root = root
+        self._plans = SavePlans(parallel)
         self._saved_step = saved_step
         self._pending: PendingSave | None = None
         self._failures = 0
@@ -205,6 +208,7 @@ class CheckpointHook(Hook):
                 session.denoiser,
                 session.optimizer,
                 session.parallel,
+                self._plans,
                 records,
                 checkpoint.save_timeout_seconds,
             )

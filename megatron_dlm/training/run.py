@@ -245,7 +245,7 @@ def go_on(session: Session, progress: Progress) -> None:
     from megatron_dlm.training.non_finite import NonFiniteHook
     from megatron_dlm.training.trainer import fit
 
-    checkpoints = CheckpointHook(checkpoint_root(session.config), progress.step)
+    checkpoints = CheckpointHook(checkpoint_root(session.config), progress.step, session.parallel)
 
     def roll_back() -> Progress:
         checkpoints.finish(session)

@@ -80,7 +80,8 @@ def save(session, step):
     """A checkpoint of a session, at once; all ranks call it."""
     from megatron_dlm.checkpointing.manager import PendingSave
     from megatron_dlm.checkpointing.storage import CheckpointRoot
+    from megatron_dlm.checkpointing.writing import SavePlans
 
     root = CheckpointRoot(session.config.directory)
     model = (session.denoiser, session.optimizer, session.parallel)
-    PendingSave(root, step, *model, {"a.json": 1}, timeout_seconds=60).finish()
+    PendingSave(root, step, *model, SavePlans(session.parallel), {"a.json": 1}, timeout_seconds=60).finish()

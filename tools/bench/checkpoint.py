@@ -77,6 +77,7 @@ def measure_saves(
     """One row: a model with its optimizer, saved both ways and loaded."""
     from megatron_dlm.checkpointing.manager import PendingSave, load
     from megatron_dlm.checkpointing.storage import CheckpointRoot
+    from megatron_dlm.checkpointing.writing import SavePlans
     from megatron_dlm.training.optimizer import (
         OptimizerConfig,
         build_optimizer,
@@ -93,10 +94,10 @@ def measure_saves(
         parameter.main_grad.fill_(1e-3)
     set_learning_rate(optimizer, LEARNING_RATE)
     step_if_finite(optimizer)
-    root = CheckpointRoot(directory)
+    root, plans = CheckpointRoot(directory), SavePlans(parallel)
 
     def begin(step: int) -> Any:
-        return PendingSave(root, step, denoiser, optimizer, parallel, {}, TIMEOUT_SECONDS)
+        return PendingSave(root, step, denoiser, optimizer, parallel, plans, {}, TIMEOUT_SECONDS)
 
     seconds: dict[str, list[float]] = {"sync": [], "async": [], "visible": [], "load": []}
     for round_ in range(arguments.repeats + 1):
