@@ -26,6 +26,7 @@ from megatron_dlm.interfaces import SaveError
 from megatron_dlm.models.denoiser import ChunkedDenoiser, Denoiser
 from megatron_dlm.platform import distributed_optimizer
 from megatron_dlm.platform.files import write_json
+from megatron_dlm.platform.fully_sharded import sharded_names, stand_ins
 from megatron_dlm.platform.parallel import ParallelState, on_first_rank
 
 OPTIMIZER_STEP = "optimizer_step"
@@ -73,7 +74,8 @@ class PendingSave:
             state = _model_state(denoiser, parallel)
             pieces = state_to_save(optimizer, _places(denoiser, state))
             weights, common = save_preprocess(
-                state | {OPTIMIZER_STEP: distributed_optimizer.step_count(optimizer), "content_metadata": {}},
+                _without_sharded(denoiser, state)
+                | {OPTIMIZER_STEP: distributed_optimizer.step_count(optimizer), "content_metadata": {}},
                 validate_access_integrity=plans.agreed is None,
             )
             self._on_first_rank(lambda: _write_common(root.prepare(step), common))
@@ -154,8 +156,8 @@ def load(
         optimizer: megatron-core's; changed in place.
         parallel: this process's place; may differ from the one that saved, sharded optimizer or not.
     """
-    loaded = _load(_model_state(denoiser, parallel), directory, parallel)
-    denoiser.load_state_dict(loaded["model"])
+    loaded = _load(_without_sharded(denoiser, _model_state(denoiser, parallel)), directory, parallel)
+    denoiser.load_state_dict(loaded["model"], strict=not sharded_names(denoiser))
     for chunk in denoiser.chunks:
         # One by one: chunks of one process have copies of the time embedder.
         load_state(directory, optimizer, _places(chunk, _model_state(chunk, parallel)))
@@ -216,7 +218,14 @@ def verify_on_all_ranks(directory: Path, parallel: ParallelState) -> None:
 
 
 def _model_state(denoiser: Denoiser | ChunkedDenoiser, parallel: ParallelState) -> dict[str, Any]:
-    return {"model": denoiser.sharded_state_dict(metadata=_metadata(parallel))}
+    with stand_ins(denoiser):
+        return {"model": denoiser.sharded_state_dict(metadata=_metadata(parallel))}
+
+
+def _without_sharded(denoiser: Denoiser | ChunkedDenoiser, state: dict[str, Any]) -> dict[str, Any]:
+    """Leave out weights of which each rank has a part; they go with the optimizer's state."""
+    sharded = sharded_names(denoiser)
+    return {"model": {name: value for name, value in state["model"].items() if name not in sharded}}
 
 
 def _places(

@@ -26,9 +26,11 @@ from torch.distributed.checkpoint import (
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.tensor import DTensor
 
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.platform import distributed_optimizer
+from megatron_dlm.platform.fully_sharded import local
 
 MAIN_WEIGHT = "fp32_param"
 PREFIX = "optimizer.state."
@@ -157,6 +159,8 @@ def state_to_save(
 ) -> dict[str, TensorPieces]:
     """What of Adam's state this rank has to save: moments, and fp32 weights where parameters are not.
 
+    Of sharded parameters the weights as well.
+
     Args:
         optimizer: megatron-core's.
         sharded: where each parameter of this process's stage lies in the whole model.
@@ -168,7 +172,7 @@ def state_to_save(
 
 
 def load_state(directory: Path, optimizer: Any, sharded: Mapping[torch.nn.Parameter, ShardedTensor]) -> None:
-    """Read Adam's state into the optimizer. All ranks call it.
+    """Read Adam's state into the optimizer, and weights into sharded parameters. All ranks call it.
 
     Args:
         directory: a checkpoint that `verify_on_all_ranks` has accepted.
@@ -193,9 +197,12 @@ def _collect(
         replica = place.replica_id[:-1] if cut else place.replica_id
         if skip_replicas and any(replica):
             continue
-        for name, tensor in _tensors(part, parameter, main).items():
-            pieces = found.setdefault(f"{PREFIX}{name}.{place.key}", TensorPieces(place.global_shape))
-            for offset, piece in _cut(place, tensor.detach().view(-1), start, end):
+        tensors = {f"{PREFIX}{n}.{place.key}": t for n, t in _tensors(part, parameter, main).items()}
+        if isinstance(parameter, DTensor):
+            tensors[place.key] = parameter
+        for key, tensor in tensors.items():
+            pieces = found.setdefault(key, TensorPieces(place.global_shape))
+            for offset, piece in _cut(place, local(tensor.detach()).view(-1), start, end):
                 pieces.add(offset, piece)
     return found
 

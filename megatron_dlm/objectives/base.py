@@ -53,6 +53,11 @@ class ObjectiveConfig:
             InputError: where it cannot.
         """
 
+    @property
+    def has_parts(self) -> bool:
+        """Whether `Objective.split` makes parts: ranks may then run different numbers of forwards."""
+        return False
+
     def length_multiple(self, seq_length: int) -> int:
         """What divides the positions of every forward, for layouts that cut them into equal parts.
 

@@ -70,6 +70,11 @@ class EsoLMConfig(DiffusionConfig):
         """Samples of a global batch that train the diffusion part."""
         return int(self.batch_split * batch_size)
 
+    @property
+    def has_parts(self) -> bool:
+        """Where both parts train."""
+        return 0 < self.alpha_0 < 1
+
     def check_sizes(self, batch_size: int, seq_length: int) -> None:
         """Refuse a batch whose split leaves one of the two parts without samples."""
         if 0 < self.alpha_0 < 1 and not 0 < self.num_diffusion(batch_size) < batch_size:

@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from megatron_dlm.platform.fully_sharded import local, own_range
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -18,7 +21,14 @@ def _parts(optimizer: Any) -> list[Any]:
 
 def is_sharded(optimizer: Any) -> bool:
     """Whether each data parallel rank has a part of the state only."""
-    return any(hasattr(part, "model_param_group_index_map") for part in _parts(optimizer))
+    return any(
+        _is_distributed(part) or any(isinstance(main, DTensor) for main in part.get_parameters())
+        for part in _parts(optimizer)
+    )
+
+
+def _is_distributed(part: Any) -> bool:
+    return hasattr(part, "model_param_group_index_map")
 
 
 def main_pieces(
@@ -31,13 +41,13 @@ def main_pieces(
         parameters: those that are asked for.
 
     Yields:
-        The part of the optimizer, the parameter, its float32 main tensor as far as this rank has it, and the
-        range of the parameter's elements that this is.
+        The part of the optimizer, the parameter, its float32 main tensor as far as this rank has it (or one
+        that is sharded like the parameter), and the range of the parameter's elements that this is.
     """
     for part in _parts(optimizer):
-        if not is_sharded(part):
+        if not _is_distributed(part):
             for param in parameters:
-                yield part, param, getattr(param, "main_param", param), 0, param.numel()
+                yield part, param, getattr(param, "main_param", param), *own_range(param)
             continue
         for param, (group, index) in part.model_param_group_index_map.items():
             if param not in parameters:
@@ -99,7 +109,8 @@ def set_weights(optimizer: Any, values: dict[torch.nn.Parameter, Tensor]) -> Non
     """
     with torch.no_grad():
         for param, value in values.items():
-            param.copy_(value)
+            start, end = own_range(param)
+            local(param).view(-1).copy_(value.reshape(-1)[start:end])
     optimizer.reload_model_params()
     for _, param, main, start, end in main_pieces(optimizer, values):
-        main.data.view(-1).copy_(values[param].reshape(-1)[start:end])
+        local(main).data.view(-1).copy_(values[param].reshape(-1)[start:end])

@@ -33,6 +33,9 @@ class ParallelConfig:
     """Cut what tensor parallelism would replicate, norms and the residual stream, along the sequence."""
     use_distributed_optimizer: bool = True
     """Shard optimizer state over data parallel ranks (ZeRO-1)."""
+    fully_sharded: bool = False
+    """Shard parameters, gradients and optimizer state over data and context parallel ranks (ZeRO-3, torch's
+    FSDP2); fp32 and one pipeline stage only, and without the distributed optimizer."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA where the machine has it; the others refuse to run on anything else."""
     deterministic: bool = False
@@ -59,9 +62,23 @@ class ParallelConfig:
                 "parallel.virtual_pipeline_model_parallel_size: needs parallel.pipeline_model_parallel_size "
                 "above 1"
             )
+        if self.fully_sharded:
+            self._check_fully_sharded()
         if self.collective_timeout_seconds <= 0:
             raise InputError(
                 f"parallel.collective_timeout_seconds: {self.collective_timeout_seconds} is not above 0"
+            )
+
+    def _check_fully_sharded(self) -> None:
+        if self.use_distributed_optimizer:
+            raise InputError(
+                "parallel.use_distributed_optimizer: True, and parallel.fully_sharded needs False: it shards "
+                "the optimizer by itself"
+            )
+        if self.pipeline_model_parallel_size > 1:
+            raise InputError(
+                f"parallel.pipeline_model_parallel_size: {self.pipeline_model_parallel_size}, and "
+                "parallel.fully_sharded needs 1"
             )
 
     def data_parallel_size(self, world_size: int) -> int:
@@ -190,6 +207,8 @@ def _silence_megatron() -> None:
         "`load_state_dict` is deprecated",
         "Please use DTensor instead",
         "`torch.distributed.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated",
+        # The conditioning vector, which nothing changes in place.
+        r"FSDP2-wrapped module \(FSDPAdaLNTransformerLayer\) returned a view tensor",
     ):
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)

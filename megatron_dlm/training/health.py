@@ -47,6 +47,9 @@ class ReplicaHook(Hook):
         """Compare when due; where replicas differ, stop and name the parameter and the ranks at fault."""
         every = session.config.training.check_replicas_every
         group = session.parallel.replica_group
+        if session.config.parallel.fully_sharded:
+            # No rank has a weight that another has.
+            return
         if not every or progress.step % every or dist.get_world_size(group) == 1:
             return
         parameters = dict(session.denoiser.named_parameters())

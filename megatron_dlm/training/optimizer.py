@@ -36,11 +36,11 @@ class OptimizerConfig:
 
 
 def wrap_data_parallel(denoiser: Denoiser | ChunkedDenoiser, parallel: ParallelConfig) -> list[Any]:
-    """megatron-core's DistributedDataParallel around each chunk of one stage, gradients in float32.
+    """megatron-core's data parallel wrapper around each chunk of one stage, gradients in float32.
 
     Args:
         denoiser: initialised stage.
-        parallel: tells whether the optimizer is sharded.
+        parallel: tells whether the optimizer, or everything, is sharded.
 
     Returns:
         The wrapped chunks, one where the pipeline is not interleaved; the `module` of each is the chunk.
@@ -53,7 +53,24 @@ def wrap_data_parallel(denoiser: Denoiser | ChunkedDenoiser, parallel: ParallelC
         # The loop stops on losses and gradient norms that are not finite, and names the samples.
         check_for_nan_in_grad=False,
     )
+    if parallel.fully_sharded:
+        return [_fully_sharded(chunk, ddp_config) for chunk in denoiser.chunks]
     return [DistributedDataParallel(chunk.config, ddp_config, chunk) for chunk in denoiser.chunks]
+
+
+def _fully_sharded(chunk: Denoiser, ddp_config: Any) -> Any:
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    from megatron_dlm.models.adaln_layer import AdaLNTransformerLayer
+    from megatron_dlm.models.head import Head
+    from megatron_dlm.platform.fully_sharded import FullyShardedDataParallel
+
+    wrapped = FullyShardedDataParallel(
+        chunk.config, ddp_config, chunk, sub_modules_to_wrap={AdaLNTransformerLayer, Head}
+    )
+    # The loss calls it outside the stage's forward, so it gathers the head's weights by itself.
+    register_fsdp_forward_method(chunk.head, "losses")
+    return wrapped
 
 
 def build_optimizer(

@@ -56,7 +56,8 @@ class TrainingConfig:
     """Longest time from one step to the next, evaluation and saving included; then each process prints the
     stacks of its threads and ends."""
     check_replicas_every: int = 1000
-    """Steps between comparisons of all weights' bits between data parallel ranks; 0: none."""
+    """Steps between comparisons of all weights' bits between data parallel ranks; 0: none. Nothing to compare
+    where parallel.fully_sharded."""
     head_rows_per_chunk: int = 128
     """Most rows whose logits exist at a time: what a CPU's cache holds; GPUs want 1,024 and more."""
 
@@ -198,6 +199,8 @@ def check_run(config: RunConfig, world_size: int) -> None:
     data_size = config.parallel.data_parallel_size(world_size)
     config.model.check_parallel(config.parallel)
     config.parallel.check_lengths(config.objective.length_multiple(config.data.seq_length))
+    if config.parallel.fully_sharded:
+        _check_fully_sharded(config)
     micro = config.training.micro_batch_size
     batches = [("training.global_batch_size", size) for size in config.training.batch_sizes()]
     for name, size in [*batches, ("evaluation.batch_size", config.evaluation.batch_size)]:
@@ -213,6 +216,19 @@ def check_run(config: RunConfig, world_size: int) -> None:
                 f"{name}: {size} is {microbatches} microbatches, and interleaved chunks need as many as "
                 f"parallel.pipeline_model_parallel_size {stages}"
             )
+
+
+def _check_fully_sharded(config: RunConfig) -> None:
+    if config.training.precision != "fp32":
+        raise InputError(
+            f"training.precision: {config.training.precision}, and parallel.fully_sharded needs fp32: it "
+            "sums gradients in the parameters' precision"
+        )
+    if config.objective.has_parts:
+        raise InputError(
+            "parallel.fully_sharded: needs equal numbers of forwards on all ranks, which an objective of two "
+            "parts (objective.alpha_0 between 0 and 1) does not give"
+        )
 
 
 def load_recipe(path: Path) -> RunConfig:

@@ -48,10 +48,12 @@ def open_checkpoint(
         The loaded stage.
 
     Raises:
-        InputError: an interleaved layout.
+        InputError: an interleaved or fully sharded layout.
     """
     if parallel_config.virtual_pipeline_model_parallel_size > 1:
         raise InputError("parallel.virtual_pipeline_model_parallel_size: for training only")
+    if parallel_config.fully_sharded:
+        raise InputError("parallel.fully_sharded: for training only")
     parallel = start_parallel(detect_environment(), parallel_config)
     from megatron_dlm.checkpointing.manager import load_weights, verify_on_all_ranks
     from megatron_dlm.training.session import build_denoiser

@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_dlm.models.weight_layout import public_shapes, weight_places
+from megatron_dlm.platform.fully_sharded import local, own_range
 from megatron_dlm.platform.rng import NoiseSource
 
 
@@ -20,7 +21,8 @@ def random_state(model, vocabulary_size, seed=5, scale=0.05):
 @torch.no_grad()
 def set_weights(denoiser, parallel, state):
     for place in weight_places(denoiser, parallel):
-        place.parameter.copy_(place.cut(state[place.name]))
+        start, end = own_range(place.parameter)
+        local(place.parameter).view(-1).copy_(place.cut(state[place.name]).reshape(-1)[start:end])
 
 
 def gather(denoiser, parallel, values):
@@ -41,6 +43,9 @@ def reduced_gradients(session):
     Under the distributed optimizer each rank holds the reduced values of its own shard of each bucket only.
     """
     parallel = session.parallel
+    if session.config.parallel.fully_sharded:
+        values = {p: p.grad.full_tensor() for p in session.denoiser.parameters()}
+        return gather(session.denoiser, parallel, values)
     if session.config.parallel.use_distributed_optimizer:
         group = parallel.replica_group
         for buffer in [buffer for chunk in session.chunks for buffer in chunk.buffers]:
