@@ -69,7 +69,7 @@ class NonFiniteHook(Hook):
         return f"bad-step-{progress.step:08d}"
 
     def _dump(self, session: Session, progress: Progress, report: StepReport) -> None:
-        """What a replay needs: configuration, the step's address, its samples as the network saw them."""
+        """For tools/replay_step.py: configuration, the step's address, samples as the network saw them."""
         directory, first_sample = session.config.directory, progress.consumed_samples - report.batch_size
         record = {
             "config": encode(session.config),

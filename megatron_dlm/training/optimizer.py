@@ -121,8 +121,7 @@ def step_if_finite(optimizer: Any, largest_norm: float = math.inf) -> float:
     import torch.distributed as dist
     from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
-    optimizer.prepare_grads()
-    norm = float(optimizer.get_grad_norm())
+    norm = gradient_norm(optimizer)
     # Without the distributed optimizer each replica has a norm of its own, and one may be damaged.
     largest = torch.tensor(norm if math.isfinite(norm) else math.inf, device=torch.cuda.current_device())
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
@@ -136,6 +135,12 @@ def step_if_finite(optimizer: Any, largest_norm: float = math.inf) -> float:
             clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)
     optimizer.step_with_ready_grads()
     return norm
+
+
+def gradient_norm(optimizer: Any) -> float:
+    """Norm of the last pass's gradients over all ranks, which then wait for a step."""
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
 
 
 def set_learning_rate(optimizer: Any, lr: float) -> None:

@@ -71,14 +71,35 @@ class BatchStream:
         Returns:
             Sums over the global batch, equal on all ranks.
         """
-        context = CorruptionContext(
+        context = self._context(step, first_sample, batch_size, training=training)
+        return self._runner.run(self._microbatches(first_sample, batch_size), context)
+
+    def run_sample(self, step: int, first_sample: int, batch_size: int, position: int) -> BatchSums:
+        """Forward and backward of one sample of a training batch, on one process.
+
+        Args:
+            step: optimizer steps before the batch.
+            first_sample: position in the run of the batch's first sample.
+            batch_size: samples of the batch, over all processes.
+            position: of the sample, in the run.
+
+        Returns:
+            Sums over the sample.
+        """
+        context = self._context(step, first_sample, batch_size, training=True)
+        return self._runner.run(iter([self._read(np.array([position]))]), context)
+
+    def _context(self, step: int, first_sample: int, batch_size: int, *, training: bool) -> CorruptionContext:
+        return CorruptionContext(
             noise=self._noise,
             step=step,
             batch_start=first_sample,
             global_batch_size=batch_size,
             training=training,
         )
-        return self._runner.run(self._microbatches(first_sample, batch_size), context)
+
+    def _read(self, positions: NDArray[np.int64]) -> TokenBatch:
+        return read_batch(self._blocks, self._order(positions), positions)
 
     def corrupted(
         self, step: int, first_sample: int, batch_size: int, positions: NDArray[np.int64]
@@ -94,17 +115,10 @@ class BatchStream:
         Returns:
             For each position its clean tokens and the tensors of its inputs and targets, by name.
         """
-        context = CorruptionContext(
-            noise=self._noise,
-            step=step,
-            batch_start=first_sample,
-            global_batch_size=batch_size,
-            training=True,
-        )
+        context = self._context(step, first_sample, batch_size, training=True)
         arrays: dict[str, NDArray[Any]] = {}
         for position in positions:
-            one = np.array([position])
-            batch = read_batch(self._blocks, self._order(one), one)
+            batch = self._read(np.array([position]))
             inputs, targets = corrupt(self._runner.objective, batch, context)
             tensors = {"clean_token_ids": batch.token_ids, **vars(inputs), **vars(targets)}
             arrays |= {
@@ -122,7 +136,7 @@ class BatchStream:
             data_rank=self._parallel.data_rank,
             data_size=self._parallel.data_size,
         ):
-            yield read_batch(self._blocks, self._order(positions), positions)
+            yield self._read(positions)
 
 
 class Validation:
@@ -193,11 +207,20 @@ class Session:
         Returns:
             Sums over the global batch, equal on all ranks.
         """
+        self._forget_gradients()
+        size = self.config.training.batch_size_at(first_sample)
+        return self._stream.run(step, first_sample, size, training=True)
+
+    def run_sample(self, step: int, first_sample: int, position: int) -> BatchSums:
+        """Forward and backward of one sample of a training batch; see `BatchStream.run_sample`."""
+        self._forget_gradients()
+        size = self.config.training.batch_size_at(first_sample)
+        return self._stream.run_sample(step, first_sample, size, position)
+
+    def _forget_gradients(self) -> None:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        size = self.config.training.batch_size_at(first_sample)
-        return self._stream.run(step, first_sample, size, training=True)
 
     def corrupted(
         self, step: int, first_sample: int, positions: NDArray[np.int64]

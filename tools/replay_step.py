@@ -1,0 +1,116 @@
+"""Runs the samples of a step that ended a run once more, one by one, on one process.
+
+    python tools/replay_step.py RUN/bad-step-00001234.json [--checkpoint RUN/checkpoints/step-00001000]
+
+A run that ends after a loss or gradient that is not finite, or a spike, leaves RUN/bad-step-NNNNNNNN.json and
+.npz. This reads them, loads the newest checkpoint from before the step (or the initial weights), checks that
+each sample is corrupted as it was, and prints its loss and the norm of its gradient. Skipped steps change no
+weight, so from a checkpoint right before them the numbers are those of the step. Exit code 0 where all
+samples are finite, 1 where one is not, 2 where they cannot be replayed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from megatron_dlm.checkpointing.storage import CheckpointRoot, read_json, step_of
+from megatron_dlm.interfaces import InputError
+from megatron_dlm.platform.codec import decode
+from megatron_dlm.platform.launch import detect_environment
+from megatron_dlm.platform.parallel import ParallelConfig, start_parallel, stop_parallel
+from megatron_dlm.training.run_config import RunConfig
+from megatron_dlm.training.run_data import open_data
+
+
+def newest_before(config: RunConfig, step: int) -> Path | None:
+    """The newest complete checkpoint of a run that a step could have started from."""
+    complete = CheckpointRoot(config.directory / "checkpoints").complete()
+    return next((path for path in reversed(complete) if step_of(path) < step), None)
+
+
+def replay(dump: Path, checkpoint: Path | None) -> bool:
+    """Replay and print; whether all samples are finite.
+
+    Args:
+        dump: the .json file.
+        checkpoint: whose weights to take; None for the newest from before the step.
+
+    Returns:
+        True where every loss and gradient is finite.
+
+    Raises:
+        InputError: a file is missing or damaged, or the samples are not those of the dump.
+    """
+    record = read_json(dump)
+    config = decode(RunConfig, record.get("config"), f"{dump}: config")
+    training = replace(config.training, micro_batch_size=1)
+    parallel_config = replace(ParallelConfig(), intra_op_threads=config.parallel.intra_op_threads)
+    config = replace(config, parallel=parallel_config, training=training)
+    data = open_data(config.data)
+    step, first_sample = int(record["step"]), int(record["consumed_samples"])
+    checkpoint = checkpoint or newest_before(config, step)
+    parallel = start_parallel(detect_environment(), parallel_config)
+    from megatron_dlm.training.optimizer import gradient_norm
+    from megatron_dlm.training.session import Session
+
+    session = Session(config, data, parallel)
+    if checkpoint is not None:
+        from megatron_dlm.checkpointing.manager import load, verify_on_all_ranks
+
+        verify_on_all_ranks(checkpoint, parallel)
+        load(checkpoint, session.denoiser, session.optimizer, parallel)
+    samples = [int(sample) for sample in record["samples"]]
+    check_samples(dump.with_suffix(".npz"), session.corrupted(step - 1, first_sample, np.array(samples)))
+    weights = f"weights of {checkpoint.name}" if checkpoint else "initial weights"
+    print(f"step {step}: {record['fault']}; {weights}")
+    table = Table("sample", "loss per token", "gradient norm")
+    finite = True
+    for sample in samples:
+        sums = session.run_sample(step - 1, first_sample, sample)
+        loss, norm = sums.loss / sums.tokens, gradient_norm(session.optimizer)
+        finite &= math.isfinite(loss) and math.isfinite(norm)
+        table.add_row(str(sample), f"{loss:.6g}", f"{norm:.6g}")
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    stop_parallel()
+    return finite
+
+
+def check_samples(path: Path, arrays: dict[str, Any]) -> None:
+    """Compare what the network would see with what it saw."""
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            different = [name for name in saved.files if not np.array_equal(saved[name], arrays.get(name))]
+    except (OSError, ValueError, BadZipFile) as error:
+        raise InputError(f"{path}: unreadable: {error}") from error
+    if different:
+        raise InputError(f"{path}: {different[0]} is not what this program and data give")
+
+
+def main() -> None:
+    """Parse and replay."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("dump", type=Path, help="RUN/bad-step-NNNNNNNN.json")
+    parser.add_argument("--checkpoint", type=Path, help="step-NNNNNNNN directory to take the weights from")
+    arguments = parser.parse_args()
+    try:
+        finite = replay(arguments.dump, arguments.checkpoint)
+    except InputError as error:
+        print(f"replay_step: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0 if finite else 1)
+
+
+if __name__ == "__main__":
+    main()
