@@ -3,6 +3,7 @@
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from megatron_dlm.objectives.registry import OBJECTIVES
 from megatron_dlm.telemetry.writers import read_metrics
 from megatron_dlm.training.run_config import check_run, load_recipe
 from tests.conftest import ROOT
-from tests.helpers.runs import arguments_for
+from tests.helpers.runs import arguments_for, finish, train_metrics, wait_for_step
 
 RECIPES = sorted(path for family in OBJECTIVES for path in (ROOT / "examples" / family).glob("*.py"))
 WORLD = {"tiny": 2, "113m": 8, "1.7b": 128, "1.7b-phase2": 128}
@@ -99,19 +100,36 @@ def losses(directory):
     return [entry["loss"] for entry in read_metrics(directory) if entry["kind"] == "train"]
 
 
-def test_mpirun_trains_what_torchrun_trains(corpus, tmp_path, torchrun_run):
+def mpi_environment(port):
     mpirun = find_mpirun()
     if mpirun is None:
         pytest.skip("mpirun is not installed")
-    environment = {
+    return {
         "PATH": f"{Path(mpirun).parent}:{os.environ['PATH']}",
         "NUM_PROCESSES": "2",
-        "MASTER_PORT": "29612",
+        "MASTER_PORT": port,
         "MPIRUN_FLAGS": "--allow-run-as-root --oversubscribe",
     }
+
+
+def test_mpirun_trains_what_torchrun_trains(corpus, tmp_path, torchrun_run):
     more = ["--parallel.tensor-model-parallel-size", "2"]
-    launch("mpi", *arguments_for(corpus, tmp_path / "run", *more, steps=3)[1:], **environment)
+    launch("mpi", *arguments_for(corpus, tmp_path / "run", *more, steps=3)[1:], **mpi_environment("29612"))
     assert losses(tmp_path / "run") == losses(torchrun_run)
+
+
+def test_a_signal_to_mpirun_saves(corpus, tmp_path):
+    environment = os.environ | CPU_ONLY | {"PYTHON": sys.executable} | mpi_environment("29613")
+    words = ["examples/mpi/train.sh", *map(str, arguments_for(corpus, tmp_path, steps=2000)[1:])]
+    process = subprocess.Popen(
+        words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    wait_for_step(process, tmp_path, 3)
+    process.send_signal(signal.SIGUSR1)
+    code, output = finish(process)
+    assert code == 3, output
+    stopped = max(train_metrics(tmp_path))
+    assert stopped < 2000 and (tmp_path / "checkpoints" / f"step-{stopped:08d}").is_dir()
 
 
 @pytest.fixture(scope="module")
