@@ -1,14 +1,12 @@
-"""What happens around steps: metrics, validation, checkpoints, signals."""
+"""What happens around steps: metrics, validation, checkpoints, requests."""
 
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -23,9 +21,9 @@ from megatron_dlm.platform.parallel import ParallelState
 from megatron_dlm.platform.peak import matmul_flops_per_second
 from megatron_dlm.telemetry.writers import ConsoleWriter, JsonLinesWriter, TensorBoardWriter, Writer
 from megatron_dlm.training.session import Session
+from megatron_dlm.training.stop_signals import StopSignals
 from megatron_dlm.training.trainer import Hook, Progress, StepReport
 
-REPEATED_SIGNAL_SECONDS = 5.0
 SAVE_REQUEST = "save-now"
 """Making this file in a run's directory asks for a checkpoint after the current step, which removes it."""
 
@@ -136,7 +134,7 @@ class EvaluationHook(Hook):
 
     def on_start(self, session: Session, progress: Progress) -> None:
         """Evaluate a new run's initial model."""
-        if progress.step == 0:
+        if progress.step == 0 and not progress.stop_requested:
             self._evaluate(session, progress)
 
     def after_step(self, session: Session, progress: Progress, report: StepReport) -> None:
@@ -253,33 +251,25 @@ class CheckpointHook(Hook):
 
 
 class RequestHook(Hook):
-    """What asks a run from outside to save or to stop: signals, the time limit, a file in its directory.
+    """What asks a run from outside to save or to stop: signals, the time limit, a file in its directory."""
 
-    Launchers deliver one signal twice (to the process and to its group), so only one that comes seconds
-    later means "at once".
-    """
-
-    def __init__(self) -> None:
-        self._received = 0
-        self._received_at = 0.0
+    def __init__(self, signals: StopSignals) -> None:
+        self._signals = signals
         self._started_at = time.monotonic()
 
     def on_start(self, session: Session, progress: Progress) -> None:
-        """Take over the signals that schedulers and terminals send before they kill."""
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._receive)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if not self._received:
-            self._received, self._received_at = number, time.monotonic()
-        elif time.monotonic() - self._received_at > REPEATED_SIGNAL_SECONDS:
-            os._exit(128 + number)
+        """Make no step where a signal has come before the first."""
+        self._agree(session, progress)
 
     def after_step(self, session: Session, progress: Progress, report: StepReport) -> None:
-        """Agree with all ranks, so that none waits for one that has left."""
+        """Stop or save after this step."""
+        self._agree(session, progress)
+
+    def _agree(self, session: Session, progress: Progress) -> None:
+        """Among all ranks, so that none waits for one that has left."""
         limit = session.config.checkpoint.stop_after_minutes
         late = bool(limit) and time.monotonic() - self._started_at > 60 * limit
         asked = session.parallel.rank == 0 and os.path.exists(session.config.directory / SAVE_REQUEST)
-        requests = torch.tensor([bool(self._received) or late, asked], device=session.parallel.device).int()
+        requests = torch.tensor([self._signals.received or late, asked], device=session.parallel.device).int()
         dist.all_reduce(requests, op=dist.ReduceOp.MAX)
         progress.stop_requested, progress.save_requested = map(bool, requests.tolist())

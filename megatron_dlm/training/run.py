@@ -16,6 +16,7 @@ from megatron_dlm.platform.post_mortem import naming_the_rank_at_fault
 from megatron_dlm.training.run_config import RunConfig, check_run
 from megatron_dlm.training.run_data import RunData, open_data
 from megatron_dlm.training.run_lock import RunLock
+from megatron_dlm.training.stop_signals import StopSignals
 
 REFERENCE_SUFFIX = ".ckpt"
 
@@ -89,6 +90,7 @@ def train(config: RunConfig) -> bool:
         InputError: the configuration, the data or the checkpoint to start from cannot be used, or another job
             is in the directory; no step has been made then.
     """
+    signals = StopSignals()
     environment = detect_environment()
     check_run(config, environment.world_size)
     data = open_data(config.data)
@@ -106,7 +108,7 @@ def train(config: RunConfig) -> bool:
 
         session = Session(config, data, parallel)
         progress = _restore(session, start)
-        go_on(session, progress)
+        go_on(session, progress, signals)
         # Not after an error: the other ranks may never arrive.
         stop_parallel()
     return progress.step >= config.training.num_steps
@@ -227,12 +229,13 @@ def _sound(newest: Path, session: Session) -> Path:
     return newest
 
 
-def go_on(session: Session, progress: Progress) -> None:
+def go_on(session: Session, progress: Progress, signals: StopSignals) -> None:
     """Train a session to its last step, or until a signal, with all that happens around steps.
 
     Args:
         session: model, optimizer and data.
         progress: where to begin; kept up to date.
+        signals: that stop the run.
     """
     from megatron_dlm.training.health import ReplicaHook, WatchdogHook, stop_watching
     from megatron_dlm.training.hooks import (
@@ -260,7 +263,7 @@ def go_on(session: Session, progress: Progress) -> None:
         WatchdogHook(),
         NonFiniteHook(roll_back),
         ReplicaHook(),
-        RequestHook(),
+        RequestHook(signals),
         EvaluationHook(telemetry),
         LoggingHook(telemetry),
         checkpoints,

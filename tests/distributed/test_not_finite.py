@@ -102,6 +102,7 @@ def test_a_bad_step_changes_nothing_and_the_run_goes_on(corpus, layout, kind, pr
 def whole_run(state, config, kind, steps):
     """What a run with faults ends with: its last progress, or its complaint."""
     from megatron_dlm.training.run import go_on
+    from megatron_dlm.training.stop_signals import StopSignals
     from megatron_dlm.training.trainer import Progress
 
     session, progress = build(state, config), Progress()
@@ -118,7 +119,7 @@ def whole_run(state, config, kind, steps):
 
     session.run_batch = recording
     try:
-        go_on(session, progress)
+        go_on(session, progress, StopSignals())
     except TrainingError as error:
         return str(error), seen
     return (progress.step, progress.consumed_samples), seen

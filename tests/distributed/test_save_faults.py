@@ -124,6 +124,18 @@ def test_a_signal_at_any_moment_saves_and_loses_nothing(corpus, tmp_path, whole,
     assert tensors(tmp_path) == tensors(whole)
 
 
+def test_a_signal_before_the_first_step_stops_a_new_and_a_resumed_run(corpus, tmp_path, whole):
+    config = config_for(corpus, tmp_path)
+    for steps in (2, STEPS):
+        code, output = faulty.train_in_child(config, faulty.signal_at, "the start")
+        assert code == 3, output
+        finish(replace(config, training=replace(config.training, num_steps=steps)))
+    assert losses(tmp_path) == losses(whole)
+    assert tensors(tmp_path) == tensors(whole)
+    kinds = [entry["kind"] for entry in read_metrics(tmp_path)]
+    assert kinds.count("train") == STEPS and kinds.count("validation") == 3
+
+
 def test_a_second_signal_later_ends_at_once(corpus, tmp_path):
     code, output = faulty.train_in_child(config_for(corpus, tmp_path), signal_twice)
     assert code == 143, output

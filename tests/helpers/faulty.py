@@ -148,18 +148,19 @@ def jumping_clock():
 def signal_at(place, *, again=False):
     """SIGTERM to the process at a place of a run; with `again` a second one later, in the same step."""
     from megatron_dlm.checkpointing.writing import ShareWriter
-    from megatron_dlm.training import hooks, session
+    from megatron_dlm.training import run, session, stop_signals
 
     def send():
         os.kill(os.getpid(), signal.SIGTERM)
         if again:
-            time.sleep(2 * hooks.REPEATED_SIGNAL_SECONDS)
+            time.sleep(2 * stop_signals.REPEATED_SIGNAL_SECONDS)
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(60)
 
     if again:
-        hooks.REPEATED_SIGNAL_SECONDS = 0.2
+        stop_signals.REPEATED_SIGNAL_SECONDS = 0.2
     owner, name, number = {
+        "the start": (run, "detect_environment", 1),
         "reading data": (session, "read_batch", 14),
         "an evaluation": (session.Validation, "run", 2),
         "a save": (ShareWriter, "start", 1),

@@ -158,6 +158,7 @@ def measure_hooks(
     from megatron_dlm.training.hooks import LoggingHook, RequestHook, Telemetry
     from megatron_dlm.training.run_data import open_data
     from megatron_dlm.training.session import Session
+    from megatron_dlm.training.stop_signals import StopSignals
     from megatron_dlm.training.trainer import Progress, train_step
     from tests.helpers import tiny
 
@@ -174,7 +175,7 @@ def measure_hooks(
     telemetry = Telemetry(session, 0)
     hooks = {
         f"replica check (every {every} steps)": (ReplicaHook(), every),
-        "signals and save-now": (RequestHook(), 1),
+        "signals and save-now": (RequestHook(StopSignals()), 1),
         "log line to 3 writers": (LoggingHook(telemetry), 1),
         "watchdog": (WatchdogHook(), 1),
     }
