@@ -255,8 +255,8 @@ def exit_code(run: Run, ranks: list[Any]) -> int:
 def train_rank(config: RunConfig, rank: int, processes: int, port: int, file_limit: int | None) -> None:
     """One rank of an attempt; exits as `megatron-dlm train` would."""
     from megatron_dlm.cli.main import run_and_exit
-    from megatron_dlm.cli.train import EXIT_PREEMPTED
     from megatron_dlm.training.run import train
+    from megatron_dlm.training.stop_signals import EXIT_PREEMPTED
 
     os.environ |= {
         "RANK": str(rank),

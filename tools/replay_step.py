@@ -28,13 +28,14 @@ from megatron_dlm.interfaces import InputError
 from megatron_dlm.platform.codec import decode
 from megatron_dlm.platform.launch import detect_environment
 from megatron_dlm.platform.parallel import ParallelConfig, start_parallel, stop_parallel
+from megatron_dlm.training.run import read_run_record
 from megatron_dlm.training.run_config import RunConfig
 from megatron_dlm.training.run_data import open_data
 
 
-def newest_before(config: RunConfig, step: int) -> Path | None:
+def newest_before(run: Path, step: int) -> Path | None:
     """The newest complete checkpoint of a run that a step could have started from."""
-    complete = CheckpointRoot(config.directory / "checkpoints").complete()
+    complete = CheckpointRoot(run / "checkpoints").complete()
     return next((path for path in reversed(complete) if step_of(path) < step), None)
 
 
@@ -43,23 +44,36 @@ def replay(dump: Path, checkpoint: Path | None) -> bool:
 
     Args:
         dump: the .json file.
-        checkpoint: whose weights to take; None for the newest from before the step.
+        checkpoint: whose weights to take; None for the newest beside the dump from before the step.
 
     Returns:
         True where every loss and gradient is finite.
 
     Raises:
-        InputError: a file is missing or damaged, or the samples are not those of the dump.
+        InputError: a file is missing or damaged, there are no weights to take, or the samples are not those
+            of the dump.
     """
+    environment = detect_environment()
+    if environment.world_size != 1:
+        raise InputError(f"started on {environment.world_size} processes; it takes one")
     record = read_json(dump)
-    config = decode(RunConfig, record.get("config"), f"{dump}: config")
+    if missing := {"config", "step", "consumed_samples", "samples", "fault"} - set(record):
+        raise InputError(f"{dump}: has no {', '.join(sorted(missing))}")
+    config = decode(RunConfig, record["config"], f"{dump}: config")
+    step, first_sample = int(record["step"]), int(record["consumed_samples"])
+    checkpoint = checkpoint or newest_before(dump.parent, step)
+    if checkpoint is None and config.checkpoint.initialize_from is not None:
+        raise InputError(f"{dump.parent}: no checkpoint from before step {step}; name one with --checkpoint")
+    if checkpoint is not None and read_run_record(checkpoint).config.model != config.model:
+        raise InputError(f"{checkpoint}: of another model than {dump}")
+    old = config.parallel
+    parallel_config = ParallelConfig(
+        device=old.device, deterministic=old.deterministic, intra_op_threads=old.intra_op_threads
+    )
     training = replace(config.training, micro_batch_size=1)
-    parallel_config = replace(ParallelConfig(), intra_op_threads=config.parallel.intra_op_threads)
     config = replace(config, parallel=parallel_config, training=training)
     data = open_data(config.data)
-    step, first_sample = int(record["step"]), int(record["consumed_samples"])
-    checkpoint = checkpoint or newest_before(config, step)
-    parallel = start_parallel(detect_environment(), parallel_config)
+    parallel = start_parallel(environment, parallel_config)
     from megatron_dlm.training.optimizer import gradient_norm
     from megatron_dlm.training.session import Session
 

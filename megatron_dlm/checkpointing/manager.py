@@ -22,7 +22,7 @@ from megatron_dlm.checkpointing.optimizer_state import MAIN_WEIGHT, PREFIX, load
 from megatron_dlm.checkpointing.safe_metadata import check_metadata
 from megatron_dlm.checkpointing.storage import CheckpointRoot, verify
 from megatron_dlm.checkpointing.writing import BACKEND, VERSION, SavePlans, ShareWriter
-from megatron_dlm.interfaces import SaveError
+from megatron_dlm.interfaces import InputError, SaveError
 from megatron_dlm.models.denoiser import ChunkedDenoiser, Denoiser
 from megatron_dlm.platform import distributed_optimizer
 from megatron_dlm.platform.files import write_json
@@ -87,7 +87,13 @@ class PendingSave:
         self._share.start()
 
     def _require_space(self) -> None:
-        free = self._root.free_bytes() if self._parallel.rank == 0 else 0
+        free = 0
+        if self._parallel.rank == 0:
+            try:
+                free = self._root.free_bytes()
+            except OSError:
+                # The storage is not to be had: as good as full, and all ranks must hear of it.
+                free = -1
         sums = torch.tensor([self._share.num_bytes, free], device=self._parallel.device)
         dist.all_reduce(sums)
         needed, free = sums.tolist()
@@ -157,7 +163,9 @@ def load(
         parallel: this process's place; may differ from the one that saved, sharded optimizer or not.
     """
     loaded = _load(_without_sharded(denoiser, _model_state(denoiser, parallel)), directory, parallel)
-    denoiser.load_state_dict(loaded["model"], strict=not sharded_names(denoiser))
+    found = denoiser.load_state_dict(loaded["model"], strict=False)
+    if set(found.missing_keys) != sharded_names(denoiser) or found.unexpected_keys:
+        raise InputError(f"checkpoint: {directory}: not the tensors of this model: {found}")
     for chunk in denoiser.chunks:
         # One by one: chunks of one process have copies of the time embedder.
         load_state(directory, optimizer, _places(chunk, _model_state(chunk, parallel)))

@@ -25,7 +25,6 @@ of the recipe, its directory too, stays.
 A run continues from the newest complete checkpoint in its directory. SIGTERM, SIGUSR1 or SIGINT saves and
 stops it with exit code 3; making the file save-now in its directory saves it.
 """
-EXIT_PREEMPTED = 3
 
 
 def run(arguments: list[str]) -> int:
@@ -54,6 +53,7 @@ def run(arguments: list[str]) -> int:
         print(describe_layout(config, processes))
         return 0
     from megatron_dlm.training.run import train
+    from megatron_dlm.training.stop_signals import EXIT_PREEMPTED
 
     return 0 if train(config) else EXIT_PREEMPTED
 

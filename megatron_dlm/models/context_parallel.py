@@ -25,13 +25,15 @@ def own_positions(length: int, rank: int, size: int) -> Tensor:
     """Positions of one rank.
 
     Args:
-        length: S, positions of the sequence; a multiple of 2 x `size`.
+        length: S, positions of the sequence; where there are several ranks a multiple of 2 x `size`.
         rank: context parallel rank.
         size: context parallel size.
 
     Returns:
         int64 [S / size], increasing.
     """
+    if size == 1:
+        return torch.arange(length)
     return torch.cat([torch.arange(length).chunk(2 * size)[part] for part in own_parts(rank, size)])
 
 

@@ -41,6 +41,8 @@ class ObjectiveConfig:
 
     name: ClassVar[str]
     attention: ClassVar[AttentionPattern]
+    takes_document_masks: ClassVar[bool] = True
+    """Whether a document in a block of several is treated as it would be alone."""
 
     def check_sizes(self, batch_size: int, seq_length: int) -> None:
         """Refuse a global batch or length that the family cannot divide.

@@ -37,6 +37,8 @@ class BlockDiffusionConfig(DiffusionConfig):
 
     name: ClassVar[str] = "block-diffusion"
     attention: ClassVar[AttentionPattern] = AttentionPattern.BIDIRECTIONAL
+    # Its blocks begin with the sample, not with each document.
+    takes_document_masks: ClassVar[bool] = False
 
     block_size: int = 16
     """Tokens of a block; the sequence length gives MDLM, 1 a bound equal to the sequential likelihood."""

@@ -161,7 +161,9 @@ def start_process_group(environment: ProcessEnvironment, *, backend: str, timeou
         )
         store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", agent)
     else:
-        listener = _listen(environment) if rank == 0 else None
+        # Over several nodes a name may be the loopback address on its own node.
+        one_node = environment.local_world_size == world_size
+        listener = _listen(environment) if rank == 0 and one_node else None
         store = TCPStore(
             environment.master_addr,
             environment.master_port,

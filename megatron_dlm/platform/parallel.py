@@ -171,8 +171,10 @@ def prepare_device(environment: ProcessEnvironment, config: ParallelConfig) -> t
     """
     import torch
 
-    # One queue to the GPU keeps megatron-core's overlapped collectives in order; it warns where unset.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if not config.fully_sharded:
+        # One queue to the GPU keeps megatron-core's overlapped collectives in order; it warns where unset.
+        # FSDP2's all-gathers must not queue behind the computation.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     torch.set_num_threads(config.intra_op_threads)
     if config.deterministic:
         # cuBLAS and Transformer Engine read these when they start.

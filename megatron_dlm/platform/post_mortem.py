@@ -38,13 +38,16 @@ def naming_the_rank_at_fault(parallel: ParallelState) -> Iterator[None]:
     from torch.distributed.checkpoint.api import CheckpointException
 
     ended = threading.Event()
-    threading.Thread(target=_print_stacks_on_demand, args=(ended,), daemon=True).start()
+    watcher = threading.Thread(target=_print_stacks_on_demand, args=(ended,), daemon=True)
+    watcher.start()
     try:
         yield
     # It is no Exception.
     except (Exception, CheckpointException) as error:
         broken = _is_broken_collective(error)
         ended.set()
+        # A store whose process is frozen answers never.
+        faulthandler.dump_traceback_later(4 * REPORT_SECONDS, exit=True)
         if broken and "timed out" in str(error).lower():
             # Someone hangs: where everyone was tells why.
             traceback.print_exception(error)
@@ -55,13 +58,16 @@ def naming_the_rank_at_fault(parallel: ParallelState) -> Iterator[None]:
         raise TrainingError(_describe(reports, parallel.world_size)) from error
     finally:
         ended.set()
+        watcher.join(REPORT_SECONDS)
+        faulthandler.cancel_dump_traceback_later()
 
 
 def _print_stacks_on_demand(ended: threading.Event) -> None:
     """A thread of each rank, for the case that its main thread hangs."""
     from torch.distributed.distributed_c10d import _get_default_store
 
-    store = _get_default_store()
+    # A connection of its own: one that waits for an answer keeps other threads waiting too.
+    store = _get_default_store().clone()  # type: ignore[attr-defined]
     while not ended.wait(POLL_SECONDS):
         try:
             if store.check([STACKS_WANTED]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,16 +32,32 @@ class JsonLinesWriter:
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         temporary.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
+        self._pending: list[bytes] = []
+        self._whole = self._file.seek(0, os.SEEK_END)
 
     def write(self, kind: str, step: int, metrics: dict[str, float | int]) -> None:
         """Append one line; lines that the disk had no room for come with the next one that it has."""
-        self._file.write(json.dumps({"kind": kind, "step": step, **metrics}) + "\n")
-        self._file.flush()
+        self._pending.append(json.dumps({"kind": kind, "step": step, **metrics}).encode() + b"\n")
+        self._write_pending()
+
+    def _write_pending(self) -> None:
+        content = b"".join(self._pending)
+        try:
+            done = 0
+            while done < len(content):
+                done += self._file.write(content[done:]) or 0
+        except OSError:
+            # Without a part of a line.
+            os.ftruncate(self._file.fileno(), self._whole)
+            raise
+        self._whole += len(content)
+        self._pending.clear()
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Write what has found no room so far, and close the file."""
+        with self._file:
+            self._write_pending()
 
 
 class TensorBoardWriter:

@@ -19,6 +19,8 @@ class WatchdogHook(Hook):
 
     def on_start(self, session: Session, progress: Progress) -> None:
         """Begin to watch."""
+        # NCCL's own watchdog ends a process that waits in vain by SIGABRT.
+        faulthandler.enable()
         faulthandler.register(signal.SIGUSR2)
         self._watch(session)
 

@@ -42,8 +42,8 @@ class NonFiniteHook(Hook):
             if first:
                 self._dump(session, progress, report)
             raise TrainingError(
-                f"{what}, {self._in_a_row} such steps in a row; see {self._name(progress)}.json and .npz in "
-                f"{session.config.directory}"
+                f"{what}, {self._in_a_row} such steps in a row; tools/replay_step.py "
+                f"{session.config.directory / self._name(progress)}.json runs its samples once more"
             )
         if config.on_non_finite == "rollback":
             saved, consumed_samples = self._roll_back(), progress.consumed_samples

@@ -99,6 +99,7 @@ def train(config: RunConfig) -> bool:
     # What cannot be used is refused before anything starts; the lock's last holder may have saved since.
     _find_start(config, data)
     parallel = start_parallel(environment, config.parallel)
+    signals.ranks_have_met = True
     with naming_the_rank_at_fault(parallel):
         lock = RunLock(config.directory)
         on_first_rank(parallel, lambda: lock.acquire(config.checkpoint.lock_timeout_seconds))

@@ -196,6 +196,10 @@ def check_run(config: RunConfig, world_size: int) -> None:
     """
     if type(config.objective) not in OBJECTIVES.values():
         raise InputError(f"objective: choose a family, one of {', '.join(OBJECTIVES)}")
+    if config.data.document_mask and not config.objective.takes_document_masks:
+        raise InputError(
+            f"data.document_mask: {config.objective.name} cuts samples, not documents, into blocks"
+        )
     data_size = config.parallel.data_parallel_size(world_size)
     config.model.check_parallel(config.parallel)
     config.parallel.check_lengths(config.objective.length_multiple(config.data.seq_length))

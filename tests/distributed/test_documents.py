@@ -47,6 +47,23 @@ def packed_and_single(state, config):
     return together.numpy(), torch.cat(alone, dim=1).numpy(), one_text.numpy()
 
 
+def one_token(state, config):
+    """A sample cut to one token, as a rare step of `ssl_ratio` has it."""
+    from megatron_dlm.interfaces import ModelInputs
+    from megatron_dlm.training.run_data import open_data
+    from megatron_dlm.training.session import Session
+
+    session = Session(config, open_data(config.data), state)
+    ids = torch.zeros(1, 1, dtype=torch.int64)
+    inputs = ModelInputs(token_ids_BL=ids, position_ids_BL=ids, sigma_B=torch.zeros(1), document_ids_BL=ids)
+    return session.denoiser.logits(inputs).shape
+
+
+def test_a_sample_of_one_token_has_a_mask_too(corpus):
+    config = tiny.run_config(corpus, corpus.directory / "unused", MDLMConfig())
+    assert run_distributed(one_token, 1, config) == [torch.Size([1, 1, 301])]
+
+
 @pytest.mark.parametrize("objective", [ARConfig(), MDLMConfig()], ids=lambda config: config.name)
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_packed_documents_equal_single_ones(corpus, objective, tensor):

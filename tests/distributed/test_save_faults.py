@@ -127,8 +127,10 @@ def test_a_signal_at_any_moment_saves_and_loses_nothing(corpus, tmp_path, whole,
 def test_a_signal_before_the_first_step_stops_a_new_and_a_resumed_run(corpus, tmp_path, whole):
     config = config_for(corpus, tmp_path)
     for steps in (2, STEPS):
-        code, output = faulty.train_in_child(config, faulty.signal_at, "the start")
-        assert code == 3, output
+        for place in ("the start", "the resume"):
+            code, output = faulty.train_in_child(config, faulty.signal_at, place)
+            assert code == 3, output
+            assert ("SIGTERM: saving and stopping" in output) == (place == "the resume")
         finish(replace(config, training=replace(config.training, num_steps=steps)))
     assert losses(tmp_path) == losses(whole)
     assert tensors(tmp_path) == tensors(whole)

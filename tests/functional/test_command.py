@@ -42,6 +42,10 @@ def write(path, text):
 
 
 BAD = {
+    "documents cut into blocks": (
+        ["train", "examples/block-diffusion/tiny.py", "--data.document-mask", "--dry-run", "2"],
+        "data.document_mask: block-diffusion cuts samples, not documents, into blocks",
+    ),
     "verb": (["trian"], "verb: 'trian' is not one of"),
     "flag": (["train", RECIPE, "--training.num-stepz", "3"], "--training.num-stepz"),
     "type": (["train", RECIPE, "--training.num-steps", "many"], "many"),

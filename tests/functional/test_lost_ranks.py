@@ -6,16 +6,16 @@ import time
 import psutil
 import pytest
 
-from tests.helpers.runs import arguments_for, finish, start, tensor_files, train_metrics, wait_for_step
-
-
-def rank_process(launcher, rank):
-    """The training process of one rank under torchrun."""
-    for child in psutil.Process(launcher.pid).children(recursive=True):
-        if "megatron_dlm" in child.cmdline() and child.environ().get("RANK") == str(rank):
-            return child
-    raise AssertionError(f"rank {rank} is not there")
-
+from tests.helpers.distributed import free_port
+from tests.helpers.runs import (
+    arguments_for,
+    finish,
+    rank_process,
+    start,
+    tensor_files,
+    train_metrics,
+    wait_for_step,
+)
 
 FATES = {
     "killed": (signal.SIGKILL, 15.0),
@@ -42,6 +42,24 @@ def test_the_others_end_and_name_the_rank(corpus, tmp_path, fate, rank):
     assert code == 1
     assert f"error on rank {1 - rank}: rank {rank} is gone or hangs" in output, output
     assert psutil.wait_procs([lost, left], timeout=5)[1] == []
+
+
+def test_a_frozen_rank_0_that_keeps_the_store_ends_the_others_too(corpus, tmp_path):
+    """As under srun and mpirun: its store answers nobody."""
+    more = ["--parallel.collective-timeout-seconds", 4]
+    port = free_port()
+    ranks = [
+        start(arguments_for(corpus, tmp_path, *more, steps=5000), rank=rank, world_size=2, port=port)
+        for rank in range(2)
+    ]
+    wait_for_step(ranks[0], tmp_path, 3)
+    ranks[0].send_signal(signal.SIGSTOP)
+    try:
+        code, output = finish(ranks[1], seconds=60)
+    finally:
+        ranks[0].kill()
+        ranks[0].communicate()
+    assert code == 1 and "Timed out" in output, output
 
 
 @pytest.mark.slow

@@ -25,8 +25,8 @@ def train_in_child(config, fault=None, *arguments, timeout=120):
 
 def _train(config, fault, arguments):
     from megatron_dlm.cli.main import run_and_exit
-    from megatron_dlm.cli.train import EXIT_PREEMPTED
     from megatron_dlm.training.run import train
+    from megatron_dlm.training.stop_signals import EXIT_PREEMPTED
 
     os.dup2(os.open(config.directory / "stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     if fault:
@@ -161,6 +161,7 @@ def signal_at(place, *, again=False):
         stop_signals.REPEATED_SIGNAL_SECONDS = 0.2
     owner, name, number = {
         "the start": (run, "detect_environment", 1),
+        "the resume": (run, "_agree_on_start", 1),
         "reading data": (session, "read_batch", 14),
         "an evaluation": (session.Validation, "run", 2),
         "a save": (ShareWriter, "start", 1),

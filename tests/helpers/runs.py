@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from megatron_dlm.telemetry.writers import read_metrics
@@ -31,18 +32,31 @@ def torchrun(processes, options=()):
     return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *options]
 
 
-def start(arguments, processes=1, options=()):
+def start(arguments, processes=1, options=(), rank=None, world_size=None, port=None):
+    """A run under torchrun, or alone, or as one of the ranks that another launcher would start."""
+    place = {}
+    if rank is not None:
+        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+        place = {name: str(value) for name, value in (numbers | {"MASTER_PORT": port}).items()}
     launcher = torchrun(processes, options) if processes > 1 else []
     words = [sys.executable, *launcher, "-m", "megatron_dlm", *map(str, arguments)]
     return subprocess.Popen(
         words,
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | place,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )
+
+
+def rank_process(launcher, rank):
+    """The training process of one rank under torchrun."""
+    for child in psutil.Process(launcher.pid).children(recursive=True):
+        if "megatron_dlm" in child.cmdline() and child.environ().get("RANK") == str(rank):
+            return child
+    raise AssertionError(f"rank {rank} is not there")
 
 
 def wait_for_step(process, directory, step, seconds=120):
