@@ -12,6 +12,8 @@ EXTRAS = {
     "cpu": ["torch==2.13.0"],
     "gpu": ["transformer-engine[pytorch]", "nvidia-dali-cuda130"],
     "mpi": ["mpi4py"],
+    # Input of the indexer beside JSON lines and text: parquet, object stores, other tokenizers.
+    "data": ["pyarrow>=15", "s3fs>=2024.2", "sentencepiece>=0.2", "tiktoken>=0.7"],
     "hf": ["transformers>=4.51"],
     "eval": ["matplotlib"],
     "test": ["psutil", "pytest>=8", "pytest-timeout", "pytest-xdist"],
@@ -36,6 +38,9 @@ setup(
         "huggingface-hub>=0.25",
         "tokenizers>=0.20",
         "gigatoken>=0.10",
+        "orjson>=3.10",
+        "backports.zstd>=1.0; python_version < '3.14'",
+        "fsspec>=2024.2",
         "tyro>=1.0,<2",
         "tensorboard>=2.16",
         "rich>=13",

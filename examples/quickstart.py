@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dlm.checkpointing.storage import CheckpointRoot
-from megatron_dlm.data.corpus import check_readable, read_texts
 from megatron_dlm.data.manifest import read_manifest
+from megatron_dlm.data.records import read_texts
+from megatron_dlm.data.sources import find_sources
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.objectives.registry import OBJECTIVES
 from megatron_dlm.telemetry.plots import plot_loss
@@ -84,11 +85,11 @@ class Quickstart:
     def run(self, data: Path | None, json_key: str) -> None:
         """All stages, then the summary."""
         if data is not None:
-            check_readable(data)
+            find_sources([data])
         if self._steps < SMALLEST_STEPS:
             raise InputError(f"--steps: {self._steps} is below {SMALLEST_STEPS}")
         self._empty_output()
-        texts = standard_library_sources() if data is None else read_texts(data, json_key)
+        texts = standard_library_sources() if data is None else read_texts([data], json_key)
         train_text, held_out_text = self._split(texts)
         tokenizer, shards = self._index(train_text, held_out_text)
         self._lap("corpus, tokenizer, shards")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -28,13 +27,12 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.checkpoint.utils import _DistWrapper
 
 from megatron_dlm.checkpointing.optimizer_state import SavePlanner, TensorPieces
+from megatron_dlm.platform.children import die_with
 from megatron_dlm.platform.files import sha256_of
 from megatron_dlm.platform.parallel import ParallelState
 
 BACKEND, VERSION = "torch_dist", 1
 """megatron-core's names of the format."""
-_SET_PARENT_DEATH_SIGNAL = 1
-"""PR_SET_PDEATHSIG of prctl(2)."""
 
 
 @dataclass(frozen=True)
@@ -142,9 +140,7 @@ class ShareWriter:
         # Launchers signal all processes of a rank; the save they ask for needs this one.
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
-        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
-        if os.getppid() != parent:
-            return
+        die_with(parent)
         torch.set_num_threads(1)
         try:
             results = self._writer.write_data(self._plan, self._planner).wait()

@@ -2,38 +2,39 @@
 
 from __future__ import annotations
 
+import math
 import sys
-import time
 
 from megatron_dlm.cli.arguments import parse
-from megatron_dlm.data.indexing import IndexConfig, IndexProgress, build_shard
-
-REPORT_SECONDS = 2.0
+from megatron_dlm.data.encoding import IndexProgress
+from megatron_dlm.data.indexing import IndexConfig, build_shards
 
 
 def run(arguments: list[str]) -> int:
     """Parse, index, report; returns the exit code."""
     config = parse(IndexConfig, arguments, verb="index")
-    reported = time.monotonic()
-
-    def report(progress: IndexProgress) -> None:
-        nonlocal reported
-        if time.monotonic() - reported >= REPORT_SECONDS:
-            reported = time.monotonic()
-            print(_line(progress), file=sys.stderr, flush=True)
-
-    manifest = build_shard(config, report)
-    print(
-        f"{config.output}: {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens "
-        f"({manifest.dtype}), {manifest.bytes_per_token:.3f} bytes/token, "
-        f"unigram entropy {manifest.unigram_entropy_nats:.4f} nats/token, encoded by {manifest.backend}"
-    )
+    manifests = build_shards(config, report)
+    for prefix, manifest in zip(config.prefixes(), manifests, strict=bool(manifests)):
+        print(
+            f"{prefix}: {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens "
+            f"({manifest.dtype}), {manifest.bytes_per_token:.3f} bytes/token, "
+            f"unigram entropy {manifest.unigram_entropy_nats:.4f} nats/token, encoded by {manifest.backend}"
+        )
+    if not manifests and config.shard:
+        print(f"{config.output}: this job has no more to do; the last one joins the parts", file=sys.stderr)
     return 0
 
 
-def _line(progress: IndexProgress) -> str:
-    seconds = max(progress.seconds, 1e-9)
-    return (
-        f"{progress.documents:,} documents | {progress.tokens:,} tokens | "
-        f"{progress.text_bytes / 1e6 / seconds:.1f} MB/s | {progress.tokens / seconds:,.0f} tokens/s"
+def report(progress: IndexProgress) -> None:
+    """One line on standard error."""
+    from megatron_dlm.telemetry.writers import duration
+
+    eta = duration(progress.eta_seconds) if math.isfinite(progress.eta_seconds) else "-"
+    print(
+        f"{progress.stored_bytes / max(1, progress.total_bytes):.0%} | {progress.documents:,} documents | "
+        f"{progress.tokens:,} tokens | {progress.text_bytes_per_second / 1e6:.1f} MB/s | "
+        f"{progress.documents_per_second:,.0f} documents/s | {progress.tokens_per_second:,.0f} tokens/s | "
+        f"ETA {eta}",
+        file=sys.stderr,
+        flush=True,
     )

@@ -1,224 +1,232 @@
-"""Text files to one verified shard: encode, write beside, rename, manifest last."""
+"""Text files to verified shards: units encoded by any number of processes, joined in order by one."""
 
 from __future__ import annotations
 
-import json
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+from megatron_dlm.data.encoding import Job, Progress, Report, encode_here, encode_in_children
+from megatron_dlm.data.joining import join_parts
+from megatron_dlm.data.manifest import Manifest, read_manifest, shard_path
+from megatron_dlm.data.parts import EncodingRules
+from megatron_dlm.data.records import LARGEST_LINE_BYTES, read_batches
+from megatron_dlm.data.shard import token_dtype
+from megatron_dlm.data.sources import STDIN, Source, find_sources
+from megatron_dlm.data.tokenizer import (
+    SAMPLE_DOCUMENTS,
+    Backend,
+    LoadedTokenizer,
+    choose_encoder,
+    load_tokenizer,
+)
+from megatron_dlm.data.units import Unit, plan_units
+from megatron_dlm.data.workspace import Workspace, open_workspace, sha256_of_plan
+from megatron_dlm.interfaces import InputError, SaveError
 
-from megatron_dlm.data.corpus import Document, check_readable, read_documents
-from megatron_dlm.data.manifest import FileDigest, Manifest, SourceCount, shard_path, write_manifest
-from megatron_dlm.data.shard import ShardWriter, token_dtype
-from megatron_dlm.data.tokenizer import SAMPLE_DOCUMENTS, Backend, choose_encoder, load_tokenizer
-from megatron_dlm.interfaces import InputError
-from megatron_dlm.platform.files import commit, sha256_of
-
-BATCH_DOCUMENTS = 1024
+PLAN_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexConfig:
     """One run of the indexer."""
 
-    input: tuple[Path, ...]
-    """Text files, .jsonl or .txt (documents separated by blank lines), read in this order."""
+    input: tuple[str, ...]
+    """Files (.jsonl, .json, .txt with blank lines between documents, each also .gz or .zst; .parquet), globs,
+    directories, fsspec URLs such as s3://bucket/file.jsonl, or - for JSON lines on standard input."""
     output: Path
-    """Prefix of the shard; OUTPUT.bin, .idx and .json are written."""
+    """Prefix of the shard: OUTPUT.bin, .idx and .json are written, of several keys OUTPUT_KEY.bin etc."""
     tokenizer: Path
     """Directory with tokenizer.json and tokenizer_config.json."""
-    json_key: str = "text"
-    """Member of each JSON line that holds the text."""
+    json_keys: tuple[str, ...] = ("text",)
+    """Members of each JSON line, or columns, that hold text; each gives a shard."""
     append_eos: bool = True
     """End every document with the tokenizer's <eos>."""
+    special_tokens_as_text: bool = True
+    """Encode text that spells a special token as plain text; off, it becomes the token, as in Megatron-LM."""
     max_rejects: int = 0
     """Lines that may be unusable before the run fails; each is listed in OUTPUT.rejects.jsonl."""
+    max_line_bytes: int = LARGEST_LINE_BYTES
+    """A longer line, in bytes, is unusable."""
+    workers: int = 0
+    """Processes that encode; 0: one for each CPU."""
+    shard: str = ""
+    """i/n: one of n jobs, i in [0, n), that share the work and the storage of OUTPUT; the last one joins."""
+    mpi: bool = False
+    """Share the work among the processes that mpirun has started, one worker each."""
     backend: Backend = "auto"
-    """Encoder; auto takes gigatoken where it gives the same ids as tokenizers on a sample."""
+    """Encoder; auto takes gigatoken where it gives the same ids as the slow one on a sample."""
+    unit_bytes: int = 0
+    """Bytes of the pieces that the work is cut into; 0: 64 MiB, or more for very much text."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_rejects", "workers", "unit_bytes"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name}: {getattr(self, name)} is below 0")
+        if self.max_line_bytes < 1:
+            raise InputError(f"max_line_bytes: {self.max_line_bytes} is below 1")
+        if not self.json_keys or len(set(self.json_keys)) != len(self.json_keys):
+            raise InputError(f"json_keys: {' '.join(self.json_keys)}: not one or several different names")
+        if "\n" in str(self.output) or "\0" in str(self.output):
+            raise InputError(f"output: {str(self.output)!r}: a path with a line break or NUL")
+        if self.shard:
+            self.shard_of()
+            if self.mpi:
+                raise InputError("shard: with mpi, whose processes share the work already")
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other jobs or ranks take part."""
+        return self.mpi or bool(self.shard)
+
+    def shard_of(self) -> tuple[int, int]:
+        """The numbers i and n of `shard`."""
+        first, _, second = self.shard.partition("/")
+        if not (first.isdigit() and second.isdigit() and int(first) < int(second)):
+            raise InputError(f"shard: {self.shard!r} is not i/n with i in [0, n)")
+        return int(first), int(second)
+
+    def prefixes(self) -> list[Path]:
+        """Of the shards, one for each key."""
+        if len(self.json_keys) == 1:
+            return [self.output]
+        return [self.output.with_name(f"{self.output.name}_{key}") for key in self.json_keys]
 
 
-@dataclass(frozen=True)
-class IndexProgress:
-    """Counts so far."""
-
-    text_bytes: int
-    documents: int
-    tokens: int
-    seconds: float
-
-
-def build_shard(config: IndexConfig, on_progress: Callable[[IndexProgress], None]) -> Manifest:
-    """Index `config.input` into one shard.
+def build_shards(config: IndexConfig, on_progress: Report) -> list[Manifest]:
+    """Index `config.input` into one shard for each key. A killed run is gone on with by the same call.
 
     Args:
         config: what to read and where to write.
-        on_progress: called after each batch of documents.
+        on_progress: called now and then.
 
     Returns:
-        The manifest that was written.
+        The manifests, in the order of the keys; none where another process joins the parts.
 
     Raises:
-        InputError: unreadable input or tokenizer, too many rejects, no documents, a mask id in the output.
+        InputError: unreadable input or tokenizer, too many rejects, no documents, a mask id in the output, or
+            another process at work on the same output.
+        SaveError: the storage is full; what was there before is as it was, and what is done is kept.
     """
-    for path in config.input:
-        check_readable(path)
-    loaded = load_tokenizer(config.tokenizer)
-    documents = chain.from_iterable(read_documents(path, config.json_key) for path in config.input)
-    sample = list(islice(documents, SAMPLE_DOCUMENTS))
-    texts = [document.text for document in sample if document.text]
-    backend, encode = choose_encoder(loaded, texts, config.backend)
-    config.output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = {suffix: shard_path(config.output, f"{suffix}.tmp") for suffix in (".bin", ".idx")}
-    rejects = RejectLog(shard_path(config.output, ".rejects.jsonl"), config.max_rejects)
-    counts = _Counts(loaded.vocabulary.size)
-    end = np.array([loaded.vocabulary.eos_token_id] if config.append_eos else [], dtype=np.uint32)
-    started = time.monotonic()
+    # Several processes encode, each on one thread.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
-        with ShardWriter(temporary[".bin"], temporary[".idx"], token_dtype(loaded.vocabulary.size)) as writer:
-            for batch in _batches(chain(sample, documents)):
-                usable = rejects.filter(batch)
-                encoded = [
-                    np.append(ids, end) if len(ids) else ids for ids in encode([d.text or "" for d in usable])
-                ]
-                for document, ids in zip(usable, encoded, strict=True):
-                    if (ids == loaded.vocabulary.mask_token_id).any():
-                        raise InputError(
-                            f"input: {document.source}:{document.line_number}: encodes to the mask id"
-                        )
-                    if len(ids):
-                        writer.add_document(ids)
-                counts.add(usable, encoded)
-                on_progress(
-                    IndexProgress(
-                        counts.text_bytes, counts.documents, counts.tokens, time.monotonic() - started
-                    )
-                )
-            if counts.documents == 0:
-                raise InputError("input: no documents with text")
-        digests = tuple(
-            _digest(temporary[suffix], shard_path(config.output, suffix).name) for suffix in temporary
-        )
-        manifest = Manifest(
-            vocabulary=loaded.vocabulary,
-            tokenizer_fingerprint=loaded.fingerprint,
-            tokenizer_directory=str(config.tokenizer.resolve()),
-            backend=backend,
-            dtype=token_dtype(loaded.vocabulary.size).name,
-            append_eos=config.append_eos,
-            num_documents=counts.documents,
-            num_tokens=counts.tokens,
-            num_text_bytes=counts.text_bytes,
-            unigram_entropy_nats=counts.entropy(),
-            sources=counts.sources(config.input, rejects.per_source),
-            files=digests,
-        )
-        # An old manifest must not describe new files, nor a new one old files.
-        shard_path(config.output, ".json").unlink(missing_ok=True)
-        for suffix, path in temporary.items():
-            commit(path, shard_path(config.output, suffix))
-        rejects.publish()
-        write_manifest(config.output, manifest)
-        return manifest
+        with _inputs(config) as inputs:
+            sources = find_sources(inputs)
+            loaded = load_tokenizer(config.tokenizer, special_tokens_as_text=config.special_tokens_as_text)
+            units = plan_units(sources, config.unit_bytes or None)
+            backend, rules = _rules(config, loaded, sources, units)
+            job = Job(sources, units, rules)
+            plan = _plan(config, loaded, job)
+            with open_workspace(config.output, plan, len(units), shared=config.is_shared) as space:
+                if config.is_shared and _is_done(config, plan):
+                    with suppress(FileNotFoundError):
+                        space.remove()
+                    return []
+                try:
+                    if not _encode(config, job, space, on_progress):
+                        return []
+                    return join_parts(job, space, config.prefixes(), loaded, backend)
+                except InputError:
+                    # What the same call cannot go on with.
+                    if not config.is_shared:
+                        space.remove()
+                    raise
+    except OSError as error:
+        raise SaveError(f"{config.output}: {error}") from error
+
+
+@contextmanager
+def _inputs(config: IndexConfig) -> Iterator[tuple[str, ...]]:
+    """The input's names, with standard input as a file, since it cannot be cut or read twice."""
+    if STDIN not in config.input:
+        yield config.input
+        return
+    if config.input.count(STDIN) > 1 or config.is_shared:
+        raise InputError(f"input: {STDIN} twice, or where others share the work")
+    spooled = shard_path(config.output, ".stdin.jsonl")
+    spooled.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with spooled.open("wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
+        yield tuple(str(spooled) if name == STDIN else name for name in config.input)
     finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
+        spooled.unlink(missing_ok=True)
 
 
-class RejectLog:
-    """Lists unusable documents and ends the run when there are too many."""
-
-    def __init__(self, path: Path, max_rejects: int) -> None:
-        self.per_source: Counter[str] = Counter()
-        self._path = path
-        self._max_rejects = max_rejects
-        self._lines: list[str] = []
-
-    def filter(self, documents: list[Document]) -> list[Document]:
-        """Drop and list the unusable ones.
-
-        Args:
-            documents: as read.
-
-        Returns:
-            Those with text.
-
-        Raises:
-            InputError: more rejects so far than allowed.
-        """
-        usable = []
-        for document in documents:
-            if document.text is not None:
-                usable.append(document)
-                continue
-            self.per_source[str(document.source)] += 1
-            entry = {
-                "source": str(document.source),
-                "line": document.line_number,
-                "reason": document.reject_reason,
-            }
-            self._lines.append(json.dumps(entry) + "\n")
-            if self.per_source.total() > self._max_rejects:
-                raise InputError(
-                    f"input: {document.source}:{document.line_number}: {document.reject_reason} "
-                    f"(more than --max-rejects {self._max_rejects} unusable lines)"
-                )
-        return usable
-
-    def publish(self) -> None:
-        """Write the list, or remove an earlier run's where nothing was rejected."""
-        if self._lines:
-            self._path.write_text("".join(self._lines), encoding="utf-8")
-        else:
-            self._path.unlink(missing_ok=True)
+def _rules(
+    config: IndexConfig, loaded: LoadedTokenizer, sources: list[Source], units: list[Unit]
+) -> tuple[str, EncodingRules]:
+    """Name of the encoder that suits a sample of the input, and how text becomes tokens."""
+    texts: list[str] = []
+    batches = (
+        batch
+        for unit in units
+        for batch in read_batches(sources[unit.source], unit, config.json_keys, config.max_line_bytes)
+    )
+    for batch in batches:
+        texts += ["".join(text) for document in batch.texts for text in document]
+        if len(texts) >= SAMPLE_DOCUMENTS:
+            break
+    backend, encoder = choose_encoder(loaded, texts, config.backend)
+    return backend, EncodingRules(
+        encode=encoder,
+        vocabulary=loaded.vocabulary,
+        dtype=token_dtype(loaded.vocabulary.size),
+        keys=config.json_keys,
+        append_eos=config.append_eos,
+        max_line_bytes=config.max_line_bytes,
+        max_rejects=config.max_rejects,
+    )
 
 
-class _Counts:
-    """Totals of one run, in memory of the order of the vocabulary and the number of files."""
-
-    def __init__(self, vocabulary_size: int) -> None:
-        self.text_bytes = self.documents = self.tokens = 0
-        self._frequencies = np.zeros(vocabulary_size, dtype=np.int64)
-        self._documents_of: Counter[str] = Counter()
-        self._tokens_of: Counter[str] = Counter()
-
-    def add(self, documents: list[Document], encoded: list[NDArray[np.uint32]]) -> None:
-        for document, ids in zip(documents, encoded, strict=True):
-            self.text_bytes += len((document.text or "").encode())
-            self.documents += len(ids) > 0
-            self.tokens += len(ids)
-            self._documents_of[str(document.source)] += len(ids) > 0
-            self._tokens_of[str(document.source)] += len(ids)
-        if encoded:
-            self._frequencies += np.bincount(np.concatenate(encoded), minlength=len(self._frequencies))
-
-    def entropy(self) -> float:
-        """Entropy of the token frequencies, in nats."""
-        p = self._frequencies[self._frequencies > 0] / self.tokens
-        return float(-(p * np.log(p)).sum())
-
-    def sources(self, paths: tuple[Path, ...], rejects: Counter[str]) -> tuple[SourceCount, ...]:
-        names = dict.fromkeys(str(path) for path in paths)
-        return tuple(
-            SourceCount(
-                path=name,
-                documents=self._documents_of[name],
-                tokens=self._tokens_of[name],
-                rejects=rejects[name],
-            )
-            for name in names
-        )
+def _plan(config: IndexConfig, loaded: LoadedTokenizer, job: Job) -> dict[str, Any]:
+    """All that decides the bytes of parts."""
+    return {
+        "version": PLAN_VERSION,
+        "tokenizer": loaded.fingerprint,
+        "vocabulary_size": loaded.vocabulary.size,
+        "special_tokens_as_text": config.special_tokens_as_text,
+        "json_keys": list(config.json_keys),
+        "append_eos": config.append_eos,
+        "max_line_bytes": config.max_line_bytes,
+        "sources": [[source.path, source.num_bytes, source.modified] for source in job.sources],
+        "units": [[unit.source, unit.start, unit.end] for unit in job.units],
+    }
 
 
-def _digest(path: Path, name: str) -> FileDigest:
-    return FileDigest(name=name, bytes=path.stat().st_size, sha256=sha256_of(path))
+def _is_done(config: IndexConfig, plan: dict[str, Any]) -> bool:
+    """Whether the others have done this job already, before this one began."""
+    try:
+        manifests = [read_manifest(prefix) for prefix in config.prefixes()]
+    except InputError:
+        return False
+    return all(manifest.plan_sha256 == sha256_of_plan(plan) for manifest in manifests)
 
 
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    while batch := list(islice(documents, BATCH_DOCUMENTS)):
-        yield batch
+def _encode(config: IndexConfig, job: Job, space: Workspace, on_progress: Report) -> bool:
+    """Encode this process's share; whether it is the one to join the parts."""
+    count, first = len(job.units), 0
+    progress = Progress(job, space, on_progress)
+    if config.mpi:
+        from megatron_dlm.data.mpi import communicator, together
+
+        world = communicator()
+        first = world.rank * count // world.size
+        together(world, lambda: encode_here(job, space, first, progress))
+        return bool(world.rank == 0)
+    if config.shard:
+        index, of = config.shard_of()
+        first = index * count // of
+    workers = min(config.workers or os.cpu_count() or 1, count)
+    if workers == 1:
+        encode_here(job, space, first, progress)
+    else:
+        encode_in_children(job, space, workers, first, progress)
+    # The claim ends with the process.
+    return space.exists() and space.is_done() and space.join_claim().take()

@@ -48,7 +48,14 @@ class Manifest:
     dtype: str
     """uint16 or int32, of one token in `.bin`."""
     append_eos: bool
+    json_key: str = "text"
+    """Member or column that held the text."""
+    special_tokens_as_text: bool = True
+    """Text that spells a special token was encoded as plain text."""
+    plan_sha256: str = ""
+    """Of all that decided the bytes: input files, tokenizer, options."""
     num_documents: int
+    """With tokens; a document without any keeps a place in the index only."""
     num_tokens: int
     """End-of-document tokens included."""
     num_text_bytes: int

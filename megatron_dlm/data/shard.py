@@ -7,8 +7,8 @@ IndexedDataset). Ours because that builder wraps ids silently into uint16 and it
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,6 @@ INDEX_VERSION = 1
 DTYPES: dict[int, np.dtype[np.generic]] = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 HEADER = struct.Struct("<9sQBQQ")
-MAX_DOCUMENT_TOKENS = 2**31 - 1
 
 
 def token_dtype(vocabulary_size: int) -> np.dtype[np.generic]:
@@ -30,58 +29,37 @@ def token_dtype(vocabulary_size: int) -> np.dtype[np.generic]:
     return np.dtype("<u2") if vocabulary_size < 65500 else np.dtype("<i4")
 
 
-class ShardWriter:
-    """Writes documents to `BIN` and, at the end, `IDX`; both paths are the caller's temporary names."""
+def write_index(
+    path: Path,
+    dtype: np.dtype[np.generic],
+    lengths: Callable[[], Iterator[NDArray[np.int32]]],
+    documents: Callable[[], Iterator[NDArray[np.int32]]],
+) -> None:
+    """Write a `.idx` in memory that does not grow with it.
 
-    def __init__(self, bin_path: Path, idx_path: Path, dtype: np.dtype[np.generic]) -> None:
-        self._bin = bin_path.open("wb")
-        self._idx_path = idx_path
-        self._dtype = dtype
-        self._lengths: list[int] = []
-
-    def add_document(self, token_ids: NDArray[np.uint32]) -> None:
-        """Append one document.
-
-        Args:
-            token_ids: non-empty, each id representable in the shard's dtype.
-
-        Raises:
-            InputError: too many tokens for the index's int32 lengths, or an id too large for the dtype.
-        """
-        if len(token_ids) > MAX_DOCUMENT_TOKENS:
-            raise InputError(
-                f"document {len(self._lengths)}: {len(token_ids)} tokens exceed {MAX_DOCUMENT_TOKENS}"
-            )
-        if token_ids.max() > np.iinfo(self._dtype).max:  # type: ignore[type-var]
-            raise InputError(
-                f"document {len(self._lengths)}: token id {token_ids.max()} does not fit {self._dtype}"
-            )
-        self._bin.write(token_ids.astype(self._dtype).tobytes())
-        self._lengths.append(len(token_ids))
-
-    def close(self) -> None:
-        """Write the index and close both files."""
-        self._bin.close()
-        lengths = np.asarray(self._lengths, dtype="<i4")
-        ends = np.cumsum(lengths, dtype=np.int64) * self._dtype.itemsize
-        pointers = np.concatenate([np.zeros(1, np.int64), ends])[: len(lengths)]
-        with self._idx_path.open("wb") as file:
-            code = CODES[self._dtype]
-            file.write(HEADER.pack(INDEX_MAGIC, INDEX_VERSION, code, len(lengths), len(lengths) + 1))
-            file.write(lengths.tobytes())
-            file.write(pointers.astype("<i8").tobytes())
-            file.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self._bin.close()
+    Args:
+        path: of the file.
+        dtype: of a token.
+        lengths: gives the tokens of all sequences, in pieces; called three times.
+        documents: gives the sequences of all documents, in pieces; called twice.
+    """
+    num_sequences = sum(len(piece) for piece in lengths())
+    num_documents = sum(len(piece) for piece in documents())
+    with path.open("wb") as file:
+        file.write(HEADER.pack(INDEX_MAGIC, INDEX_VERSION, CODES[dtype], num_sequences, num_documents + 1))
+        for piece in lengths():
+            file.write(piece.astype("<i4").data)
+        end = 0
+        for piece in lengths():
+            ends = end + np.cumsum(piece, dtype=np.int64) * dtype.itemsize
+            file.write((ends - piece.astype(np.int64) * dtype.itemsize).astype("<i8").data)
+            end = int(ends[-1]) if len(ends) else end
+        file.write(np.zeros(1, dtype="<i8").data)
+        end = 0
+        for piece in documents():
+            boundaries = end + np.cumsum(piece, dtype=np.int64)
+            file.write(boundaries.astype("<i8").data)
+            end = int(boundaries[-1]) if len(boundaries) else end
 
 
 class Shard:
@@ -105,7 +83,11 @@ class Shard:
                 raise InputError(
                     f"data: {path}: {path.stat().st_size} bytes, the manifest says {digest.bytes}"
                 )
-        dtype, self.document_lengths = read_index(idx_path, bin_path.stat().st_size)
+        dtype, lengths, self.boundaries = read_index(idx_path, bin_path.stat().st_size)
+        # Documents without tokens keep a place in the index only.
+        ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])[self.boundaries]
+        tokens = np.diff(ends)
+        self.document_lengths: NDArray[np.int64] = tokens[tokens > 0]
         if len(self.document_lengths) == 0:
             raise InputError(f"data: {prefix}: no documents")
         counts = (self.manifest.dtype, self.manifest.num_documents, self.manifest.num_tokens)
@@ -128,15 +110,18 @@ class Shard:
                 raise InputError(f"data: {path}: SHA-256 differs from the manifest")
 
 
-def read_index(path: Path, bin_bytes: int) -> tuple[np.dtype[np.generic], NDArray[np.int32]]:
-    """Read a `.idx` whose documents fill `.bin` end to end, in order.
+def read_index(
+    path: Path, bin_bytes: int
+) -> tuple[np.dtype[np.generic], NDArray[np.int32], NDArray[np.int64]]:
+    """Read a `.idx` whose sequences fill `.bin` end to end, in order.
 
     Args:
         path: the `.idx` file.
         bin_bytes: size of the `.bin` file; nothing may point outside it.
 
     Returns:
-        dtype of a token, and int32 [documents] lengths in tokens.
+        dtype of a token, int32 [sequences] lengths in tokens, and int64 [documents + 1] the sequence at which
+        each document begins, and the end; documents may be empty.
 
     Raises:
         InputError: wrong magic, version, dtype or size; a length, pointer or document out of place.
@@ -149,7 +134,7 @@ def read_index(path: Path, bin_bytes: int) -> tuple[np.dtype[np.generic], NDArra
         if magic != INDEX_MAGIC or version != INDEX_VERSION or code not in DTYPES:
             raise InputError(f"data: {path}: not a Megatron index (magic, version or dtype)")
         # Compared before anything is allocated: the counts come from the file.
-        if size != HEADER.size + 12 * sequences + 8 * documents:
+        if documents < 1 or size != HEADER.size + 12 * sequences + 8 * documents:
             raise InputError(
                 f"data: {path}: {size} bytes do not hold {sequences} sequences, {documents} documents"
             )
@@ -159,9 +144,9 @@ def read_index(path: Path, bin_bytes: int) -> tuple[np.dtype[np.generic], NDArra
     dtype = DTYPES[code]
     ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize
     if (lengths <= 0).any() or not np.array_equal(pointers, ends - lengths.astype(np.int64) * dtype.itemsize):
-        raise InputError(f"data: {path}: lengths and pointers are not those of documents laid end to end")
+        raise InputError(f"data: {path}: lengths and pointers are not those of sequences laid end to end")
     if sequences and ends[-1] != bin_bytes:
         raise InputError(f"data: {path}: points at {ends[-1]} bytes of a .bin that has {bin_bytes}")
-    if not np.array_equal(boundaries, np.arange(sequences + 1)):
-        raise InputError(f"data: {path}: document boundaries are not one per sequence")
-    return dtype, lengths
+    if boundaries[0] != 0 or boundaries[-1] != sequences or (np.diff(boundaries) < 0).any():
+        raise InputError(f"data: {path}: document boundaries do not rise from 0 to {sequences} sequences")
+    return dtype, lengths, boundaries

@@ -5,7 +5,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_dlm.data.indexing import IndexConfig, build_shard
+from megatron_dlm.data.indexing import IndexConfig, build_shards
 from megatron_dlm.data.tokenizer import train_tokenizer
 
 WORDS = "the model reads noisy tokens and predicts clean ones while def class return import self".split()
@@ -37,8 +37,8 @@ def make_corpus(directory):
     for name, count in (("train", 400), ("validation", 100)):
         text = write_jsonl(directory / f"{name}.jsonl", sentences(count, seed=count))
         prefixes[name] = directory / name
-        build_shard(
-            IndexConfig(input=(text,), output=prefixes[name], tokenizer=tokenizer), lambda progress: None
+        build_shards(
+            IndexConfig(input=(str(text),), output=prefixes[name], tokenizer=tokenizer), lambda progress: None
         )
     return Corpus(directory, tokenizer, directory / "train.jsonl", **prefixes)
 

@@ -44,7 +44,7 @@ def test_imports_point_one_way():
 
 
 def test_tyro_and_gpu_extras_stay_in_their_place():
-    """tyro only in cli, and no file imports transformer_engine, apex or mpi4py at all yet."""
+    """tyro only in cli, mpi4py in one file, and no file imports transformer_engine or apex at all yet."""
     for path in sorted(PACKAGE.rglob("*.py")):
         tree = ast.parse(path.read_text())
         modules = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
@@ -52,4 +52,5 @@ def test_tyro_and_gpu_extras_stay_in_their_place():
         roots = {module.split(".")[0] for module in modules}
         if path.relative_to(PACKAGE).parts[0] != "cli":
             assert "tyro" not in roots, path
-        assert not roots & {"transformer_engine", "apex", "mpi4py"}, path
+        assert not roots & {"transformer_engine", "apex"}, path
+        assert "mpi4py" not in roots or path.relative_to(PACKAGE) == Path("data/mpi.py")

@@ -1,0 +1,176 @@
+"""Input files of the indexer: names, globs, directories and URLs, and how to open them."""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import io
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from megatron_dlm.interfaces import InputError
+
+STDIN = "-"
+Format = Literal["jsonl", "text", "parquet"]
+SUFFIXES: dict[str, Format] = {
+    ".jsonl": "jsonl",
+    ".json": "jsonl",
+    ".txt": "text",
+    ".parquet": "parquet",
+}
+COMPRESSED = (".gz", ".zst")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input file."""
+
+    path: str
+    """Local path or URL."""
+    format: Format
+    compression: str
+    """.gz, .zst or nothing."""
+    num_bytes: int
+    """As stored."""
+    modified: int
+    """Nanoseconds since the epoch, 0 for URLs; a file that has changed is not gone on with."""
+
+    @property
+    def divisible(self) -> bool:
+        """Whether reading may begin in the middle of the bytes."""
+        return self.format != "parquet" and not self.compression
+
+
+def find_sources(inputs: Iterable[str | Path]) -> list[Source]:
+    """The files that names stand for, in the order given, those of a glob or directory by name.
+
+    Args:
+        inputs: paths, globs, directories (their files of a known suffix, subdirectories too) and URLs.
+
+    Returns:
+        At least one source.
+
+    Raises:
+        InputError: a name without files, or a file of another suffix.
+    """
+    found = []
+    for name in map(str, inputs):
+        if "\n" in name or "\0" in name:
+            raise InputError(f"input: {name!r}: a path with a line break or NUL")
+        paths = _expand_url(name) if is_url(name) else _expand(name)
+        found += [_describe(path) for path in paths]
+    if not found:
+        raise InputError("input: no files")
+    return found
+
+
+def is_url(name: str) -> bool:
+    """Whether a name is for an object store or another file system of fsspec."""
+    return "://" in name
+
+
+def _expand(name: str) -> list[str]:
+    if os.path.isdir(name):
+        inside = (str(path) for path in sorted(Path(name).rglob("*")) if path.is_file())
+        paths = [path for path in inside if _suffixes(path)]
+        if not paths:
+            raise InputError(f"input: {name}: a directory without {', '.join(SUFFIXES)} files")
+        return paths
+    if not os.path.exists(name) and glob.has_magic(name):
+        paths = sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path))
+        if not paths:
+            raise InputError(f"input: {name}: no such files")
+        return paths
+    return [name]
+
+
+def _expand_url(name: str) -> list[str]:
+    system, path = _file_system(name)
+    if glob.has_magic(path):
+        paths = sorted(system.glob(path))
+    elif system.isdir(path):
+        paths = sorted(p for p in system.find(path) if _suffixes(p))
+    else:
+        paths = [path] if system.exists(path) else []
+    if not paths:
+        raise InputError(f"input: {name}: no such file")
+    return [system.unstrip_protocol(path) for path in paths]
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    import fsspec
+
+    try:
+        system, path = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise InputError(f"input: {url}: {error}") from error
+    return system, path
+
+
+def _suffixes(path: str) -> tuple[Format, str] | None:
+    stem, compression = path, ""
+    for suffix in COMPRESSED:
+        if path.endswith(suffix):
+            stem, compression = path.removesuffix(suffix), suffix
+    known = next((kind for suffix, kind in SUFFIXES.items() if stem.endswith(suffix)), None)
+    if known is None or (known == "parquet" and compression):
+        return None
+    return known, compression
+
+
+def _describe(path: str) -> Source:
+    suffixes = _suffixes(path)
+    if suffixes is None:
+        raise InputError(
+            f"input: {path}: suffix is not one of {', '.join(SUFFIXES)} (text also with .gz, .zst)"
+        )
+    if is_url(path):
+        system, inside = _file_system(path)
+        return Source(path, *suffixes, num_bytes=int(system.size(inside)), modified=0)
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise InputError(f"input: {path}: {os.strerror(error.errno or 0).lower()}") from error
+    if not os.path.isfile(path):
+        raise InputError(f"input: {path}: not a file")
+    return Source(path, *suffixes, num_bytes=status.st_size, modified=status.st_mtime_ns)
+
+
+def open_raw(source: Source) -> IO[bytes]:
+    """The stored bytes, with `seek`."""
+    if not is_url(source.path):
+        return open(source.path, "rb", buffering=1 << 20)
+    system, path = _file_system(source.path)
+    file: IO[bytes] = system.open(path, "rb")
+    return file
+
+
+def open_decompressed(source: Source) -> IO[bytes]:
+    """The text's bytes, from the start; what a damaged or cut archive raises is for the reader.
+
+    Args:
+        source: a file of lines.
+
+    Returns:
+        A buffered reader.
+    """
+    raw: Any = open_raw(source)
+    if source.compression == ".gz":
+        return io.BufferedReader(gzip.GzipFile(fileobj=raw), 1 << 20)
+    if source.compression == ".zst":
+        return _open_zstandard(raw)
+    opened: IO[bytes] = raw
+    return opened
+
+
+def _open_zstandard(raw: IO[bytes]) -> IO[bytes]:
+    if sys.version_info >= (3, 14):
+        from compression import zstd
+    else:
+        from backports import zstd
+    opened: Any = zstd.open(raw, "rb")
+    return opened
