@@ -69,6 +69,10 @@ def run(arguments: list[str]) -> int:
     tokenizer = load_tokenizer(config.tokenizer)
     if tokenizer.fingerprint != record.tokenizer_fingerprint:
         raise InputError(f"tokenizer: {config.tokenizer} is not the one the model was trained with")
+    if tokenizer.library != "tokenizers":
+        raise InputError(
+            f"tokenizer: {config.tokenizer} is not a Hugging Face directory, which an export ships"
+        )
     if config.output.exists():
         raise InputError(f"output: {config.output} exists already")
     from megatron_dlm.training.use_checkpoint import export_checkpoint

@@ -12,7 +12,11 @@ from megatron_dlm.data.indexing import IndexConfig, build_shards
 
 def run(arguments: list[str]) -> int:
     """Parse, index, report; returns the exit code."""
-    config = parse(IndexConfig, arguments, verb="index")
+    return index(parse(IndexConfig, arguments, verb="index"))
+
+
+def index(config: IndexConfig) -> int:
+    """Index and report; returns the exit code."""
     manifests = build_shards(config, report)
     for prefix, manifest in zip(config.prefixes(), manifests, strict=bool(manifests)):
         print(

@@ -147,7 +147,7 @@ def _copy_files(source: ExportSource, directory: Path, *, parameters: int) -> No
         code = resources.files("megatron_dlm.conversion.hugging_face_model").joinpath(name)
         (directory / name).write_text(code.read_text(encoding="utf-8"), encoding="utf-8")
     for name in (TOKENIZER_FILE, CONFIG_FILE):
-        shutil.copyfile(source.tokenizer.directory / name, directory / name)
+        shutil.copyfile(source.tokenizer.path / name, directory / name)
     card = _CARD.format(
         family=source.objective.name,
         parameters=parameters,

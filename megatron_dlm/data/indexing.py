@@ -42,7 +42,8 @@ class IndexConfig:
     output: Path
     """Prefix of the shard: OUTPUT.bin, .idx and .json are written, of several keys OUTPUT_KEY.bin etc."""
     tokenizer: Path
-    """Directory with tokenizer.json and tokenizer_config.json."""
+    """Directory with tokenizer.json and tokenizer_config.json, a SentencePiece .model, a .json vocabulary of
+    Megatron-LM's TikTokenizer, or the word bytes."""
     json_keys: tuple[str, ...] = ("text",)
     """Members of each JSON line, or columns, that hold text; each gives a shard."""
     append_eos: bool = True
@@ -59,8 +60,10 @@ class IndexConfig:
     """i/n: one of n jobs, i in [0, n), that share the work and the storage of OUTPUT; the last one joins."""
     mpi: bool = False
     """Share the work among the processes that mpirun has started, one worker each."""
+    megatron_names: bool = False
+    """Name the shards OUTPUT_KEY_document, as Megatron-LM's tool does."""
     backend: Backend = "auto"
-    """Encoder; auto takes gigatoken where it gives the same ids as the slow one on a sample."""
+    """Encoder; auto takes gigatoken where it gives the ids of the tokenizer's own library on a sample."""
     unit_bytes: int = 0
     """Bytes of the pieces that the work is cut into; 0: 64 MiB, or more for very much text."""
 
@@ -93,9 +96,10 @@ class IndexConfig:
 
     def prefixes(self) -> list[Path]:
         """Of the shards, one for each key."""
-        if len(self.json_keys) == 1:
+        if len(self.json_keys) == 1 and not self.megatron_names:
             return [self.output]
-        return [self.output.with_name(f"{self.output.name}_{key}") for key in self.json_keys]
+        level = "_document" if self.megatron_names else ""
+        return [self.output.with_name(f"{self.output.name}_{key}{level}") for key in self.json_keys]
 
 
 def build_shards(config: IndexConfig, on_progress: Report) -> list[Manifest]:
@@ -177,7 +181,7 @@ def _rules(
     return backend, EncodingRules(
         encode=encoder,
         vocabulary=loaded.vocabulary,
-        dtype=token_dtype(loaded.vocabulary.size),
+        dtype=token_dtype(loaded.size),
         keys=config.json_keys,
         append_eos=config.append_eos,
         max_line_bytes=config.max_line_bytes,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,18 +58,28 @@ def join_parts(
                 file.writelines(json.dumps(entry) + "\n" for entry in _rejects(job, space, records))
         else:
             rejects.unlink(missing_ok=True)
-        # An old manifest must not describe new files, nor a new one old files.
-        for prefix in prefixes:
-            shard_path(prefix, ".json").unlink(missing_ok=True)
-        for final, path in temporary.items():
-            commit(path, final)
-        for prefix, manifest in zip(prefixes, manifests, strict=True):
-            write_manifest(prefix, manifest)
+        publish(dict(zip(prefixes, manifests, strict=True)), temporary)
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)
     space.remove()
     return manifests
+
+
+def publish(manifests: Mapping[Path, Manifest], temporary: Mapping[Path, Path]) -> None:
+    """Make files that have been written beside their final names visible.
+
+    Args:
+        manifests: by prefix.
+        temporary: where each file is, by its final name.
+    """
+    # An old manifest must not describe new files, nor a new one old files.
+    for prefix in manifests:
+        shard_path(prefix, ".json").unlink(missing_ok=True)
+    for final, path in temporary.items():
+        commit(path, final)
+    for prefix, manifest in manifests.items():
+        write_manifest(prefix, manifest)
 
 
 def _join_key(
@@ -111,7 +121,7 @@ def _join_key(
     return Manifest(
         vocabulary=rules.vocabulary,
         tokenizer_fingerprint=loaded.fingerprint,
-        tokenizer_directory=str(loaded.directory.resolve()),
+        tokenizer_directory=str(loaded.path.resolve()),
         backend=backend,
         dtype=rules.dtype.name,
         append_eos=rules.append_eos,

@@ -1,7 +1,8 @@
 """Tokenizers: a Hugging Face `tokenizer.json` with its special tokens; training one; encoding fast.
 
-`gigatoken` encodes where it agrees with the `tokenizers` package on a sample of the real input. Text that
-spells a special token is encoded as plain text, so no document can contain a mask, <eos> or <bos> id.
+`gigatoken` encodes where it agrees with the tokenizer's own package on a sample of the real input. Text that
+spells a special token is encoded as plain text, so no document can contain a mask, <eos> or <bos> id. Other
+tokenizers are in `tokenizer_files.py`.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,8 +29,10 @@ TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 EOS_TOKEN, BOS_TOKEN, MASK_TOKEN = "<eos>", "<bos>", "[MASK]"
 SAMPLE_DOCUMENTS = 256
+BYTES = "bytes"
+"""In place of a path: UTF-8 bytes as ids."""
 
-Backend = Literal["auto", "gigatoken", "tokenizers"]
+Backend = Literal["auto", "gigatoken", "library"]
 
 
 class Encoder(Protocol):
@@ -39,65 +42,118 @@ class Encoder(Protocol):
         """All ids one after the other, and where those of each text begin, and the end: int64 [texts + 1]."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LoadedTokenizer:
-    """A tokenizer directory: the model, its special ids and its identity."""
+    """A tokenizer with its special ids and its identity."""
 
-    directory: Path
-    tokenizer: Tokenizer
+    path: Path
+    """Directory of a Hugging Face tokenizer, or file of another kind."""
+    library: str
+    """Name of the package that encodes where gigatoken does not."""
+    tokenizer: Any
+    """That package's object."""
+    encode: Encoder
+    """By that package."""
+    fast_encoder: Callable[[], Encoder]
+    """gigatoken's; raises ValueError where it cannot read the tokenizer."""
+    decode: Callable[[list[int]], str]
+    size: int
+    """Ids of the tokenizer itself, without a mask token that was added."""
     vocabulary: Vocabulary
     fingerprint: str
-    """SHA-256 of tokenizer.json."""
+    """SHA-256 of the file that decides the ids."""
     special_tokens_as_text: bool = True
     """Text that spells a special token is encoded as plain text."""
 
 
-def load_tokenizer(directory: Path, *, special_tokens_as_text: bool = True) -> LoadedTokenizer:
-    """Read `tokenizer.json` and the special tokens named in `tokenizer_config.json`.
+def load_tokenizer(path: Path, *, special_tokens_as_text: bool = True) -> LoadedTokenizer:
+    """Read a tokenizer; nothing is downloaded and no code beside it is run.
 
     Args:
-        directory: a local directory; nothing is downloaded and no code from it is run.
+        path: a directory with tokenizer.json and tokenizer_config.json, which names the special tokens, or a
+            file of `tokenizer_files.py`.
         special_tokens_as_text: encode text that spells a special token as plain text.
 
     Returns:
-        The tokenizer.
+        The tokenizer; a missing mask token gets a new last id, for a missing <bos> there is <eos>.
 
     Raises:
         InputError: a file is missing or unreadable, or a special token is not in the vocabulary.
     """
-    path = directory / TOKENIZER_FILE
+    if path.suffix or str(path) == BYTES:
+        from megatron_dlm.data.tokenizer_files import load_tokenizer_file
+
+        if not path.is_dir():
+            return load_tokenizer_file(path, special_tokens_as_text=special_tokens_as_text)
     try:
-        content = path.read_bytes()
+        content = (path / TOKENIZER_FILE).read_bytes()
         tokenizer = Tokenizer.from_str(content.decode("utf-8"))
-        config = dict(json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8")))
+        config = dict(json.loads((path / CONFIG_FILE).read_text(encoding="utf-8")))
     except OSError as error:
         raise InputError(f"tokenizer: {error.filename}: {error.strerror}") from error
     except Exception as error:  # tokenizers raises plain Exception for a bad file
-        raise InputError(f"tokenizer: {directory}: not a readable tokenizer: {error}") from error
+        raise InputError(f"tokenizer: {path}: not a readable tokenizer: {error}") from error
     tokenizer.encode_special_tokens = special_tokens_as_text
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    eos = _special_id(tokenizer, config, "eos_token", path)
+    if eos is None:
+        raise InputError(f"tokenizer: {path / CONFIG_FILE}: names no eos_token")
+
+    # Not the number of entries: ids may have gaps.
+    size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode(texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+        encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return joined([encoding.ids for encoding in encodings])
+
     return LoadedTokenizer(
-        directory=directory,
+        path=path,
+        library="tokenizers",
         tokenizer=tokenizer,
-        vocabulary=Vocabulary(
-            # Not the number of entries: ids may have gaps.
-            size=max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1,
-            mask_token_id=_special_id(tokenizer, config, "mask_token", directory),
-            eos_token_id=_special_id(tokenizer, config, "eos_token", directory),
-            bos_token_id=_special_id(tokenizer, config, "bos_token", directory),
+        encode=encode,
+        fast_encoder=lambda: _fast_encoder(content, special_tokens_as_text=special_tokens_as_text),
+        decode=tokenizer.decode,
+        size=size,
+        vocabulary=vocabulary_of(
+            size,
+            mask=_special_id(tokenizer, config, "mask_token", path),
+            eos=eos,
+            bos=_special_id(tokenizer, config, "bos_token", path),
         ),
         fingerprint=hashlib.sha256(content).hexdigest(),
         special_tokens_as_text=special_tokens_as_text,
     )
 
 
-def _special_id(tokenizer: Tokenizer, config: dict[str, object], role: str, directory: Path) -> int:
+def vocabulary_of(size: int, *, mask: int | None, eos: int, bos: int | None) -> Vocabulary:
+    """The ids a model is built for.
+
+    Args:
+        size: of the tokenizer.
+        mask: its mask token; None adds an id behind the last.
+        eos: ends a document.
+        bos: starts sampling; None takes `eos`.
+
+    Returns:
+        The vocabulary, mask included.
+    """
+    return Vocabulary(
+        size=size + (mask is None),
+        mask_token_id=size if mask is None else mask,
+        eos_token_id=eos,
+        bos_token_id=eos if bos is None else bos,
+    )
+
+
+def _special_id(tokenizer: Tokenizer, config: dict[str, object], role: str, path: Path) -> int | None:
     entry = config.get(role)
     token = entry.get("content") if isinstance(entry, dict) else entry
-    token_id = tokenizer.token_to_id(token) if isinstance(token, str) else None
+    if token is None:
+        return None
+    token_id: int | None = tokenizer.token_to_id(token) if isinstance(token, str) else None
     if token_id is None:
-        raise InputError(f"tokenizer: {directory / CONFIG_FILE}: {role} {token!r} is not in the vocabulary")
+        raise InputError(f"tokenizer: {path / CONFIG_FILE}: {role} {token!r} is not in the vocabulary")
     return token_id
 
 
@@ -145,38 +201,33 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int, directory: Path)
 
 
 def choose_encoder(loaded: LoadedTokenizer, sample: Sequence[str], backend: Backend) -> tuple[str, Encoder]:
-    """The fastest encoder that gives the ids of the `tokenizers` package on `sample`.
+    """The fastest encoder that gives the ids of the tokenizer's own package on `sample`.
 
     Args:
         loaded: the tokenizer.
         sample: documents of the real input; the first 256 are compared.
-        backend: "auto" takes gigatoken where it can read the tokenizer; a name forces that one.
+        backend: "auto" takes gigatoken where it can read the tokenizer; the others force one.
 
     Returns:
-        Name of the backend and the encoder.
+        Name of the package and the encoder.
 
     Raises:
         InputError: gigatoken gives other ids, or was asked for and cannot read the tokenizer.
     """
-
-    def slow(texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-        encodings = loaded.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return joined([encoding.ids for encoding in encodings])
-
-    if backend == "tokenizers":
-        return "tokenizers", slow
+    if backend == "library":
+        return loaded.library, loaded.encode
     try:
-        fast = _gigatoken_encoder(loaded)
+        fast = loaded.fast_encoder()
     except ValueError as error:
         if backend == "gigatoken":
-            raise InputError(f"backend: gigatoken cannot read {loaded.directory}: {error}") from error
-        logger.info("gigatoken cannot read this tokenizer (%s); using tokenizers", error)
-        return "tokenizers", slow
+            raise InputError(f"backend: gigatoken cannot read {loaded.path}: {error}") from error
+        logger.info("gigatoken cannot read this tokenizer (%s); using %s", error, loaded.library)
+        return loaded.library, loaded.encode
     for text in sample[:SAMPLE_DOCUMENTS]:
-        if not np.array_equal(fast([text])[0], slow([text])[0]):
+        if not np.array_equal(fast([text])[0], loaded.encode([text])[0]):
             raise InputError(
-                f"backend: gigatoken and tokenizers give different ids for {text[:60]!r}; "
-                "use --backend tokenizers"
+                f"backend: gigatoken and {loaded.library} give different ids for {text[:60]!r}; "
+                "use --backend library"
             )
     return "gigatoken", fast
 
@@ -188,24 +239,27 @@ def joined(ids: Sequence[Sequence[int]]) -> tuple[NDArray[np.uint32], NDArray[np
     return np.fromiter(chain.from_iterable(ids), dtype=np.uint32, count=int(offsets[-1])), offsets
 
 
-def _gigatoken_encoder(loaded: LoadedTokenizer) -> Encoder:
+def _fast_encoder(content: bytes, *, special_tokens_as_text: bool) -> Encoder:
     import gigatoken
 
-    description = json.loads((loaded.directory / TOKENIZER_FILE).read_text(encoding="utf-8"))
-    if not loaded.special_tokens_as_text:
+    if not special_tokens_as_text:
         raise ValueError("it has no way to encode special tokens as Megatron-LM does")
+    description = json.loads(content)
     if any(not token["special"] for token in description["added_tokens"]):
         raise ValueError("it has added tokens that are not special")
     # Without added tokens, text that spells one is plain text.
     description["added_tokens"] = []
-    encode_batch = gigatoken.Tokenizer.from_json(json.dumps(description)).encode_batch
+    return encoder_of(gigatoken.Tokenizer.from_json(json.dumps(description)))
 
-    def fast(texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+
+def encoder_of(fast: Any) -> Encoder:
+    """A gigatoken tokenizer as an encoder on one thread: the indexer has a process for each core."""
+
+    def encode(texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
         if not texts:
             return joined([])
-        # One thread: the indexer has a process for each core.
-        rows = encode_batch(list(texts), parallel=False).layout
+        rows = fast.encode_batch(list(texts), parallel=False).layout
         offsets = np.asarray(rows.offsets.data)
         return np.asarray(rows.content.data)[offsets[0] : offsets[-1]], offsets - offsets[0]
 
-    return fast
+    return encode

@@ -1,0 +1,102 @@
+"""Check indexed shards whole: checksums, index, counts, ids; and show how some documents decode.
+
+    python tools/verify_dataset.py data/train data/held-out [--tokenizer DIRECTORY] [--documents 2]
+
+PREFIX stands for PREFIX.bin, .idx and .json. Exit code 0 where all is as the manifests say, 2 where not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from megatron_dlm.data.shard import Shard
+from megatron_dlm.data.tokenizer import load_tokenizer
+from megatron_dlm.interfaces import InputError
+
+PIECE_TOKENS = 1 << 22
+
+
+def verify(prefix: Path) -> Shard:
+    """Open a shard and read all of it.
+
+    Args:
+        prefix: of the shard.
+
+    Returns:
+        The shard.
+
+    Raises:
+        InputError: what is not as the manifest says.
+    """
+    shard = Shard(prefix)
+    shard.verify_checksums()
+    vocabulary = shard.manifest.vocabulary
+    for start in track(
+        range(0, len(shard.tokens), PIECE_TOKENS), description=str(prefix), disable=not sys.stderr.isatty()
+    ):
+        piece = shard.tokens[start : start + PIECE_TOKENS]
+        low, high = int(piece.min()), int(piece.max())
+        if low < 0 or high >= vocabulary.size:
+            bad = low if low < 0 else high
+            raise InputError(f"data: {prefix}: token id {bad} is outside [0, {vocabulary.size})")
+        if (piece == vocabulary.mask_token_id).any():
+            place = start + int(np.argmax(piece == vocabulary.mask_token_id))
+            raise InputError(f"data: {prefix}: token {place} is the mask id {vocabulary.mask_token_id}")
+    if shard.manifest.append_eos:
+        ends = np.cumsum(shard.document_lengths) - 1
+        wrong = np.flatnonzero(shard.tokens[ends] != vocabulary.eos_token_id)
+        if len(wrong):
+            raise InputError(f"data: {prefix}: document {wrong[0]} does not end with <eos>")
+    return shard
+
+
+def show_documents(shard: Shard, tokenizer: Path, count: int) -> None:
+    """Print the beginning of some documents, spread over the shard, as text."""
+    loaded = load_tokenizer(tokenizer)
+    if loaded.fingerprint != shard.manifest.tokenizer_fingerprint:
+        raise InputError(f"tokenizer: {tokenizer} is not the one that made {shard.prefix}")
+    ends = np.cumsum(shard.document_lengths)
+    for document in np.linspace(0, len(ends) - 1, count).astype(int):
+        start = int(ends[document] - shard.document_lengths[document])
+        text = loaded.decode(shard.tokens[start : min(start + 40, int(ends[document]))].tolist())
+        print(f"{shard.prefix} document {document}: {text[:160]!r}")
+
+
+def main() -> None:
+    """Parse, verify, print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("prefixes", nargs="+", type=Path, metavar="PREFIX", help="shards to verify")
+    parser.add_argument("--tokenizer", type=Path, help="decode with it (the manifest's, where it still is)")
+    parser.add_argument("--documents", type=int, default=2, help="documents of each shard to decode (2)")
+    arguments = parser.parse_args()
+    table = Table("shard", "documents", "tokens", "dtype", "ids", "mask id", "verdict")
+    failed = False
+    for prefix in arguments.prefixes:
+        try:
+            shard = verify(prefix)
+            manifest = shard.manifest
+            numbers = (f"{manifest.num_documents:,}", f"{manifest.num_tokens:,}", manifest.dtype)
+            ids = (f"{manifest.vocabulary.size:,}", f"{manifest.vocabulary.mask_token_id:,}, absent")
+            table.add_row(str(prefix), *numbers, *ids, "as the manifest says")
+            tokenizer = arguments.tokenizer or Path(manifest.tokenizer_directory)
+            if arguments.tokenizer or tokenizer.exists():
+                show_documents(shard, tokenizer, arguments.documents)
+        except InputError as error:
+            failed = True
+            table.add_row(str(prefix), *[""] * 5, "DAMAGED")
+            print(f"verify_dataset: error: {error}", file=sys.stderr)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    sys.exit(2 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
