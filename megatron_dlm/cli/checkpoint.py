@@ -125,7 +125,7 @@ def _inspect(arguments: list[str]) -> None:
         "model": run_config.model,
         "vocabulary": record.vocabulary,
         "tokenizer": record.tokenizer_fingerprint,
-        "data": f"{run_config.data.train}, tokens {record.train_sha256}",
+        "data": f"{' '.join(run_config.data.train)}, tokens {record.train_sha256}",
         "precision": run_config.training.precision,
         "saved by": f"{progress['world_size']} processes, {parallel.tensor_model_parallel_size} tensor x "
         f"{parallel.pipeline_model_parallel_size} pipeline parallel",

@@ -118,6 +118,6 @@ def describe_layout(config: RunConfig, processes: int) -> str:
         "run": f"{training.num_steps:,} steps, {run_tokens / 1e9:,.1f}B tokens",
         "FLOPs": describe_flops(config),
         "directory": str(config.directory),
-        "data": f"{config.data.train}, validation {config.data.validation}",
+        "data": f"{' '.join(config.data.train)}, validation {config.data.validation or 'of the same shards'}",
     }
     return "\n".join(f"{name:<10} {value}" for name, value in lines.items())

@@ -1,55 +1,69 @@
-"""Which block each sample of a run reads; the only state is the number of samples consumed."""
+"""What a run reads, and which samples each rank's microbatches are."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from megatron_dlm.data.packing import TokenBlocks
-from megatron_dlm.interfaces import InputError, TokenBatch
-from megatron_dlm.platform.rng import NoiseSource, Permutation
+from megatron_dlm.interfaces import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What a run reads."""
 
-    train: Path
-    """Prefix of the training shard (PREFIX.bin, .idx, .json)."""
-    validation: Path
-    """Prefix of the held-out shard."""
+    train: tuple[str, ...]
+    """Prefix of the training shard (PREFIX.bin, .idx, .json), or weights and prefixes in turn: 3 A 7 B."""
+    validation: Path | None = None
+    """Prefix of the held-out shard; none with `split`."""
+    split: tuple[float, ...] = ()
+    """Shares of each training shard's documents for training, validation and test, of any sum."""
     seq_length: int = 2048
     """Tokens of one sample."""
     document_mask: bool = False
     """Keep attention inside documents, whose positions start at 0; off, as in the paper, a block is one."""
     verify_checksums: bool = False
-    """Read both shards whole before the run and compare their SHA-256 with the manifests."""
+    """Read all shards whole before the run and compare their SHA-256 with the manifests."""
 
     def __post_init__(self) -> None:
         if self.seq_length < 1:
             raise InputError(f"data.seq_length: {self.seq_length} is below 1")
+        self.blend()
+        if (self.validation is None) == (not self.split):
+            raise InputError("data.validation: needs a shard, or data.split in its place")
+        if self.split and (
+            len(self.split) != 3
+            or not all(math.isfinite(share) and share >= 0 for share in self.split)
+            or min(self.split[:2]) == 0
+        ):
+            shares = " ".join(map(str, self.split))
+            raise InputError(f"data.split: {shares}: not three shares, the first two above 0")
 
+    def blend(self) -> list[tuple[float, Path]]:
+        """Weights and prefixes of the training shards.
 
-class SampleOrder:
-    """Sample position in the run -> block: a new addressed permutation of all blocks each epoch."""
+        Returns:
+            One pair a shard.
 
-    def __init__(self, num_blocks: int, noise: NoiseSource) -> None:
-        self.num_blocks = num_blocks
-        self._permutation = lru_cache(maxsize=2)(
-            lambda epoch: Permutation(num_blocks, noise, "data/order", epoch)
-        )
-
-    def __call__(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Blocks (int64) of sample positions (int64 [B], >= 0)."""
-        epochs, offsets = np.divmod(positions, self.num_blocks)
-        blocks = [self._permutation(int(e))(o[None]) for e, o in zip(epochs, offsets, strict=True)]
-        return np.concatenate(blocks)
+        Raises:
+            InputError: `train` is neither one prefix nor pairs.
+        """
+        if len(self.train) == 1:
+            return [(1.0, Path(self.train[0]))]
+        try:
+            weights = [float(word) for word in self.train[0::2]]
+        except ValueError:
+            weights = []
+        if not weights or len(weights) * 2 != len(self.train):
+            raise InputError(
+                f"data.train: {' '.join(self.train)}: not one prefix, or weights and prefixes in turn"
+            )
+        return list(zip(weights, map(Path, self.train[1::2]), strict=True))
 
 
 def microbatch_positions(
@@ -73,15 +87,3 @@ def microbatch_positions(
     start = first + data_rank * share
     for offset in range(0, share, micro_batch_size):
         yield np.arange(start + offset, start + offset + micro_batch_size, dtype=np.int64)
-
-
-def read_batch(
-    blocks: TokenBlocks, block_indices: NDArray[np.int64], positions: NDArray[np.int64]
-) -> TokenBatch:
-    """The blocks as one microbatch whose samples stand at `positions` of the run."""
-    documents = blocks.read_documents(block_indices)
-    return TokenBatch(
-        token_ids=torch.from_numpy(blocks.read(block_indices)),
-        sample_indices=positions,
-        document_ids=None if documents is None else torch.from_numpy(documents),
-    )

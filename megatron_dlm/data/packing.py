@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,16 +19,34 @@ class TokenBlocks:
     block needs its look-ahead too, so a shard of N tokens has (N - 1) // L blocks.
     """
 
-    def __init__(self, shard: Shard, seq_length: int, *, document_mask: bool = False) -> None:
-        """`document_mask` also tells which document each token belongs to."""
+    def __init__(
+        self,
+        shard: Shard,
+        seq_length: int,
+        *,
+        document_mask: bool = False,
+        documents: tuple[int, int] | None = None,
+    ) -> None:
+        """`document_mask` also tells which document each token belongs to; `documents` are all that is read.
+
+        Raises:
+            InputError: not one block.
+        """
         self.seq_length = seq_length
-        self._document_ends = np.cumsum(shard.document_lengths, dtype=np.int64) if document_mask else None
-        self.num_blocks = (len(shard.tokens) - 1) // seq_length
+        self.label = shard.prefix.name
+        ends = np.cumsum(shard.document_lengths, dtype=np.int64)
+        first, last = documents or (0, len(ends))
+        self._start, end = (int(ends[index - 1]) if index else 0 for index in (first, last))
+        self.num_tokens = end - self._start
+        self.num_blocks = (self.num_tokens - 1) // seq_length
+        self.name = f"{shard.manifest.tokens_sha256}/{first}-{last}/{seq_length}"
         self._shard = shard
+        self._document_ends = ends if document_mask else None
         if self.num_blocks < 1:
+            part = "" if documents is None else f"documents {first} to {last} of "
             raise InputError(
                 f"data.seq_length: {seq_length} needs {seq_length + 1} tokens, "
-                f"{shard.prefix} has {len(shard.tokens)}"
+                f"{part}{shard.prefix} has {self.num_tokens}"
             )
 
     def read(self, block_indices: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -41,7 +62,8 @@ class TokenBlocks:
             InputError: an id outside the vocabulary, or the mask id, which clean data never contains.
         """
         length = self.seq_length
-        rows = [self._shard.tokens[start : start + length + 1] for start in block_indices * length]
+        starts = self._start + block_indices * length
+        rows = [self._shard.tokens[start : start + length + 1] for start in starts]
         token_ids = np.stack(rows).astype(np.int64)
         self._check(token_ids)
         return token_ids
@@ -57,7 +79,8 @@ class TokenBlocks:
         """
         if self._document_ends is None:
             return None
-        tokens = block_indices[:, None] * self.seq_length + np.arange(self.seq_length + 1)
+        starts = self._start + block_indices * self.seq_length
+        tokens = starts[:, None] + np.arange(self.seq_length + 1)
         return np.searchsorted(self._document_ends, tokens, side="right").astype(np.int64)
 
     def _check(self, token_ids: NDArray[np.int64]) -> None:
@@ -69,3 +92,17 @@ class TokenBlocks:
             raise InputError(f"data: {self._shard.prefix}: token id {bad} is outside [0, {vocabulary.size})")
         if (token_ids == vocabulary.mask_token_id).any():
             raise InputError(f"data: {self._shard.prefix}: contains the mask id {vocabulary.mask_token_id}")
+
+
+def split_documents(num_documents: int, shares: Sequence[float]) -> list[tuple[int, int]]:
+    """Cut documents in order into parts, as Megatron-LM's --split does.
+
+    Args:
+        num_documents: of the shard.
+        shares: of the parts, of any sum.
+
+    Returns:
+        First document and the one behind the last, for each part; no document is in two parts.
+    """
+    bounds = [round(num_documents * sum(shares[:n]) / sum(shares)) for n in range(len(shares) + 1)]
+    return list(pairwise(bounds))

@@ -92,6 +92,8 @@ def _decode_value(declared: Any, value: Any, path: str) -> Any:
     if origin is Literal:
         return _expect(value in get_args(declared), value, path, f"one of {get_args(declared)}")
     if origin is tuple:
+        # A field that used to hold one value.
+        value = [value] if isinstance(value, str) else value
         _expect(isinstance(value, list), value, path, "a list")
         arguments = get_args(declared)
         types_of_items = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)

@@ -118,6 +118,8 @@ class LoggingHook(Hook):
             "consumed_samples": progress.consumed_samples,
             "fingerprint": progress.fingerprint,
         }
+        epochs = session.epochs(progress.consumed_samples)
+        metrics |= {f"epochs/{name}": value for name, value in epochs.items()}
         self._telemetry.write("train", progress.step, metrics)
         self._reports = []
 
@@ -196,6 +198,7 @@ class CheckpointHook(Hook):
                 "recent_losses": progress.recent_losses,
                 "recent_grad_norms": progress.recent_grad_norms,
                 "world_size": session.parallel.world_size,
+                "data_plan": encode(session.plan),
             },
         }
         checkpoint = session.config.checkpoint

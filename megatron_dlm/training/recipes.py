@@ -135,5 +135,5 @@ def _large_run(
 
 def _data(directory: str, validation: str, *, seq_length: int) -> DataConfig:
     return DataConfig(
-        train=Path(directory) / "train", validation=Path(directory) / validation, seq_length=seq_length
+        train=(f"{directory}/train",), validation=Path(directory) / validation, seq_length=seq_length
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from megatron_dlm.checkpointing.storage import ChangeableField, CheckpointRoot, read_json, read_manifest
+from megatron_dlm.data.blending import PlanSegment
 from megatron_dlm.interfaces import InputError, Vocabulary
 from megatron_dlm.platform.codec import decode
 from megatron_dlm.platform.launch import detect_environment
@@ -203,6 +204,10 @@ def _restore(session: Session, start: RunRecord | ReferenceStart | None) -> Prog
     directory = _sound(start.directory, session)
     load(directory, denoiser, session.optimizer, parallel)
     saved = read_json(directory / PROGRESS_RECORD)
+    if "data_plan" in saved:
+        where = f"{directory / PROGRESS_RECORD}: data_plan"
+        plan = [decode(PlanSegment, segment, where) for segment in saved["data_plan"]]
+        session.follow(plan, int(saved["consumed_samples"]))
     return Progress(
         step=int(saved["step"]),
         consumed_samples=int(saved["consumed_samples"]),

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_dlm.data.loader import SampleOrder, microbatch_positions, read_batch
-from megatron_dlm.data.packing import TokenBlocks
+from megatron_dlm.data.blending import PlanSegment, SampleReader
+from megatron_dlm.data.loader import microbatch_positions
 from megatron_dlm.evaluation.likelihood import Likelihood, estimate_likelihood
 from megatron_dlm.interfaces import TokenBatch, Vocabulary
 from megatron_dlm.models.config import transformer_config
@@ -21,7 +21,7 @@ from megatron_dlm.platform.parallel import ParallelState
 from megatron_dlm.platform.rng import NoiseSource
 from megatron_dlm.training.optimizer import build_optimizer, wrap_data_parallel
 from megatron_dlm.training.run_config import EvaluationConfig, RunConfig
-from megatron_dlm.training.run_data import RunData
+from megatron_dlm.training.run_data import BlendedShards, RunData
 from megatron_dlm.training.step import BatchSums, PipelineRunner
 
 
@@ -41,21 +41,19 @@ def build_denoiser(
 
 
 class BatchStream:
-    """Reads, corrupts and runs the global batches of one shard, each addressed by its first sample."""
+    """Reads, corrupts and runs global batches, each addressed by its first sample."""
 
     def __init__(
         self,
         runner: PipelineRunner,
-        blocks: TokenBlocks,
+        samples: SampleReader,
         noise: NoiseSource,
         micro_batch_size: int,
         parallel: ParallelState,
     ) -> None:
         self._runner = runner
-        self._blocks = blocks
+        self.samples = samples
         self._noise = noise
-        # Random also for validation: the first blocks of a shard are a few documents, not the whole of it.
-        self._order = SampleOrder(blocks.num_blocks, noise)
         self._micro_batch_size = micro_batch_size
         self._parallel = parallel
 
@@ -87,7 +85,7 @@ class BatchStream:
             Sums over the sample.
         """
         context = self._context(step, first_sample, batch_size, training=True)
-        return self._runner.run(iter([self._read(np.array([position]))]), context)
+        return self._runner.run(iter([self.samples.read(np.array([position]))]), context)
 
     def _context(self, step: int, first_sample: int, batch_size: int, *, training: bool) -> CorruptionContext:
         return CorruptionContext(
@@ -97,9 +95,6 @@ class BatchStream:
             global_batch_size=batch_size,
             training=training,
         )
-
-    def _read(self, positions: NDArray[np.int64]) -> TokenBatch:
-        return read_batch(self._blocks, self._order(positions), positions)
 
     def corrupted(
         self, step: int, first_sample: int, batch_size: int, positions: NDArray[np.int64]
@@ -118,7 +113,7 @@ class BatchStream:
         context = self._context(step, first_sample, batch_size, training=True)
         arrays: dict[str, NDArray[Any]] = {}
         for position in positions:
-            batch = self._read(np.array([position]))
+            batch = self.samples.read(np.array([position]))
             inputs, targets = corrupt(self._runner.objective, batch, context)
             tensors = {"clean_token_ids": batch.token_ids, **vars(inputs), **vars(targets)}
             arrays |= {
@@ -136,7 +131,7 @@ class BatchStream:
             data_rank=self._parallel.data_rank,
             data_size=self._parallel.data_size,
         ):
-            yield self._read(positions)
+            yield self.samples.read(positions)
 
 
 class Validation:
@@ -145,13 +140,15 @@ class Validation:
     def __init__(
         self,
         runner: PipelineRunner,
-        blocks: TokenBlocks,
+        shards: BlendedShards,
         bytes_per_token: float,
         config: RunConfig,
         parallel: ParallelState,
     ) -> None:
         noise = NoiseSource(config.evaluation.seed, "validation")
-        self._stream = BatchStream(runner, blocks, noise, config.training.micro_batch_size, parallel)
+        # Random here too: the first blocks of a shard are a few documents, not the whole of it.
+        samples = SampleReader([PlanSegment(0, shards.blend)], shards.blocks, noise)
+        self._stream = BatchStream(runner, samples, noise, config.training.micro_batch_size, parallel)
         self._bytes_per_token = bytes_per_token
 
     def run(self, config: EvaluationConfig) -> Likelihood:
@@ -186,9 +183,32 @@ class Session:
         self.validation = Validation(
             runner, data.validation, data.validation_bytes_per_token, config, parallel
         )
-        noise = NoiseSource(config.training.seed)
-        self._stream = BatchStream(runner, data.train, noise, config.training.micro_batch_size, parallel)
+        self._noise = NoiseSource(config.training.seed)
+        self.plan = (PlanSegment(0, data.train.blend),)
+        """Which blend is read from which sample on."""
+        self._stream = BatchStream(
+            runner, self._samples(), self._noise, config.training.micro_batch_size, parallel
+        )
         self._connect()
+
+    def _samples(self) -> SampleReader:
+        return SampleReader(self.plan, self.data.train.blocks, self._noise)
+
+    def follow(self, plan: Sequence[PlanSegment], consumed_samples: int) -> None:
+        """Go on with the plan of a checkpoint; where the blend is another now, with that from here on.
+
+        Args:
+            plan: segments of the run so far.
+            consumed_samples: of the run so far.
+        """
+        blend = self.data.train.blend
+        changed = () if plan[-1].blend == blend else (PlanSegment(consumed_samples, blend),)
+        self.plan = (*plan, *changed)
+        self._stream.samples = self._samples()
+
+    def epochs(self, consumed_samples: int) -> dict[str, float]:
+        """How often each training shard has been read."""
+        return self._stream.samples.epochs(consumed_samples)
 
     def _connect(self) -> None:
         """Tell megatron-core's schedules how gradients are finished and scaled."""

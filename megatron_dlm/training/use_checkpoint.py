@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from megatron_dlm.checkpointing.storage import read_json
-from megatron_dlm.interfaces import InputError
+from megatron_dlm.interfaces import InputError, TokenBatch
 from megatron_dlm.models.config import Precision
 from megatron_dlm.platform.launch import detect_environment
 from megatron_dlm.platform.parallel import ParallelConfig, ParallelState, start_parallel, stop_parallel
@@ -17,11 +17,11 @@ from megatron_dlm.training.run import RunRecord, read_run_record
 from megatron_dlm.training.run_config import EvaluationConfig, check_run
 
 if TYPE_CHECKING:
-    from megatron_dlm.data.packing import TokenBlocks
     from megatron_dlm.data.shard import Shard
     from megatron_dlm.data.tokenizer import LoadedTokenizer
     from megatron_dlm.evaluation.likelihood import Likelihood
     from megatron_dlm.models.denoiser import Denoiser
+    from megatron_dlm.training.run_data import BlendedShards
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def evaluate_checkpoint(
     )
     config = replace(record.config, parallel=parallel_config, training=training, evaluation=evaluation)
     check_run(config, detect_environment().world_size)
-    shard, blocks = _open_held_out(record, data, document_mask=record.config.data.document_mask)
+    shard, shards = _open_held_out(record, data, document_mask=record.config.data.document_mask)
     with open_checkpoint(record, parallel_config, config.training.precision) as opened:
         from megatron_dlm.training.session import Validation
         from megatron_dlm.training.step import PipelineRunner
@@ -104,7 +104,7 @@ def evaluate_checkpoint(
         runner = PipelineRunner(
             [opened.denoiser], objective, opened.parallel, config.training.head_rows_per_chunk
         )
-        validation = Validation(runner, blocks, shard.manifest.bytes_per_token, config, opened.parallel)
+        validation = Validation(runner, shards, shard.manifest.bytes_per_token, config, opened.parallel)
         return validation.run(evaluation), opened.parallel.rank == 0
 
 
@@ -131,11 +131,10 @@ def export_checkpoint(
 
     _require_one_process()
     # Document masks are the data's, not the model's.
-    _, blocks = _open_held_out(record, data, document_mask=False)
+    _, shards = _open_held_out(record, data, document_mask=False)
     with open_checkpoint(record, ParallelConfig(), "fp32") as opened:
         from megatron_dlm.checkpointing.manager import PROGRESS_RECORD
         from megatron_dlm.conversion.to_hugging_face import ExportSource, export
-        from megatron_dlm.data.loader import read_batch
         from megatron_dlm.objectives.base import CorruptionContext
         from megatron_dlm.platform.rng import NoiseSource
 
@@ -147,7 +146,10 @@ def export_checkpoint(
             global_batch_size=check_samples,
             training=False,
         )
-        batch = read_batch(blocks, positions % blocks.num_blocks, positions)
+        (blocks,) = shards.blocks.values()
+        batch = TokenBatch(
+            token_ids=torch.from_numpy(blocks.read(positions % blocks.num_blocks)), sample_indices=positions
+        )
         objective = record.config.objective.build(record.vocabulary)
         # Where a family has parts, one of them shows the weights as well as all.
         inputs, targets = objective.corrupt(objective.split(batch, context)[0], context)
@@ -192,12 +194,11 @@ def _require_one_process() -> None:
         )
 
 
-def _open_held_out(record: RunRecord, data: Path, *, document_mask: bool) -> tuple[Shard, TokenBlocks]:
+def _open_held_out(record: RunRecord, data: Path, *, document_mask: bool) -> tuple[Shard, BlendedShards]:
     """The shard at `data`, which the model's tokenizer must have made, and its blocks."""
-    from megatron_dlm.data.packing import TokenBlocks
-    from megatron_dlm.data.shard import Shard
+    from megatron_dlm.training.run_data import held_out_blocks
 
-    shard = Shard(data)
+    shard, shards = held_out_blocks(data, record.config.data.seq_length, document_mask=document_mask)
     if shard.manifest.tokenizer_fingerprint != record.tokenizer_fingerprint:
         raise InputError(f"data: {data} was made by another tokenizer than the data of {record.directory}")
-    return shard, TokenBlocks(shard, record.config.data.seq_length, document_mask=document_mask)
+    return shard, shards

@@ -15,17 +15,17 @@ from tests.helpers.distributed import run_distributed
 
 
 def sleep_in_a_step():
-    from megatron_dlm.training import session
+    from megatron_dlm.data.blending import SampleReader
 
-    read_batch, calls = session.read_batch, []
+    read, calls = SampleReader.read, []
 
-    def sleeping_read_batch(*arguments):
+    def sleeping_read(*arguments):
         calls.append(1)
         if len(calls) == 20:
             time.sleep(60)
-        return read_batch(*arguments)
+        return read(*arguments)
 
-    session.read_batch = sleeping_read_batch
+    SampleReader.read = sleeping_read
 
 
 def test_a_step_that_does_not_end_shows_where_it_is(corpus, tmp_path):
@@ -34,7 +34,7 @@ def test_a_step_that_does_not_end_shows_where_it_is(corpus, tmp_path):
     began = time.monotonic()
     code, output = faulty.train_in_child(config, sleep_in_a_step)
     assert time.monotonic() - began < 30
-    assert code == 1 and "in sleeping_read_batch" in output, output
+    assert code == 1 and "in sleeping_read" in output, output
 
 
 def with_a_flipped_bit(state, config, faulty_rank):

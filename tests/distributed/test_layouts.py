@@ -276,7 +276,7 @@ def first_batch(config, data):
     """The corrupted parts of the first global batch."""
     import numpy as np
 
-    from megatron_dlm.data.loader import SampleOrder, read_batch
+    from megatron_dlm.data.blending import PlanSegment, SampleReader
     from megatron_dlm.objectives.base import CorruptionContext
     from megatron_dlm.objectives.documents import corrupt
     from megatron_dlm.platform.rng import NoiseSource
@@ -284,7 +284,8 @@ def first_batch(config, data):
     size = config.training.global_batch_size
     noise = NoiseSource(config.training.seed)
     positions = np.arange(size)
-    batch = read_batch(data.train, SampleOrder(data.train.num_blocks, noise)(positions), positions)
+    reader = SampleReader([PlanSegment(0, data.train.blend)], data.train.blocks, noise)
+    batch = reader.read(positions)
     context = CorruptionContext(noise=noise, step=0, batch_start=0, global_batch_size=size, training=True)
     objective = config.objective.build(data.vocabulary)
     return [corrupt(objective, part, context) for part in objective.split(batch, context)]

@@ -148,6 +148,7 @@ def jumping_clock():
 def signal_at(place, *, again=False):
     """SIGTERM to the process at a place of a run; with `again` a second one later, in the same step."""
     from megatron_dlm.checkpointing.writing import ShareWriter
+    from megatron_dlm.data import blending
     from megatron_dlm.training import run, session, stop_signals
 
     def send():
@@ -162,7 +163,7 @@ def signal_at(place, *, again=False):
     owner, name, number = {
         "the start": (run, "detect_environment", 1),
         "the resume": (run, "_agree_on_start", 1),
-        "reading data": (session, "read_batch", 14),
+        "reading data": (blending.SampleReader, "read", 14),
         "an evaluation": (session.Validation, "run", 2),
         "a save": (ShareWriter, "start", 1),
         "the wait for a writer": (ShareWriter, "wait", 1),

@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 
 from megatron_dlm.data.indexing import IndexConfig, build_shards
-from megatron_dlm.data.loader import SampleOrder, microbatch_positions
+from megatron_dlm.data.loader import microbatch_positions
 from megatron_dlm.data.manifest import shard_path
 from megatron_dlm.data.packing import TokenBlocks
 from megatron_dlm.data.shard import Shard, write_index
 from megatron_dlm.data.tokenizer import choose_encoder, load_tokenizer, train_tokenizer
 from megatron_dlm.interfaces import InputError
-from megatron_dlm.platform.rng import NoiseSource
 from tests.helpers import tiny
 
 HOSTILE = ["a [MASK] b", "<eos>", "x<bos>y <eos>[MASK]", "[MASK][MASK]", "naïve 漢字 \u200b \x00 tab\t"]
@@ -293,14 +292,6 @@ def test_blocks_have_stride_and_look_ahead(corpus):
 def test_sequence_longer_than_the_data(corpus):
     with pytest.raises(InputError, match=r"data.seq_length: 1000000 needs 1000001 tokens"):
         TokenBlocks(Shard(corpus.train), 1_000_000)
-
-
-def test_an_epoch_reads_every_block_once_in_another_order():
-    order = SampleOrder(50, NoiseSource(1))
-    first, second = order(np.arange(50)), order(np.arange(50, 100))
-    assert sorted(first) == sorted(second) == list(range(50))
-    assert not np.array_equal(first, second)
-    assert np.array_equal(order(np.array([49, 50])), [first[49], second[0]])
 
 
 @pytest.mark.parametrize(("micro", "ranks"), [(1, 1), (4, 1), (2, 2), (1, 4)])
