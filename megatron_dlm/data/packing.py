@@ -27,11 +27,7 @@ class TokenBlocks:
         document_mask: bool = False,
         documents: tuple[int, int] | None = None,
     ) -> None:
-        """`document_mask` also tells which document each token belongs to; `documents` are all that is read.
-
-        Raises:
-            InputError: not one block.
-        """
+        """`document_mask` also tells each token's document; `documents` are all that is read."""
         self.seq_length = seq_length
         self.label = shard.prefix.name
         ends = np.cumsum(shard.document_lengths, dtype=np.int64)

@@ -1,0 +1,240 @@
+"""Indexing beside Megatron-LM's way of it, as whole processes: MB/s, peak memory, start-up, reading.
+
+    python tools/bench/index.py [--megabytes 200] [--large-megabytes 2000] [--vocabularies 8192 32768]
+
+The other side does per document what Megatron-LM's tools/preprocess_data.py does: a pool of processes, one
+JSON line to each in turn, `tokenizers` to encode it, megatron-core's builder to write it. Both get the same
+real text (the sources and documentation of the installed Python packages) and two workers, in turn, and must
+write the same bytes. Medians of several rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from multiprocessing import Pool
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from megatron_dlm.data.manifest import shard_path
+from megatron_dlm.data.tokenizer import load_tokenizer, train_tokenizer
+from megatron_dlm.platform.files import sha256_of
+
+WORKERS = 2
+SUFFIXES = (".py", ".txt", ".md", ".rst", ".h", ".json", ".pyi")
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--megabytes", type=int, default=200, help="text of the comparison (200)")
+    parser.add_argument(
+        "--large-megabytes", type=int, default=2000, help="text for the memory, 0: none (2000)"
+    )
+    parser.add_argument("--vocabularies", type=int, nargs="+", default=[8192, 32768], help="ids")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds of each side (3)")
+    parser.add_argument("--megatron", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.megatron:
+        index_as_megatron(*map(Path, arguments.megatron))
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        measure(Path(directory), arguments)
+
+
+def measure(directory: Path, arguments: argparse.Namespace) -> None:
+    """All tables."""
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    text = directory / "text.jsonl"
+    num_bytes = write_text(text, arguments.megabytes * 10**6)
+    table = Table("ids", "ours MB/s", "Megatron-LM's way MB/s", "ratio", "ours MiB", "theirs MiB", "bytes")
+    for size in arguments.vocabularies:
+        tokenizer = directory / f"tokenizer-{size}"
+        train_tokenizer(texts_of(text, 20 * 10**6), size, tokenizer)
+        ours, theirs = [], []
+        for round_ in range(arguments.repeats):
+            ours.append(run(index_words(text, tokenizer, directory / "ours")))
+            theirs.append(run([__file__, "--megatron", text, tokenizer, directory / "theirs"]))
+            equal = digests(directory / "ours") == digests(directory / "theirs")
+            console.print(f"{size} ids, round {round_ + 1}: {ours[-1][0]:.1f} s, {theirs[-1][0]:.1f} s")
+        speeds = [num_bytes / 1e6 / statistics.median(t for t, _ in side) for side in (ours, theirs)]
+        memory = [max(m for _, m in side) for side in (ours, theirs)]
+        table.add_row(
+            f"{size:,}",
+            *(f"{speed:.1f}" for speed in speeds),
+            f"{speeds[0] / speeds[1]:.1f}x",
+            *(f"{mib:,.0f}" for mib in memory),
+            "equal" if equal else "DIFFERENT",
+        )
+    console.print(f"{num_bytes / 1e6:.0f} MB of text, {WORKERS} workers, medians of {arguments.repeats}")
+    console.print(table)
+    console.print(other_figures(directory, text, tokenizer, arguments))
+
+
+def other_figures(directory: Path, text: Path, tokenizer: Path, arguments: argparse.Namespace) -> Table:
+    """Start-up, memory of much text, reading."""
+    table = Table("what", "figure")
+    small = directory / "small.jsonl"
+    write_text(small, 10**6)
+    seconds = [run(index_words(small, tokenizer, directory / "small"))[0] for _ in range(arguments.repeats)]
+    table.add_row("1 MB from start to finish", f"{statistics.median(seconds):.2f} s")
+    if arguments.large_megabytes:
+        large = directory / "large.jsonl"
+        with large.open("wb") as out:
+            while out.tell() < arguments.large_megabytes * 10**6:
+                with text.open("rb") as file:
+                    shutil.copyfileobj(file, out)
+        for path in (text, large):
+            taken, mib = run(index_words(path, tokenizer, directory / "large"))
+            megabytes = path.stat().st_size / 1e6
+            table.add_row(
+                f"peak memory of {megabytes:,.0f} MB, largest process",
+                f"{mib:,.0f} MiB ({megabytes / taken:.0f} MB/s)",
+            )
+    table.add_row(
+        "random reads of 2,048 tokens, one process", f"{random_reads(directory / 'large'):,.0f} tokens/s"
+    )
+    table.add_row("opening a shard of 10 million documents", f"{open_many(directory / 'many'):.2f} s")
+    return table
+
+
+def index_words(text: Path, tokenizer: Path, output: Path) -> list[Any]:
+    """Command line of our side."""
+    words = ["-m", "megatron_dlm", "index", "--input", text, "--output", output, "--tokenizer", tokenizer]
+    return [*words, "--workers", WORKERS]
+
+
+def run(words: list[Any]) -> tuple[float, float]:
+    """Seconds of a Python process, and the peak memory of its largest process in MiB."""
+    started = time.monotonic()
+    process = subprocess.Popen([sys.executable, *map(str, words)], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise RuntimeError(f"{words} ended with status {status}")
+    return time.monotonic() - started, usage.ru_maxrss / 1024
+
+
+def write_text(path: Path, num_bytes: int) -> int:
+    """JSON lines of real text, each file of the installed packages once, then once more; bytes of text."""
+    done = 0
+    with path.open("w", encoding="utf-8") as out:
+        while done < num_bytes:
+            for text in package_texts():
+                out.write(json.dumps({"text": text}) + "\n")
+                done += len(text.encode())
+                if done >= num_bytes:
+                    break
+    return done
+
+
+def package_texts() -> Iterator[str]:
+    """Text files of the Python installation, in pieces of at most 20,000 characters."""
+    for root in sorted(
+        {os.path.dirname(os.__file__), *(path for path in sys.path if "site-packages" in path)}
+    ):
+        for path in sorted(Path(root).rglob("*")):
+            if path.suffix in SUFFIXES and path.is_file():
+                try:
+                    text = path.read_text(encoding="utf-8")
+                except (OSError, ValueError):
+                    continue
+                yield from (text[start : start + 20_000] for start in range(0, len(text), 20_000))
+
+
+def texts_of(path: Path, num_bytes: int) -> Iterator[str]:
+    """Texts from the start of a file of JSON lines."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            text = json.loads(line)["text"]
+            num_bytes -= len(text)
+            yield text
+            if num_bytes < 0:
+                return
+
+
+def digests(prefix: Path) -> list[str]:
+    """SHA-256 of a shard's files."""
+    paths = [shard_path(prefix, suffix) for suffix in (".bin", ".idx")]
+    return [sha256_of(path) for path in paths]
+
+
+class _Encoder:
+    """One document in each call, in a process of the pool."""
+
+    tokenizer: Any
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def start(self) -> None:
+        """Load the tokenizer, once a process."""
+        _Encoder.tokenizer = load_tokenizer(self._directory).tokenizer
+
+    def encode(self, line: str) -> list[int]:
+        """Ids of a line's text."""
+        ids: list[int] = _Encoder.tokenizer.encode(json.loads(line)["text"], add_special_tokens=False).ids
+        return ids
+
+
+def index_as_megatron(text: Path, tokenizer: Path, output: Path) -> None:
+    """The other side, in a process of its own."""
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    loaded, encoder = load_tokenizer(tokenizer), _Encoder(tokenizer)
+    builder = IndexedDatasetBuilder(f"{output}.bin", dtype=DType.optimal_dtype(loaded.size))
+    with text.open(encoding="utf-8") as file, Pool(WORKERS, initializer=encoder.start) as pool:
+        for ids in pool.imap(encoder.encode, file, 32):
+            document = [*ids, loaded.vocabulary.eos_token_id] if ids else []
+            builder.add_document(document, [len(document)] if document else [])
+    builder.finalize(f"{output}.idx")
+
+
+def random_reads(prefix: Path) -> float:
+    """Tokens a second of blocks in random order from a memory-mapped shard, pages in memory."""
+    from megatron_dlm.data.blending import Blend, PlanSegment, SampleReader
+    from megatron_dlm.data.packing import TokenBlocks
+    from megatron_dlm.data.shard import Shard
+    from megatron_dlm.platform.rng import NoiseSource
+
+    blocks = TokenBlocks(Shard(prefix), 2048)
+    reader = SampleReader(
+        [PlanSegment(0, Blend.of([blocks.name], [1.0]))], {blocks.name: blocks}, NoiseSource(0)
+    )
+    reader.read(np.arange(64))
+    started, count = time.monotonic(), 0
+    while time.monotonic() - started < 3:
+        reader.read(np.arange(count, count + 16))
+        count += 16
+    return count * 2048 / (time.monotonic() - started)
+
+
+def open_many(prefix: Path) -> float:
+    """Seconds to open and check the index of 10 million documents of two tokens."""
+    from megatron_dlm.data.shard import read_index, write_index
+
+    lengths = np.full(10_000_000, 2, dtype=np.int32)
+    write_index(
+        shard_path(prefix, ".idx"), np.dtype("<u2"), lambda: iter([lengths]), lambda: iter([lengths // 2])
+    )
+    started = time.monotonic()
+    read_index(shard_path(prefix, ".idx"), 40_000_000)
+    return time.monotonic() - started
+
+
+if __name__ == "__main__":
+    main()
