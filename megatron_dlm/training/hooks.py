@@ -261,17 +261,17 @@ class RequestHook(Hook):
         self._started_at = time.monotonic()
 
     def on_start(self, session: Session, progress: Progress) -> None:
-        """Make no step where a signal has come before the first."""
-        self._agree(session, progress)
+        """Make no step where a signal has come before the first; the time limit lets each start make one."""
+        self._agree(session, progress, late=False)
 
     def after_step(self, session: Session, progress: Progress, report: StepReport) -> None:
         """Stop or save after this step."""
-        self._agree(session, progress)
-
-    def _agree(self, session: Session, progress: Progress) -> None:
-        """Among all ranks, so that none waits for one that has left."""
         limit = session.config.checkpoint.stop_after_minutes
         late = bool(limit) and time.monotonic() - self._started_at > 60 * limit
+        self._agree(session, progress, late=late)
+
+    def _agree(self, session: Session, progress: Progress, *, late: bool) -> None:
+        """Among all ranks, so that none waits for one that has left."""
         asked = session.parallel.rank == 0 and os.path.exists(session.config.directory / SAVE_REQUEST)
         requests = torch.tensor([self._signals.received or late, asked], device=session.parallel.device).int()
         dist.all_reduce(requests, op=dist.ReduceOp.MAX)
