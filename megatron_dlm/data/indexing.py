@@ -65,7 +65,7 @@ class IndexConfig:
     backend: Backend = "auto"
     """Encoder; auto takes gigatoken where it gives the ids of the tokenizer's own library on a sample."""
     unit_bytes: int = 0
-    """Bytes of the pieces that the work is cut into; 0: 64 MiB, or more for very much text."""
+    """Bytes of the pieces that the work is cut into; 0: 4 to 64 MiB, or more for very much text."""
 
     def __post_init__(self) -> None:
         for name in ("max_rejects", "workers", "unit_bytes"):

@@ -247,4 +247,4 @@ def _fault(
 
 
 def _text_bytes(texts: Sequence[Text]) -> int:
-    return sum(len("".join(text).encode()) for text in texts)
+    return sum(len((text if isinstance(text, str) else "".join(text)).encode()) for text in texts)

@@ -142,7 +142,7 @@ def _texts_of(line: bytes, keys: Sequence[str]) -> tuple[list[Text] | None, str]
 
 def _encodable(text: Text) -> bool:
     try:
-        "".join(text).encode("utf-8")
+        (text if isinstance(text, str) else "".join(text)).encode("utf-8")
     except UnicodeEncodeError:
         return False
     return True

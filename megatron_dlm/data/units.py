@@ -10,9 +10,9 @@ from typing import IO
 from megatron_dlm.data.sources import Source, open_raw
 from megatron_dlm.interfaces import InputError
 
-SMALLEST_UNIT_BYTES = 64 << 20
-MOST_UNITS = 4096
-"""Beyond this many units of the smallest size they grow: each has a record and a table of token counts."""
+SMALLEST_UNIT_BYTES, USUAL_UNIT_BYTES = 4 << 20, 64 << 20
+SHARED_UNITS, MOST_UNITS = 256, 4096
+"""Small corpora are cut fine enough for all workers, very large ones into units that grow with them."""
 _STRIDE = 1 << 20
 
 
@@ -40,7 +40,9 @@ def plan_units(sources: list[Source], unit_bytes: int | None = None) -> list[Uni
     """
     if unit_bytes is None:
         total = sum(source.num_bytes for source in sources)
-        unit_bytes = max(SMALLEST_UNIT_BYTES, total // MOST_UNITS)
+        unit_bytes = max(
+            SMALLEST_UNIT_BYTES, min(USUAL_UNIT_BYTES, total // SHARED_UNITS), total // MOST_UNITS
+        )
     units = []
     for index, source in enumerate(sources):
         cuts = [*_cuts(source, unit_bytes)]
