@@ -169,15 +169,15 @@ def _agree_on_start(start: RunRecord | ReferenceStart | None, parallel: Parallel
 
 def _refuse_change(record: RunRecord, path: str, saved: Any, asked: Any) -> None:
     if type(saved) is not type(asked):
-        _mismatch(record, path, type(saved).__name__, type(asked).__name__)
+        _mismatch(record, path, type(saved).__name__, type(asked).__name__, changeable=False)
     for field in dataclasses.fields(saved):
         old, new = getattr(saved, field.name), getattr(asked, field.name)
         if old != new:
             _mismatch(record, f"{path}.{field.name}", old, new)
 
 
-def _mismatch(record: RunRecord, name: str, saved: Any, asked: Any) -> None:
-    allowable = get_args(ChangeableField)
+def _mismatch(record: RunRecord, name: str, saved: Any, asked: Any, *, changeable: bool = True) -> None:
+    allowable = get_args(ChangeableField) if changeable else ()
     field = next((field for field in allowable if name == field or name.startswith(f"{field}.")), None)
     hint = f"; --checkpoint.allow-changed {field} goes on all the same" if field else ""
     raise InputError(f"{name}: {asked} differs from {saved} in checkpoint {record.directory}{hint}")

@@ -146,6 +146,8 @@ def test_the_record_of_a_run_is_a_recipe(command, copied):
 def test_another_family_is_not_continued(corpus, copied):
     code, output = finish(start(arguments_for(corpus, copied, recipe="examples/ar/tiny.py")))
     assert code == 2 and "objective: ARConfig differs from MDLMConfig" in output
+    # Not even where asked to.
+    assert "allow-changed" not in output
 
 
 def test_weights_only_start_is_fresh_in_all_else(corpus, tmp_path, uninterrupted):
