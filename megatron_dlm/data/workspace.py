@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -52,10 +53,11 @@ class Workspace:
 
     def remove(self) -> None:
         """Remove everything, for other processes at once."""
-        doomed = self.directory.with_name(f"{self.directory.name}.old")
-        shutil.rmtree(doomed, ignore_errors=True)
-        self.directory.rename(doomed)
-        shutil.rmtree(doomed)
+        stem = f"{self.directory.name}.old-"
+        self.directory.rename(self.directory.with_name(f"{stem}{uuid.uuid4().hex}"))
+        # What a killed process has left too; another one may be removing it at the same time.
+        for doomed in self.directory.parent.glob(f"{stem}*"):
+            shutil.rmtree(doomed, ignore_errors=True)
 
 
 def sha256_of_plan(plan: dict[str, Any]) -> str:
