@@ -15,7 +15,7 @@ from megatron_dlm.data.encoding import Job, Progress, Report, encode_here, encod
 from megatron_dlm.data.joining import join_parts
 from megatron_dlm.data.manifest import Manifest, read_manifest, shard_path
 from megatron_dlm.data.parts import EncodingRules
-from megatron_dlm.data.records import LARGEST_LINE_BYTES, read_batches
+from megatron_dlm.data.records import LARGEST_LINE_BYTES, read_batches, whole
 from megatron_dlm.data.shard import token_dtype
 from megatron_dlm.data.sources import STDIN, Source, find_sources
 from megatron_dlm.data.tokenizer import (
@@ -174,7 +174,7 @@ def _rules(
         for batch in read_batches(sources[unit.source], unit, config.json_keys, config.max_line_bytes)
     )
     for batch in batches:
-        texts += ["".join(text) for document in batch.texts for text in document]
+        texts += [whole(text) for document in batch.texts for text in document]
         if len(texts) >= SAMPLE_DOCUMENTS:
             break
     backend, encoder = choose_encoder(loaded, texts, config.backend)

@@ -13,7 +13,7 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_dlm.data.records import Text, lines_before, read_batches
+from megatron_dlm.data.records import Text, lines_before, read_batches, whole
 from megatron_dlm.data.sources import Source
 from megatron_dlm.data.tokenizer import Encoder
 from megatron_dlm.data.units import Unit
@@ -247,4 +247,4 @@ def _fault(
 
 
 def _text_bytes(texts: Sequence[Text]) -> int:
-    return sum(len((text if isinstance(text, str) else "".join(text)).encode()) for text in texts)
+    return sum(len(whole(text).encode()) for text in texts)

@@ -26,6 +26,11 @@ Text = str | list[str]
 """A document, or one in several sequences."""
 
 
+def whole(text: Text) -> str:
+    """A document's text in one piece."""
+    return text if isinstance(text, str) else "".join(text)
+
+
 @dataclass
 class Batch:
     """Some documents in order."""
@@ -142,7 +147,7 @@ def _texts_of(line: bytes, keys: Sequence[str]) -> tuple[list[Text] | None, str]
 
 def _encodable(text: Text) -> bool:
     try:
-        (text if isinstance(text, str) else "".join(text)).encode("utf-8")
+        whole(text).encode("utf-8")
     except UnicodeEncodeError:
         return False
     return True
@@ -238,7 +243,7 @@ def read_texts(inputs: Iterable[str | Path], key: str) -> Iterator[str]:
             if batch.rejects:
                 line, reason = batch.rejects[0]
                 raise InputError(f"input: {source.path}:{lines_before(source, unit) + line}: {reason}")
-            yield from ("".join(document[0]) for document in batch.texts)
+            yield from (whole(document[0]) for document in batch.texts)
 
 
 def lines_before(source: Source, unit: Unit) -> int:
