@@ -10,7 +10,9 @@ ROOT = Path(__file__).parent
 # the `apex` on PyPI is an unrelated project and must never be listed here.
 EXTRAS = {
     "cpu": ["torch==2.13.0"],
-    "gpu": ["transformer-engine[pytorch]", "nvidia-dali-cuda130"],
+    "gpu": ["transformer-engine[pytorch]"],
+    # For CUDA 12: nvidia-dali-cuda120.
+    "dali": ["nvidia-dali-cuda130"],
     "mpi": ["mpi4py"],
     # Input of the indexer beside JSON lines and text: parquet, object stores, other tokenizers.
     "data": ["pyarrow>=15", "s3fs>=2024.2", "sentencepiece>=0.2", "tiktoken>=0.7"],

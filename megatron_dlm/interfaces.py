@@ -5,9 +5,10 @@ Shape legend: B microbatch sequences, L tokens, S positions, R rows that reach t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,6 +70,8 @@ class TokenBatch:
     """int64 [B], position of each sample in the run; the address of all its random draws."""
     document_ids: Tensor | None = None
     """int64 [B, L + 1], the document of the shard each token belongs to; None where blocks are one text."""
+    loss_mask: Tensor | None = None
+    """bool [B, L + 1], True where a token is noised and scored, not a prompt's or padding; None: all."""
 
     def rows(self, indices: NDArray[np.int64]) -> TokenBatch:
         """Some of the samples.
@@ -83,6 +86,7 @@ class TokenBatch:
             token_ids=self.token_ids[indices],
             sample_indices=self.sample_indices[indices],
             document_ids=None if self.document_ids is None else self.document_ids[indices],
+            loss_mask=None if self.loss_mask is None else self.loss_mask[indices],
         )
 
 
@@ -114,12 +118,27 @@ class ModelInputs:
     """int64 [B, S], of all positions also where the others are one context parallel rank's; queries look only
     at keys of their own document. None where all positions belong together."""
 
+    def tensors(self) -> list[Tensor]:
+        """All there are, in a fixed order."""
+        found: list[Tensor] = []
+        for value in vars(self).values():
+            if value is not None:
+                found += vars(value).values() if isinstance(value, TokenMixture) else [value]
+        return found
+
+    def with_tensors(self, tensors: Iterator[Tensor]) -> ModelInputs:
+        """The same inputs with others in place of `tensors()`, in that order."""
+        parts: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, TokenMixture):
+                parts[name] = replace(value, **{field: next(tensors) for field in vars(value)})
+            elif value is not None:
+                parts[name] = next(tensors)
+        return replace(self, **parts)
+
     def to(self, device: torch.device) -> ModelInputs:
         """The same inputs on `device`."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if hasattr(value, "to")}
-        if self.mixture is not None:
-            moved["mixture"] = TokenMixture(**{k: v.to(device) for k, v in vars(self.mixture).items()})
-        return replace(self, **moved)
+        return self.with_tensors(tensor.to(device) for tensor in self.tensors())
 
 
 @dataclass(frozen=True, kw_only=True)

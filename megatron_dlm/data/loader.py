@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,12 +28,20 @@ class DataConfig:
     """Tokens of one sample."""
     document_mask: bool = False
     """Keep attention inside documents, whose positions start at 0; off, as in the paper, a block is one."""
+    workers: int = 0
+    """Processes of each rank that read and corrupt batches ahead of the steps; 0: none, at each step itself.
+    The samples and their noise are the same for any number."""
+    loader: Literal["torch", "dali"] = "torch"
+    """What brings batches to the device: torch, at each step; dali, NVIDIA DALI ahead of the steps, with the
+    same bits."""
     verify_checksums: bool = False
     """Read all shards whole before the run and compare their SHA-256 with the manifests."""
 
     def __post_init__(self) -> None:
         if self.seq_length < 1:
             raise InputError(f"data.seq_length: {self.seq_length} is below 1")
+        if self.workers < 0:
+            raise InputError(f"data.workers: {self.workers} is below 0")
         self.blend()
         if (self.validation is None) == (not self.split):
             raise InputError("data.validation: needs a shard, or data.split in its place")

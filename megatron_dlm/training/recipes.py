@@ -16,6 +16,8 @@ from megatron_dlm.training.lr_schedule import LrScheduleConfig
 from megatron_dlm.training.run_config import EvaluationConfig, RunConfig, TrainingConfig
 
 GPU_HEAD_ROWS = 2048
+GPU_LOADER_WORKERS = 2
+"""Of each rank; a CPU run has no core to spare for them."""
 
 
 def tiny_run(objective: ObjectiveConfig, *, num_steps: int) -> RunConfig:
@@ -47,7 +49,7 @@ def isoflop_run(size: str, objective: ObjectiveConfig, *, budget_flops: float) -
         directory=Path(f"runs/{objective.name}-{size.lower()}"),
         model=paper_model(size),
         objective=objective,
-        data=_data("data/slim-pajama", "validation", seq_length=2048),
+        data=_data("data/slim-pajama", "validation", seq_length=2048, workers=GPU_LOADER_WORKERS),
         training=TrainingConfig(
             num_steps=1,
             global_batch_size=256,
@@ -119,7 +121,7 @@ def _large_run(
         directory=Path(f"runs/{objective.name}-1.7b-phase{phase}"),
         model=paper_model(PAPER_1_7B),
         objective=objective,
-        data=_data(f"data/nemotron-phase{phase}", "validation", seq_length=2048),
+        data=_data(f"data/nemotron-phase{phase}", "validation", seq_length=2048, workers=GPU_LOADER_WORKERS),
         training=TrainingConfig(
             num_steps=num_steps,
             global_batch_size=1024,
@@ -133,7 +135,10 @@ def _large_run(
     )
 
 
-def _data(directory: str, validation: str, *, seq_length: int) -> DataConfig:
+def _data(directory: str, validation: str, *, seq_length: int, workers: int = 0) -> DataConfig:
     return DataConfig(
-        train=(f"{directory}/train",), validation=Path(directory) / validation, seq_length=seq_length
+        train=(f"{directory}/train",),
+        validation=Path(directory) / validation,
+        seq_length=seq_length,
+        workers=workers,
     )

@@ -277,4 +277,5 @@ def go_on(session: Session, progress: Progress, signals: StopSignals) -> None:
     try:
         fit(session, progress, hooks)
     finally:
+        session.stop_reading()
         stop_watching()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_dlm.checkpointing.storage import CheckpointConfig
+from megatron_dlm.data.dali import require_dali
 from megatron_dlm.data.loader import DataConfig
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.models.config import ModelConfig, Precision, Recompute
@@ -200,6 +201,8 @@ def check_run(config: RunConfig, world_size: int) -> None:
         raise InputError(
             f"data.document_mask: {config.objective.name} cuts samples, not documents, into blocks"
         )
+    if config.data.loader == "dali":
+        require_dali()
     data_size = config.parallel.data_parallel_size(world_size)
     config.model.check_parallel(config.parallel)
     config.parallel.check_lengths(config.objective.length_multiple(config.data.seq_length))

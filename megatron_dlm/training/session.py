@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_dlm.data.blending import PlanSegment, SampleReader
-from megatron_dlm.data.loader import microbatch_positions
+from megatron_dlm.data.prefetch import Prefetcher
 from megatron_dlm.evaluation.likelihood import Likelihood, estimate_likelihood
-from megatron_dlm.interfaces import TokenBatch, Vocabulary
+from megatron_dlm.interfaces import Vocabulary
 from megatron_dlm.models.config import transformer_config
 from megatron_dlm.models.denoiser import ChunkedDenoiser, Denoiser
 from megatron_dlm.models.initialization import initialize
-from megatron_dlm.objectives.base import CorruptionContext
-from megatron_dlm.objectives.documents import corrupt
 from megatron_dlm.platform.parallel import ParallelState
 from megatron_dlm.platform.rng import NoiseSource
+from megatron_dlm.training.microbatches import BatchAddress, MicrobatchMaker, carry
 from megatron_dlm.training.optimizer import build_optimizer, wrap_data_parallel
 from megatron_dlm.training.run_config import EvaluationConfig, RunConfig
 from megatron_dlm.training.run_data import BlendedShards, RunData
@@ -40,100 +40,6 @@ def build_denoiser(
     return chunks[0] if len(chunks) == 1 else ChunkedDenoiser(chunks)
 
 
-class BatchStream:
-    """Reads, corrupts and runs global batches, each addressed by its first sample."""
-
-    def __init__(
-        self,
-        runner: PipelineRunner,
-        samples: SampleReader,
-        noise: NoiseSource,
-        micro_batch_size: int,
-        parallel: ParallelState,
-    ) -> None:
-        self._runner = runner
-        self.samples = samples
-        self._noise = noise
-        self._micro_batch_size = micro_batch_size
-        self._parallel = parallel
-
-    def run(self, step: int, first_sample: int, batch_size: int, *, training: bool) -> BatchSums:
-        """Forward, and backward where `training`, of one global batch; all ranks call it.
-
-        Args:
-            step: optimizer steps, or batches of the evaluation, before this one.
-            first_sample: position in the run of the batch's first sample.
-            batch_size: samples of the batch, over all processes.
-            training: False asks for the bound alone.
-
-        Returns:
-            Sums over the global batch, equal on all ranks.
-        """
-        context = self._context(step, first_sample, batch_size, training=training)
-        return self._runner.run(self._microbatches(first_sample, batch_size), context)
-
-    def run_sample(self, step: int, first_sample: int, batch_size: int, position: int) -> BatchSums:
-        """Forward and backward of one sample of a training batch, on one process.
-
-        Args:
-            step: optimizer steps before the batch.
-            first_sample: position in the run of the batch's first sample.
-            batch_size: samples of the batch, over all processes.
-            position: of the sample, in the run.
-
-        Returns:
-            Sums over the sample.
-        """
-        context = self._context(step, first_sample, batch_size, training=True)
-        return self._runner.run(iter([self.samples.read(np.array([position]))]), context)
-
-    def _context(self, step: int, first_sample: int, batch_size: int, *, training: bool) -> CorruptionContext:
-        return CorruptionContext(
-            noise=self._noise,
-            step=step,
-            batch_start=first_sample,
-            global_batch_size=batch_size,
-            training=training,
-        )
-
-    def corrupted(
-        self, step: int, first_sample: int, batch_size: int, positions: NDArray[np.int64]
-    ) -> dict[str, NDArray[Any]]:
-        """Some samples of a training batch as the network sees them.
-
-        Args:
-            step: optimizer steps done before the batch.
-            first_sample: position in the run of the batch's first sample.
-            batch_size: samples of the batch, over all processes.
-            positions: int64 [n], in the run.
-
-        Returns:
-            For each position its clean tokens and the tensors of its inputs and targets, by name.
-        """
-        context = self._context(step, first_sample, batch_size, training=True)
-        arrays: dict[str, NDArray[Any]] = {}
-        for position in positions:
-            batch = self.samples.read(np.array([position]))
-            inputs, targets = corrupt(self._runner.objective, batch, context)
-            tensors = {"clean_token_ids": batch.token_ids, **vars(inputs), **vars(targets)}
-            arrays |= {
-                f"sample_{position}/{name}": value.numpy()
-                for name, value in tensors.items()
-                if hasattr(value, "numpy")
-            }
-        return arrays
-
-    def _microbatches(self, first_sample: int, batch_size: int) -> Iterator[TokenBatch]:
-        for positions in microbatch_positions(
-            first_sample,
-            global_batch_size=batch_size,
-            micro_batch_size=self._micro_batch_size,
-            data_rank=self._parallel.data_rank,
-            data_size=self._parallel.data_size,
-        ):
-            yield self.samples.read(positions)
-
-
 class Validation:
     """Runs evaluation batches of one model: always the same blocks, times and noise."""
 
@@ -148,14 +54,18 @@ class Validation:
         noise = NoiseSource(config.evaluation.seed, "validation")
         # Random here too: the first blocks of a shard are a few documents, not the whole of it.
         samples = SampleReader([PlanSegment(0, shards.blend)], shards.blocks, noise)
-        self._stream = BatchStream(runner, samples, noise, config.training.micro_batch_size, parallel)
+        objective, size = runner.objective, config.training.micro_batch_size
+        self._runner = runner
+        self._make = MicrobatchMaker(samples, objective, noise, size, parallel)
         self._bytes_per_token = bytes_per_token
 
     def run(self, config: EvaluationConfig) -> Likelihood:
         """The bound over `config.num_batches` batches; all ranks call it."""
 
         def run_batch(index: int) -> tuple[float, int]:
-            sums = self._stream.run(index, index * config.batch_size, config.batch_size, training=False)
+            first, size = index * config.batch_size, config.batch_size
+            address = BatchAddress(index, first, size, training=False)
+            sums = self._runner.run(self._make(address), address)
             return sums.bound, sums.tokens
 
         return estimate_likelihood(run_batch, config.num_batches, self._bytes_per_token)
@@ -174,25 +84,43 @@ class Session:
         self.optimizer = build_optimizer(
             config.optimizer, config.parallel, config.training.precision, self.chunks
         )
-        runner = PipelineRunner(
+        self._runner = PipelineRunner(
             self.chunks,
             config.objective.build(data.vocabulary),
             parallel,
             config.training.head_rows_per_chunk,
         )
         self.validation = Validation(
-            runner, data.validation, data.validation_bytes_per_token, config, parallel
+            self._runner, data.validation, data.validation_bytes_per_token, config, parallel
         )
         self._noise = NoiseSource(config.training.seed)
         self.plan = (PlanSegment(0, data.train.blend),)
         """Which blend is read from which sample on."""
-        self._stream = BatchStream(
-            runner, self._samples(), self._noise, config.training.micro_batch_size, parallel
-        )
+        self._read_by_plan()
         self._connect()
 
-    def _samples(self) -> SampleReader:
-        return SampleReader(self.plan, self.data.train.blocks, self._noise)
+    def _read_by_plan(self) -> None:
+        samples = SampleReader(self.plan, self.data.train.blocks, self._noise)
+        config, parallel = self.config, self.parallel
+        objective, size = self._runner.objective, config.training.micro_batch_size
+        self._make = MicrobatchMaker(samples, objective, self._noise, size, parallel)
+        self._batches = Prefetcher(
+            self._make,
+            self._following,
+            workers=config.data.workers,
+            carry=partial(carry, device=parallel.device) if config.data.loader == "dali" else None,
+        )
+
+    def _address(self, step: int, first_sample: int) -> BatchAddress:
+        size = self.config.training.batch_size_at(first_sample)
+        return BatchAddress(step, first_sample, size, training=True)
+
+    def _following(self, address: BatchAddress) -> BatchAddress:
+        return self._address(address.step + 1, address.first_sample + address.size)
+
+    def stop_reading(self) -> None:
+        """End the processes that read ahead."""
+        self._batches.close()
 
     def follow(self, plan: Sequence[PlanSegment], consumed_samples: int) -> None:
         """Go on with the plan of a checkpoint; where the blend is another now, with that from here on.
@@ -204,11 +132,11 @@ class Session:
         blend = self.data.train.blend
         changed = () if plan[-1].blend == blend else (PlanSegment(consumed_samples, blend),)
         self.plan = (*plan, *changed)
-        self._stream.samples = self._samples()
+        self._read_by_plan()
 
     def epochs(self, consumed_samples: int) -> dict[str, float]:
         """How often each training shard has been read."""
-        return self._stream.samples.epochs(consumed_samples)
+        return self._make.samples.epochs(consumed_samples)
 
     def _connect(self) -> None:
         """Tell megatron-core's schedules how gradients are finished and scaled."""
@@ -228,14 +156,23 @@ class Session:
             Sums over the global batch, equal on all ranks.
         """
         self._forget_gradients()
-        size = self.config.training.batch_size_at(first_sample)
-        return self._stream.run(step, first_sample, size, training=True)
+        address = self._address(step, first_sample)
+        return self._runner.run(self._batches.get(address), address)
 
     def run_sample(self, step: int, first_sample: int, position: int) -> BatchSums:
-        """Forward and backward of one sample of a training batch; see `BatchStream.run_sample`."""
+        """Forward and backward of one sample of a training batch, on one process.
+
+        Args:
+            step: optimizer steps before the batch.
+            first_sample: position in the run of the batch's first sample.
+            position: of the sample, in the run.
+
+        Returns:
+            Sums over the sample.
+        """
         self._forget_gradients()
-        size = self.config.training.batch_size_at(first_sample)
-        return self._stream.run_sample(step, first_sample, size, position)
+        address = self._address(step, first_sample)
+        return self._runner.run(self._make.at(address, [np.array([position])]), address)
 
     def _forget_gradients(self) -> None:
         for chunk in self.chunks:
@@ -245,6 +182,26 @@ class Session:
     def corrupted(
         self, step: int, first_sample: int, positions: NDArray[np.int64]
     ) -> dict[str, NDArray[Any]]:
-        """Some samples of a training batch as the network saw them; see `BatchStream.corrupted`."""
-        size = self.config.training.batch_size_at(first_sample)
-        return self._stream.corrupted(step, first_sample, size, positions)
+        """Some samples of a training batch as the network sees them.
+
+        Args:
+            step: optimizer steps done before the batch.
+            first_sample: position in the run of the batch's first sample.
+            positions: int64 [n], in the run.
+
+        Returns:
+            For each position its clean tokens and the tensors of its inputs and targets, by name.
+        """
+        address = self._address(step, first_sample)
+        arrays: dict[str, NDArray[Any]] = {}
+        for position in positions:
+            where = np.array([position])
+            (microbatch,) = self._make.at(address, [where])
+            clean = self._make.samples.read(where).token_ids
+            tensors = {"clean_token_ids": clean, **vars(microbatch.inputs), **vars(microbatch.targets)}
+            arrays |= {
+                f"sample_{position}/{name}": value.numpy()
+                for name, value in tensors.items()
+                if hasattr(value, "numpy")
+            }
+        return arrays

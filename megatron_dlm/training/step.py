@@ -12,12 +12,12 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_dlm.interfaces import ModelInputs, Targets, TokenBatch, TrainingError
+from megatron_dlm.interfaces import TrainingError
 from megatron_dlm.models.context_parallel import own_share
 from megatron_dlm.models.work import Work, work_of
-from megatron_dlm.objectives.base import CorruptionContext, Objective, corruption_fingerprint
-from megatron_dlm.objectives.documents import corrupt
+from megatron_dlm.objectives.base import Objective
 from megatron_dlm.platform.parallel import ParallelState
+from megatron_dlm.training.microbatches import BatchAddress, Microbatch
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,6 @@ class BatchSums:
     """Positions in the run of samples whose microbatch has a loss that is not finite."""
 
 
-@dataclass(frozen=True)
-class Microbatch:
-    """One forward-backward's share of a global batch, corrupted, on the CPU."""
-
-    batch: TokenBatch
-    inputs: ModelInputs
-    targets: Targets
-
-
 class PipelineRunner:
     """Runs global batches of one objective through the stage this process holds.
 
@@ -63,12 +54,12 @@ class PipelineRunner:
         self._parallel = parallel
         self._rows_per_chunk = head_rows_per_chunk
 
-    def run(self, batches: Iterator[TokenBatch], context: CorruptionContext) -> BatchSums:
-        """Forward, and backward where `context.training`, of one global batch; all ranks call it.
+    def run(self, microbatches: Sequence[Microbatch], address: BatchAddress) -> BatchSums:
+        """Forward, and backward where `address.training`, of one global batch; all ranks call it.
 
         Args:
-            batches: this rank's microbatches of the global batch.
-            context: address of the batch's draws.
+            microbatches: this rank's of the global batch.
+            address: of the batch.
 
         Returns:
             Sums over the global batch.
@@ -76,12 +67,6 @@ class PipelineRunner:
         Raises:
             TrainingError: a loss of an evaluation is not finite.
         """
-        # On the CPU and small; a family may need several forwards for one microbatch, of different lengths.
-        microbatches = [
-            Microbatch(part, *corrupt(self.objective, part, context))
-            for batch in batches
-            for part in self.objective.split(batch, context)
-        ]
         shapes = {microbatch.inputs.token_ids_BL.shape for microbatch in microbatches}
         batch_size, length = microbatches[0].inputs.token_ids_BL.shape
         config, stages = self._denoiser.config, self._parallel.pipeline_size
@@ -90,8 +75,8 @@ class PipelineRunner:
         even = len(microbatches) % stages == 0
         config.microbatch_group_size_per_vp_stage = stages if even else len(microbatches)
         for chunk in self._chunks:
-            chunk.train(context.training)
-        with torch.set_grad_enabled(context.training):
+            chunk.train(address.training)
+        with torch.set_grad_enabled(address.training):
             outputs = get_forward_backward_func()(
                 forward_step_func=self._forward_step,
                 # Every chunk reads every microbatch; without chunks megatron-core takes the one iterator.
@@ -100,9 +85,9 @@ class PipelineRunner:
                 num_microbatches=len(microbatches),
                 seq_length=length,
                 micro_batch_size=batch_size,
-                forward_only=not context.training,
+                forward_only=not address.training,
             )
-        return self._reduce(outputs, microbatches, context)
+        return self._reduce(outputs, microbatches, address)
 
     def _forward_step(
         self, microbatches: Iterator[Microbatch], model: Any
@@ -124,7 +109,7 @@ class PipelineRunner:
         return model(inputs.to(parallel.device)), loss_of
 
     def _reduce(
-        self, outputs: list[dict[str, Tensor]], microbatches: Sequence[Microbatch], context: CorruptionContext
+        self, outputs: list[dict[str, Tensor]], microbatches: Sequence[Microbatch], address: BatchAddress
     ) -> BatchSums:
         parallel = self._parallel
         mine = torch.zeros(len(microbatches), 2, dtype=torch.float64, device=parallel.device)
@@ -138,14 +123,14 @@ class PipelineRunner:
         loss, bound = sums.tolist()
         bad_samples: tuple[int, ...] = ()
         if not (math.isfinite(loss) and math.isfinite(bound)):
-            bad_samples = self._samples_at_fault(mine, microbatches, context)
-            if not context.training:
+            bad_samples = self._samples_at_fault(mine, microbatches, address)
+            if not address.training:
                 raise TrainingError(
-                    f"loss: not finite in validation batch {context.step + 1}, samples {list(bad_samples)}"
+                    f"loss: not finite in validation batch {address.step + 1}, samples {list(bad_samples)}"
                 )
         fingerprint, tokens, work = 0, 0, Work()
         for microbatch in microbatches:
-            fingerprint += corruption_fingerprint(microbatch.inputs, microbatch.targets, microbatch.batch)
+            fingerprint += microbatch.fingerprint
             tokens += microbatch.targets.token_count
             work += work_of(microbatch.inputs, microbatch.targets, self._denoiser.attention)
         counts = torch.tensor(
@@ -156,16 +141,16 @@ class PipelineRunner:
         return BatchSums(loss, bound, tokens, Work(*numbers), fingerprint % 2**63, bad_samples)
 
     def _samples_at_fault(
-        self, mine: Tensor, microbatches: Sequence[Microbatch], context: CorruptionContext
+        self, mine: Tensor, microbatches: Sequence[Microbatch], address: BatchAddress
     ) -> tuple[int, ...]:
         """All ranks' samples whose microbatch has sums that are not finite; all ranks call it."""
         parallel = self._parallel
-        flags = torch.zeros(context.global_batch_size, dtype=torch.int64, device=parallel.device)
+        flags = torch.zeros(address.size, dtype=torch.int64, device=parallel.device)
         for sums, microbatch in zip(mine.tolist(), microbatches, strict=True):
             if not all(map(math.isfinite, sums)):
-                flags[torch.from_numpy(microbatch.batch.sample_indices - context.batch_start)] = 1
+                flags[torch.from_numpy(microbatch.sample_indices - address.first_sample)] = 1
         for group in (parallel.replica_group, parallel.pipeline_group):
             dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
         # A sum of finite losses may overflow: then all are at fault.
-        found = flags.nonzero()[:, 0] if bool(flags.any()) else torch.arange(context.global_batch_size)
-        return tuple((found + context.batch_start).tolist())
+        found = flags.nonzero()[:, 0] if bool(flags.any()) else torch.arange(address.size)
+        return tuple((found + address.first_sample).tolist())

@@ -19,6 +19,7 @@ from megatron_dlm.objectives.base import CorruptionContext
 from megatron_dlm.objectives.registry import OBJECTIVES
 from megatron_dlm.platform.parallel import ParallelConfig, ParallelState
 from megatron_dlm.platform.rng import NoiseSource
+from megatron_dlm.training.microbatches import BatchAddress, corrupted_parts
 from megatron_dlm.training.optimizer import OptimizerConfig, set_learning_rate, step_if_finite
 
 LEARNING_RATE = 1e-4
@@ -53,15 +54,13 @@ class Shape:
             token_ids=tokens, sample_indices=np.arange(self.batch_size) + step * self.batch_size
         )
 
+    def address(self, step: int) -> BatchAddress:
+        """Of a step's batch."""
+        return BatchAddress(step, step * self.batch_size, self.batch_size, training=True)
+
     def context(self, step: int) -> CorruptionContext:
         """Address of a step's draws."""
-        return CorruptionContext(
-            noise=NoiseSource(1),
-            step=step,
-            batch_start=step * self.batch_size,
-            global_batch_size=self.batch_size,
-            training=True,
-        )
+        return self.address(step).context(NoiseSource(1))
 
 
 def build_denoiser(shape: Shape, parallel: ParallelState, recompute: Any = "none") -> Any:
@@ -90,15 +89,15 @@ def our_step(shape: Shape, parallel: ParallelState) -> Callable[[int], None]:
     optimizer = build_optimizer(OptimizerConfig(), ParallelConfig(), shape.precision, chunks)
     denoiser.config.finalize_model_grads_func = finalize_model_grads
     denoiser.config.grad_scale_func = optimizer.scale_loss
-    runner = PipelineRunner(
-        chunks, OBJECTIVES[shape.family]().build(shape.vocabulary), parallel, HEAD_ROWS_PER_CHUNK
-    )
+    objective = OBJECTIVES[shape.family]().build(shape.vocabulary)
+    runner = PipelineRunner(chunks, objective, parallel, HEAD_ROWS_PER_CHUNK)
     set_learning_rate(optimizer, LEARNING_RATE)
 
     def step(index: int) -> None:
         chunks[0].zero_grad_buffer()
         optimizer.zero_grad()
-        runner.run(iter([shape.batch(index)]), shape.context(index))
+        microbatches = corrupted_parts(objective, [shape.batch(index)], shape.context(index))
+        runner.run(microbatches, shape.address(index))
         step_if_finite(optimizer)
 
     return step
