@@ -14,6 +14,7 @@ from megatron_dlm.objectives.registry import OBJECTIVES
 from megatron_dlm.telemetry.writers import read_metrics
 from megatron_dlm.training.run_config import check_run, load_recipe
 from tests.conftest import ROOT
+from tests.helpers.distributed import free_port
 from tests.helpers.runs import arguments_for, finish, train_metrics, wait_for_step
 
 RECIPES = sorted(path for family in OBJECTIVES for path in (ROOT / "examples" / family).glob("*.py"))
@@ -91,7 +92,7 @@ def torchrun_run(corpus, tmp_path_factory):
         "torchrun",
         *arguments_for(corpus, directory, *more, steps=3)[1:],
         GPUS_PER_NODE="2",
-        MASTER_PORT="29611",
+        MASTER_PORT=str(free_port()),
     )
     return directory
 
