@@ -22,7 +22,15 @@ from megatron_dlm.data.shard import Shard, read_index, write_index
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.platform.files import sha256_of
 
-SAME = ("tokenizer_fingerprint", "vocabulary", "dtype", "append_eos", "json_key", "special_tokens_as_text")
+SAME = (
+    "tokenizer_fingerprint",
+    "vocabulary",
+    "dtype",
+    "append_eos",
+    "json_key",
+    "prompt_key",
+    "special_tokens_as_text",
+)
 """What all manifests must agree on."""
 
 
@@ -73,6 +81,7 @@ def merge(prefixes: list[Path], output: Path) -> None:
             first,
             num_documents=sum(manifest.num_documents for manifest in manifests),
             num_tokens=sum(manifest.num_tokens for manifest in manifests),
+            num_prompt_tokens=sum(manifest.num_prompt_tokens for manifest in manifests),
             num_text_bytes=sum(manifest.num_text_bytes for manifest in manifests),
             unigram_entropy_nats=counts.entropy(),
             sources=tuple(source for manifest in manifests for source in manifest.sources),

@@ -42,13 +42,10 @@ def verify(prefix: Path) -> Shard:
         range(0, len(shard.tokens), PIECE_TOKENS), description=str(prefix), disable=not sys.stderr.isatty()
     ):
         piece = shard.tokens[start : start + PIECE_TOKENS]
-        low, high = int(piece.min()), int(piece.max())
-        if low < 0 or high >= vocabulary.size:
-            bad = low if low < 0 else high
-            raise InputError(f"data: {prefix}: token id {bad} is outside [0, {vocabulary.size})")
         if (piece == vocabulary.mask_token_id).any():
             place = start + int(np.argmax(piece == vocabulary.mask_token_id))
             raise InputError(f"data: {prefix}: token {place} is the mask id {vocabulary.mask_token_id}")
+        shard.check_ids(piece)
     if shard.manifest.append_eos:
         ends = np.cumsum(shard.document_lengths) - 1
         wrong = np.flatnonzero(shard.tokens[ends] != vocabulary.eos_token_id)

@@ -13,12 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_dlm.data.packing import TokenBlocks
+from megatron_dlm.data.packing import Rows
 from megatron_dlm.interfaces import InputError, TokenBatch
 from megatron_dlm.platform.rng import NoiseSource, Permutation
 
@@ -188,9 +189,7 @@ class _Segment:
 class SampleReader:
     """Reads the samples of a plan out of its shards."""
 
-    def __init__(
-        self, plan: Sequence[PlanSegment], shards: Mapping[str, TokenBlocks], noise: NoiseSource
-    ) -> None:
+    def __init__(self, plan: Sequence[PlanSegment], shards: Mapping[str, Rows], noise: NoiseSource) -> None:
         """`shards`: those of the last segment, by name."""
         self._shards = [shards[name] for name in plan[-1].blend.names]
         self._order = SampleOrder(plan, {name: blocks.num_blocks for name, blocks in shards.items()}, noise)
@@ -204,15 +203,15 @@ class SampleReader:
         Returns:
             Their tokens.
         """
-        parts = [
-            (self._shards[shard].read(block[None]), self._shards[shard].read_documents(block[None]))
-            for shard, block in zip(*self._order(positions), strict=True)
-        ]
-        documents = [document for _, document in parts if document is not None]
+        found = [(self._shards[shard], row[None]) for shard, row in zip(*self._order(positions), strict=True)]
+        tokens = np.concatenate([rows.read(index) for rows, index in found])
+        documents = [rows.read_documents(index) for rows, index in found]
+        masks = [rows.read_loss_mask(index) for rows, index in found]
         return TokenBatch(
-            token_ids=torch.from_numpy(np.concatenate([tokens for tokens, _ in parts])),
+            token_ids=torch.from_numpy(tokens),
             sample_indices=positions,
-            document_ids=torch.from_numpy(np.concatenate(documents)) if documents else None,
+            document_ids=_stacked(documents, np.zeros_like(tokens[:1])),
+            loss_mask=_stacked(masks, np.ones_like(tokens[:1], dtype=np.bool_)),
         )
 
     def epochs(self, position: int) -> dict[str, float]:
@@ -221,3 +220,10 @@ class SampleReader:
             blocks.label: epochs
             for blocks, epochs in zip(self._shards, self._order.epochs(position), strict=True)
         }
+
+
+def _stacked(rows: Sequence[NDArray[Any] | None], absent: NDArray[Any]) -> torch.Tensor | None:
+    """Rows one under the other, with `absent` where a shard has none; None where none has any."""
+    if all(row is None for row in rows):
+        return None
+    return torch.from_numpy(np.concatenate([absent if row is None else row for row in rows]))

@@ -46,6 +46,9 @@ class IndexConfig:
     Megatron-LM's TikTokenizer, or the word bytes."""
     json_keys: tuple[str, ...] = ("text",)
     """Members of each JSON line, or columns, that hold text; each gives a shard."""
+    prompt_key: str = ""
+    """Member or column that holds a prompt, which training never noises or scores; json_keys is then one, the
+    response."""
     append_eos: bool = True
     """End every document with the tokenizer's <eos>."""
     special_tokens_as_text: bool = True
@@ -75,6 +78,11 @@ class IndexConfig:
             raise InputError(f"max_line_bytes: {self.max_line_bytes} is below 1")
         if not self.json_keys or len(set(self.json_keys)) != len(self.json_keys):
             raise InputError(f"json_keys: {' '.join(self.json_keys)}: not one or several different names")
+        if self.prompt_key and (len(self.json_keys) != 1 or self.prompt_key in self.json_keys):
+            raise InputError(
+                f"prompt_key: {self.prompt_key} needs json_keys to be one other name, of the response, not "
+                f"{' '.join(self.json_keys)}"
+            )
         if "\n" in str(self.output) or "\0" in str(self.output):
             raise InputError(f"output: {str(self.output)!r}: a path with a line break or NUL")
         if self.shard:
@@ -168,10 +176,11 @@ def _rules(
 ) -> tuple[str, EncodingRules]:
     """Name of the encoder that suits a sample of the input, and how text becomes tokens."""
     texts: list[str] = []
+    keys = (config.prompt_key, *config.json_keys) if config.prompt_key else config.json_keys
     batches = (
         batch
         for unit in units
-        for batch in read_batches(sources[unit.source], unit, config.json_keys, config.max_line_bytes)
+        for batch in read_batches(sources[unit.source], unit, keys, config.max_line_bytes)
     )
     for batch in batches:
         texts += [whole(text) for document in batch.texts for text in document]
@@ -183,6 +192,7 @@ def _rules(
         vocabulary=loaded.vocabulary,
         dtype=token_dtype(loaded.size),
         keys=config.json_keys,
+        prompt_key=config.prompt_key,
         append_eos=config.append_eos,
         max_line_bytes=config.max_line_bytes,
         max_rejects=config.max_rejects,
@@ -197,6 +207,7 @@ def _plan(config: IndexConfig, loaded: LoadedTokenizer, job: Job) -> dict[str, A
         "vocabulary_size": loaded.vocabulary.size,
         "special_tokens_as_text": config.special_tokens_as_text,
         "json_keys": list(config.json_keys),
+        "prompt_key": config.prompt_key,
         "append_eos": config.append_eos,
         "max_line_bytes": config.max_line_bytes,
         "sources": [[source.path, source.num_bytes, source.modified] for source in job.sources],

@@ -27,7 +27,10 @@ class DataConfig:
     seq_length: int = 2048
     """Tokens of one sample."""
     document_mask: bool = False
-    """Keep attention inside documents, whose positions start at 0; off, as in the paper, a block is one."""
+    """Keep attention inside documents, whose positions start at 0; off, as in the paper, a block is one.
+    Records of prompt and response are always kept apart."""
+    drop_long_records: bool = False
+    """Leave out prompts with responses of more than seq_length tokens, which are refused otherwise."""
     workers: int = 0
     """Processes of each rank that read and corrupt batches ahead of the steps; 0: none, at each step itself.
     The samples and their noise are the same for any number."""

@@ -49,7 +49,9 @@ class Manifest:
     """uint16 or int32, of one token in `.bin`."""
     append_eos: bool
     json_key: str = "text"
-    """Member or column that held the text."""
+    """Member or column that held the text, or the responses."""
+    prompt_key: str = ""
+    """Member or column that held prompts: each document is a prompt and a response, one sequence each."""
     special_tokens_as_text: bool = True
     """Text that spells a special token was encoded as plain text."""
     plan_sha256: str = ""
@@ -58,8 +60,10 @@ class Manifest:
     """With tokens; a document without any keeps a place in the index only."""
     num_tokens: int
     """End-of-document tokens included."""
+    num_prompt_tokens: int = 0
+    """Of `num_tokens`; never noised or scored."""
     num_text_bytes: int
-    """UTF-8 bytes of the documents; turns nats per token into bits per byte."""
+    """UTF-8 bytes of what is scored, the documents or responses; turns nats per token into bits per byte."""
     unigram_entropy_nats: float
     """Entropy of the token frequencies, the loss of the best context-free model."""
     sources: tuple[SourceCount, ...]
@@ -72,8 +76,8 @@ class Manifest:
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes of text per token."""
-        return self.num_text_bytes / self.num_tokens
+        """UTF-8 bytes of text per token, of what is scored."""
+        return self.num_text_bytes / (self.num_tokens - self.num_prompt_tokens)
 
 
 def shard_path(prefix: Path, suffix: str) -> Path:

@@ -4,12 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_dlm.data.shard import Shard
 from megatron_dlm.interfaces import InputError
+
+
+class Rows(Protocol):
+    """What a run reads of a shard, by row: blocks of text, or records."""
+
+    label: str
+    """Name of the shard's files."""
+    name: str
+    """Checksum of the tokens, the part that is read, how it is cut."""
+    num_blocks: int
+
+    def read(self, row_indices: NDArray[np.int64], /) -> NDArray[np.int64]:
+        """Tokens, int64 [B, L + 1]."""
+
+    def read_documents(self, row_indices: NDArray[np.int64], /) -> NDArray[np.int64] | None:
+        """Documents that do not see each other, int64 [B, L + 1]; None where they do."""
+
+    def read_loss_mask(self, row_indices: NDArray[np.int64], /) -> NDArray[np.bool_] | None:
+        """What is noised and scored, bool [B, L + 1]; None where all is."""
 
 
 class TokenBlocks:
@@ -61,7 +81,7 @@ class TokenBlocks:
         starts = self._start + block_indices * length
         rows = [self._shard.tokens[start : start + length + 1] for start in starts]
         token_ids = np.stack(rows).astype(np.int64)
-        self._check(token_ids)
+        self._shard.check_ids(token_ids)
         return token_ids
 
     def read_documents(self, block_indices: NDArray[np.int64]) -> NDArray[np.int64] | None:
@@ -79,15 +99,8 @@ class TokenBlocks:
         tokens = starts[:, None] + np.arange(self.seq_length + 1)
         return np.searchsorted(self._document_ends, tokens, side="right").astype(np.int64)
 
-    def _check(self, token_ids: NDArray[np.int64]) -> None:
-        # Tensor parallel embeddings and losses accept an id of no rank in silence.
-        vocabulary = self._shard.manifest.vocabulary
-        low, high = int(token_ids.min()), int(token_ids.max())
-        if low < 0 or high >= vocabulary.size:
-            bad = low if low < 0 else high
-            raise InputError(f"data: {self._shard.prefix}: token id {bad} is outside [0, {vocabulary.size})")
-        if (token_ids == vocabulary.mask_token_id).any():
-            raise InputError(f"data: {self._shard.prefix}: contains the mask id {vocabulary.mask_token_id}")
+    def read_loss_mask(self, block_indices: NDArray[np.int64]) -> None:
+        """All tokens are noised and scored."""
 
 
 def split_documents(num_documents: int, shares: Sequence[float]) -> list[tuple[int, int]]:

@@ -13,7 +13,7 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_dlm.data.records import Text, lines_before, read_batches, whole
+from megatron_dlm.data.records import Batch, Text, lines_before, read_batches, whole
 from megatron_dlm.data.sources import Source
 from megatron_dlm.data.tokenizer import Encoder
 from megatron_dlm.data.units import Unit
@@ -35,9 +35,11 @@ class PartRecord:
     num_documents: tuple[int, ...] = ()
     """With tokens, under each key."""
     num_text_bytes: tuple[int, ...] = ()
-    """UTF-8 bytes under each key."""
+    """UTF-8 bytes under each key, prompts left out."""
     num_tokens: tuple[int, ...] = ()
     """End-of-document tokens included, under each key."""
+    num_prompt_tokens: tuple[int, ...] = ()
+    """Of `num_tokens`."""
     num_rejects: int = 0
 
 
@@ -49,9 +51,17 @@ class EncodingRules:
     vocabulary: Vocabulary
     dtype: np.dtype[np.generic]
     keys: tuple[str, ...]
+    """Members or columns that each give a shard."""
+    prompt_key: str
+    """Where a document is a prompt and a response, one sequence each: of the prompt; else empty."""
     append_eos: bool
     max_line_bytes: int
     max_rejects: int
+
+    @property
+    def keys_read(self) -> tuple[str, ...]:
+        """All members or columns."""
+        return (self.prompt_key, *self.keys) if self.prompt_key else self.keys
 
 
 class Part:
@@ -146,7 +156,9 @@ def write_part(
     """
     num_keys = len(rules.keys)
     nothing = (0,) * num_keys
-    record = PartRecord(num_documents=nothing, num_text_bytes=nothing, num_tokens=nothing)
+    record = PartRecord(
+        num_documents=nothing, num_text_bytes=nothing, num_tokens=nothing, num_prompt_tokens=nothing
+    )
     files = {
         (key, kind): part.path(key, kind).open("wb")
         for key in range(num_keys)
@@ -154,7 +166,9 @@ def write_part(
     }
     rejects = part.rejects_path.open("w", encoding="utf-8")
     try:
-        for batch in read_batches(source, unit, rules.keys, rules.max_line_bytes):
+        for batch in read_batches(source, unit, rules.keys_read, rules.max_line_bytes):
+            if rules.prompt_key:
+                batch = _of_prompts_and_responses(batch)
             counts = []
             for key in range(num_keys):
                 texts = [document[key] for document in batch.texts]
@@ -165,13 +179,18 @@ def write_part(
                 files[key, "tokens"].write(ids.astype(rules.dtype, copy=False).data)
                 files[key, "lengths"].write(lengths.astype("<i4").data)
                 files[key, "documents"].write(sequences.astype("<i4").data)
-                counts.append((_text_bytes(texts), len(ids), int((sequences > 0).sum())))
+                prompt_tokens = int(lengths[::2].sum()) if rules.prompt_key else 0
+                num_documents = int((sequences > 0).sum())
+                counts.append((num_documents, _text_bytes(texts, rules), len(ids), prompt_tokens))
             record = PartRecord(
                 num_bytes=record.num_bytes + batch.num_bytes,
                 num_lines=record.num_lines + batch.num_lines,
-                num_documents=tuple(a + c[2] for a, c in zip(record.num_documents, counts, strict=True)),
-                num_text_bytes=tuple(a + c[0] for a, c in zip(record.num_text_bytes, counts, strict=True)),
-                num_tokens=tuple(a + c[1] for a, c in zip(record.num_tokens, counts, strict=True)),
+                **{
+                    name: tuple(a + c[i] for a, c in zip(getattr(record, name), counts, strict=True))
+                    for i, name in enumerate(
+                        ("num_documents", "num_text_bytes", "num_tokens", "num_prompt_tokens")
+                    )
+                },
                 num_rejects=record.num_rejects + len(batch.rejects),
             )
             rejects.writelines(json.dumps(reject) + "\n" for reject in batch.rejects)
@@ -187,6 +206,20 @@ def write_part(
             file.close()
     write_json(part.record_path, encode(record))
     return record
+
+
+def _of_prompts_and_responses(batch: Batch) -> Batch:
+    """The batch with one text in two sequences for each document; an empty one is a reject."""
+    paired = Batch(rejects=list(batch.rejects), num_lines=batch.num_lines, num_bytes=batch.num_bytes)
+    for line, texts in zip(batch.lines, batch.texts, strict=True):
+        prompt, response = map(whole, texts)
+        if prompt and response:
+            paired.texts.append([[prompt, response]])
+            paired.lines.append(line)
+        else:
+            paired.rejects.append((line, f"an empty {'response' if prompt else 'prompt'}"))
+    paired.rejects.sort()
+    return paired
 
 
 def too_many_rejects(source: str, line: int, reason: str, max_rejects: int) -> InputError:
@@ -243,8 +276,11 @@ def _fault(
     for bad_sequences, reason in found:
         if len(bad_sequences):
             return int(np.searchsorted(np.cumsum(sequences), bad_sequences[0], side="right")), reason
+    if rules.prompt_key and len(bad := np.flatnonzero(sequences != 2)):
+        return int(bad[0]), "a prompt or response without tokens"
     return None
 
 
-def _text_bytes(texts: Sequence[Text]) -> int:
-    return sum(len(whole(text).encode()) for text in texts)
+def _text_bytes(texts: Sequence[Text], rules: EncodingRules) -> int:
+    scored = (text[1] if rules.prompt_key else whole(text) for text in texts)
+    return sum(len(text.encode()) for text in scored)

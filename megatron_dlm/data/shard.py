@@ -88,6 +88,12 @@ class Shard:
         ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])[self.boundaries]
         tokens = np.diff(ends)
         self.document_lengths: NDArray[np.int64] = tokens[tokens > 0]
+        self.prompt_lengths: NDArray[np.int32] | None = None
+        """Of the documents' prompts, where they have some."""
+        if self.manifest.prompt_key:
+            if (np.diff(self.boundaries) != 2).any():
+                raise InputError(f"data: {prefix}: a document is not a prompt and a response")
+            self.prompt_lengths = lengths[::2]
         if len(self.document_lengths) == 0:
             raise InputError(f"data: {prefix}: no documents")
         counts = (self.manifest.dtype, self.manifest.num_documents, self.manifest.num_tokens)
@@ -97,6 +103,23 @@ class Shard:
                 f"data: {prefix}: the manifest says {counts} (dtype, documents, tokens), not {found}"
             )
         self.tokens: NDArray[np.integer] = np.memmap(bin_path, dtype=dtype, mode="r")
+
+    def check_ids(self, token_ids: NDArray[np.integer]) -> None:
+        """Refuse tokens that no text gives; tensor parallel embeddings and losses accept them in silence.
+
+        Args:
+            token_ids: of the shard.
+
+        Raises:
+            InputError: an id outside the vocabulary, or the mask id, which clean data never contains.
+        """
+        vocabulary = self.manifest.vocabulary
+        low, high = int(token_ids.min()), int(token_ids.max())
+        if low < 0 or high >= vocabulary.size:
+            bad = low if low < 0 else high
+            raise InputError(f"data: {self.prefix}: token id {bad} is outside [0, {vocabulary.size})")
+        if (token_ids == vocabulary.mask_token_id).any():
+            raise InputError(f"data: {self.prefix}: contains the mask id {vocabulary.mask_token_id}")
 
     def verify_checksums(self) -> None:
         """Read the files whole and compare their SHA-256 with the manifest.

@@ -31,6 +31,7 @@ class AR(CrossEntropyObjective):
         """Shift by one; nothing is drawn."""
         seen_BL = batch.token_ids[:, :-1].contiguous()
         ones_BL = torch.ones(seen_BL.shape, dtype=torch.float64)
+        weight_BL = ones_BL if batch.loss_mask is None else batch.loss_mask[:, 1:].double()
         inputs = ModelInputs(
             token_ids_BL=seen_BL,
             position_ids_BL=torch.arange(seen_BL.shape[1])[None],
@@ -40,8 +41,8 @@ class AR(CrossEntropyObjective):
             clean_BL=batch.token_ids[:, 1:].contiguous(),
             noisy_BL=seen_BL,
             alpha_BL=ones_BL,
-            weight_BL=ones_BL,
-            bound_weight_BL=ones_BL,
+            weight_BL=weight_BL,
+            bound_weight_BL=weight_BL,
             token_count=ones_BL.numel(),
         )
         return inputs, targets

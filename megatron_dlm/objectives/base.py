@@ -15,7 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_dlm.interfaces import AttentionPattern, ModelInputs, RowTargets, Targets, TokenBatch, Vocabulary
+from megatron_dlm.interfaces import (
+    AttentionPattern,
+    InputError,
+    ModelInputs,
+    RowTargets,
+    Targets,
+    TokenBatch,
+    Vocabulary,
+)
 from megatron_dlm.platform.rng import NoiseSource
 from megatron_dlm.platform.vocab_parallel import VocabShard
 
@@ -54,6 +62,18 @@ class ObjectiveConfig:
         Raises:
             InputError: where it cannot.
         """
+
+    def check_prompts(self) -> None:
+        """Refuse records of prompts and responses, packed as documents of one row, where that cannot be.
+
+        Raises:
+            InputError: where it cannot.
+        """
+        if not self.takes_document_masks:
+            raise InputError(
+                f"data: prompts and responses are kept apart as documents, and {self.name} cuts samples, not "
+                "documents, into blocks"
+            )
 
     @property
     def has_parts(self) -> bool:

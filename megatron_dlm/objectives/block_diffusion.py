@@ -25,6 +25,7 @@ from megatron_dlm.objectives.diffusion import (
     MaskedLoss,
     append_clean,
     clean_tokens,
+    coins,
     masked_targets,
 )
 from megatron_dlm.objectives.schedules import alpha_and_slope
@@ -85,7 +86,7 @@ class BlockDiffusion(CrossEntropyObjective):
             np.repeat(values, config.block_size, axis=1)
             for values in alpha_and_slope(config.noise_schedule, times)
         )
-        uniform_BL = context.noise.uniform("mask", batch.sample_indices, length)
+        uniform_BL = coins(batch, context, "mask", length)
         noisy_BL, masked_BL = absorb(clean_BL, alpha_BL, uniform_BL, self._mask_token_id)
         low_variance = context.training and config.loss == "low-variance"
         targets = masked_targets(

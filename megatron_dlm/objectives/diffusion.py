@@ -42,6 +42,15 @@ class DiffusionConfig(ObjectiveConfig):
         if self.ssl_multiple < 1:
             raise InputError(f"objective.ssl_multiple: {self.ssl_multiple} is below 1")
 
+    def check_prompts(self) -> None:
+        """Refuse random lengths too: a sample cut to its prompt has nothing to learn."""
+        super().check_prompts()
+        if self.ssl_ratio:
+            raise InputError(
+                f"objective.ssl_ratio: {self.ssl_ratio} would cut responses off, with data of prompts and "
+                "responses it is 0"
+            )
+
     def length_multiple(self, seq_length: int) -> int:
         """A truncated sample's length is a multiple of `ssl_multiple`, or `seq_length`."""
         return math.gcd(seq_length, self.ssl_multiple) if self.ssl_ratio else seq_length
@@ -71,6 +80,38 @@ def clean_tokens(
             multiple = math.lcm(multiple, config.ssl_multiple)
             length = min(length, -(-(1 + int(share * length)) // multiple) * multiple)
     return np.ascontiguousarray(tokens_BL[:, :length])
+
+
+def coins(batch: TokenBatch, context: CorruptionContext, stream: str, length: int) -> NDArray[np.float64]:
+    """Draws that decide, against 1 - alpha, which tokens become noise.
+
+    Args:
+        batch: clean blocks.
+        context: address of the draws.
+        stream: name of the draws.
+        length: tokens of each sample that are left.
+
+    Returns:
+        float64 [B, length] in [0, 1); at tokens that are never noised 1, which is below no probability.
+    """
+    uniform_BL = context.noise.uniform(stream, batch.sample_indices, length)
+    return np.where(noised_tokens(batch, length), uniform_BL, 1.0)
+
+
+def noised_tokens(batch: TokenBatch, length: int) -> NDArray[np.bool_]:
+    """Where tokens may become noise: everywhere but in prompts and padding.
+
+    Args:
+        batch: clean blocks.
+        length: tokens of each sample that are left.
+
+    Returns:
+        bool [B, length].
+    """
+    if batch.loss_mask is None:
+        return np.ones((len(batch.sample_indices), length), dtype=np.bool_)
+    mask_BL: NDArray[np.bool_] = batch.loss_mask[:, :length].numpy()
+    return mask_BL
 
 
 def masked_targets(

@@ -22,7 +22,7 @@ from megatron_dlm.interfaces import (
 )
 from megatron_dlm.objectives.base import CorruptionContext, Objective
 from megatron_dlm.objectives.corruptions import replace_uniformly
-from megatron_dlm.objectives.diffusion import DiffusionConfig, clean_tokens
+from megatron_dlm.objectives.diffusion import DiffusionConfig, clean_tokens, coins, noised_tokens
 from megatron_dlm.objectives.divergence import uniform_divergence, uniform_divergence_and_dlogits
 from megatron_dlm.objectives.duo_curriculum import CurriculumConfig, GaussianCurriculum
 from megatron_dlm.objectives.schedules import alpha_and_slope
@@ -75,6 +75,9 @@ class Duo(Objective):
                 self._states.ordinal(clean_BL), t_B1, batch.sample_indices, context.noise
             )
             ids_BLk = self._states.token(ids_BLk)
+            never_BL = ~noised_tokens(batch, clean_BL.shape[1])
+            ids_BLk[never_BL, 0], weights_BLk[never_BL] = clean_BL[never_BL], 0.0
+            weights_BLk[never_BL, 0] = 1.0
             noisy_BL = ids_BLk[..., 0].copy()
             mixture = TokenMixture(
                 token_ids_BLk=torch.from_numpy(ids_BLk), weights_BLk=torch.from_numpy(weights_BLk)
@@ -82,7 +85,7 @@ class Duo(Objective):
         else:
             alpha_B1, dalpha_B1 = alpha_and_slope(config.noise_schedule, t_B1)
             length = clean_BL.shape[1]
-            uniform_BL = context.noise.uniform("duo/replace", batch.sample_indices, length)
+            uniform_BL = coins(batch, context, "duo/replace", length)
             drawn_BL = context.noise.integers("duo/token", batch.sample_indices, length, self._states.count)
             noisy_BL = replace_uniformly(clean_BL, alpha_B1, uniform_BL, self._states.token(drawn_BL))
         inputs = ModelInputs(
@@ -91,7 +94,8 @@ class Duo(Objective):
             sigma_B=torch.from_numpy(-np.log(alpha_B1[:, 0])).float(),
             mixture=mixture,
         )
-        weight_BL = np.broadcast_to(-dalpha_B1 / (self._states.count * alpha_B1), clean_BL.shape).copy()
+        weight_B1 = -dalpha_B1 / (self._states.count * alpha_B1)
+        weight_BL = np.where(noised_tokens(batch, clean_BL.shape[1]), weight_B1, 0.0)
         targets = Targets(
             clean_BL=torch.from_numpy(clean_BL),
             noisy_BL=inputs.token_ids_BL,

@@ -31,7 +31,9 @@ from megatron_dlm.objectives.diffusion import (
     MaskedLoss,
     append_clean,
     clean_tokens,
+    coins,
     masked_targets,
+    noised_tokens,
     reordered,
     scaled,
 )
@@ -39,7 +41,7 @@ from megatron_dlm.objectives.schedules import alpha_and_slope
 from megatron_dlm.objectives.time_sampling import batch_strata, times_in_strata
 
 CLEAN_KEY_RANGE = 0.9
-"""Sort keys of clean tokens lie below this, those of masked tokens at 1 or above."""
+"""Sort keys of clean tokens lie below this, those of masked tokens at 1 or above, of prompts below 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +117,7 @@ class EsoLM(CrossEntropyObjective):
         return strata < self._config.num_diffusion(context.global_batch_size)
 
     def _diffusion(self, batch: TokenBatch, context: CorruptionContext) -> tuple[ModelInputs, Targets]:
-        """Mask at time t, then order: clean tokens at random, masked ones at random behind them."""
+        """Mask at time t, then order: prompts, clean tokens, masked ones, each at random."""
         config = self._config
         clean_BL = clean_tokens(batch, context, config)
         num_diffusion = config.num_diffusion(context.global_batch_size)
@@ -128,11 +130,10 @@ class EsoLM(CrossEntropyObjective):
         )
         alpha_B1, dalpha_B1 = alpha_and_slope(config.noise_schedule, t_B1, alpha_0=config.alpha_0)
         length = clean_BL.shape[1]
-        uniform_BL = context.noise.uniform("mask", batch.sample_indices, length)
+        uniform_BL = coins(batch, context, "mask", length)
         noisy_BL, masked_BL = absorb(clean_BL, alpha_B1, uniform_BL, self._mask_token_id)
-        key_BL = masked_BL + CLEAN_KEY_RANGE * context.noise.uniform(
-            "esolm/order", batch.sample_indices, length
-        )
+        random_BL = CLEAN_KEY_RANGE * context.noise.uniform("esolm/order", batch.sample_indices, length)
+        key_BL = masked_BL + random_BL - ~noised_tokens(batch, length)
         order_BL = np.argsort(key_BL, axis=1, kind="stable")
         low_variance = context.training and config.loss == "low-variance"
         targets = masked_targets(
@@ -149,18 +150,18 @@ class EsoLM(CrossEntropyObjective):
     def _sequential(self, batch: TokenBatch, context: CorruptionContext) -> tuple[ModelInputs, Targets]:
         """Mask with probability 1 - alpha_0; each masked token is predicted from all that is before it.
 
-        The order has the clean tokens at random, then the masked ones from left to right.
+        The order has prompts, then clean tokens, each at random, then the masked ones from left to right.
         """
         config = self._config
         clean_BL = clean_tokens(batch, context, config)
         batch_size, length = clean_BL.shape
         alpha_B1 = np.full((batch_size, 1), config.alpha_0)
-        uniform_BL = context.noise.uniform("esolm/sequential-mask", batch.sample_indices, length)
+        uniform_BL = coins(batch, context, "esolm/sequential-mask", length)
         noisy_BL, masked_BL = absorb(clean_BL, alpha_B1, uniform_BL, self._mask_token_id)
         random_BL = CLEAN_KEY_RANGE * context.noise.uniform(
             "esolm/sequential-order", batch.sample_indices, length
         )
-        key_BL = np.where(masked_BL, 1.0 + np.arange(length), random_BL)
+        key_BL = np.where(masked_BL, 1.0 + np.arange(length), random_BL - ~noised_tokens(batch, length))
         order_BL = np.argsort(key_BL, axis=1, kind="stable")
         weight_BL = torch.from_numpy(masked_BL.astype(np.float64))
         targets = Targets(

@@ -12,7 +12,13 @@ from megatron_dlm.interfaces import AttentionPattern, ModelInputs, Targets, Toke
 from megatron_dlm.objectives.base import CorruptionContext, Objective
 from megatron_dlm.objectives.corruptions import absorb
 from megatron_dlm.objectives.cross_entropy import CrossEntropyObjective
-from megatron_dlm.objectives.diffusion import DiffusionConfig, MaskedLoss, clean_tokens, masked_targets
+from megatron_dlm.objectives.diffusion import (
+    DiffusionConfig,
+    MaskedLoss,
+    clean_tokens,
+    coins,
+    masked_targets,
+)
 from megatron_dlm.objectives.schedules import alpha_and_slope
 from megatron_dlm.objectives.time_sampling import stratified_times
 
@@ -49,7 +55,7 @@ class MDLM(CrossEntropyObjective):
             batch.sample_indices, context, time_epsilon=config.time_epsilon, order=config.time_order
         )
         alpha_B1, dalpha_B1 = alpha_and_slope(config.noise_schedule, t_B1)
-        uniform_BL = context.noise.uniform("mask", batch.sample_indices, clean_BL.shape[1])
+        uniform_BL = coins(batch, context, "mask", clean_BL.shape[1])
         noisy_BL, masked_BL = absorb(clean_BL, alpha_B1, uniform_BL, self._mask_token_id)
         low_variance = context.training and config.loss == "low-variance"
         targets = masked_targets(

@@ -97,6 +97,8 @@ def train(config: RunConfig) -> bool:
     data = open_data(config.data)
     # Refuses what this vocabulary is too small for.
     config.objective.build(data.vocabulary)
+    if data.has_prompts:
+        config.objective.check_prompts()
     # What cannot be used is refused before anything starts; the lock's last holder may have saved since.
     _find_start(config, data)
     parallel = start_parallel(environment, config.parallel)

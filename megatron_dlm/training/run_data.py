@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_dlm.data.blending import Blend
 from megatron_dlm.data.loader import DataConfig
-from megatron_dlm.data.packing import TokenBlocks, split_documents
+from megatron_dlm.data.packing import Rows, TokenBlocks, split_documents
+from megatron_dlm.data.prompts import PromptRows
 from megatron_dlm.data.shard import Shard
 from megatron_dlm.interfaces import InputError, Vocabulary
 
@@ -19,8 +20,10 @@ class BlendedShards:
     """Opened shards with their weights."""
 
     blend: Blend
-    blocks: dict[str, TokenBlocks]
+    blocks: dict[str, Rows]
     """By the names of the blend."""
+    has_prompts: bool
+    """Whether some are records of prompts and responses."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,11 @@ class RunData:
     train_sha256: str
     """Of the training tokens; of a blend of its shards and weights. Only a named change is gone on with."""
     validation_bytes_per_token: float
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether some data are records of prompts and responses."""
+        return self.train.has_prompts or self.validation.has_prompts
 
 
 def open_data(config: DataConfig) -> RunData:
@@ -82,33 +90,37 @@ def _digest(blend: Blend) -> str:
 
 def _bytes_per_token(shards: list[Shard]) -> float:
     text_bytes = sum(shard.manifest.num_text_bytes for shard in shards)
-    return text_bytes / sum(shard.manifest.num_tokens for shard in shards)
+    return text_bytes / sum(s.manifest.num_tokens - s.manifest.num_prompt_tokens for s in shards)
 
 
 def _blended(shards: list[Shard], weights: list[float], config: DataConfig, *, part: int) -> BlendedShards:
-    blocks = []
+    rows = []
     for shard in shards:
         documents = None
         if config.split:
             documents = split_documents(len(shard.document_lengths), config.split)[part]
-        blocks.append(
-            TokenBlocks(shard, config.seq_length, document_mask=config.document_mask, documents=documents)
-        )
-    blend = Blend.of([block.name for block in blocks], weights)
-    return BlendedShards(blend, dict(zip(blend.names, blocks, strict=True)))
+        rows.append(_rows(shard, config, documents))
+    blend = Blend.of([row.name for row in rows], weights)
+    has_prompts = any(shard.prompt_lengths is not None for shard in shards)
+    return BlendedShards(blend, dict(zip(blend.names, rows, strict=True)), has_prompts)
 
 
-def held_out_blocks(prefix: Path, seq_length: int, *, document_mask: bool) -> tuple[Shard, BlendedShards]:
+def _rows(shard: Shard, config: DataConfig, documents: tuple[int, int] | None) -> Rows:
+    length = config.seq_length
+    if shard.prompt_lengths is not None:
+        return PromptRows(shard, length, drop_long=config.drop_long_records, documents=documents)
+    return TokenBlocks(shard, length, document_mask=config.document_mask, documents=documents)
+
+
+def held_out_rows(prefix: Path, config: DataConfig) -> tuple[Shard, BlendedShards]:
     """One shard by itself, for evaluation.
 
     Args:
         prefix: of the shard.
-        seq_length: tokens of one sample.
-        document_mask: keep attention inside documents.
+        config: of the run, for how a shard is cut.
 
     Returns:
-        The shard and its blocks.
+        The shard and its rows.
     """
     shard = Shard(prefix)
-    blocks = TokenBlocks(shard, seq_length, document_mask=document_mask)
-    return shard, BlendedShards(Blend.of([blocks.name], [1.0]), {blocks.name: blocks})
+    return shard, _blended([shard], [1.0], replace(config, split=(), validation=prefix), part=1)

@@ -17,6 +17,7 @@ from megatron_dlm.training.run import RunRecord, read_run_record
 from megatron_dlm.training.run_config import EvaluationConfig, check_run
 
 if TYPE_CHECKING:
+    from megatron_dlm.data.loader import DataConfig
     from megatron_dlm.data.shard import Shard
     from megatron_dlm.data.tokenizer import LoadedTokenizer
     from megatron_dlm.evaluation.likelihood import Likelihood
@@ -95,7 +96,7 @@ def evaluate_checkpoint(
     )
     config = replace(record.config, parallel=parallel_config, training=training, evaluation=evaluation)
     check_run(config, detect_environment().world_size)
-    shard, shards = _open_held_out(record, data, document_mask=record.config.data.document_mask)
+    shard, shards = _open_held_out(record, data, record.config.data)
     with open_checkpoint(record, parallel_config, config.training.precision) as opened:
         from megatron_dlm.training.session import Validation
         from megatron_dlm.training.step import PipelineRunner
@@ -131,7 +132,7 @@ def export_checkpoint(
 
     _require_one_process()
     # Document masks are the data's, not the model's.
-    _, shards = _open_held_out(record, data, document_mask=False)
+    _, shards = _open_held_out(record, data, replace(record.config.data, document_mask=False))
     with open_checkpoint(record, ParallelConfig(), "fp32") as opened:
         from megatron_dlm.checkpointing.manager import PROGRESS_RECORD
         from megatron_dlm.conversion.to_hugging_face import ExportSource, export
@@ -194,11 +195,13 @@ def _require_one_process() -> None:
         )
 
 
-def _open_held_out(record: RunRecord, data: Path, *, document_mask: bool) -> tuple[Shard, BlendedShards]:
-    """The shard at `data`, which the model's tokenizer must have made, and its blocks."""
-    from megatron_dlm.training.run_data import held_out_blocks
+def _open_held_out(record: RunRecord, data: Path, config: DataConfig) -> tuple[Shard, BlendedShards]:
+    """The shard at `data`, which the model's tokenizer must have made, and its rows."""
+    from megatron_dlm.training.run_data import held_out_rows
 
-    shard, shards = held_out_blocks(data, record.config.data.seq_length, document_mask=document_mask)
+    shard, shards = held_out_rows(data, config)
+    if shards.has_prompts:
+        record.config.objective.check_prompts()
     if shard.manifest.tokenizer_fingerprint != record.tokenizer_fingerprint:
         raise InputError(f"data: {data} was made by another tokenizer than the data of {record.directory}")
     return shard, shards
