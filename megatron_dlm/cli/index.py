@@ -11,7 +11,11 @@ from megatron_dlm.data.indexing import IndexConfig, build_shards
 
 
 def run(arguments: list[str]) -> int:
-    """Parse, index, report; returns the exit code."""
+    """Parse, index, report; returns the exit code. `--stats PREFIX ...` reports on what there is."""
+    if arguments[:1] == ["--stats"] and "--input" not in arguments:
+        from megatron_dlm.cli.index_stats import run as run_stats
+
+        return run_stats(arguments[1:])
     return index(parse(IndexConfig, arguments, verb="index"))
 
 
@@ -24,6 +28,10 @@ def index(config: IndexConfig) -> int:
             f"({manifest.dtype}), {manifest.bytes_per_token:.3f} bytes/token, "
             f"unigram entropy {manifest.unigram_entropy_nats:.4f} nats/token, encoded by {manifest.backend}"
         )
+    if manifests and config.stats:
+        from megatron_dlm.cli.index_stats import stats
+
+        stats(tuple(config.prefixes()))
     if not manifests and config.shard:
         print(f"{config.output}: this job has no more to do; the last one joins the parts", file=sys.stderr)
     return 0

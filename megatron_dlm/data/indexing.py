@@ -65,6 +65,9 @@ class IndexConfig:
     """Share the work among the processes that mpirun has started, one worker each."""
     megatron_names: bool = False
     """Name the shards OUTPUT_KEY_document, as Megatron-LM's tool does."""
+    stats: bool = False
+    """Then print lengths of documents, tokens of each source and duplicates, and draw OUTPUT.lengths.png;
+    `megatron-dlm index --stats PREFIX ...` does so for shards that are there."""
     backend: Backend = "auto"
     """Encoder; auto takes gigatoken where it gives the ids of the tokenizer's own library on a sample."""
     unit_bytes: int = 0

@@ -1,8 +1,10 @@
-"""Pictures of a run; needs matplotlib (extra `eval`)."""
+"""Pictures of runs and data; needs matplotlib (extra `eval`)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_dlm.telemetry.writers import read_metrics
 
@@ -16,13 +18,8 @@ def plot_loss(directory: Path, output: Path, *, title: str, unigram_entropy: flo
         title: of the picture.
         unigram_entropy: nats per token, drawn as a line for comparison.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     entries = read_metrics(directory)
-    figure, axes = pyplot.subplots(figsize=(8, 5))
+    pyplot, figure, axes = _canvas()
     for kind, style in (("train", {"alpha": 0.4}), ("validation", {"marker": "o"})):
         points = [(entry["step"], entry["nats_per_token"]) for entry in entries if entry["kind"] == kind]
         axes.plot(*zip(*points, strict=True), label=kind, **style)
@@ -33,3 +30,36 @@ def plot_loss(directory: Path, output: Path, *, title: str, unigram_entropy: flo
     axes.legend()
     figure.savefig(output, dpi=120, bbox_inches="tight")
     pyplot.close(figure)
+
+
+def plot_lengths(histogram: Sequence[tuple[int, int, int]], output: Path, *, title: str) -> None:
+    """Draw how long documents are.
+
+    Args:
+        histogram: for each bin its first length in tokens, the one behind its last, and its documents.
+        output: PNG file.
+        title: of the picture.
+    """
+    pyplot, figure, axes = _canvas()
+    lows, highs, counts = zip(*histogram, strict=True)
+    axes.bar(
+        lows,
+        counts,
+        width=[h - low for low, h in zip(lows, highs, strict=True)],
+        align="edge",
+        edgecolor="white",
+    )
+    axes.set_xscale("log", base=2)
+    axes.set(title=title, xlabel="document length (tokens)", ylabel="documents")
+    axes.grid(alpha=0.3)
+    figure.savefig(output, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def _canvas() -> tuple[Any, Any, Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return (pyplot, *pyplot.subplots(figsize=(8, 5)))
