@@ -18,7 +18,7 @@ EXTRAS = {
     "data": ["pyarrow>=15", "s3fs>=2024.2", "sentencepiece>=0.2", "tiktoken>=0.7"],
     "hf": ["transformers>=4.51"],
     "eval": ["matplotlib"],
-    "test": ["psutil", "pytest>=8", "pytest-timeout", "pytest-xdist"],
+    "test": ["moto[s3,server]>=5", "psutil", "pytest>=8", "pytest-timeout", "pytest-xdist"],
 }
 EXTRAS["dev"] = [*EXTRAS["test"], "ruff==0.17.6", "mypy==2.4.1"]
 
@@ -43,6 +43,7 @@ setup(
         "orjson>=3.10",
         "backports.zstd>=1.0; python_version < '3.14'",
         "fsspec>=2024.2",
+        "universal-pathlib>=0.3",
         "tyro>=1.0,<2",
         "tensorboard>=2.16",
         "rich>=13",

@@ -20,8 +20,6 @@ from megatron_dlm.data.shard import Shard
 from megatron_dlm.data.tokenizer import load_tokenizer
 from megatron_dlm.interfaces import InputError
 
-PIECE_TOKENS = 1 << 22
-
 
 def verify(prefix: Path) -> Shard:
     """Open a shard and read all of it.
@@ -38,19 +36,18 @@ def verify(prefix: Path) -> Shard:
     shard = Shard(prefix)
     shard.verify_checksums()
     vocabulary = shard.manifest.vocabulary
-    for start in track(
-        range(0, len(shard.tokens), PIECE_TOKENS), description=str(prefix), disable=not sys.stderr.isatty()
+    start = 0
+    for first, lengths, tokens in track(
+        shard.pieces(), description=str(prefix), disable=not sys.stderr.isatty()
     ):
-        piece = shard.tokens[start : start + PIECE_TOKENS]
-        if (piece == vocabulary.mask_token_id).any():
-            place = start + int(np.argmax(piece == vocabulary.mask_token_id))
+        if (tokens == vocabulary.mask_token_id).any():
+            place = start + int(np.argmax(tokens == vocabulary.mask_token_id))
             raise InputError(f"data: {prefix}: token {place} is the mask id {vocabulary.mask_token_id}")
-        shard.check_ids(piece)
-    if shard.manifest.append_eos:
-        ends = np.cumsum(shard.document_lengths) - 1
-        wrong = np.flatnonzero(shard.tokens[ends] != vocabulary.eos_token_id)
-        if len(wrong):
-            raise InputError(f"data: {prefix}: document {wrong[0]} does not end with <eos>")
+        shard.check_ids(tokens)
+        wrong = np.flatnonzero(tokens[np.cumsum(lengths) - 1] != vocabulary.eos_token_id)
+        if shard.manifest.append_eos and len(wrong):
+            raise InputError(f"data: {prefix}: document {first + wrong[0]} does not end with <eos>")
+        start += len(tokens)
     return shard
 
 

@@ -20,8 +20,8 @@ class EvaluateConfig:
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
     """A step-NNNNNNNN directory."""
-    data: Path
-    """Prefix of the held-out shard."""
+    data: str
+    """Prefix or URL of the held-out shard."""
     num_batches: int = 16
     """Batches; the shard is read again, with other noise, where it is shorter."""
     batch_size: int = 64

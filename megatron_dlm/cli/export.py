@@ -28,7 +28,7 @@ class ExportConfig:
     """Folder to make; must not exist."""
     tokenizer: Path
     """Directory of the tokenizer the data was indexed with; copied into the folder."""
-    data: Path
+    data: str
     """Prefix of a shard for the fixed-noise check, for example the held-out one."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of the exported weights."""

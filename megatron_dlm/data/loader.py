@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -19,8 +18,9 @@ class DataConfig:
     """What a run reads."""
 
     train: tuple[str, ...]
-    """Prefix of the training shard (PREFIX.bin, .idx, .json), or weights and prefixes in turn: 3 A 7 B."""
-    validation: Path | None = None
+    """Prefix of the training shard (PREFIX.bin, .idx, .json), or weights and prefixes in turn: 3 A 7 B.
+    A prefix may be a URL of an object store, such as s3://bucket/prefix."""
+    validation: str | None = None
     """Prefix of the held-out shard; none with `split`."""
     split: tuple[float, ...] = ()
     """Shares of each training shard's documents for training, validation and test, of any sum."""
@@ -56,7 +56,7 @@ class DataConfig:
             shares = " ".join(map(str, self.split))
             raise InputError(f"data.split: {shares}: not three shares, the first two above 0")
 
-    def blend(self) -> list[tuple[float, Path]]:
+    def blend(self) -> list[tuple[float, str]]:
         """Weights and prefixes of the training shards.
 
         Returns:
@@ -66,7 +66,7 @@ class DataConfig:
             InputError: `train` is neither one prefix nor pairs.
         """
         if len(self.train) == 1:
-            return [(1.0, Path(self.train[0]))]
+            return [(1.0, self.train[0])]
         try:
             weights = [float(word) for word in self.train[0::2]]
         except ValueError:
@@ -75,7 +75,7 @@ class DataConfig:
             raise InputError(
                 f"data.train: {' '.join(self.train)}: not one prefix, or weights and prefixes in turn"
             )
-        return list(zip(weights, map(Path, self.train[1::2]), strict=True))
+        return list(zip(weights, self.train[1::2], strict=True))
 
 
 def microbatch_positions(

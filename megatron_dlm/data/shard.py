@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_dlm.data.manifest import Manifest, read_manifest, shard_path
+from megatron_dlm.data.token_file import TokenFile, as_path, naming
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.platform.files import sha256_of
 
@@ -22,6 +23,7 @@ INDEX_VERSION = 1
 DTYPES: dict[int, np.dtype[np.generic]] = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 HEADER = struct.Struct("<9sQBQQ")
+_PIECE_TOKENS = 1 << 22
 
 
 def token_dtype(vocabulary_size: int) -> np.dtype[np.generic]:
@@ -63,13 +65,18 @@ def write_index(
 
 
 class Shard:
-    """A checked, memory-mapped shard.
+    """A checked shard, local or in an object store.
 
     Opening compares index, manifest and file sizes; `verify_checksums` also reads the tokens.
     """
 
-    def __init__(self, prefix: Path) -> None:
-        self.prefix = prefix
+    def __init__(self, location: Path | str) -> None:
+        """`location`: path or URL of the shard without suffix."""
+        self.prefix = prefix = as_path(location)
+        with naming(prefix):
+            self._open(prefix)
+
+    def _open(self, prefix: Path) -> None:
         self.manifest: Manifest = read_manifest(prefix)
         bin_path, idx_path = shard_path(prefix, ".bin"), shard_path(prefix, ".idx")
         listed = {digest.name for digest in self.manifest.files}
@@ -102,7 +109,19 @@ class Shard:
             raise InputError(
                 f"data: {prefix}: the manifest says {counts} (dtype, documents, tokens), not {found}"
             )
-        self.tokens: NDArray[np.integer] = np.memmap(bin_path, dtype=dtype, mode="r")
+        # Cheap, unlike that of the tokens: no boundary of a document may move unseen.
+        self._verify_checksum(idx_path)
+        self.tokens = TokenFile(bin_path, dtype, found[2])
+
+    def pieces(self) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.integer]]]:
+        """All documents in order, some megabytes at a time: number of the first, lengths of all, tokens."""
+        ends = np.cumsum(self.document_lengths, dtype=np.int64)
+        first, start = 0, 0
+        while first < len(ends):
+            # At least one, however long.
+            last = max(first + 1, int(np.searchsorted(ends, start + _PIECE_TOKENS, side="right")))
+            yield first, self.document_lengths[first:last], self.tokens[start : int(ends[last - 1])]
+            first, start = last, int(ends[last - 1])
 
     def check_ids(self, token_ids: NDArray[np.integer]) -> None:
         """Refuse tokens that no text gives; tensor parallel embeddings and losses accept them in silence.
@@ -128,8 +147,12 @@ class Shard:
             InputError: a file differs.
         """
         for digest in self.manifest.files:
-            path = self.prefix.parent / digest.name
-            if sha256_of(path) != digest.sha256:
+            self._verify_checksum(self.prefix.parent / digest.name)
+
+    def _verify_checksum(self, path: Path) -> None:
+        expected = next(digest.sha256 for digest in self.manifest.files if digest.name == path.name)
+        with naming(path):
+            if sha256_of(path) != expected:
                 raise InputError(f"data: {path}: SHA-256 differs from the manifest")
 
 

@@ -145,8 +145,10 @@ def open_raw(source: Source) -> IO[bytes]:
     if not is_url(source.path):
         return open(source.path, "rb", buffering=1 << 20)
     system, path = _file_system(source.path)
-    file: IO[bytes] = system.open(path, "rb")
-    return file
+    file: Any = system.open(path, "rb")
+    # Files of object stores know no readline(limit).
+    opened: IO[bytes] = io.BufferedReader(file, 1 << 20)
+    return opened
 
 
 def open_decompressed(source: Source) -> IO[bytes]:

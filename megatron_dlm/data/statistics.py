@@ -70,11 +70,9 @@ def statistics_of(shards: Sequence[Shard]) -> list[ShardStatistics]:
 
 
 def _document_hashes(shard: Shard) -> NDArray[np.uint64]:
-    tokens, ends = np.asarray(shard.tokens), np.cumsum(shard.document_lengths)
-    hashes = np.empty(len(ends), dtype=np.uint64)
-    start = 0
-    for document, end in enumerate(ends.tolist()):
-        digest = hashlib.blake2b(tokens[start:end].tobytes(), digest_size=8).digest()
-        hashes[document] = int.from_bytes(digest, "little")
-        start = end
+    hashes = np.empty(len(shard.document_lengths), dtype=np.uint64)
+    for first, lengths, tokens in shard.pieces():
+        for document, own in enumerate(np.split(tokens, np.cumsum(lengths)[:-1]), start=first):
+            digest = hashlib.blake2b(own.tobytes(), digest_size=8).digest()
+            hashes[document] = int.from_bytes(digest, "little")
     return hashes

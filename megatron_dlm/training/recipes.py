@@ -138,7 +138,7 @@ def _large_run(
 def _data(directory: str, validation: str, *, seq_length: int, workers: int = 0) -> DataConfig:
     return DataConfig(
         train=(f"{directory}/train",),
-        validation=Path(directory) / validation,
+        validation=f"{directory}/{validation}",
         seq_length=seq_length,
         workers=workers,
     )

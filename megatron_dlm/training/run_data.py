@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from megatron_dlm.data.blending import Blend
 from megatron_dlm.data.loader import DataConfig
@@ -112,7 +111,7 @@ def _rows(shard: Shard, config: DataConfig, documents: tuple[int, int] | None) -
     return TokenBlocks(shard, length, document_mask=config.document_mask, documents=documents)
 
 
-def held_out_rows(prefix: Path, config: DataConfig) -> tuple[Shard, BlendedShards]:
+def held_out_rows(prefix: str, config: DataConfig) -> tuple[Shard, BlendedShards]:
     """One shard by itself, for evaluation.
 
     Args:

@@ -70,7 +70,7 @@ def open_checkpoint(
 
 def evaluate_checkpoint(
     checkpoint: Path,
-    data: Path,
+    data: str,
     evaluation: EvaluationConfig,
     parallel_config: ParallelConfig,
     micro_batch_size: int,
@@ -112,7 +112,7 @@ def evaluate_checkpoint(
 def export_checkpoint(
     record: RunRecord,
     tokenizer: LoadedTokenizer,
-    data: Path,
+    data: str,
     output: Path,
     dtype: Literal["fp32", "bf16", "fp16"],
     check_samples: int,
@@ -195,7 +195,7 @@ def _require_one_process() -> None:
         )
 
 
-def _open_held_out(record: RunRecord, data: Path, config: DataConfig) -> tuple[Shard, BlendedShards]:
+def _open_held_out(record: RunRecord, data: str, config: DataConfig) -> tuple[Shard, BlendedShards]:
     """The shard at `data`, which the model's tokenizer must have made, and its rows."""
     from megatron_dlm.training.run_data import held_out_rows
 

@@ -34,7 +34,7 @@ def prefix(corpus, tmp_path_factory):
 
 
 def configs_for(corpus, prefix, parallel, micro_batch_size):
-    data = DataConfig(train=(str(prefix),), validation=prefix, seq_length=LENGTH)
+    data = DataConfig(train=(str(prefix),), validation=str(prefix), seq_length=LENGTH)
     runs = {
         name: tiny.run_config(
             corpus,

@@ -59,7 +59,7 @@ def run_config(corpus, directory, objective, **changes):
             num_layers=2, hidden_size=32, num_attention_heads=4, ffn_hidden_size=64, conditioning_size=16
         ),
         objective=objective,
-        data=DataConfig(train=(str(corpus.train),), validation=corpus.validation, seq_length=32),
+        data=DataConfig(train=(str(corpus.train),), validation=str(corpus.validation), seq_length=32),
         training=TrainingConfig(num_steps=4, global_batch_size=8, micro_batch_size=2, head_rows_per_chunk=48),
         schedule=LrScheduleConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2, decay_steps=40),
         evaluation=EvaluationConfig(every=100, num_batches=1, batch_size=8),

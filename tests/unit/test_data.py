@@ -230,6 +230,17 @@ def test_damaged_shards_are_refused(tmp_path, corpus, name):
     assert message in str(error.value) and str(prefix) in str(error.value)
 
 
+def test_a_file_cut_while_in_use_is_an_error(tmp_path, corpus):
+    """Mapped into memory it would end the process with a bus error."""
+    prefix = copy_shard(corpus, tmp_path)
+    blocks = TokenBlocks(Shard(prefix), 32)
+    last = np.array([blocks.num_blocks - 1])
+    assert blocks.read(last).shape == (1, 33)
+    truncate(shard_path(prefix, ".bin"), 100)
+    with pytest.raises(InputError, match=r"train\.bin: ends at byte \d+ of \d+; was it cut while in use"):
+        blocks.read(last)
+
+
 def edit_manifest(prefix, **changes):
     path = shard_path(prefix, ".json")
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))

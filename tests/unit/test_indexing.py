@@ -178,7 +178,7 @@ def test_special_tokens_become_tokens_only_if_asked(corpus, tmp_path):
     config = config_for(corpus, tmp_path, text, special_tokens_as_text=False, output=tmp_path / "special")
     (special,) = build(config)
     assert special.num_tokens < plain.num_tokens and special.backend == "tokenizers"
-    assert (Shard(config.output).tokens == loaded.vocabulary.eos_token_id).sum() == 2
+    assert (np.asarray(Shard(config.output).tokens) == loaded.vocabulary.eos_token_id).sum() == 2
     with pytest.raises(InputError, match=r"t\.jsonl:1: encodes to the mask id"):
         build(replace(config, input=(str(tiny.write_jsonl(tmp_path / "t.jsonl", ["a [MASK]"])),)))
 

@@ -105,9 +105,10 @@ def other_figures(directory: Path, text: Path, tokenizer: Path, arguments: argpa
                 f"peak memory of {megabytes:,.0f} MB, largest process",
                 f"{mib:,.0f} MiB ({megabytes / taken:.0f} MB/s)",
             )
-    table.add_row(
-        "random reads of 2,048 tokens, one process", f"{random_reads(directory / 'large'):,.0f} tokens/s"
-    )
+    for workers in (0, 1, WORKERS):
+        where = f"{workers} workers" if workers else "the process itself"
+        reads = random_reads(directory / "ours", workers)
+        table.add_row(f"random reads of 2,048 tokens, {where}", f"{reads:,.0f} tokens/s")
     table.add_row("opening a shard of 10 million documents", f"{open_many(directory / 'many'):.2f} s")
     return table
 
@@ -204,10 +205,11 @@ def index_as_megatron(text: Path, tokenizer: Path, output: Path) -> None:
     builder.finalize(f"{output}.idx")
 
 
-def random_reads(prefix: Path) -> float:
-    """Tokens a second of blocks in random order from a memory-mapped shard, pages in memory."""
+def random_reads(prefix: Path, workers: int) -> float:
+    """Tokens a second of samples in random order, pages in memory, by this process or by worker processes."""
     from megatron_dlm.data.blending import Blend, PlanSegment, SampleReader
     from megatron_dlm.data.packing import TokenBlocks
+    from megatron_dlm.data.prefetch import Prefetcher
     from megatron_dlm.data.shard import Shard
     from megatron_dlm.platform.rng import NoiseSource
 
@@ -215,12 +217,17 @@ def random_reads(prefix: Path) -> float:
     reader = SampleReader(
         [PlanSegment(0, Blend.of([blocks.name], [1.0]))], {blocks.name: blocks}, NoiseSource(0)
     )
-    reader.read(np.arange(64))
-    started, count = time.monotonic(), 0
+    source = Prefetcher(
+        lambda first: reader.read(np.arange(first, first + 16)), lambda first: first + 16, workers=workers
+    )
+    source.get(0)
+    started, count = time.monotonic(), 16
     while time.monotonic() - started < 3:
-        reader.read(np.arange(count, count + 16))
+        source.get(count)
         count += 16
-    return count * 2048 / (time.monotonic() - started)
+    seconds = time.monotonic() - started
+    source.close()
+    return (count - 16) * 2048 / seconds
 
 
 def open_many(prefix: Path) -> float:
