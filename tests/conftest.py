@@ -18,6 +18,10 @@ TABLES = {
             *("family", "loss", "gradient"),
         ),
     ),
+    "table: fuzz": (
+        "damaged files of a shard opened, read and compared",
+        ("damage", "files", "refused", "same tokens", "other tokens, other errors"),
+    ),
     "table: resharding": (
         "saved at one layout, resumed at another: largest relative difference in the next 5 steps",
         ("saved", "resumed", "family", "loss", "gradient norm"),

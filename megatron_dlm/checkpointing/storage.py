@@ -237,7 +237,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise InputError(
             f"checkpoint: {path}: no such file; not a complete checkpoint (step-NNNNNNNN directory)"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"checkpoint: {path}: unreadable: {error}") from error
     if not isinstance(data, dict):
         raise InputError(f"checkpoint: {path}: not a JSON object")

@@ -107,7 +107,7 @@ def read_manifest(prefix: Path) -> Manifest:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"data: {path}: no such file; `megatron-dlm index` writes it") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"data: {path}: unreadable manifest: {error}") from error
     if isinstance(data, dict) and data.get("format") != FORMAT:
         raise InputError(f"data: {path}: format {data.get('format')!r} is not {FORMAT}")

@@ -68,7 +68,11 @@ def decode(declared: type[T], data: Any, path: str = "config") -> T:
         raise InputError(f"{path}.{unknown[0]}: unknown field of {cls.__name__}, perhaps of a later version")
     if missing := sorted(required - found):
         raise InputError(f"{path}.{missing[0]}: missing field of {cls.__name__}")
-    return cls(**{name: _decode_value(hints[name], data[name], f"{path}.{name}") for name in found})
+    values = {name: _decode_value(hints[name], data[name], f"{path}.{name}") for name in found}
+    try:
+        return cls(**values)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def _resolve_class(declared: type[T], name: str, path: str) -> type[T]:
@@ -109,14 +113,16 @@ def _decode_value(declared: Any, value: Any, path: str) -> Any:
 
 def _decode_scalar(declared: Any, value: Any, path: str) -> Any:
     if isinstance(declared, type) and issubclass(declared, Enum):
-        _expect(value in {member.value for member in declared}, value, path, declared.__name__)
+        _expect(value in [member.value for member in declared], value, path, declared.__name__)
         return declared(value)
     if declared is Path:
         return Path(_expect(isinstance(value, str), value, path, "a path"))
     if declared is float:
-        return float(
-            _expect(isinstance(value, (int, float)) and not isinstance(value, bool), value, path, "a number")
-        )
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        try:
+            return float(_expect(is_number, value, path, "a number"))
+        except OverflowError:
+            return _expect(False, value, path, "a number that a float holds")
     accepts: Callable[[Any], bool] = lambda v: type(v) is declared  # noqa: E731
     return _expect(accepts(value), value, path, declared.__name__)
 

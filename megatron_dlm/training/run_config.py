@@ -271,7 +271,7 @@ def load_recipe(path: Path) -> RunConfig:
 def _load_record(path: Path) -> RunConfig:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"recipe: {path}: not JSON: {error}") from error
     if not isinstance(record, dict) or "config" not in record:
         raise InputError(f"recipe: {path}: no member 'config'; not the run.json of a checkpoint")
