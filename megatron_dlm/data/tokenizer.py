@@ -30,6 +30,8 @@ CONFIG_FILE = "tokenizer_config.json"
 EOS_TOKEN, BOS_TOKEN, MASK_TOKEN = "<eos>", "<bos>", "[MASK]"
 SAMPLE_DOCUMENTS, SAMPLE_CHARACTERS = 256, 400_000
 """Of the real input, on which gigatoken is compared with the slow side."""
+LARGEST_FILE_BYTES = 256 << 20
+"""Of a tokenizer; those of 256,000 ids have 35 MB."""
 BYTES = "bytes"
 """In place of a path: UTF-8 bytes as ids."""
 
@@ -56,7 +58,7 @@ class LoadedTokenizer:
     encode: Encoder
     """By that package."""
     fast_encoder: Callable[[], Encoder]
-    """gigatoken's; raises ValueError where it cannot read the tokenizer."""
+    """gigatoken's; raises where it cannot read the tokenizer."""
     decode: Callable[[list[int]], str]
     size: int
     """Ids of the tokenizer itself, without a mask token that was added."""
@@ -87,11 +89,14 @@ def load_tokenizer(path: Path, *, special_tokens_as_text: bool = True) -> Loaded
         if not path.is_dir():
             return load_tokenizer_file(path, special_tokens_as_text=special_tokens_as_text)
     try:
+        refuse_huge(path / TOKENIZER_FILE)
         content = (path / TOKENIZER_FILE).read_bytes()
         tokenizer = Tokenizer.from_str(content.decode("utf-8"))
         config = dict(json.loads((path / CONFIG_FILE).read_text(encoding="utf-8")))
     except OSError as error:
         raise InputError(f"tokenizer: {error.filename}: {error.strerror}") from error
+    except InputError:
+        raise
     except Exception as error:  # tokenizers raises plain Exception for a bad file
         raise InputError(f"tokenizer: {path}: not a readable tokenizer: {error}") from error
     tokenizer.encode_special_tokens = special_tokens_as_text
@@ -105,7 +110,13 @@ def load_tokenizer(path: Path, *, special_tokens_as_text: bool = True) -> Loaded
     size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-        encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        except BaseException as error:
+            # A pattern that backtracks without end is stopped by a panic, which is no Exception.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise InputError(f"tokenizer: {path}: cannot encode: {error}") from error
         return joined([encoding.ids for encoding in encodings])
 
     return LoadedTokenizer(
@@ -125,6 +136,20 @@ def load_tokenizer(path: Path, *, special_tokens_as_text: bool = True) -> Loaded
         fingerprint=hashlib.sha256(content).hexdigest(),
         special_tokens_as_text=special_tokens_as_text,
     )
+
+
+def refuse_huge(path: Path) -> None:
+    """Refuse a file that no tokenizer needs, before it is read.
+
+    Args:
+        path: of the tokenizer.
+
+    Raises:
+        InputError: above LARGEST_FILE_BYTES.
+        OSError: it cannot be looked at.
+    """
+    if (num_bytes := path.stat().st_size) > LARGEST_FILE_BYTES:
+        raise InputError(f"tokenizer: {path}: {num_bytes} bytes are above {LARGEST_FILE_BYTES}")
 
 
 def vocabulary_of(size: int, *, mask: int | None, eos: int, bos: int | None) -> Vocabulary:
@@ -219,10 +244,11 @@ def choose_encoder(loaded: LoadedTokenizer, sample: Sequence[str], backend: Back
         return loaded.library, loaded.encode
     try:
         fast = loaded.fast_encoder()
-    except ValueError as error:
+    except Exception as error:  # gigatoken raises RuntimeError, ValueError or others
+        reason = str(error).partition("\n")[0]
         if backend == "gigatoken":
-            raise InputError(f"backend: gigatoken cannot read {loaded.path}: {error}") from error
-        logger.info("gigatoken cannot read this tokenizer (%s); using %s", error, loaded.library)
+            raise InputError(f"backend: gigatoken cannot read {loaded.path}: {reason}") from error
+        logger.info("gigatoken cannot read this tokenizer (%s); using %s", reason, loaded.library)
         return loaded.library, loaded.encode
     seen = 0
     for text in sample[:SAMPLE_DOCUMENTS]:

@@ -11,7 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_dlm.data.tokenizer import BYTES, Encoder, LoadedTokenizer, encoder_of, joined, vocabulary_of
+from megatron_dlm.data.tokenizer import (
+    BYTES,
+    Encoder,
+    LoadedTokenizer,
+    encoder_of,
+    joined,
+    refuse_huge,
+    vocabulary_of,
+)
 from megatron_dlm.interfaces import InputError
 
 
@@ -40,6 +48,7 @@ def load_tokenizer_file(path: Path, *, special_tokens_as_text: bool = True) -> L
         raise InputError(f"tokenizer: {path}: not a directory, {BYTES}, or a {', '.join(kinds)} file")
     if not path.is_file():
         raise InputError(f"tokenizer: {path}: no such file")
+    refuse_huge(path)
     try:
         return kinds[path.suffix](path)
     except ImportError as error:
