@@ -18,6 +18,18 @@ TABLES = {
             *("family", "loss", "gradient"),
         ),
     ),
+    "table: samples": (
+        "one run over resumes: the same global batches as at one layout, bit for bit, no block twice",
+        ("steps", "processes", "micro-batch", "workers", "shards", "digest of batches", "shard and block"),
+    ),
+    "table: bytes": (
+        "one corpus indexed in different ways, and by Megatron-LM's scheme: first half of the SHA-256 of .bin and .idx",
+        ("how", "SHA-256"),
+    ),
+    "table: corpora": (
+        "public corpora indexed, opened by megatron-core and decoded",
+        ("corpus", "documents", "tokens", "bytes per token", "decoded documents"),
+    ),
     "table: fuzz": (
         "damaged files of a shard opened, read and compared",
         ("damage", "files", "refused", "same tokens", "other tokens, other errors"),
