@@ -23,8 +23,8 @@ TABLES = {
         ("steps", "processes", "micro-batch", "workers", "shards", "digest of batches", "shard and block"),
     ),
     "table: bytes": (
-        "one corpus indexed in different ways, and by Megatron-LM's scheme: first half of the SHA-256 of .bin and .idx",
-        ("how", "SHA-256"),
+        "one corpus indexed in different ways, and by Megatron-LM's scheme; of .bin and .idx together",
+        ("how", "first half of SHA-256"),
     ),
     "table: corpora": (
         "public corpora indexed, opened by megatron-core and decoded",

@@ -71,7 +71,8 @@ def replay(dump: Path, checkpoint: Path | None) -> bool:
         device=old.device, deterministic=old.deterministic, intra_op_threads=old.intra_op_threads
     )
     training = replace(config.training, micro_batch_size=1)
-    config = replace(config, parallel=parallel_config, training=training)
+    reading = replace(config.data, workers=0, loader="torch")
+    config = replace(config, parallel=parallel_config, training=training, data=reading)
     data = open_data(config.data)
     parallel = start_parallel(environment, parallel_config)
     from megatron_dlm.training.optimizer import gradient_norm

@@ -22,6 +22,8 @@ class EvaluateConfig:
     """A step-NNNNNNNN directory."""
     data: str
     """Prefix or URL of the held-out shard."""
+    drop_long_records: bool = False
+    """Leave out prompts with responses above the model's length, which are refused otherwise."""
     num_batches: int = 16
     """Batches; the shard is read again, with other noise, where it is shorter."""
     batch_size: int = 64
@@ -47,7 +49,12 @@ def run(arguments: list[str]) -> int:
         num_batches=config.num_batches, batch_size=config.batch_size, seed=config.seed
     )
     result, is_first = evaluate_checkpoint(
-        config.checkpoint, config.data, evaluation, config.parallel, config.micro_batch_size
+        config.checkpoint,
+        config.data,
+        evaluation,
+        config.parallel,
+        config.micro_batch_size,
+        drop_long_records=config.drop_long_records,
     )
     if is_first:
         error = "" if result.standard_error is None else f" +- {result.standard_error:.4f}"

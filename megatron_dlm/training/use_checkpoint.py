@@ -74,6 +74,8 @@ def evaluate_checkpoint(
     evaluation: EvaluationConfig,
     parallel_config: ParallelConfig,
     micro_batch_size: int,
+    *,
+    drop_long_records: bool,
 ) -> tuple[Likelihood, bool]:
     """The bound of one checkpoint on one shard.
 
@@ -83,6 +85,7 @@ def evaluate_checkpoint(
         evaluation: batches and their size.
         parallel_config: layout to evaluate on.
         micro_batch_size: samples of one forward pass.
+        drop_long_records: leave out prompts with responses above the model's length.
 
     Returns:
         The estimate, and whether this process is rank 0.
@@ -94,9 +97,17 @@ def evaluate_checkpoint(
     training = replace(
         record.config.training, micro_batch_size=micro_batch_size, global_batch_size=evaluation.batch_size
     )
-    config = replace(record.config, parallel=parallel_config, training=training, evaluation=evaluation)
+    # What the run read its batches with need not be here.
+    held_out = replace(record.config.data, loader="torch", drop_long_records=drop_long_records)
+    config = replace(
+        record.config,
+        parallel=parallel_config,
+        training=training,
+        evaluation=evaluation,
+        data=held_out,
+    )
     check_run(config, detect_environment().world_size)
-    shard, shards = _open_held_out(record, data, record.config.data)
+    shard, shards = _open_held_out(record, data, held_out)
     with open_checkpoint(record, parallel_config, config.training.precision) as opened:
         from megatron_dlm.training.session import Validation
         from megatron_dlm.training.step import PipelineRunner
@@ -132,7 +143,9 @@ def export_checkpoint(
 
     _require_one_process()
     # Document masks are the data's, not the model's.
-    _, shards = _open_held_out(record, data, replace(record.config.data, document_mask=False))
+    _, shards = _open_held_out(
+        record, data, replace(record.config.data, document_mask=False, drop_long_records=True)
+    )
     with open_checkpoint(record, ParallelConfig(), "fp32") as opened:
         from megatron_dlm.checkpointing.manager import PROGRESS_RECORD
         from megatron_dlm.conversion.to_hugging_face import ExportSource, export
