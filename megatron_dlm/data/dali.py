@@ -8,17 +8,14 @@ from __future__ import annotations
 import importlib.util
 from collections import deque
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_dlm.data.tensor_buffer import Kind, kinds_of, pack, unpack
 from megatron_dlm.interfaces import InputError
 
-ALIGNMENT = 16
-"""Bytes; where each tensor begins in the buffer that holds them all."""
 QUEUE_DEPTH = 2
 """Batches on their way."""
 
@@ -56,12 +53,12 @@ def carry_with_dali(batches: Iterator[Sequence[Tensor]], device_index: int | Non
     from nvidia.dali import Pipeline, fn, types
     from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
-    waiting: deque[list[tuple[torch.dtype, torch.Size]]] = deque()
+    waiting: deque[list[Kind]] = deque()
 
     def buffers() -> Iterator[list[NDArray[np.uint8]]]:
         for tensors in batches:
-            waiting.append([(tensor.dtype, tensor.shape) for tensor in tensors])
-            yield [_packed(tensors)]
+            waiting.append(kinds_of(tensors))
+            yield [pack(tensors).numpy()]
 
     pipeline = Pipeline(batch_size=1, num_threads=1, device_id=device_index, prefetch_queue_depth=QUEUE_DEPTH)
     with pipeline:
@@ -69,25 +66,4 @@ def carry_with_dali(batches: Iterator[Sequence[Tensor]], device_index: int | Non
         pipeline.set_outputs(buffer if device_index is None else buffer.gpu())
     pipeline.build()
     for (outputs,) in DALIGenericIterator(pipeline, ["buffer"], auto_reset=False):
-        yield _unpacked(outputs["buffer"][0], waiting.popleft())
-
-
-def _packed(tensors: Sequence[Tensor]) -> NDArray[np.uint8]:
-    starts = _starts([tensor.nbytes for tensor in tensors])
-    buffer = np.zeros(starts[-1], dtype=np.uint8)
-    for start, tensor in zip(starts, tensors, strict=False):
-        buffer[start : start + tensor.nbytes] = tensor.contiguous().flatten().view(torch.uint8).numpy()
-    return buffer
-
-
-def _unpacked(buffer: Tensor, kinds: list[tuple[torch.dtype, torch.Size]]) -> list[Tensor]:
-    sizes = [shape.numel() * dtype.itemsize for dtype, shape in kinds]
-    return [
-        buffer[start : start + size].view(dtype).view(shape)
-        for start, size, (dtype, shape) in zip(_starts(sizes), sizes, kinds, strict=False)
-    ]
-
-
-def _starts(sizes: Sequence[int]) -> list[int]:
-    """Where each piece begins, and the end."""
-    return [0, *accumulate(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)]
+        yield unpack(outputs["buffer"][0], waiting.popleft())

@@ -10,8 +10,10 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
+from megatron_dlm.data.tensor_buffer import Parcel
 from megatron_dlm.interfaces import InputError, TrainingError
 from megatron_dlm.platform.children import die_with
 
@@ -96,13 +98,15 @@ class Prefetcher(Generic[Request, Made]):
     def _make_ahead(self, first: Request) -> Iterator[Made]:
         parent, others = os.getpid(), multiprocessing.active_children()
         handler = signal.getsignal(signal.SIGCHLD)
-        loader: DataLoader[Made | InputError] = DataLoader(
+        loader: DataLoader[Parcel | InputError] = DataLoader(
             _OnRequest(self._make),
             sampler=self._requests(first),
             batch_size=None,
             num_workers=self._workers,
             collate_fn=_as_it_is,
             worker_init_fn=lambda _: _begin_work(parent),
+            # Its own, so that seeds of workers are not drawn from the run's.
+            generator=torch.Generator(),
             # Nothing is pickled on the way to the workers, and shards stay mapped.
             multiprocessing_context="fork",
         )
@@ -111,7 +115,7 @@ class Prefetcher(Generic[Request, Made]):
         # it the same is found out by whoever waits for the worker.
         signal.signal(signal.SIGCHLD, handler)
         self._processes = [child for child in multiprocessing.active_children() if child not in others]
-        return map(_raise_errors, made)
+        return map(_opened, made)
 
 
 class _OnRequest(Dataset[Any]):
@@ -122,7 +126,7 @@ class _OnRequest(Dataset[Any]):
 
     def __getitem__(self, request: Any) -> Any:
         try:
-            return self._make(request)
+            return Parcel(self._make(request))
         except InputError as error:
             # Raised here it would come out with a traceback for its text.
             return error
@@ -132,10 +136,10 @@ def _as_it_is(made: Any) -> Any:
     return made
 
 
-def _raise_errors(made: Any) -> Any:
+def _opened(made: Parcel | InputError) -> Any:
     if isinstance(made, InputError):
         raise made
-    return made
+    return made.content()
 
 
 def _begin_work(parent: int) -> None:
