@@ -13,7 +13,8 @@ from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_dlm.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE, LoadedTokenizer
+from megatron_dlm.data.encoders import LoadedTokenizer
+from megatron_dlm.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE
 from megatron_dlm.interfaces import InputError, ModelInputs, Targets, Vocabulary
 from megatron_dlm.models.config import LAYER_NORM_EPSILON, ROTARY_BASE, ModelConfig
 from megatron_dlm.models.denoiser import Denoiser

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_dlm.data.encoders import SAMPLE_DOCUMENTS, Backend, LoadedTokenizer, choose_encoder
 from megatron_dlm.data.encoding import Job, Progress, Report, encode_here, encode_in_children
 from megatron_dlm.data.joining import join_parts
 from megatron_dlm.data.manifest import Manifest, read_manifest, shard_path
@@ -18,13 +19,7 @@ from megatron_dlm.data.parts import EncodingRules
 from megatron_dlm.data.records import LARGEST_LINE_BYTES, read_batches, whole
 from megatron_dlm.data.shard import token_dtype
 from megatron_dlm.data.sources import STDIN, Source, find_sources
-from megatron_dlm.data.tokenizer import (
-    SAMPLE_DOCUMENTS,
-    Backend,
-    LoadedTokenizer,
-    choose_encoder,
-    load_tokenizer,
-)
+from megatron_dlm.data.tokenizer import load_tokenizer
 from megatron_dlm.data.units import Unit, plan_units
 from megatron_dlm.data.workspace import Workspace, open_workspace, sha256_of_plan
 from megatron_dlm.interfaces import InputError, SaveError

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_dlm.data.encoders import LoadedTokenizer
 from megatron_dlm.data.encoding import Job
 from megatron_dlm.data.manifest import FileDigest, Manifest, SourceCount, shard_path, write_manifest
 from megatron_dlm.data.parts import PartRecord, too_many_rejects
 from megatron_dlm.data.shard import write_index
-from megatron_dlm.data.tokenizer import LoadedTokenizer
 from megatron_dlm.data.workspace import Workspace
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.platform.files import commit, sha256_of

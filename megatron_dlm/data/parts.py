@@ -13,9 +13,9 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_dlm.data.encoders import Encoder
 from megatron_dlm.data.records import Batch, Text, lines_before, read_batches, whole
 from megatron_dlm.data.sources import Source
-from megatron_dlm.data.tokenizer import Encoder
 from megatron_dlm.data.units import Unit
 from megatron_dlm.interfaces import InputError, Vocabulary
 from megatron_dlm.platform.codec import decode, encode

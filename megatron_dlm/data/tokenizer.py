@@ -1,72 +1,35 @@
-"""Tokenizers: a Hugging Face `tokenizer.json` with its special tokens; training one; encoding fast.
+"""Hugging Face tokenizers, `tokenizer.json` with its special tokens, and training one.
 
-`gigatoken` encodes where it agrees with the tokenizer's own package on a sample of the real input. Text that
-spells a special token is encoded as plain text, so no document can contain a mask, <eos> or <bos> id. Other
-tokenizers are in `tokenizer_files.py`.
+Text that spells a special token is encoded as plain text, so no document can contain a mask, <eos> or <bos>
+id. Other tokenizers are in `tokenizer_files.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megatron_dlm.interfaces import InputError, Vocabulary
+from megatron_dlm.data.encoders import (
+    Encoder,
+    LoadedTokenizer,
+    encoder_of,
+    joined,
+    refuse_huge,
+    vocabulary_of,
+)
+from megatron_dlm.data.tokenizer_files import BYTES, load_tokenizer_file
+from megatron_dlm.interfaces import InputError
 from megatron_dlm.platform.files import write_json
-
-logger = logging.getLogger(__name__)
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 EOS_TOKEN, BOS_TOKEN, MASK_TOKEN = "<eos>", "<bos>", "[MASK]"
-SAMPLE_DOCUMENTS, SAMPLE_CHARACTERS = 256, 400_000
-"""Of the real input, on which gigatoken is compared with the slow side."""
-LARGEST_FILE_BYTES = 256 << 20
-"""Of a tokenizer; those of 256,000 ids have 35 MB."""
-BYTES = "bytes"
-"""In place of a path: UTF-8 bytes as ids."""
-
-Backend = Literal["auto", "gigatoken", "library"]
-
-
-class Encoder(Protocol):
-    """Token ids of documents, without special tokens."""
-
-    def __call__(self, texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-        """All ids one after the other, and where those of each text begin, and the end: int64 [texts + 1]."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoadedTokenizer:
-    """A tokenizer with its special ids and its identity."""
-
-    path: Path
-    """Directory of a Hugging Face tokenizer, or file of another kind."""
-    library: str
-    """Name of the package that encodes where gigatoken does not."""
-    tokenizer: Any
-    """That package's object."""
-    encode: Encoder
-    """By that package."""
-    fast_encoder: Callable[[], Encoder]
-    """gigatoken's; raises where it cannot read the tokenizer."""
-    decode: Callable[[list[int]], str]
-    size: int
-    """Ids of the tokenizer itself, without a mask token that was added."""
-    vocabulary: Vocabulary
-    fingerprint: str
-    """SHA-256 of the file that decides the ids."""
-    special_tokens_as_text: bool = True
-    """Text that spells a special token is encoded as plain text."""
 
 
 def load_tokenizer(path: Path, *, special_tokens_as_text: bool = True) -> LoadedTokenizer:
@@ -83,11 +46,8 @@ def load_tokenizer(path: Path, *, special_tokens_as_text: bool = True) -> Loaded
     Raises:
         InputError: a file is missing or unreadable, or a special token is not in the vocabulary.
     """
-    if path.suffix or str(path) == BYTES:
-        from megatron_dlm.data.tokenizer_files import load_tokenizer_file
-
-        if not path.is_dir():
-            return load_tokenizer_file(path, special_tokens_as_text=special_tokens_as_text)
+    if (path.suffix or str(path) == BYTES) and not path.is_dir():
+        return load_tokenizer_file(path, special_tokens_as_text=special_tokens_as_text)
     try:
         refuse_huge(path / TOKENIZER_FILE)
         content = (path / TOKENIZER_FILE).read_bytes()
@@ -135,40 +95,6 @@ def load_tokenizer(path: Path, *, special_tokens_as_text: bool = True) -> Loaded
         ),
         fingerprint=hashlib.sha256(content).hexdigest(),
         special_tokens_as_text=special_tokens_as_text,
-    )
-
-
-def refuse_huge(path: Path) -> None:
-    """Refuse a file that no tokenizer needs, before it is read.
-
-    Args:
-        path: of the tokenizer.
-
-    Raises:
-        InputError: above LARGEST_FILE_BYTES.
-        OSError: it cannot be looked at.
-    """
-    if (num_bytes := path.stat().st_size) > LARGEST_FILE_BYTES:
-        raise InputError(f"tokenizer: {path}: {num_bytes} bytes are above {LARGEST_FILE_BYTES}")
-
-
-def vocabulary_of(size: int, *, mask: int | None, eos: int, bos: int | None) -> Vocabulary:
-    """The ids a model is built for.
-
-    Args:
-        size: of the tokenizer.
-        mask: its mask token; None adds an id behind the last.
-        eos: ends a document.
-        bos: starts sampling; None takes `eos`.
-
-    Returns:
-        The vocabulary, mask included.
-    """
-    return Vocabulary(
-        size=size + (mask is None),
-        mask_token_id=size if mask is None else mask,
-        eos_token_id=eos,
-        bos_token_id=eos if bos is None else bos,
     )
 
 
@@ -226,49 +152,6 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int, directory: Path)
     write_json(directory / CONFIG_FILE, config)
 
 
-def choose_encoder(loaded: LoadedTokenizer, sample: Sequence[str], backend: Backend) -> tuple[str, Encoder]:
-    """The fastest encoder that gives the ids of the tokenizer's own package on `sample`.
-
-    Args:
-        loaded: the tokenizer.
-        sample: documents of the real input; the first ones are compared.
-        backend: "auto" takes gigatoken where it can read the tokenizer; the others force one.
-
-    Returns:
-        Name of the package and the encoder.
-
-    Raises:
-        InputError: gigatoken gives other ids, or was asked for and cannot read the tokenizer.
-    """
-    if backend == "library":
-        return loaded.library, loaded.encode
-    try:
-        fast = loaded.fast_encoder()
-    except Exception as error:  # gigatoken raises RuntimeError, ValueError or others
-        reason = str(error).partition("\n")[0]
-        if backend == "gigatoken":
-            raise InputError(f"backend: gigatoken cannot read {loaded.path}: {reason}") from error
-        logger.info("gigatoken cannot read this tokenizer (%s); using %s", reason, loaded.library)
-        return loaded.library, loaded.encode
-    seen = 0
-    for text in sample[:SAMPLE_DOCUMENTS]:
-        if (seen := seen + len(text)) > SAMPLE_CHARACTERS and seen > len(text):
-            break
-        if not np.array_equal(fast([text])[0], loaded.encode([text])[0]):
-            raise InputError(
-                f"backend: gigatoken and {loaded.library} give different ids for {text[:60]!r}; "
-                "use --backend library"
-            )
-    return "gigatoken", fast
-
-
-def joined(ids: Sequence[Sequence[int]]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-    """Lists of ids as an `Encoder` gives them."""
-    offsets = np.zeros(len(ids) + 1, dtype=np.int64)
-    np.cumsum([len(part) for part in ids], out=offsets[1:])
-    return np.fromiter(chain.from_iterable(ids), dtype=np.uint32, count=int(offsets[-1])), offsets
-
-
 def _fast_encoder(content: bytes, *, special_tokens_as_text: bool) -> Encoder:
     import gigatoken
 
@@ -280,16 +163,3 @@ def _fast_encoder(content: bytes, *, special_tokens_as_text: bool) -> Encoder:
     # Without added tokens, text that spells one is plain text.
     description["added_tokens"] = []
     return encoder_of(gigatoken.Tokenizer.from_json(json.dumps(description)))
-
-
-def encoder_of(fast: Any) -> Encoder:
-    """A gigatoken tokenizer as an encoder on one thread: the indexer has a process for each core."""
-
-    def encode(texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-        if not texts:
-            return joined([])
-        rows = fast.encode_batch(list(texts), parallel=False).layout
-        offsets = np.asarray(rows.offsets.data)
-        return np.asarray(rows.content.data)[offsets[0] : offsets[-1]], offsets - offsets[0]
-
-    return encode

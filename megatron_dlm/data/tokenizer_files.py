@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_dlm.data.tokenizer import (
-    BYTES,
+from megatron_dlm.data.encoders import (
     Encoder,
     LoadedTokenizer,
     encoder_of,
@@ -21,6 +20,9 @@ from megatron_dlm.data.tokenizer import (
     vocabulary_of,
 )
 from megatron_dlm.interfaces import InputError
+
+BYTES = "bytes"
+"""In place of a path: UTF-8 bytes as ids."""
 
 
 def load_tokenizer_file(path: Path, *, special_tokens_as_text: bool = True) -> LoadedTokenizer:

@@ -17,9 +17,9 @@ from megatron_dlm.training.run import RunRecord, read_run_record
 from megatron_dlm.training.run_config import EvaluationConfig, check_run
 
 if TYPE_CHECKING:
+    from megatron_dlm.data.encoders import LoadedTokenizer
     from megatron_dlm.data.loader import DataConfig
     from megatron_dlm.data.shard import Shard
-    from megatron_dlm.data.tokenizer import LoadedTokenizer
     from megatron_dlm.evaluation.likelihood import Likelihood
     from megatron_dlm.models.denoiser import Denoiser
     from megatron_dlm.training.run_data import BlendedShards

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from megatron_dlm.data import parts, tokenizer
+from megatron_dlm.data import encoders, parts
 from megatron_dlm.data.indexing import IndexConfig, build_shards
 from megatron_dlm.data.shard import Shard
 from megatron_dlm.data.tokenizer import load_tokenizer
@@ -218,7 +218,7 @@ def test_code_beside_a_tokenizer_never_runs(corpus, tmp_path):
 def test_a_huge_or_pickled_tokenizer_is_refused(corpus, tmp_path, monkeypatch):
     path = tiny.write_jsonl(tmp_path / "t.jsonl", ["the model"])
     directory = copied_tokenizer(corpus, tmp_path / "t")
-    monkeypatch.setattr(tokenizer, "LARGEST_FILE_BYTES", 1000)
+    monkeypatch.setattr(encoders, "LARGEST_FILE_BYTES", 1000)
     with pytest.raises(InputError, match=r"tokenizer\.json: \d+ bytes are above 1000"):
         index(corpus, path, tmp_path / "shard", tokenizer=directory)
     monkeypatch.undo()
