@@ -113,7 +113,7 @@ class Prefetcher(Generic[Request, Made]):
         made = iter(loader)
         # torch's would raise wherever the program is when a worker ends, in the middle of a save too; without
         # it the same is found out by whoever waits for the worker.
-        signal.signal(signal.SIGCHLD, handler)
+        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
         self._processes = [child for child in multiprocessing.active_children() if child not in others]
         return map(_opened, made)
 
