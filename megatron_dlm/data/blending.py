@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -203,15 +203,23 @@ class SampleReader:
         Returns:
             Their tokens.
         """
-        found = [(self._shards[shard], row[None]) for shard, row in zip(*self._order(positions), strict=True)]
-        tokens = np.concatenate([rows.read(index) for rows, index in found])
-        documents = [rows.read_documents(index) for rows, index in found]
-        masks = [rows.read_loss_mask(index) for rows, index in found]
+        shards, indices = self._order(positions)
+        # By shard, so that each is asked once; then in the order of the positions.
+        places = [np.flatnonzero(shards == shard) for shard in np.unique(shards)]
+        order = np.argsort(np.concatenate(places))
+        found = [(self._shards[shards[own[0]]], indices[own]) for own in places]
+        tokens = [rows.read(own) for rows, own in found]
         return TokenBatch(
-            token_ids=torch.from_numpy(tokens),
+            token_ids=torch.from_numpy(np.concatenate(tokens)[order]),
             sample_indices=positions,
-            document_ids=_stacked(documents, np.zeros_like(tokens[:1])),
-            loss_mask=_stacked(masks, np.ones_like(tokens[:1], dtype=np.bool_)),
+            document_ids=_stacked(
+                [rows.read_documents(own) for rows, own in found], map(np.zeros_like, tokens), order
+            ),
+            loss_mask=_stacked(
+                [rows.read_loss_mask(own) for rows, own in found],
+                (np.ones_like(some, dtype=np.bool_) for some in tokens),
+                order,
+            ),
         )
 
     def epochs(self, position: int) -> dict[str, float]:
@@ -222,8 +230,11 @@ class SampleReader:
         }
 
 
-def _stacked(rows: Sequence[NDArray[Any] | None], absent: NDArray[Any]) -> torch.Tensor | None:
-    """Rows one under the other, with `absent` where a shard has none; None where none has any."""
-    if all(row is None for row in rows):
+def _stacked(
+    parts: Sequence[NDArray[Any] | None], absent: Iterable[NDArray[Any]], order: NDArray[np.int64]
+) -> torch.Tensor | None:
+    """Rows of all shards, with `absent` in place of what a shard has not; None where none has any."""
+    if all(part is None for part in parts):
         return None
-    return torch.from_numpy(np.concatenate([absent if row is None else row for row in rows]))
+    filled = [other if part is None else part for part, other in zip(parts, absent, strict=True)]
+    return torch.from_numpy(np.concatenate(filled)[order])

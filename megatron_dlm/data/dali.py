@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_dlm.data.tensor_buffer import Kind, kinds_of, pack, unpack
+from megatron_dlm.data.tensor_buffer import Layout, pack, unpack
 from megatron_dlm.interfaces import InputError
 
 QUEUE_DEPTH = 2
@@ -53,12 +53,18 @@ def carry_with_dali(batches: Iterator[Sequence[Tensor]], device_index: int | Non
     from nvidia.dali import Pipeline, fn, types
     from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
-    waiting: deque[list[Kind]] = deque()
+    waiting: deque[Layout | InputError] = deque()
 
     def buffers() -> Iterator[list[NDArray[np.uint8]]]:
-        for tensors in batches:
-            waiting.append(kinds_of(tensors))
-            yield [pack(tensors).numpy()]
+        try:
+            for tensors in batches:
+                layout = Layout.of(tensors)
+                waiting.append(layout)
+                yield [pack(tensors, layout).numpy()]
+        except InputError as error:
+            # Of a batch that nobody has asked for yet; those before it are good.
+            waiting.append(error)
+            yield [np.zeros(1, dtype=np.uint8)]
 
     pipeline = Pipeline(batch_size=1, num_threads=1, device_id=device_index, prefetch_queue_depth=QUEUE_DEPTH)
     with pipeline:
@@ -66,4 +72,7 @@ def carry_with_dali(batches: Iterator[Sequence[Tensor]], device_index: int | Non
         pipeline.set_outputs(buffer if device_index is None else buffer.gpu())
     pipeline.build()
     for (outputs,) in DALIGenericIterator(pipeline, ["buffer"], auto_reset=False):
-        yield unpack(outputs["buffer"][0], waiting.popleft())
+        layout = waiting.popleft()
+        if isinstance(layout, InputError):
+            raise layout
+        yield unpack(outputs["buffer"][0], layout)

@@ -79,7 +79,7 @@ class TokenBlocks:
         """
         length = self.seq_length
         starts = self._start + block_indices * length
-        rows = [self._shard.tokens[start : start + length + 1] for start in starts]
+        rows = self._shard.tokens.read([(start, start + length + 1) for start in starts.tolist()])
         token_ids = np.stack(rows).astype(np.int64)
         self._shard.check_ids(token_ids)
         return token_ids
@@ -100,7 +100,8 @@ class TokenBlocks:
         return np.searchsorted(self._document_ends, tokens, side="right").astype(np.int64)
 
     def read_loss_mask(self, block_indices: NDArray[np.int64]) -> None:
-        """All tokens are noised and scored."""
+        """None: all tokens are noised and scored."""
+        return None
 
 
 def split_documents(num_documents: int, shares: Sequence[float]) -> list[tuple[int, int]]:

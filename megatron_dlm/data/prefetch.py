@@ -1,24 +1,35 @@
-"""Batches made ahead of their use, in worker processes."""
+"""Batches made ahead of their use, in worker processes.
+
+Not torch's DataLoader: a worker that dies while it writes leaves that waiting for ever, its handler of
+SIGCHLD raises in the middle of whatever the program does, and it sends each tensor as an open file in
+/dev/shm. Here each worker has a pipe of its own, which ends with it.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import signal
+import traceback
+from collections import deque
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import wait
-from multiprocessing.process import BaseProcess
+from multiprocessing.connection import Connection
+from multiprocessing.util import Finalize
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset
 
-from megatron_dlm.data.tensor_buffer import Parcel
+from megatron_dlm.data.tensor_buffer import Layout, pack, unpack, with_tensors, without_tensors
 from megatron_dlm.interfaces import InputError, TrainingError
 from megatron_dlm.platform.children import die_with
 
 Request = TypeVar("Request")
 Made = TypeVar("Made")
+
+REQUESTS_AHEAD = 2
+"""Of each worker."""
+JOB_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""They come to all processes of a job; that of the rank decides what they mean."""
 
 
 class Prefetcher(Generic[Request, Made]):
@@ -38,11 +49,11 @@ class Prefetcher(Generic[Request, Made]):
         """`following` guesses the request behind one; `carry` brings what is made to a device, in order."""
         self._make = make
         self._following = following
-        self._workers = workers
+        self._num_workers = workers
         self._carry = carry
         self._expected: Request | None = None
         self._made: Iterator[Made] | None = None
-        self._processes: list[BaseProcess] = []
+        self._workers: list[_Worker] = []
 
     def get(self, request: Request) -> Made:
         """What belongs to a request.
@@ -57,34 +68,25 @@ class Prefetcher(Generic[Request, Made]):
             InputError: from `make`.
             TrainingError: a worker is dead; one that only hangs is left to whoever watches the steps.
         """
-        if not self._workers and self._carry is None:
+        if not self._num_workers and self._carry is None:
             return self._make(request)
         if self._made is None or request != self._expected:
             self.close()
             self._made = self._start(request)
         try:
             made = next(self._made)
-        except Exception as error:
-            # A worker's end shows in several ways, as a lost connection to its tensors before it is over.
-            ended = wait([process.sentinel for process in self._processes], timeout=10.0)
-            for process in self._processes:
-                if process.sentinel in ended:
-                    process.join()
-                    raise TrainingError(
-                        f"data.workers: process {process.pid} ended with exit code {process.exitcode}"
-                    ) from error
+        except BaseException:
+            self.close()
             raise
         self._expected = self._following(request)
         return made
 
     def close(self) -> None:
-        """End the workers."""
+        """End the workers at once; all that they have made is not wanted any more."""
         self._made = None
-        for process in self._processes:
-            # All that they have made is not wanted any more; a stopped one would not hear anything else.
-            process.kill()
-            process.join()
-        self._processes = []
+        for worker in self._workers:
+            worker.end()
+        self._workers = []
 
     def _requests(self, first: Request) -> Iterator[Request]:
         while True:
@@ -92,58 +94,87 @@ class Prefetcher(Generic[Request, Made]):
             first = self._following(first)
 
     def _start(self, first: Request) -> Iterator[Made]:
-        made = self._make_ahead(first) if self._workers else map(self._make, self._requests(first))
+        made = self._make_ahead(first) if self._num_workers else map(self._make, self._requests(first))
         return made if self._carry is None else self._carry(made)
 
     def _make_ahead(self, first: Request) -> Iterator[Made]:
-        parent, others = os.getpid(), multiprocessing.active_children()
-        handler = signal.getsignal(signal.SIGCHLD)
-        loader: DataLoader[Parcel | InputError] = DataLoader(
-            _OnRequest(self._make),
-            sampler=self._requests(first),
-            batch_size=None,
-            num_workers=self._workers,
-            collate_fn=_as_it_is,
-            worker_init_fn=lambda _: _begin_work(parent),
-            # Its own, so that seeds of workers are not drawn from the run's.
-            generator=torch.Generator(),
-            # Nothing is pickled on the way to the workers, and shards stay mapped.
-            multiprocessing_context="fork",
-        )
-        made = iter(loader)
-        # torch's would raise wherever the program is when a worker ends, in the middle of a save too; without
-        # it the same is found out by whoever waits for the worker.
-        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
-        self._processes = [child for child in multiprocessing.active_children() if child not in others]
-        return map(_opened, made)
+        self._workers = [_Worker(self._make) for _ in range(self._num_workers)]
+        requests = self._requests(first)
+        turns = deque(self._workers * REQUESTS_AHEAD)
+        for worker in turns:
+            worker.ask(next(requests))
+        while True:
+            worker = turns[0]
+            made = worker.answer()
+            worker.ask(next(requests))
+            turns.rotate(-1)
+            yield made
 
 
-class _OnRequest(Dataset[Any]):
-    """What a DataLoader asks by request instead of by index."""
+class _Worker:
+    """A process that makes one thing after the other."""
 
     def __init__(self, make: Callable[[Any], Any]) -> None:
-        self._make = make
-
-    def __getitem__(self, request: Any) -> Any:
+        # Forked: nothing is pickled on the way there, and open files stay open.
+        context = multiprocessing.get_context("fork")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_work, args=(theirs, make, os.getpid()), daemon=True)
+        # A signal before the worker ignores it would end it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
         try:
-            return Parcel(self._make(request))
-        except InputError as error:
-            # Raised here it would come out with a traceback for its text.
-            return error
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        # Its end of the pipe is then in no other process, and a read ends with the worker.
+        theirs.close()
+        # Before the interpreter, at its own end, waits for children.
+        self.end = Finalize(self, _end, args=(self._process, self._connection), exitpriority=10)
+
+    def ask(self, request: Any) -> None:
+        try:
+            self._connection.send(request)
+        except OSError as error:
+            raise self._dead() from error
+
+    def answer(self) -> Any:
+        try:
+            pickled, layout = self._connection.recv()
+            if isinstance(pickled, Exception):
+                raise pickled
+            buffer = torch.empty(layout.num_bytes, dtype=torch.uint8)
+            self._connection.recv_bytes_into(buffer.numpy())
+        except (EOFError, OSError) as error:
+            raise self._dead() from error
+        return with_tensors(pickled, unpack(buffer, layout))
+
+    def _dead(self) -> TrainingError:
+        self._process.join()
+        code = self._process.exitcode
+        return TrainingError(f"data.workers: process {self._process.pid} ended with exit code {code}")
 
 
-def _as_it_is(made: Any) -> Any:
-    return made
+def _end(process: Any, connection: Connection) -> None:
+    process.kill()
+    process.join()
+    connection.close()
 
 
-def _opened(made: Parcel | InputError) -> Any:
-    if isinstance(made, InputError):
-        raise made
-    return made.content()
-
-
-def _begin_work(parent: int) -> None:
+def _work(connection: Connection, make: Callable[[Any], Any], parent: int) -> None:
+    """The worker's life: requests in, what belongs to them out, until it is killed."""
     die_with(parent)
-    # They come to the whole job; the process of the rank decides what they mean.
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in JOB_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, JOB_SIGNALS)
+    torch.set_num_threads(1)
+    while True:
+        request = connection.recv()
+        try:
+            pickled, tensors = without_tensors(make(request))
+        except InputError as error:
+            connection.send((error, None))
+        except Exception:
+            connection.send((RuntimeError(f"in a loader process:\n{traceback.format_exc()}"), None))
+        else:
+            layout = Layout.of(tensors)
+            connection.send((pickled, layout))
+            connection.send_bytes(memoryview(pack(tensors, layout).numpy()))  # type: ignore[arg-type]

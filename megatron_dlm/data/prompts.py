@@ -62,9 +62,12 @@ class PromptRows:
         """
         padding = self._shard.manifest.vocabulary.eos_token_id
         tokens = np.full((len(row_indices), self.seq_length + 1), padding, dtype=np.int64)
-        for row, _, record, start, end in self._records(row_indices):
-            first = self._starts[record]
-            tokens[row, start:end] = self._shard.tokens[first : first + end - start]
+        records = self._records(row_indices)
+        firsts = [int(self._starts[record]) for _, _, record, _, _ in records]
+        lengths = [end - start for *_, start, end in records]
+        found = self._shard.tokens.read([(f, f + n) for f, n in zip(firsts, lengths, strict=True)])
+        for (row, _, _, start, end), own in zip(records, found, strict=True):
+            tokens[row, start:end] = own
         self._shard.check_ids(tokens)
         return tokens
 

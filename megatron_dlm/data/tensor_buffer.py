@@ -1,11 +1,11 @@
-"""Many tensors as one: the bytes of all in a buffer that travels at once."""
+"""Many tensors as one: the bytes of all in a buffer that travels at once, tensors that occur twice once."""
 
 from __future__ import annotations
 
 import io
 import pickle
 from collections.abc import Sequence
-from itertools import accumulate
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,92 +14,109 @@ from torch import Tensor
 ALIGNMENT = 16
 """Bytes; where each tensor begins."""
 
-Kind = tuple[torch.dtype, torch.Size]
-"""What a tensor was, to find it again."""
+
+@dataclass(frozen=True)
+class Layout:
+    """Where tensors are in a buffer."""
+
+    places: tuple[tuple[torch.dtype, torch.Size, int], ...]
+    """Of each its dtype, shape and first byte; tensors of the same memory share a place."""
+    num_bytes: int
+
+    @staticmethod
+    def of(tensors: Sequence[Tensor]) -> Layout:
+        """Of some tensors one behind the other."""
+        starts: dict[Any, int] = {}
+        places, end = [], 0
+        for tensor in tensors:
+            # Not by identity: a family's attention mask is a new view of one memory in each microbatch.
+            what = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+            if what not in starts:
+                starts[what] = end
+                end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+            places.append((tensor.dtype, tensor.shape, starts[what]))
+        return Layout(tuple(places), end)
 
 
-def pack(tensors: Sequence[Tensor]) -> Tensor:
+def pack(tensors: Sequence[Tensor], layout: Layout) -> Tensor:
     """The bytes of some tensors.
 
     Args:
         tensors: on the CPU.
+        layout: theirs.
 
     Returns:
-        uint8, of one dimension.
+        uint8 [layout.num_bytes].
     """
-    starts = _starts([tensor.nbytes for tensor in tensors])
-    buffer = torch.zeros(starts[-1], dtype=torch.uint8)
-    for start, tensor in zip(starts, tensors, strict=False):
-        buffer[start : start + tensor.nbytes] = tensor.contiguous().flatten().view(torch.uint8)
+    buffer = torch.zeros(layout.num_bytes, dtype=torch.uint8)
+    done: set[int] = set()
+    for tensor, (_, _, start) in zip(tensors, layout.places, strict=True):
+        if tensor.nbytes and start not in done:
+            buffer[start : start + tensor.nbytes] = tensor.contiguous().flatten().view(torch.uint8)
+            done.add(start)
     return buffer
 
 
-def unpack(buffer: Tensor, kinds: Sequence[Kind]) -> list[Tensor]:
+def unpack(buffer: Tensor, layout: Layout) -> list[Tensor]:
     """The tensors of a buffer, sharing its memory.
 
     Args:
         buffer: from `pack`, on any device.
-        kinds: dtype and shape of each tensor that was packed.
+        layout: of the tensors.
 
     Returns:
         The tensors.
     """
-    sizes = [shape.numel() * dtype.itemsize for dtype, shape in kinds]
     return [
-        buffer[start : start + size].view(dtype).view(shape)
-        for start, size, (dtype, shape) in zip(_starts(sizes), sizes, kinds, strict=False)
+        buffer[start : start + shape.numel() * dtype.itemsize].view(dtype).view(shape)
+        for dtype, shape, start in layout.places
     ]
 
 
-def kinds_of(tensors: Sequence[Tensor]) -> list[Kind]:
-    """What `unpack` needs to know of tensors."""
-    return [(tensor.dtype, tensor.shape) for tensor in tensors]
+def without_tensors(content: Any) -> tuple[bytes, list[Tensor]]:
+    """An object for another process of this program, and the tensors it holds.
 
+    Args:
+        content: anything that can be pickled.
 
-def _starts(sizes: Sequence[int]) -> list[int]:
-    """Where each piece begins, and the end."""
-    return [0, *accumulate(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)]
-
-
-class Parcel:
-    """Any picklable object for another process, all its tensors in one buffer.
-
-    torch sends each tensor as a file descriptor, of which a batch of many microbatches would need more than a
-    process may have.
+    Returns:
+        All of it but the tensors, and those.
     """
+    file = io.BytesIO()
+    pickler = _Pickler(file)
+    pickler.dump(content)
+    return file.getvalue(), pickler.tensors
 
-    def __init__(self, content: Any) -> None:
-        file = io.BytesIO()
-        pickler = _Pickler(file)
-        pickler.dump(content)
-        self._pickled = file.getvalue()
-        self._kinds = kinds_of(pickler.tensors)
-        self._buffer = pack(pickler.tensors)
 
-    def content(self) -> Any:
-        """The object again; its tensors share the parcel's memory."""
-        return _Unpickler(io.BytesIO(self._pickled), unpack(self._buffer, self._kinds)).load()
+def with_tensors(pickled: bytes, tensors: Sequence[Tensor]) -> Any:
+    """The object again.
+
+    Args:
+        pickled: by `without_tensors`, in a process of this program.
+        tensors: that belong into it.
+
+    Returns:
+        The object.
+    """
+    return _Unpickler(io.BytesIO(pickled), tensors).load()
 
 
 class _Pickler(pickle.Pickler):
-    """Leaves tensors out, each once however often it occurs."""
+    """Leaves tensors out."""
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file)
         self.tensors: list[Tensor] = []
-        self._places: dict[int, int] = {}
 
     def persistent_id(self, obj: Any) -> int | None:
         if not isinstance(obj, Tensor):
             return None
-        if id(obj) not in self._places:
-            self._places[id(obj)] = len(self.tensors)
-            self.tensors.append(obj)
-        return self._places[id(obj)]
+        self.tensors.append(obj)
+        return len(self.tensors) - 1
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads what a process of this program has written."""
+    """Puts them back."""
 
     def __init__(self, file: io.BytesIO, tensors: Sequence[Tensor]) -> None:
         super().__init__(file)

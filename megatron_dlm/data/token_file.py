@@ -6,7 +6,7 @@ Read, not mapped: a mapped file that somebody cuts ends the process with a bus e
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -67,8 +67,9 @@ class TokenFile:
         self._dtype = dtype
         self._num_tokens = num_tokens
         self._remote = is_url(str(path))
-        self._opened: Any = None
-        self._process = 0
+        self._process = os.getpid()
+        # The file that was checked, whatever takes its name later; shared with forked processes.
+        self._opened: Any = path if self._remote else path.open("rb", buffering=0)
 
     def __len__(self) -> int:
         return self._num_tokens
@@ -77,39 +78,54 @@ class TokenFile:
         """Tokens of a range, as numpy cuts it."""
         start, stop, step = where.indices(self._num_tokens)
         assert step == 1
-        tokens = np.empty(max(0, stop - start), dtype=self._dtype)
+        return self.read([(start, max(start, stop))])[0]
+
+    def read(self, ranges: Sequence[tuple[int, int]]) -> list[NDArray[np.integer]]:
+        """Tokens of some ranges; an object store is asked for all at once.
+
+        Args:
+            ranges: first token of each and the one behind its last.
+
+        Returns:
+            One array for each.
+
+        Raises:
+            InputError: the file has become shorter, or cannot be read.
+        """
+        size = self._dtype.itemsize
         with naming(self._path):
-            self._read_into(tokens, start * self._dtype.itemsize)
-        return cast(NDArray[np.integer], tokens)
+            in_bytes = [(start * size, stop * size) for start, stop in ranges]
+            pieces = self._fetch(in_bytes) if self._remote else [self._read(*some) for some in in_bytes]
+        for (start, stop), piece in zip(ranges, pieces, strict=True):
+            if len(piece) < (stop - start) * size:
+                raise InputError(
+                    f"data: {self._path}: ends at byte {start * size + len(piece)} of "
+                    f"{self._num_tokens * size}; was it cut while in use?"
+                )
+        return [cast(NDArray[np.integer], np.frombuffer(piece, dtype=self._dtype)) for piece in pieces]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         """All tokens, in memory."""
         return np.asarray(self[:], dtype=dtype)
 
-    def _read_into(self, tokens: NDArray[Any], offset: int) -> None:
-        buffer = memoryview(tokens.view(np.uint8))  # type: ignore[arg-type]
-        done = 0
-        while done < len(buffer):
-            count = self._read_some(buffer[done:], offset + done)
+    def _read(self, start: int, stop: int) -> bytes | bytearray:
+        """Bytes of the file; fewer where it ends before."""
+        piece, done = bytearray(stop - start), 0
+        while done < len(piece):
+            # A disk may give less than asked for at a time.
+            count = os.preadv(self._opened.fileno(), [memoryview(piece)[done:]], start + done)
+            if not count:
+                break
             done += count
-            # A disk may give less than asked for at a time, a store gives all that it has.
-            if done < len(buffer) and (self._remote or not count):
-                raise InputError(
-                    f"data: {self._path}: ends at byte {offset + done} of "
-                    f"{self._num_tokens * self._dtype.itemsize}; was it cut while in use?"
-                )
+        return piece[:done]
 
-    def _read_some(self, buffer: memoryview, offset: int) -> int:
-        if not self._remote:
-            if self._opened is None:
-                self._opened = self._path.open("rb", buffering=0)
-            return os.preadv(self._opened.fileno(), [buffer], offset)
+    def _fetch(self, ranges: Sequence[tuple[int, int]]) -> list[bytes | bytearray]:
+        """Bytes of the object; an empty range is none to a store."""
         if self._process != os.getpid():
             # Connections do not survive a fork.
             self._opened, self._process = as_path(str(self._path)), os.getpid()
-        piece = self._opened.fs.cat_file(self._opened.path, start=offset, end=offset + len(buffer))
-        buffer[: len(piece)] = piece
-        return len(piece)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_opened": None, "_process": 0}
+        wanted = [(start, stop) for start, stop in ranges if stop > start]
+        starts, stops = [start for start, _ in wanted], [stop for _, stop in wanted]
+        paths = [self._opened.path] * len(wanted)
+        found = iter(self._opened.fs.cat_ranges(paths, starts, stops, on_error="raise"))
+        return [bytes(next(found)) if stop > start else b"" for start, stop in ranges]

@@ -43,6 +43,6 @@ class AR(CrossEntropyObjective):
             alpha_BL=ones_BL,
             weight_BL=weight_BL,
             bound_weight_BL=weight_BL,
-            token_count=ones_BL.numel(),
+            token_count=int((weight_BL > 0).sum()),
         )
         return inputs, targets

@@ -63,8 +63,11 @@ class ObjectiveConfig:
             InputError: where it cannot.
         """
 
-    def check_prompts(self) -> None:
+    def check_prompts(self, *, training: bool) -> None:
         """Refuse records of prompts and responses, packed as documents of one row, where that cannot be.
+
+        Args:
+            training: on them, not only evaluation.
 
         Raises:
             InputError: where it cannot.

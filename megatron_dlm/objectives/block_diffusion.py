@@ -27,6 +27,7 @@ from megatron_dlm.objectives.diffusion import (
     clean_tokens,
     coins,
     masked_targets,
+    noised_tokens,
 )
 from megatron_dlm.objectives.schedules import alpha_and_slope
 from megatron_dlm.objectives.time_sampling import stratified_times
@@ -90,7 +91,13 @@ class BlockDiffusion(CrossEntropyObjective):
         noisy_BL, masked_BL = absorb(clean_BL, alpha_BL, uniform_BL, self._mask_token_id)
         low_variance = context.training and config.loss == "low-variance"
         targets = masked_targets(
-            clean_BL, noisy_BL, masked_BL, alpha_BL, dalpha_BL, low_variance=low_variance
+            clean_BL,
+            noisy_BL,
+            masked_BL,
+            alpha_BL,
+            dalpha_BL,
+            token_count=int(noised_tokens(batch, length).sum()),
+            low_variance=low_variance,
         )
         return append_clean(targets, torch.arange(length)[None], block_mask(length, config.block_size))
 

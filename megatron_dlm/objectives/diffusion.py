@@ -42,10 +42,10 @@ class DiffusionConfig(ObjectiveConfig):
         if self.ssl_multiple < 1:
             raise InputError(f"objective.ssl_multiple: {self.ssl_multiple} is below 1")
 
-    def check_prompts(self) -> None:
-        """Refuse random lengths too: a sample cut to its prompt has nothing to learn."""
-        super().check_prompts()
-        if self.ssl_ratio:
+    def check_prompts(self, *, training: bool) -> None:
+        """Refuse random lengths in training too: a sample cut to its prompt has nothing to learn."""
+        super().check_prompts(training=training)
+        if training and self.ssl_ratio:
             raise InputError(
                 f"objective.ssl_ratio: {self.ssl_ratio} would cut responses off, with data of prompts and "
                 "responses it is 0"
@@ -121,6 +121,7 @@ def masked_targets(
     alpha_BL: NDArray[np.float64],
     dalpha_BL: NDArray[np.float64],
     *,
+    token_count: int,
     low_variance: bool,
 ) -> Targets:
     """Targets of absorbing-state diffusion: masked tokens, weighted -alpha'/(1 - alpha) in the NELBO.
@@ -131,6 +132,7 @@ def masked_targets(
         masked_BL: bool [B, L].
         alpha_BL: float64 [B, L] or [B, 1].
         dalpha_BL: float64, as alpha.
+        token_count: tokens the sum is divided by.
         low_variance: train with weight 1 instead (arXiv:2602.15014 eq. 8).
 
     Returns:
@@ -143,7 +145,7 @@ def masked_targets(
         alpha_BL=torch.from_numpy(np.broadcast_to(alpha_BL, clean_BL.shape).copy()),
         weight_BL=torch.from_numpy(masked_BL.astype(np.float64) if low_variance else bound_BL),
         bound_weight_BL=torch.from_numpy(bound_BL),
-        token_count=clean_BL.size,
+        token_count=token_count,
     )
 
 

@@ -1,6 +1,6 @@
 """Blocks whose documents do not see each other: the corruption of a family, then each document by itself.
 
-Prompts with their responses are such documents, and only the responses count.
+Prompts with their responses are such documents.
 """
 
 from __future__ import annotations
@@ -30,8 +30,6 @@ def corrupt(
         What the denoiser reads and what the loss needs.
     """
     inputs, targets = objective.corrupt(batch, context)
-    if batch.loss_mask is not None:
-        targets = replace(targets, token_count=int(batch.loss_mask.sum()))
     if batch.document_ids is None:
         return inputs, targets
     # A family's position ids say which token of the block stands at each position of the network.

@@ -95,14 +95,15 @@ class Duo(Objective):
             mixture=mixture,
         )
         weight_B1 = -dalpha_B1 / (self._states.count * alpha_B1)
-        weight_BL = np.where(noised_tokens(batch, clean_BL.shape[1]), weight_B1, 0.0)
+        noised_BL = noised_tokens(batch, clean_BL.shape[1])
+        weight_BL = np.where(noised_BL, weight_B1, 0.0)
         targets = Targets(
             clean_BL=torch.from_numpy(clean_BL),
             noisy_BL=inputs.token_ids_BL,
             alpha_BL=torch.from_numpy(np.broadcast_to(alpha_B1, clean_BL.shape).copy()),
             weight_BL=torch.from_numpy(weight_BL),
             bound_weight_BL=torch.from_numpy(weight_BL),
-            token_count=clean_BL.size,
+            token_count=int(noised_BL.sum()),
         )
         return inputs, targets
 

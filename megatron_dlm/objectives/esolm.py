@@ -137,7 +137,13 @@ class EsoLM(CrossEntropyObjective):
         order_BL = np.argsort(key_BL, axis=1, kind="stable")
         low_variance = context.training and config.loss == "low-variance"
         targets = masked_targets(
-            clean_BL, noisy_BL, masked_BL, alpha_B1, dalpha_B1, low_variance=low_variance
+            clean_BL,
+            noisy_BL,
+            masked_BL,
+            alpha_B1,
+            dalpha_B1,
+            token_count=int(noised_tokens(batch, length).sum()),
+            low_variance=low_variance,
         )
         targets = scaled(reordered(targets, order_BL), context.global_batch_size / num_diffusion)
         inputs = ModelInputs(
@@ -170,7 +176,7 @@ class EsoLM(CrossEntropyObjective):
             alpha_BL=torch.from_numpy(np.broadcast_to(alpha_B1, clean_BL.shape).copy()),
             weight_BL=weight_BL,
             bound_weight_BL=weight_BL,
-            token_count=clean_BL.size,
+            token_count=int(noised_tokens(batch, length).sum()),
         )
         num_sequential = context.global_batch_size - config.num_diffusion(context.global_batch_size)
         targets = scaled(reordered(targets, order_BL), context.global_batch_size / num_sequential)

@@ -18,6 +18,7 @@ from megatron_dlm.objectives.diffusion import (
     clean_tokens,
     coins,
     masked_targets,
+    noised_tokens,
 )
 from megatron_dlm.objectives.schedules import alpha_and_slope
 from megatron_dlm.objectives.time_sampling import stratified_times
@@ -59,7 +60,13 @@ class MDLM(CrossEntropyObjective):
         noisy_BL, masked_BL = absorb(clean_BL, alpha_B1, uniform_BL, self._mask_token_id)
         low_variance = context.training and config.loss == "low-variance"
         targets = masked_targets(
-            clean_BL, noisy_BL, masked_BL, alpha_B1, dalpha_B1, low_variance=low_variance
+            clean_BL,
+            noisy_BL,
+            masked_BL,
+            alpha_B1,
+            dalpha_B1,
+            token_count=int(noised_tokens(batch, clean_BL.shape[1]).sum()),
+            low_variance=low_variance,
         )
         sigma_B = -np.log(alpha_B1[:, 0]) if config.time_conditioning else np.zeros(len(clean_BL))
         inputs = ModelInputs(

@@ -98,7 +98,7 @@ def train(config: RunConfig) -> bool:
     # Refuses what this vocabulary is too small for.
     config.objective.build(data.vocabulary)
     if data.has_prompts:
-        config.objective.check_prompts()
+        config.objective.check_prompts(training=data.train.has_prompts)
     # What cannot be used is refused before anything starts; the lock's last holder may have saved since.
     _find_start(config, data)
     parallel = start_parallel(environment, config.parallel)

@@ -132,6 +132,7 @@ class Session:
         blend = self.data.train.blend
         changed = () if plan[-1].blend == blend else (PlanSegment(consumed_samples, blend),)
         self.plan = (*plan, *changed)
+        self.stop_reading()
         self._read_by_plan()
 
     def epochs(self, consumed_samples: int) -> dict[str, float]:

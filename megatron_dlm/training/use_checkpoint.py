@@ -108,6 +108,8 @@ def evaluate_checkpoint(
     )
     check_run(config, detect_environment().world_size)
     shard, shards = _open_held_out(record, data, held_out)
+    if shards.has_prompts:
+        config.objective.check_prompts(training=False)
     with open_checkpoint(record, parallel_config, config.training.precision) as opened:
         from megatron_dlm.training.session import Validation
         from megatron_dlm.training.step import PipelineRunner
@@ -213,8 +215,6 @@ def _open_held_out(record: RunRecord, data: str, config: DataConfig) -> tuple[Sh
     from megatron_dlm.training.run_data import held_out_rows
 
     shard, shards = held_out_rows(data, config)
-    if shards.has_prompts:
-        record.config.objective.check_prompts()
     if shard.manifest.tokenizer_fingerprint != record.tokenizer_fingerprint:
         raise InputError(f"data: {data} was made by another tokenizer than the data of {record.directory}")
     return shard, shards

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import psutil
@@ -10,6 +12,7 @@ import torch
 
 from megatron_dlm.data.prefetch import Prefetcher
 from megatron_dlm.interfaces import InputError, TrainingError
+from tests.conftest import ROOT
 
 
 def squares(number):
@@ -41,26 +44,51 @@ def test_what_is_asked_for_comes_whatever_was_guessed(children, workers):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
-def test_a_dead_worker_is_an_error(children, number):
-    source = prefetcher(workers=1)
+def test_a_dead_worker_is_an_error_at_once(children, number):
+    source = prefetcher(workers=2)
     source.get(0)
-    (worker,) = children()
+    worker = children()[0]
     worker.send_signal(number)
     began = time.monotonic()
     with pytest.raises(TrainingError, match=rf"data\.workers: process {worker.pid} ended .* -{number:d}$"):
         for step in range(1, 10):
             source.get(step)
-    assert time.monotonic() - began < 10
-    source.close()
+    assert time.monotonic() - began < 5
     assert not children()
+
+
+def test_a_worker_that_dies_while_it_writes_is_an_error(children):
+    """A message that the pipe does not hold: the worker is in the middle of it until it is read."""
+    source = Prefetcher(lambda n: torch.full((1 << 22,), n), lambda n: n + 1, workers=1)
+    source.get(0)
+    time.sleep(0.5)
+    (worker,) = children()
+    worker.kill()
+    began = time.monotonic()
+    with pytest.raises(TrainingError, match=rf"process {worker.pid} ended with exit code -9"):
+        source.get(1)
+    assert time.monotonic() - began < 5
 
 
 def test_a_stopped_worker_ends_with_the_rest(children):
     source = prefetcher(workers=1)
     source.get(0)
     children()[0].send_signal(signal.SIGSTOP)
+    began = time.monotonic()
     source.close()
-    assert not children()
+    assert time.monotonic() - began < 2 and not children()
+
+
+def test_workers_end_with_a_program_that_never_closes_them():
+    code = (
+        "from tests.unit.test_prefetch import prefetcher\n"
+        "source = prefetcher(workers=2)\n"
+        "print(source.get(3)['values'].tolist())\n"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=30
+    )
+    assert finished.returncode == 0 and finished.stdout == "[9, 9, 9]\n", finished.stderr
 
 
 def test_signals_of_the_job_do_not_end_workers(children):
@@ -77,9 +105,20 @@ def test_bad_data_is_reported_as_without_workers():
     for workers in (0, 2):
         source = prefetcher(workers=workers)
         source.get(12)
-        with pytest.raises(InputError, match=r"^data: block 13 is bad$"):
-            source.get(13)
+        began = time.monotonic()
+        for _ in range(2):
+            with pytest.raises(InputError, match=r"^data: block 13 is bad$"):
+                source.get(13)
+        assert source.get(14)["values"][0] == 196
+        assert time.monotonic() - began < 3
         source.close()
+
+
+def test_other_errors_come_with_where_they_were():
+    source = Prefetcher(lambda n: 1 // (3 - n), lambda n: n + 1, workers=1)
+    source.get(2)
+    with pytest.raises(RuntimeError, match=r"(?s)in a loader process:.*ZeroDivisionError"):
+        source.get(3)
 
 
 def test_what_is_made_is_carried_in_order():

@@ -218,8 +218,10 @@ def test_only_responses_are_noised_and_scored(prefix, name):
 
 def test_families_that_cannot_are_refused():
     with pytest.raises(InputError, match="block-diffusion cuts samples, not documents"):
-        BlockDiffusionConfig().check_prompts()
+        BlockDiffusionConfig().check_prompts(training=False)
     with pytest.raises(InputError, match=r"objective\.ssl_ratio: 0\.1 would cut responses off"):
-        MDLMConfig(ssl_ratio=0.1).check_prompts()
+        MDLMConfig(ssl_ratio=0.1).check_prompts(training=True)
+    # Evaluation cuts nothing.
+    MDLMConfig(ssl_ratio=0.1).check_prompts(training=False)
     for config in FAMILIES.values():
-        config.check_prompts()
+        config.check_prompts(training=True)

@@ -1,12 +1,10 @@
-"""Tensors in one buffer: every bit comes back, and one descriptor carries any number of them."""
-
-import pickle
+"""Tensors in one buffer: every bit comes back, memory that occurs twice once."""
 
 import numpy as np
 import torch
 
 from megatron_dlm.data.prefetch import Prefetcher
-from megatron_dlm.data.tensor_buffer import Parcel, kinds_of, pack, unpack
+from megatron_dlm.data.tensor_buffer import Layout, pack, unpack, with_tensors, without_tensors
 
 
 def tensors():
@@ -22,28 +20,44 @@ def tensors():
     ]
 
 
+def through(some):
+    layout = Layout.of(some)
+    return unpack(pack(some, layout), layout)
+
+
 def test_every_tensor_comes_back():
-    found = unpack(pack(tensors()), kinds_of(tensors()))
-    for expected, tensor in zip(tensors(), found, strict=True):
+    for expected, tensor in zip(tensors(), through(tensors()), strict=True):
         assert tensor.dtype == expected.dtype and torch.equal(tensor, expected)
-    assert unpack(pack([]), []) == []
+    assert through([]) == []
 
 
-def test_a_parcel_holds_any_object_and_each_tensor_once():
-    shared = torch.ones(1000)
-    content = {"a": [shared, (shared, 7)], "b": np.arange(3), "c": tensors()}
-    parcel = Parcel(content)
-    found = pickle.loads(pickle.dumps(parcel)).content()
-    assert found["a"][0] is found["a"][1][0] and torch.equal(found["a"][0], shared)
-    assert found["b"].tolist() == [0, 1, 2]
-    assert all(torch.equal(a, b) for a, b in zip(found["c"], tensors(), strict=True))
-    assert parcel._buffer.nbytes < 4000 + 1000
+def test_views_of_one_memory_travel_once():
+    mask = torch.rand(50, 50) > 0.5
+    views = [mask[None, None] for _ in range(8)]
+    layout = Layout.of([*views, mask.T, mask[:25]])
+    assert layout.num_bytes < 4 * mask.nbytes
+    found = unpack(pack([*views, mask.T, mask[:25]], layout), layout)
+    assert all(torch.equal(view, mask[None, None]) for view in found[:8])
+    assert torch.equal(found[8], mask.T) and torch.equal(found[9], mask[:25])
 
 
-def test_a_batch_of_many_tensors_needs_few_descriptors():
-    """More tensors than a process may have open files."""
-    source = Prefetcher(lambda n: [torch.full((2,), n + i) for i in range(3000)], lambda n: n + 1, workers=1)
-    for number in range(4):
+def test_an_object_is_whole_again():
+    content = {"a": (tensors()[0], 7), "b": np.arange(3), "c": tensors()}
+    pickled, found = without_tensors(content)
+    assert len(found) == 8 and len(pickled) < 1000
+    again = with_tensors(pickled, through(found))
+    assert (
+        torch.equal(again["a"][0], tensors()[0]) and again["a"][1] == 7 and again["b"].tolist() == [0, 1, 2]
+    )
+    assert all(torch.equal(a, b) for a, b in zip(again["c"], tensors(), strict=True))
+
+
+def test_a_batch_of_many_tensors_needs_no_open_files():
+    """More tensors than a process may have open files, and one without any."""
+    source = Prefetcher(
+        lambda n: [torch.full((2,), n + i) for i in range(3000 * n)], lambda n: n + 1, workers=1
+    )
+    for number in range(3):
         made = source.get(number)
-        assert [int(tensor[0]) for tensor in made] == list(range(number, number + 3000))
+        assert [int(tensor[0]) for tensor in made] == list(range(number, number + 3000 * number))
     source.close()
