@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from megatron_dlm.cli.main import run_and_exit
 from megatron_dlm.data.joining import TokenCounts, join_tokens, publish
 from megatron_dlm.data.manifest import FileDigest, shard_path
-from megatron_dlm.data.shard import Shard, read_index, write_index
+from megatron_dlm.data.shard import Shard, ShardIndex, read_index, write_index
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.platform.files import sha256_of
 
@@ -68,11 +68,11 @@ def merge(prefixes: list[Path], output: Path) -> None:
 
         def lengths() -> Iterator[NDArray[np.int32]]:
             for prefix in prefixes:
-                yield _index_of(prefix)[1]
+                yield _index_of(prefix).lengths
 
         def documents() -> Iterator[NDArray[np.int32]]:
             for prefix in prefixes:
-                yield np.diff(_index_of(prefix)[2]).astype(np.int32)
+                yield np.diff(_index_of(prefix).boundaries).astype(np.int32)
 
         target = temporary[final[".idx"]]
         write_index(target, dtype, lengths, documents)
@@ -95,7 +95,7 @@ def merge(prefixes: list[Path], output: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _index_of(prefix: Path) -> tuple[np.dtype[np.generic], NDArray[np.int32], NDArray[np.int64]]:
+def _index_of(prefix: Path) -> ShardIndex:
     return read_index(shard_path(prefix, ".idx"), shard_path(prefix, ".bin").stat().st_size)
 
 

@@ -21,7 +21,7 @@ from megatron_dlm.data.tokenizer import load_tokenizer
 from megatron_dlm.interfaces import InputError
 
 
-def verify(prefix: Path) -> Shard:
+def verify(prefix: str) -> Shard:
     """Open a shard and read all of it.
 
     Args:
@@ -68,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("prefixes", nargs="+", type=Path, metavar="PREFIX", help="shards to verify")
+    parser.add_argument("prefixes", nargs="+", metavar="PREFIX", help="shards to verify, or their URLs")
     parser.add_argument("--tokenizer", type=Path, help="decode with it (the manifest's, where it still is)")
     parser.add_argument("--documents", type=int, default=2, help="documents of each shard to decode (2)")
     arguments = parser.parse_args()

@@ -12,10 +12,10 @@ from megatron_dlm.data.indexing import IndexConfig, build_shards
 
 def run(arguments: list[str]) -> int:
     """Parse, index, report; returns the exit code. `--stats PREFIX ...` reports on what there is."""
-    if arguments[:1] == ["--stats"] and "--input" not in arguments:
+    if "--stats" in arguments and not any(word.startswith("--input") for word in arguments):
         from megatron_dlm.cli.index_stats import run as run_stats
 
-        return run_stats(arguments[1:])
+        return run_stats([word for word in arguments if word != "--stats"])
     return index(parse(IndexConfig, arguments, verb="index"))
 
 
@@ -31,7 +31,7 @@ def index(config: IndexConfig) -> int:
     if manifests and config.stats:
         from megatron_dlm.cli.index_stats import stats
 
-        stats(tuple(config.prefixes()))
+        stats(tuple(map(str, config.prefixes())))
     if not manifests and config.shard:
         print(f"{config.output}: this job has no more to do; the last one joins the parts", file=sys.stderr)
     return 0

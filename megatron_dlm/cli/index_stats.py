@@ -15,6 +15,7 @@ from rich.table import Table
 from megatron_dlm.cli.arguments import parse
 from megatron_dlm.data.manifest import shard_path
 from megatron_dlm.data.shard import Shard
+from megatron_dlm.data.sources import is_url
 from megatron_dlm.data.statistics import ShardStatistics, statistics_of
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.telemetry.plots import plot_lengths
@@ -26,17 +27,20 @@ BAR_WIDTH = 40
 class StatsConfig:
     """Lengths of documents, tokens of each source, and documents that occur more than once."""
 
-    prefixes: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Shards of one tokenizer; documents that two of them have in common are counted too."""
+    prefixes: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Shards of one tokenizer, or their URLs; documents that two of them have in common are counted too."""
+    pictures: Path | None = None
+    """Directory for NAME.lengths.png; beside each shard where none is given."""
 
 
 def run(arguments: list[str]) -> int:
     """Parse, count, print; returns the exit code."""
-    return stats(parse(StatsConfig, arguments, verb="index --stats").prefixes)
+    config = parse(StatsConfig, arguments, verb="index --stats")
+    return stats(config.prefixes, config.pictures)
 
 
-def stats(prefixes: tuple[Path, ...]) -> int:
-    """Print what shards hold, and draw PREFIX.lengths.png; returns the exit code."""
+def stats(prefixes: tuple[str, ...], pictures: Path | None = None) -> int:
+    """Print what shards hold, and draw their lengths; returns the exit code."""
     shards = [Shard(prefix) for prefix in prefixes]
     if not shards:
         raise InputError("index --stats: no prefix of a shard")
@@ -49,7 +53,7 @@ def stats(prefixes: tuple[Path, ...]) -> int:
     for statistics in found:
         _print_sources(console, statistics)
         _print_histogram(console, statistics)
-        _draw(statistics)
+        _draw(statistics, pictures)
     return 0
 
 
@@ -93,13 +97,17 @@ def _print_histogram(console: Console, statistics: ShardStatistics) -> None:
     console.print(table)
 
 
-def _draw(statistics: ShardStatistics) -> None:
+def _draw(statistics: ShardStatistics, directory: Path | None) -> None:
     prefix = statistics.shard.prefix
-    if importlib.util.find_spec("matplotlib") is None:
+    picture = shard_path(prefix if directory is None else directory / prefix.name, ".lengths.png")
+    if directory is None and is_url(str(prefix)):
+        print("no picture: --pictures names a directory for those of URLs", file=sys.stderr)
+    elif importlib.util.find_spec("matplotlib") is None:
         print("no picture: it needs matplotlib, pip install 'megatron-dlm[eval]'", file=sys.stderr)
-        return
-    picture = shard_path(prefix, ".lengths.png")
-    plot_lengths(
-        statistics.histogram(), picture, title=f"{prefix.name}: {len(statistics.lengths):,} documents"
-    )
-    print(picture)
+    else:
+        title = f"{prefix.name}: {len(statistics.lengths):,} documents"
+        try:
+            plot_lengths(statistics.histogram(), picture, title=title)
+            print(picture)
+        except OSError as error:
+            print(f"no picture: {error}; --pictures names another directory", file=sys.stderr)

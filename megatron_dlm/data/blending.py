@@ -92,13 +92,11 @@ class SampleOrder:
     left out.
     """
 
-    def __init__(
-        self, plan: Sequence[PlanSegment], num_blocks: Mapping[str, int], noise: NoiseSource
-    ) -> None:
-        """`num_blocks`: of each shard of the last segment, by name."""
+    def __init__(self, plan: Sequence[PlanSegment], num_rows: Mapping[str, int], noise: NoiseSource) -> None:
+        """`num_rows`: of each shard of the last segment, by name."""
         self._first, self._blend = plan[-1].first_sample, plan[-1].blend
         self._noise = noise
-        self._num_blocks = [num_blocks[name] for name in self._blend.names]
+        self._num_rows = [num_rows[name] for name in self._blend.names]
         read: Counter[str] = Counter()
         for segment, following in pairwise(plan):
             samples = following.first_sample - segment.first_sample
@@ -106,11 +104,11 @@ class SampleOrder:
             read.update(dict(zip(segment.blend.names, counts.tolist(), strict=True)))
         self._before = np.array([read[name] for name in self._blend.names], dtype=np.int64)
         self._segment = _Segment(self._blend, noise, self._first)
-        self._permutation = lru_cache(maxsize=2 * len(self._num_blocks))(self._new_permutation)
+        self._permutation = lru_cache(maxsize=2 * len(self._num_rows))(self._new_permutation)
 
     def _new_permutation(self, shard: int, epoch: int) -> Permutation:
         stream = f"data/order/{self._blend.names[shard]}"
-        return Permutation(self._num_blocks[shard], self._noise, stream, epoch)
+        return Permutation(self._num_rows[shard], self._noise, stream, epoch)
 
     def __call__(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Shards of the blend and blocks.
@@ -124,8 +122,8 @@ class SampleOrder:
         shards, indices = self._segment.locate(positions - self._first)
         indices = indices + self._before[shards]
         blocks = [
-            self._permutation(int(shard), int(index) // self._num_blocks[shard])(
-                np.array([index % self._num_blocks[shard]])
+            self._permutation(int(shard), int(index) // self._num_rows[shard])(
+                np.array([index % self._num_rows[shard]])
             )[0]
             for shard, index in zip(shards, indices, strict=True)
         ]
@@ -134,7 +132,7 @@ class SampleOrder:
     def epochs(self, position: int) -> list[float]:
         """How often each shard has been read by all samples before `position`."""
         counts = self._before + self._segment.read_before(position - self._first)
-        return [float(c) / blocks for c, blocks in zip(counts, self._num_blocks, strict=True)]
+        return [float(c) / blocks for c, blocks in zip(counts, self._num_rows, strict=True)]
 
 
 class _Segment:
@@ -192,7 +190,7 @@ class SampleReader:
     def __init__(self, plan: Sequence[PlanSegment], shards: Mapping[str, Rows], noise: NoiseSource) -> None:
         """`shards`: those of the last segment, by name."""
         self._shards = [shards[name] for name in plan[-1].blend.names]
-        self._order = SampleOrder(plan, {name: blocks.num_blocks for name, blocks in shards.items()}, noise)
+        self._order = SampleOrder(plan, {name: blocks.num_rows for name, blocks in shards.items()}, noise)
 
     def read(self, positions: NDArray[np.int64]) -> TokenBatch:
         """The samples at some positions of the run.

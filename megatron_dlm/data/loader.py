@@ -30,7 +30,8 @@ class DataConfig:
     """Keep attention inside documents, whose positions start at 0; off, as in the paper, a block is one.
     Records of prompt and response are always kept apart."""
     drop_long_records: bool = False
-    """Leave out prompts with responses of more than seq_length tokens, which are refused otherwise."""
+    """Leave out prompts with responses of more than seq_length tokens, which are refused otherwise; bits per
+    byte are still by the bytes a token of the whole shard."""
     workers: int = 0
     """Processes of each rank that read and corrupt batches ahead of the steps; 0: none, at each step itself.
     The samples and their noise are the same for any number."""

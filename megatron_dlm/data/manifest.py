@@ -65,7 +65,7 @@ class Manifest:
     num_text_bytes: int
     """UTF-8 bytes of what is scored, the documents or responses; turns nats per token into bits per byte."""
     unigram_entropy_nats: float
-    """Entropy of the token frequencies, the loss of the best context-free model."""
+    """Entropy of the frequencies of all tokens, prompts too: the loss of the best context-free model."""
     sources: tuple[SourceCount, ...]
     files: tuple[FileDigest, ...]
 

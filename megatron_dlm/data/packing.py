@@ -20,7 +20,7 @@ class Rows(Protocol):
     """Name of the shard's files."""
     name: str
     """Checksum of the tokens, the part that is read, how it is cut."""
-    num_blocks: int
+    num_rows: int
 
     def read(self, row_indices: NDArray[np.int64], /) -> NDArray[np.int64]:
         """Tokens, int64 [B, L + 1]."""
@@ -54,22 +54,22 @@ class TokenBlocks:
         first, last = documents or (0, len(ends))
         self._start, end = (int(ends[index - 1]) if index else 0 for index in (first, last))
         self.num_tokens = end - self._start
-        self.num_blocks = (self.num_tokens - 1) // seq_length
+        self.num_rows = (self.num_tokens - 1) // seq_length
         self.name = f"{shard.manifest.tokens_sha256}/{first}-{last}/{seq_length}"
         self._shard = shard
         self._document_ends = ends if document_mask else None
-        if self.num_blocks < 1:
+        if self.num_rows < 1:
             part = "" if documents is None else f"documents {first} to {last} of "
             raise InputError(
                 f"data.seq_length: {seq_length} needs {seq_length + 1} tokens, "
                 f"{part}{shard.prefix} has {self.num_tokens}"
             )
 
-    def read(self, block_indices: NDArray[np.int64]) -> NDArray[np.int64]:
+    def read(self, row_indices: NDArray[np.int64]) -> NDArray[np.int64]:
         """Tokens of some blocks.
 
         Args:
-            block_indices: int64 [B], each in [0, num_blocks).
+            row_indices: int64 [B], each in [0, num_rows).
 
         Returns:
             int64 [B, L + 1].
@@ -78,28 +78,28 @@ class TokenBlocks:
             InputError: an id outside the vocabulary, or the mask id, which clean data never contains.
         """
         length = self.seq_length
-        starts = self._start + block_indices * length
+        starts = self._start + row_indices * length
         rows = self._shard.tokens.read([(start, start + length + 1) for start in starts.tolist()])
         token_ids = np.stack(rows).astype(np.int64)
         self._shard.check_ids(token_ids)
         return token_ids
 
-    def read_documents(self, block_indices: NDArray[np.int64]) -> NDArray[np.int64] | None:
+    def read_documents(self, row_indices: NDArray[np.int64]) -> NDArray[np.int64] | None:
         """Which document of the shard each token of some blocks belongs to.
 
         Args:
-            block_indices: int64 [B], each in [0, num_blocks).
+            row_indices: int64 [B], each in [0, num_rows).
 
         Returns:
             int64 [B, L + 1], or None where blocks are read without document masks.
         """
         if self._document_ends is None:
             return None
-        starts = self._start + block_indices * self.seq_length
+        starts = self._start + row_indices * self.seq_length
         tokens = starts[:, None] + np.arange(self.seq_length + 1)
         return np.searchsorted(self._document_ends, tokens, side="right").astype(np.int64)
 
-    def read_loss_mask(self, block_indices: NDArray[np.int64]) -> None:
+    def read_loss_mask(self, row_indices: NDArray[np.int64]) -> None:
         """None: all tokens are noised and scored."""
         return None
 

@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
@@ -168,7 +168,7 @@ def write_part(
     try:
         for batch in read_batches(source, unit, rules.keys_read, rules.max_line_bytes):
             if rules.prompt_key:
-                batch = _of_prompts_and_responses(batch)
+                batch = _of_prompts_and_responses(batch, rules)
             counts = []
             for key in range(num_keys):
                 texts = [document[key] for document in batch.texts]
@@ -208,18 +208,18 @@ def write_part(
     return record
 
 
-def _of_prompts_and_responses(batch: Batch) -> Batch:
-    """The batch with one text in two sequences for each document; an empty one is a reject."""
-    paired = Batch(rejects=list(batch.rejects), num_lines=batch.num_lines, num_bytes=batch.num_bytes)
-    for line, texts in zip(batch.lines, batch.texts, strict=True):
-        prompt, response = map(whole, texts)
-        if prompt and response:
-            paired.texts.append([[prompt, response]])
-            paired.lines.append(line)
-        else:
-            paired.rejects.append((line, f"an empty {'response' if prompt else 'prompt'}"))
-    paired.rejects.sort()
-    return paired
+def _of_prompts_and_responses(batch: Batch, rules: EncodingRules) -> Batch:
+    """The batch with one text in two sequences for each document; one of them without tokens is a reject."""
+    texts: list[list[Text]] = [[[whole(part) for part in document]] for document in batch.texts]
+    _, _, sequences = _encode([document[0] for document in texts], rules)
+    bad = [(batch.lines[i], "a prompt or response without tokens") for i in np.flatnonzero(sequences != 2)]
+    good = np.flatnonzero(sequences == 2).tolist()
+    return replace(
+        batch,
+        texts=[texts[i] for i in good],
+        lines=[batch.lines[i] for i in good],
+        rejects=sorted([*batch.rejects, *bad]),
+    )
 
 
 def too_many_rejects(source: str, line: int, reason: str, max_rejects: int) -> InputError:
@@ -276,8 +276,6 @@ def _fault(
     for bad_sequences, reason in found:
         if len(bad_sequences):
             return int(np.searchsorted(np.cumsum(sequences), bad_sequences[0], side="right")), reason
-    if rules.prompt_key and len(bad := np.flatnonzero(sequences != 2)):
-        return int(bad[0]), "a prompt or response without tokens"
     return None
 
 

@@ -45,14 +45,14 @@ class PromptRows:
         self._lengths = lengths[kept]
         self._prompts = shard.prompt_lengths[kept]
         self._rows = _packed(self._lengths, seq_length)
-        self.num_blocks = len(self._rows) - 1
+        self.num_rows = len(self._rows) - 1
         self.name = f"{shard.manifest.tokens_sha256}/{first}-{last}/{seq_length}/{len(kept)} records"
 
     def read(self, row_indices: NDArray[np.int64]) -> NDArray[np.int64]:
         """Tokens of some rows.
 
         Args:
-            row_indices: int64 [B], each in [0, num_blocks).
+            row_indices: int64 [B], each in [0, num_rows).
 
         Returns:
             int64 [B, L + 1], <eos> behind the records.
@@ -75,7 +75,7 @@ class PromptRows:
         """Which record of its row each token of some rows belongs to; padding comes last.
 
         Args:
-            row_indices: int64 [B], each in [0, num_blocks).
+            row_indices: int64 [B], each in [0, num_rows).
 
         Returns:
             int64 [B, L + 1].
@@ -89,7 +89,7 @@ class PromptRows:
         """Which tokens of some rows are of a response, its <eos> included.
 
         Args:
-            row_indices: int64 [B], each in [0, num_blocks).
+            row_indices: int64 [B], each in [0, num_rows).
 
         Returns:
             bool [B, L + 1].

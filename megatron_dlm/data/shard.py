@@ -6,8 +6,10 @@ IndexedDataset). Ours because that builder wraps ids silently into uint16 and it
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +92,8 @@ class Shard:
                 raise InputError(
                     f"data: {path}: {path.stat().st_size} bytes, the manifest says {digest.bytes}"
                 )
-        dtype, lengths, self.boundaries = read_index(idx_path, bin_path.stat().st_size)
+        index = read_index(idx_path, bin_path.stat().st_size)
+        dtype, lengths, self.boundaries = index.dtype, index.lengths, index.boundaries
         # Documents without tokens keep a place in the index only.
         ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])[self.boundaries]
         tokens = np.diff(ends)
@@ -109,8 +112,9 @@ class Shard:
             raise InputError(
                 f"data: {prefix}: the manifest says {counts} (dtype, documents, tokens), not {found}"
             )
-        # Cheap, unlike that of the tokens: no boundary of a document may move unseen.
-        self._verify_checksum(idx_path)
+        # Unlike that of the tokens always: no boundary of a document may move unseen.
+        if index.sha256 != self._sha256(idx_path):
+            raise InputError(f"data: {idx_path}: SHA-256 differs from the manifest")
         self.tokens = TokenFile(bin_path, dtype, found[2])
 
     def pieces(self) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.integer]]]:
@@ -147,18 +151,30 @@ class Shard:
             InputError: a file differs.
         """
         for digest in self.manifest.files:
-            self._verify_checksum(self.prefix.parent / digest.name)
+            path = self.prefix.parent / digest.name
+            with naming(path):
+                if sha256_of(path) != digest.sha256:
+                    raise InputError(f"data: {path}: SHA-256 differs from the manifest")
 
-    def _verify_checksum(self, path: Path) -> None:
-        expected = next(digest.sha256 for digest in self.manifest.files if digest.name == path.name)
-        with naming(path):
-            if sha256_of(path) != expected:
-                raise InputError(f"data: {path}: SHA-256 differs from the manifest")
+    def _sha256(self, path: Path) -> str:
+        """What the manifest says."""
+        return next(digest.sha256 for digest in self.manifest.files if digest.name == path.name)
 
 
-def read_index(
-    path: Path, bin_bytes: int
-) -> tuple[np.dtype[np.generic], NDArray[np.int32], NDArray[np.int64]]:
+@dataclass(frozen=True)
+class ShardIndex:
+    """What a `.idx` says."""
+
+    dtype: np.dtype[np.generic]
+    """Of a token."""
+    lengths: NDArray[np.int32]
+    """Tokens of each sequence, int32 [sequences]."""
+    boundaries: NDArray[np.int64]
+    """Sequence at which each document begins, and the end, int64 [documents + 1]; documents may be empty."""
+    sha256: str
+
+
+def read_index(path: Path, bin_bytes: int) -> ShardIndex:
     """Read a `.idx` whose sequences fill `.bin` end to end, in order.
 
     Args:
@@ -166,8 +182,7 @@ def read_index(
         bin_bytes: size of the `.bin` file; nothing may point outside it.
 
     Returns:
-        dtype of a token, int32 [sequences] lengths in tokens, and int64 [documents + 1] the sequence at which
-        each document begins, and the end; documents may be empty.
+        What it says, and its checksum.
 
     Raises:
         InputError: wrong magic, version, dtype or size; a length, pointer or document out of place.
@@ -176,7 +191,8 @@ def read_index(
     if size < HEADER.size:
         raise InputError(f"data: {path}: {size} bytes are fewer than an index header's {HEADER.size}")
     with path.open("rb") as file:
-        magic, version, code, sequences, documents = HEADER.unpack(file.read(HEADER.size))
+        header = file.read(HEADER.size)
+        magic, version, code, sequences, documents = HEADER.unpack(header)
         if magic != INDEX_MAGIC or version != INDEX_VERSION or code not in DTYPES:
             raise InputError(f"data: {path}: not a Megatron index (magic, version or dtype)")
         # Compared before anything is allocated: the counts come from the file.
@@ -184,9 +200,14 @@ def read_index(
             raise InputError(
                 f"data: {path}: {size} bytes do not hold {sequences} sequences, {documents} documents"
             )
-        lengths = np.frombuffer(file.read(4 * sequences), dtype="<i4")
-        pointers = np.frombuffer(file.read(8 * sequences), dtype="<i8")
-        boundaries = np.frombuffer(file.read(8 * documents), dtype="<i8")
+        arrays = [file.read(4 * sequences), file.read(8 * sequences), file.read(8 * documents)]
+    # Of the bytes that are looked at: a store sends them once.
+    digest = hashlib.sha256(header)
+    for array in arrays:
+        digest.update(array)
+    lengths, pointers, boundaries = (
+        np.frombuffer(array, dtype=kind) for array, kind in zip(arrays, ("<i4", "<i8", "<i8"), strict=True)
+    )
     dtype = DTYPES[code]
     ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize
     if (lengths <= 0).any() or not np.array_equal(pointers, ends - lengths.astype(np.int64) * dtype.itemsize):
@@ -195,4 +216,4 @@ def read_index(
         raise InputError(f"data: {path}: points at {ends[-1]} bytes of a .bin that has {bin_bytes}")
     if boundaries[0] != 0 or boundaries[-1] != sequences or (np.diff(boundaries) < 0).any():
         raise InputError(f"data: {path}: document boundaries do not rise from 0 to {sequences} sequences")
-    return dtype, lengths, boundaries
+    return ShardIndex(dtype, lengths, boundaries, digest.hexdigest())

@@ -44,7 +44,7 @@ def statistics_of(shards: Sequence[Shard]) -> list[ShardStatistics]:
     """Statistics of shards, and of documents they have in common.
 
     Documents are compared by 64 bits of a hash of their tokens: among a billion different ones two are taken
-    for the same with a probability of 3%. Needs 8 bytes of memory a document.
+    for the same with a probability of 3%. Needs up to 80 bytes of memory a document.
 
     Args:
         shards: of one tokenizer, or their tokens mean different things.

@@ -19,7 +19,7 @@ class BlendedShards:
     """Opened shards with their weights."""
 
     blend: Blend
-    blocks: dict[str, Rows]
+    rows: dict[str, Rows]
     """By the names of the blend."""
     has_prompts: bool
     """Whether some are records of prompts and responses."""

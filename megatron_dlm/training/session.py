@@ -53,7 +53,7 @@ class Validation:
     ) -> None:
         noise = NoiseSource(config.evaluation.seed, "validation")
         # Random here too: the first blocks of a shard are a few documents, not the whole of it.
-        samples = SampleReader([PlanSegment(0, shards.blend)], shards.blocks, noise)
+        samples = SampleReader([PlanSegment(0, shards.blend)], shards.rows, noise)
         objective, size = runner.objective, config.training.micro_batch_size
         self._runner = runner
         self._make = MicrobatchMaker(samples, objective, noise, size, parallel)
@@ -100,7 +100,7 @@ class Session:
         self._connect()
 
     def _read_by_plan(self) -> None:
-        samples = SampleReader(self.plan, self.data.train.blocks, self._noise)
+        samples = SampleReader(self.plan, self.data.train.rows, self._noise)
         config, parallel = self.config, self.parallel
         objective, size = self._runner.objective, config.training.micro_batch_size
         self._make = MicrobatchMaker(samples, objective, self._noise, size, parallel)

@@ -162,9 +162,9 @@ def export_checkpoint(
             global_batch_size=check_samples,
             training=False,
         )
-        (blocks,) = shards.blocks.values()
+        (blocks,) = shards.rows.values()
         batch = TokenBatch(
-            token_ids=torch.from_numpy(blocks.read(positions % blocks.num_blocks)), sample_indices=positions
+            token_ids=torch.from_numpy(blocks.read(positions % blocks.num_rows)), sample_indices=positions
         )
         objective = record.config.objective.build(record.vocabulary)
         # Where a family has parts, one of them shows the weights as well as all.

@@ -284,7 +284,7 @@ def first_batch(config, data):
     size = config.training.global_batch_size
     noise = NoiseSource(config.training.seed)
     positions = np.arange(size)
-    reader = SampleReader([PlanSegment(0, data.train.blend)], data.train.blocks, noise)
+    reader = SampleReader([PlanSegment(0, data.train.blend)], data.train.rows, noise)
     batch = reader.read(positions)
     context = CorruptionContext(noise=noise, step=0, batch_start=0, global_batch_size=size, training=True)
     objective = config.objective.build(data.vocabulary)

@@ -76,9 +76,9 @@ def test_batches_are_the_same_whatever_the_layout(corpus, tmp_path, record_prope
         validation=str(corpus.validation),
         seq_length=32,
     )
-    blocks = open_data(config).train.blocks
+    blocks = open_data(config).train.rows
     plan = [decode(PlanSegment, segment) for segment in progress["data_plan"]]
-    noise, sizes = NoiseSource(1), {name: rows.num_blocks for name, rows in blocks.items()}
+    noise, sizes = NoiseSource(1), {name: rows.num_rows for name, rows in blocks.items()}
     read = []
     for number, segment in enumerate(plan):
         last = plan[number + 1].first_sample if number + 1 < len(plan) else 128

@@ -15,6 +15,7 @@ from megatron_dlm.data.tokenizer import load_tokenizer
 from tests.conftest import ROOT
 from tests.functional.test_dataset_tools import find_mpirun
 from tests.helpers import megatron_index, tiny
+from tests.unit.test_indexing import wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -87,17 +88,24 @@ def test_five_kills(corpus, reference, tmp_path, record_property):
     """All processes at once, at random moments; the slow encoder, so that there is time for them."""
     dice, moments = random.Random(11), []
     arguments = words(corpus, reference, tmp_path / "shard", "--workers", 2, "--backend", "library")
-    while len(moments) < 5:
-        process, moment = start(arguments), dice.uniform(0.7, 2.5)
+    for attempt in range(30):
+        process, moment = start(arguments), dice.uniform(0, 0.4 * (attempt + 1))
+        wait_for(process, shard_path(tmp_path / "shard", ".parts"))
         time.sleep(moment)
-        if process.poll() is None:
+        if process.poll() is None and len(moments) < 5:
             os.killpg(process.pid, signal.SIGKILL)
             moments.append(f"{moment:.1f} s")
-        process.communicate()
+        output, _ = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), output
+        if len(moments) == 5:
+            break
         if process.returncode == 0:
             # Done before its turn: from the start.
             for suffix in (".bin", ".idx", ".json"):
                 shard_path(tmp_path / "shard", suffix).unlink()
+    assert len(moments) == 5
     finish(start(arguments))
     assert sha256(tmp_path / "shard") == reference[1]
-    record_property("table: bytes", (f"2 workers, killed after {', '.join(moments)}", reference[1][:32]))
+    record_property(
+        "table: bytes", (f"2 workers, killed {', '.join(moments)} after its start", reference[1][:32])
+    )

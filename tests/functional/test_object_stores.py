@@ -82,7 +82,7 @@ def test_shards_are_read_from_there(corpus, bucket):
     remote.verify_checksums()
     assert remote.manifest == local.manifest and str(remote.prefix) == url
     blocks, far = TokenBlocks(local, 32), TokenBlocks(remote, 32)
-    some = np.array([5, 0, blocks.num_blocks - 1])
+    some = np.array([5, 0, blocks.num_rows - 1])
     assert blocks.name == far.name
     assert np.array_equal(far.read(some), blocks.read(some))
     source = Prefetcher(lambda n: far.read(np.array([n])), lambda n: n + 1, workers=2)

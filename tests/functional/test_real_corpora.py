@@ -13,7 +13,6 @@ from megatron_dlm.data.tokenizer import load_tokenizer, train_tokenizer
 from tests.conftest import ROOT
 
 DATA = Path(os.environ.get("MEGATRON_DLM_DATA", ROOT.parent / "shared" / "data"))
-pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"no public corpora at {DATA}")
 
 
 def index(directory, inputs, texts, **fields):
@@ -38,8 +37,16 @@ def record(record_property, name, manifest, documents):
     record_property("table: corpora", (name, *figures, f"{documents:,} equal"))
 
 
+def corpus_files(*names):
+    files = [DATA / name for name in names]
+    for file in files:
+        if not file.is_file():
+            pytest.skip(f"no public corpus at {file}")
+    return files
+
+
 def test_wikitext_2(tmp_path, record_property):
-    files = [DATA / "wikitext-2" / name for name in ("valid.txt", "test.txt")]
+    files = corpus_files("wikitext-2/valid.txt", "wikitext-2/test.txt")
     # Documents of plain text lie between blank lines.
     expected = []
     for file in files:
@@ -54,7 +61,7 @@ def test_wikitext_2(tmp_path, record_property):
 
 
 def test_gsm8k(tmp_path, record_property):
-    files = [DATA / "gsm8k" / name for name in ("train.jsonl", "test.jsonl")]
+    files = corpus_files("gsm8k/train.jsonl", "gsm8k/test.jsonl")
     records = [json.loads(line) for file in files for line in file.open(encoding="utf-8")]
     texts = [record[key] for record in records for key in ("question", "answer")]
     manifest, dataset, loaded = index(tmp_path, files, texts, prompt_key="question", json_keys=("answer",))

@@ -132,7 +132,7 @@ def test_splits_share_no_document_and_leave_none_out(corpus):
     ends = np.concatenate([[0], np.cumsum(shard.document_lengths)])
     for first, last in parts[:2]:
         blocks = TokenBlocks(shard, 16, documents=(first, last), document_mask=True)
-        indices = np.arange(blocks.num_blocks)
+        indices = np.arange(blocks.num_rows)
         assert set(blocks.read_documents(indices).ravel()) <= set(range(first, last))
         tokens = blocks.read(indices)[:, :-1].ravel()
         assert np.array_equal(tokens, shard.tokens[ends[first] : ends[first] + len(tokens)])
@@ -144,7 +144,7 @@ def test_a_blend_of_shards_is_read_by_weight(corpus):
         train=("3", str(corpus.train), "1", str(corpus.validation)), split=(8, 1, 1), seq_length=16
     )
     data = open_data(config)
-    reader = SampleReader([PlanSegment(0, data.train.blend)], data.train.blocks, NOISE)
+    reader = SampleReader([PlanSegment(0, data.train.blend)], data.train.rows, NOISE)
     batch = reader.read(np.arange(400))
     assert batch.token_ids.shape == (400, 17) and batch.document_ids is None
     shards = [Shard(prefix) for _, prefix in config.blend()]

@@ -235,7 +235,7 @@ def test_a_file_cut_while_in_use_is_an_error(tmp_path, corpus):
     """Mapped into memory it would end the process with a bus error."""
     prefix = copy_shard(corpus, tmp_path)
     blocks = TokenBlocks(Shard(prefix), 32)
-    last = np.array([blocks.num_blocks - 1])
+    last = np.array([blocks.num_rows - 1])
     assert blocks.read(last).shape == (1, 33)
     truncate(shard_path(prefix, ".bin"), 100)
     with pytest.raises(InputError, match=r"train\.bin: ends at byte \d+ of \d+; was it cut while in use"):
@@ -294,11 +294,11 @@ def test_bad_ids_are_refused_before_the_model_sees_them(tmp_path, corpus, token,
 def test_blocks_have_stride_and_look_ahead(corpus):
     shard = Shard(corpus.train)
     blocks = TokenBlocks(shard, 32)
-    rows = blocks.read(np.array([0, 1, blocks.num_blocks - 1]))
+    rows = blocks.read(np.array([0, 1, blocks.num_rows - 1]))
     assert rows.shape == (3, 33)
     assert rows[0, -1] == rows[1, 0]
     assert np.array_equal(rows[1], shard.tokens[32:65])
-    assert blocks.num_blocks == (len(shard.tokens) - 1) // 32
+    assert blocks.num_rows == (len(shard.tokens) - 1) // 32
 
 
 def test_sequence_longer_than_the_data(corpus):

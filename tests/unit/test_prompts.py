@@ -74,12 +74,13 @@ def test_a_record_is_two_sequences_of_one_document(corpus, prefix):
 def test_empty_sides_are_rejects(corpus, tmp_path):
     bad = [{"question": "", "answer": "the model"}, {"question": "the", "answer": ""}, {"question": "the"}]
     path = write(tmp_path / "r.jsonl", [RECORDS[0], *bad, RECORDS[1]])
-    with pytest.raises(InputError, match=r"r\.jsonl:2: an empty prompt"):
+    with pytest.raises(InputError, match=r"r\.jsonl:2: a prompt or response without tokens"):
         index(corpus, path, tmp_path / "shard")
     manifest = index(corpus, path, tmp_path / "shard", max_rejects=3)
     assert manifest.num_documents == 2
     rejects = [json.loads(line) for line in (tmp_path / "shard.rejects.jsonl").read_text().splitlines()]
-    reasons = {2: "an empty prompt", 3: "an empty response", 4: "no key 'answer'"}
+    empty = "a prompt or response without tokens"
+    reasons = {2: empty, 3: empty, 4: "no key 'answer'"}
     assert {reject["line"]: reject["reason"] for reject in rejects} == reasons
 
 
@@ -101,11 +102,11 @@ def test_a_shard_of_other_documents_is_refused(corpus, tmp_path):
 def test_rows_hold_every_record_whole_and_once(prefix):
     shard = Shard(prefix)
     rows = PromptRows(shard, LENGTH)
-    everything = np.arange(rows.num_blocks)
+    everything = np.arange(rows.num_rows)
     tokens, documents, masks = (
         function(everything) for function in (rows.read, rows.read_documents, rows.read_loss_mask)
     )
-    assert tokens.shape == (rows.num_blocks, LENGTH + 1)
+    assert tokens.shape == (rows.num_rows, LENGTH + 1)
     ends = np.cumsum(shard.document_lengths)
     found = []
     for row in everything:
@@ -123,7 +124,7 @@ def test_rows_hold_every_record_whole_and_once(prefix):
         assert not masks[row][padding].any()
         assert set(tokens[row][padding]) == {shard.manifest.vocabulary.eos_token_id}
     assert found == list(range(len(RECORDS)))
-    used = shard.document_lengths.sum() / (rows.num_blocks * LENGTH)
+    used = shard.document_lengths.sum() / (rows.num_rows * LENGTH)
     assert used > 0.6, "several records share a row"
 
 
@@ -135,7 +136,7 @@ def test_long_records_are_refused_or_left_out(prefix):
     rows = PromptRows(shard, longest - 1, drop_long=True)
     kept = shard.document_lengths[shard.document_lengths < longest]
     prompts = shard.prompt_lengths[shard.document_lengths < longest]
-    assert rows.read_loss_mask(np.arange(rows.num_blocks)).sum() == kept.sum() - prompts.sum()
+    assert rows.read_loss_mask(np.arange(rows.num_rows)).sum() == kept.sum() - prompts.sum()
     with pytest.raises(InputError, match="is below all records"):
         PromptRows(shard, 1, drop_long=True)
 
@@ -147,8 +148,8 @@ def test_a_split_and_a_blend_with_text(corpus, prefix):
     shard = Shard(prefix)
     scored = {}
     for part, shards in (("train", data.train), ("validation", data.validation)):
-        (rows,) = shards.blocks.values()
-        scored[part] = rows.read_loss_mask(np.arange(rows.num_blocks)).sum()
+        (rows,) = shards.rows.values()
+        scored[part] = rows.read_loss_mask(np.arange(rows.num_rows)).sum()
     responses = shard.document_lengths - shard.prompt_lengths
     first = round(0.8 * len(RECORDS))
     assert list(scored.values()) == [responses[:first].sum(), responses[first:].sum()]

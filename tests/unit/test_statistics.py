@@ -65,5 +65,9 @@ def test_the_command_prints_and_draws(prefixes, corpus, tmp_path):
     text = prefixes[0].with_name("first.jsonl")
     made = run("--stats", "--tokenizer", corpus.tokenizer, "--output", tmp_path / "s", "--input", text)
     assert made.returncode == 0 and "54 documents" in made.stdout and "3 (5.56%)" in made.stdout
+    again = run(prefixes[0], "--stats", "--pictures", tmp_path)
+    assert again.returncode == 0 and (tmp_path / "first.lengths.png").is_file()
+    unwritable = run("--stats", prefixes[0], "--pictures", tmp_path / "none")
+    assert unwritable.returncode == 0 and "no picture: " in unwritable.stderr
     missing = run("--stats", tmp_path / "nothing")
     assert missing.returncode == 2 and "no such file" in missing.stderr
