@@ -53,7 +53,14 @@ def one_process(corpus, prefix):
     return run_distributed(all_families, 1, configs_for(corpus, prefix, ParallelConfig(), 8))[0]
 
 
-@pytest.mark.parametrize("layout", [(2, 1, 1, 4, "sequence"), (1, 2, 2, 2, ""), (1, 1, 1, 4, "context 2")])
+LAYOUTS = [
+    (2, 1, 1, 4, "sequence"),
+    pytest.param((1, 2, 2, 2, ""), marks=pytest.mark.slow),
+    pytest.param((1, 1, 1, 4, "context 2"), marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_layout_equals_one_process(corpus, prefix, one_process, layout, record_property):
     tensor, pipeline, data, micro_batch_size, options = layout
     configs = configs_for(corpus, prefix, parallel_of(layout), micro_batch_size)

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 
 from megatron_dlm.data.blending import PlanSegment, SampleOrder
 from megatron_dlm.data.loader import DataConfig
@@ -63,6 +64,7 @@ def run_legs(corpus, directory, legs):
     return found, progress
 
 
+@pytest.mark.slow
 def test_batches_are_the_same_whatever_the_layout(corpus, tmp_path, record_property):
     """Processes, micro-batch, workers and blend change at resumes: the same global batches, bit for bit."""
     found, progress = run_legs(corpus, tmp_path / "legs", LEGS)

@@ -19,6 +19,7 @@ from tests.helpers.runs import arguments_for, finish, train_metrics, wait_for_st
 
 RECIPES = sorted(path for family in OBJECTIVES for path in (ROOT / "examples" / family).glob("*.py"))
 WORLD = {"tiny": 2, "113m": 8, "1.7b": 128, "1.7b-phase2": 128}
+SLOW = pytest.mark.slow
 CPU_ONLY = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 LAUNCHERS = ("torchrun", "slurm", "mpi")
 
@@ -119,6 +120,7 @@ def test_mpirun_trains_what_torchrun_trains(corpus, tmp_path, torchrun_run):
     assert losses(tmp_path / "run") == losses(torchrun_run)
 
 
+@SLOW
 def test_a_signal_to_mpirun_saves(corpus, tmp_path):
     environment = os.environ | CPU_ONLY | {"PYTHON": sys.executable} | mpi_environment("29613")
     words = ["examples/mpi/train.sh", *map(str, arguments_for(corpus, tmp_path, steps=2000)[1:])]
@@ -258,7 +260,10 @@ FAMILY_VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("name", FAMILY_VARIANTS)
+OTHERS = [pytest.param(name, marks=SLOW) for name in FAMILY_VARIANTS if name != "duo"]
+
+
+@pytest.mark.parametrize("name", ["duo", *OTHERS])
 def test_families_train_and_their_exports_reproduce_them(command, corpus, tmp_path, name):
     recipe = f"examples/{name.removesuffix('-two-parts')}/tiny.py"
     command(*arguments_for(corpus, tmp_path / "run", *FAMILY_VARIANTS[name], recipe=recipe, steps=3))
@@ -285,7 +290,7 @@ def test_weights_go_to_the_reference_s_file_and_back(command, corpus, torchrun_r
     assert finished.returncode == 2 and "checkpoint.initialize_from: no.ckpt: no such file" in finished.stderr
 
 
-@pytest.mark.parametrize("family", ["mdlm", "ar", "duo", "esolm"])
+@pytest.mark.parametrize("family", ["mdlm", *(pytest.param(f, marks=SLOW) for f in ("ar", "duo", "esolm"))])
 def test_large_recipes_run_for_a_few_toy_steps(command, corpus, tmp_path, family):
     """bf16 as written; phase 2 starts from the weights phase 1 has saved."""
     toy = ["--training.global-batch-size", 8, "--schedule.warmup-steps", 2]

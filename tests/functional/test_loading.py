@@ -38,7 +38,7 @@ def without_workers(corpus, tmp_path_factory):
 @pytest.mark.parametrize(
     ("workers", "loader"),
     [
-        (2, "torch"),
+        pytest.param(2, "torch", marks=slow),
         pytest.param(1, "torch", marks=slow),
         pytest.param(2, "dali", marks=needs_dali),
         pytest.param(0, "dali", marks=[needs_dali, slow]),
