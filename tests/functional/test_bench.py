@@ -30,6 +30,7 @@ def test_step_benchmark_prints_both_sides_and_the_floor(precision):
     assert float(against.strip(" x")) == pytest.approx(float(ours) / float(naive), rel=0.02)
 
 
+@pytest.mark.slow
 def test_step_benchmark_prints_its_scaling():
     printed = run_bench("--families", "mdlm", "--scaling")
     for varied in ("seq_length", "vocabulary_size", "batch_size"):

@@ -4,9 +4,12 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 from tests.conftest import ROOT
 
 
+@pytest.mark.slow
 def test_kills_lose_nothing():
     words = ["tools/chaos.py", "--kills", "3", "--steps", "8", "--families", "duo"]
     finished = subprocess.run(

@@ -69,6 +69,7 @@ def test_a_dead_worker_ends_the_job_and_is_named(corpus, tmp_path):
     assert psutil.wait_procs(workers, timeout=5)[1] == []
 
 
+@pytest.mark.slow
 def test_a_signal_to_all_processes_saves_as_ever(corpus, tmp_path):
     process, workers = start_with_workers(corpus, tmp_path)
     # As Slurm does it.
@@ -81,6 +82,7 @@ def test_a_signal_to_all_processes_saves_as_ever(corpus, tmp_path):
     assert (tmp_path / "checkpoints" / f"step-{last:08d}").is_dir(), output
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_killed_rank(corpus, tmp_path):
     process, workers = start_with_workers(corpus, tmp_path)
     rank_process(process, 0).kill()

@@ -44,6 +44,7 @@ def test_the_others_end_and_name_the_rank(corpus, tmp_path, fate, rank):
     assert psutil.wait_procs([lost, left], timeout=5)[1] == []
 
 
+@pytest.mark.slow
 def test_a_frozen_rank_0_that_keeps_the_store_ends_the_others_too(corpus, tmp_path):
     """As under srun and mpirun: its store answers nobody."""
     more = ["--parallel.collective-timeout-seconds", 4]

@@ -137,6 +137,7 @@ def test_secrets_of_the_environment_stay_there(command, corpus, tmp_path):
     assert not any(secret.encode() in text for secret in secrets.values() for text in written)
 
 
+@pytest.mark.slow
 def test_deterministic_kernels_give_equal_runs(corpus, tmp_path, uninterrupted):
     """Some add in another order than the default ones, so only these two runs are equal in all bits."""
     logs = []

@@ -18,7 +18,7 @@ from tests.helpers.enumeration import (
 )
 
 # Without and with the mask token among the states of the noise; it is never predicted.
-STATES = pytest.mark.parametrize("states", [TOKENS, TOKENS + 1])
+STATES = pytest.mark.parametrize("states", [TOKENS, pytest.param(TOKENS + 1, marks=pytest.mark.slow)])
 
 
 def uniform_rate(alpha, dalpha, states):
@@ -145,6 +145,7 @@ def posterior_mean(joint, alpha, states):
     return means
 
 
+@pytest.mark.slow
 def test_duo_of_the_posterior_mean_is_not_tight():
     joint = seeded_joint(2, seed=3)
     bound = sum(joint[x] * duo_nelbo(posterior_mean, joint, x, TOKENS) for x in noisy_pairs(TOKENS))
