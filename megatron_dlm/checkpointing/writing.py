@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import time
 import warnings
 from collections.abc import Mapping
@@ -27,7 +26,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.checkpoint.utils import _DistWrapper
 
 from megatron_dlm.checkpointing.optimizer_state import SavePlanner, TensorPieces
-from megatron_dlm.platform.children import die_with
+from megatron_dlm.platform.children import die_with, leave_job_signals_to_the_parent
 from megatron_dlm.platform.files import sha256_of
 from megatron_dlm.platform.parallel import ParallelState
 
@@ -138,8 +137,7 @@ class ShareWriter:
 
     def _write(self, parent: int, outcome: Connection) -> None:
         # Launchers signal all processes of a rank; the save they ask for needs this one.
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)
+        leave_job_signals_to_the_parent()
         die_with(parent)
         torch.set_num_threads(1)
         try:

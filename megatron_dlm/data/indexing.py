@@ -16,7 +16,7 @@ from megatron_dlm.data.encoding import Job, Progress, Report, encode_here, encod
 from megatron_dlm.data.joining import join_parts
 from megatron_dlm.data.manifest import Manifest, read_manifest, shard_path
 from megatron_dlm.data.parts import EncodingRules
-from megatron_dlm.data.records import LARGEST_LINE_BYTES, read_batches, whole
+from megatron_dlm.data.records import LARGEST_LINE_BYTES, keys_read, read_batches, whole
 from megatron_dlm.data.shard import token_dtype
 from megatron_dlm.data.sources import STDIN, Source, find_sources
 from megatron_dlm.data.tokenizer import load_tokenizer
@@ -174,7 +174,7 @@ def _rules(
 ) -> tuple[str, EncodingRules]:
     """Name of the encoder that suits a sample of the input, and how text becomes tokens."""
     texts: list[str] = []
-    keys = (config.prompt_key, *config.json_keys) if config.prompt_key else config.json_keys
+    keys = keys_read(config.json_keys, config.prompt_key)
     batches = (
         batch
         for unit in units

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_dlm.data.encoders import Encoder
-from megatron_dlm.data.records import Batch, Text, lines_before, read_batches, whole
+from megatron_dlm.data.records import Batch, Text, keys_read, lines_before, read_batches, whole
 from megatron_dlm.data.sources import Source
 from megatron_dlm.data.units import Unit
 from megatron_dlm.interfaces import InputError, Vocabulary
@@ -57,11 +57,6 @@ class EncodingRules:
     append_eos: bool
     max_line_bytes: int
     max_rejects: int
-
-    @property
-    def keys_read(self) -> tuple[str, ...]:
-        """All members or columns."""
-        return (self.prompt_key, *self.keys) if self.prompt_key else self.keys
 
 
 class Part:
@@ -166,7 +161,8 @@ def write_part(
     }
     rejects = part.rejects_path.open("w", encoding="utf-8")
     try:
-        for batch in read_batches(source, unit, rules.keys_read, rules.max_line_bytes):
+        keys = keys_read(rules.keys, rules.prompt_key)
+        for batch in read_batches(source, unit, keys, rules.max_line_bytes):
             if rules.prompt_key:
                 batch = _of_prompts_and_responses(batch, rules)
             counts = []

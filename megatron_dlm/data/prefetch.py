@@ -21,15 +21,13 @@ import torch
 
 from megatron_dlm.data.tensor_buffer import Layout, pack, unpack, with_tensors, without_tensors
 from megatron_dlm.interfaces import InputError, TrainingError
-from megatron_dlm.platform.children import die_with
+from megatron_dlm.platform.children import JOB_SIGNALS, die_with, leave_job_signals_to_the_parent
 
 Request = TypeVar("Request")
 Made = TypeVar("Made")
 
 REQUESTS_AHEAD = 2
 """Of each worker."""
-JOB_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-"""They come to all processes of a job; that of the rank decides what they mean."""
 
 
 class Prefetcher(Generic[Request, Made]):
@@ -162,8 +160,7 @@ def _end(process: Any, connection: Connection) -> None:
 def _work(connection: Connection, make: Callable[[Any], Any], parent: int) -> None:
     """The worker's life: requests in, what belongs to them out, until it is killed."""
     die_with(parent)
-    for number in JOB_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    leave_job_signals_to_the_parent()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, JOB_SIGNALS)
     torch.set_num_threads(1)
     while True:

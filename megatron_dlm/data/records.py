@@ -46,6 +46,19 @@ class Batch:
     """Read for the batch."""
 
 
+def keys_read(keys: Sequence[str], prompt_key: str) -> tuple[str, ...]:
+    """All members or columns that a document is made of.
+
+    Args:
+        keys: of the texts.
+        prompt_key: of the prompt in front of them, or empty.
+
+    Returns:
+        In the order of the text.
+    """
+    return (prompt_key, *keys) if prompt_key else tuple(keys)
+
+
 def read_batches(source: Source, unit: Unit, keys: Sequence[str], max_line_bytes: int) -> Iterator[Batch]:
     """The documents of a unit.
 

@@ -8,6 +8,8 @@ import sys
 import time
 from types import FrameType
 
+from megatron_dlm.platform.children import JOB_SIGNALS
+
 REPEATED_SIGNAL_SECONDS = 5.0
 EXIT_PREEMPTED = 3
 """Stopped by a signal; a later start goes on where this one was saved."""
@@ -25,7 +27,7 @@ class StopSignals:
         self.received = False
         self.ranks_have_met = False
         self._received_at = 0.0
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for number in JOB_SIGNALS:
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:

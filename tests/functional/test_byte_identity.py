@@ -33,14 +33,7 @@ def reference(corpus, tmp_path_factory):
     directory = tmp_path_factory.mktemp("identity")
     texts = [*tiny.sentences(60_000, seed=6), "", "[MASK] <eos>"]
     text, loaded = tiny.write_jsonl(directory / "text.jsonl", texts), load_tokenizer(corpus.tokenizer)
-    megatron_index.index(
-        text.read_text().splitlines(),
-        ["text"],
-        lambda part: loaded.tokenizer.encode(part, add_special_tokens=False).ids,
-        loaded.vocabulary.eos_token_id,
-        loaded.vocabulary.size,
-        [directory / "megatron"],
-    )
+    megatron_index.index_texts(loaded, text, directory / "megatron")
     return text, sha256(directory / "megatron")
 
 

@@ -1,6 +1,5 @@
 """Batches read ahead by worker processes, or carried by DALI: the same run, and no hang."""
 
-import importlib.util
 import signal
 import time
 
@@ -16,11 +15,8 @@ from tests.helpers.runs import (
     train_metrics,
     wait_for_step,
 )
+from tests.helpers.skips import needs_dali
 
-needs_dali = pytest.mark.skipif(
-    importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None,
-    reason="NVIDIA DALI is not installed: pip install nvidia-dali-cuda130",
-)
 slow = pytest.mark.slow
 
 

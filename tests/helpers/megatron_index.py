@@ -33,3 +33,15 @@ def index(lines, keys, encode, eod, vocabulary_size, prefixes):
             builder.add_document(torch.tensor(ids, dtype=torch.int64), lengths)
     for prefix, builder in zip(prefixes, builders, strict=True):
         builder.finalize(f"{prefix}.idx")
+
+
+def index_texts(loaded, text, prefix):
+    """Write the shard of a file of JSON lines with a Hugging Face tokenizer and its end of documents."""
+    index(
+        text.read_text().splitlines(),
+        ["text"],
+        lambda part: loaded.tokenizer.encode(part, add_special_tokens=False).ids,
+        loaded.vocabulary.eos_token_id,
+        loaded.vocabulary.size,
+        [prefix],
+    )

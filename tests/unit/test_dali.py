@@ -1,18 +1,12 @@
 """Tensors through a DALI pipeline on the CPU: every bit arrives, in order."""
 
-import importlib.util
-
 import pytest
 import torch
 
 from megatron_dlm.data import dali
 from megatron_dlm.data.dali import carry_with_dali, require_dali
 from megatron_dlm.interfaces import InputError
-
-needs_dali = pytest.mark.skipif(
-    importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None,
-    reason="NVIDIA DALI is not installed: pip install nvidia-dali-cuda130",
-)
+from tests.helpers.skips import needs_dali
 
 
 def batches(count):

@@ -55,14 +55,7 @@ def reference(corpus, tmp_path_factory):
     directory = tmp_path_factory.mktemp("reference")
     loaded = load_tokenizer(corpus.tokenizer)
     text = tiny.write_jsonl(directory / "text.jsonl", TEXTS)
-    megatron_index.index(
-        text.read_text().splitlines(),
-        ["text"],
-        lambda part: loaded.tokenizer.encode(part, add_special_tokens=False).ids,
-        loaded.vocabulary.eos_token_id,
-        loaded.vocabulary.size,
-        [directory / "shard"],
-    )
+    megatron_index.index_texts(loaded, text, directory / "shard")
     return text, digests(directory / "shard")
 
 

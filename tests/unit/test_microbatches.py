@@ -1,6 +1,5 @@
 """Microbatches of every family: from worker processes and through DALI bit for bit those made at once."""
 
-import importlib.util
 from functools import partial
 from types import SimpleNamespace
 
@@ -21,6 +20,7 @@ from megatron_dlm.objectives.esolm import EsoLMConfig
 from megatron_dlm.objectives.mdlm import MDLMConfig
 from megatron_dlm.platform.rng import NoiseSource
 from megatron_dlm.training.microbatches import BatchAddress, MicrobatchMaker, carry
+from tests.helpers.skips import needs_dali
 from tests.unit.test_prompts import LENGTH, RECORDS, index, write
 
 FAMILIES = {
@@ -72,13 +72,12 @@ def tensors_of(microbatch):
     return {name: value for name, value in found.items() if value is not None}
 
 
-@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize(
+    "loader", [pytest.param(name, marks=[needs_dali] if dali else []) for name, (_, dali) in LOADERS.items()]
+)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_loaders_change_no_bit(shards, name, loader):
     workers, dali = LOADERS[loader]
-    if dali:
-        if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
-            pytest.skip("NVIDIA DALI is not installed: pip install nvidia-dali-cuda130")
     make = maker(shards, name)
     source = Prefetcher(
         make,
