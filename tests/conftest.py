@@ -34,6 +34,10 @@ TABLES = {
         "damaged files of a shard opened, read and compared; no other tokens, no other errors",
         ("damage", "files", "refused", "same tokens"),
     ),
+    "table: chi-square": (
+        "50,000 samples against the enumerated law of the sampler's own chain",
+        ("test", "cells", "p-value", "p-value under a wrong law"),
+    ),
     "table: resharding": (
         "saved at one layout, resumed at another: largest relative difference in the next 5 steps",
         ("saved", "resumed", "family", "loss", "gradient norm"),
@@ -101,11 +105,12 @@ def pytest_terminal_summary(terminalreporter):
         rows = sorted({value for report in reports for key, value in _properties(report) if key == name})
         if rows:
             from rich.console import Console
+            from rich.markup import escape
             from rich.table import Table
 
             table = Table(*columns, title=title)
             for row in rows:
-                table.add_row(*map(str, row))
+                table.add_row(*(escape(str(value)) for value in row))
             Console(width=120).print(table)
 
 

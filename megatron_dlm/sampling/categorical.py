@@ -1,31 +1,37 @@
-"""Drawing ids from weights, and cutting off the tail of a distribution.
+"""Drawing ids from logits: temperature, nucleus, one uniform number a row.
 
-Shape legend: ... any leading dimensions, V ids.
+Shape legend: ... any leading dimensions, R rows, D hidden size, V ids.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-GUARD = 1e-10
-"""Keeps logarithms finite; as in the paper's code (arXiv:2602.15014)."""
+CHUNK_BYTES = 64 << 20
+"""Of float64 probabilities that exist at a time."""
 
 
-def draw_categorical(weights: Tensor, uniform: Tensor) -> Tensor:
-    """The id that wins w_v / -ln(u_v), distributed as the normalised weights.
+@dataclass(frozen=True)
+class Sharpening:
+    """How the network's distribution is narrowed before a draw."""
 
-    Exponential race, the same as Gumbel-max without its logarithm of the weights; draw in float64, since
-    float32 cuts the noise's tail and so lowers the temperature.
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the most likely id."""
+    top_p: float = 1.0
+    """Mass of the nucleus that is kept."""
 
-    Args:
-        weights: [..., V], at least 0, need not add up to 1.
-        uniform: [..., V] draws in [0, 1), of the same dtype.
-
-    Returns:
-        int64 [...].
-    """
-    return (weights / (GUARD - (uniform + GUARD).log())).argmax(dim=-1)
+    def __call__(self, logits: Tensor) -> Tensor:
+        """float64 probabilities of [..., V] logits."""
+        logits = logits.double()
+        if self.temperature == 0:
+            best = torch.zeros_like(logits)
+            return best.scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+        logits = logits / self.temperature
+        return (logits if self.top_p == 1 else keep_nucleus(logits, self.top_p)).softmax(-1)
 
 
 def keep_nucleus(logits: Tensor, top_p: float) -> Tensor:
@@ -42,3 +48,40 @@ def keep_nucleus(logits: Tensor, top_p: float) -> Tensor:
     probability = ordered.softmax(dim=-1)
     before = probability.cumsum(dim=-1) - probability
     return torch.where((before > top_p).scatter(-1, ids, before > top_p), float("-inf"), logits)
+
+
+def draw(weights: Tensor, uniform: Tensor) -> Tensor:
+    """The id at which the running sum of the weights passes the uniform share of their total.
+
+    One number a row, so noise costs nothing beside the network; an id of weight 0 is never drawn.
+
+    Args:
+        weights: float64 [..., V], at least 0, need not add up to 1.
+        uniform: float64 [...] draws in [0, 1).
+
+    Returns:
+        int64 [...].
+    """
+    sums = weights.cumsum(-1)
+    total = sums[..., -1:]
+    # A product that rounds up to the total would pass every id.
+    wanted = torch.minimum(uniform[..., None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(sums, wanted, right=True)[..., 0]
+
+
+def logit_chunks(head: Callable[[Tensor], Tensor], hidden_RD: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Logits of rows, as many rows at a time as memory allows.
+
+    Args:
+        head: [r, D] -> [r, V] logits.
+        hidden_RD: hidden states.
+
+    Yields:
+        Which rows, and their [r, V].
+    """
+    start, size = 0, 1
+    while start < len(hidden_RD):
+        logits_rV = head(hidden_RD[start : start + size])
+        yield slice(start, start + len(logits_rV)), logits_rV
+        start += len(logits_rV)
+        size = max(1, CHUNK_BYTES // (8 * logits_rV.shape[-1]))

@@ -1,38 +1,162 @@
-"""One reverse step of uniform-state diffusion (Duo, arXiv:2506.10892)."""
+"""Uniform-state diffusion (Duo, arXiv:2506.10892): every position may change in every step.
+
+The exact posterior is a mixture of three: the token stays, is drawn from the prediction, or uniformly.
+Whether it stays is decided by one number, and below a bound that needs no prediction, so in a step of many
+the head runs on the few positions that may change; the law is that of drawing from the whole posterior.
+Shape legend: B sequences, L tokens, R positions that may change, V ids.
+"""
 
 from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from megatron_dlm.sampling.categorical import Sharpening, draw, logit_chunks
+from megatron_dlm.sampling.network import Network, Process
+from megatron_dlm.sampling.noise import SampleNoise
+from megatron_dlm.sampling.plans import blocks_of
+from megatron_dlm.sampling.reading import noise_level
+from megatron_dlm.sampling.revealing import OnStep
+from megatron_dlm.sampling.stopping import finish_ended
 
-def uniform_posterior(
-    noisy_BL: Tensor, p_BLV: Tensor, alpha_t: Tensor, alpha_s: Tensor, states_V: Tensor
-) -> Tensor:
-    """q(z_s | z_t, prediction).
+
+class Shares(NamedTuple):
+    """Mixture weights of the posterior, adding up to 1."""
+
+    stays: Tensor
+    """The token stays as it is."""
+    predicted: Tensor
+    """It is drawn from the network's prediction."""
+    uniform: Tensor
+    """It is drawn from all states alike."""
+
+
+def posterior_shares(p_noisy: Tensor, alpha_t: Tensor, alpha_s: Tensor, num_states: int) -> Shares:
+    """q(z_s | z_t, prediction) as a mixture.
 
     Args:
-        noisy_BL: int64 [B, L] at time t.
-        p_BLV: float64 [B, L, V] prediction.
-        alpha_t: [B] or one number, above 0.
-        alpha_s: as alpha_t, not below it; 1 gives the last step.
-        states_V: bool [V], the ids that the noise draws from.
+        p_noisy: float64 [...], predicted probability of the token that is there at t.
+        alpha_t: broadcasts to it.
+        alpha_s: not below alpha_t; 1 gives the last step.
+        num_states: ids that the noise draws from.
 
     Returns:
-        float64 [B, L, V], each row adding up to 1.
+        Three of its shape.
     """
-    alpha_t, alpha_s = (alpha.reshape(-1, 1, 1) for alpha in (alpha_t, alpha_s))
-    count = states_V.sum()
     ratio = alpha_t / alpha_s
-    seen_BL1 = p_BLV.gather(-1, noisy_BL[..., None])
-    posterior = (alpha_s - alpha_t) * p_BLV + (1.0 - ratio) * (1.0 - alpha_s) / count * states_V
-    stays = count * alpha_t * seen_BL1 + ratio - alpha_t
-    posterior.scatter_add_(-1, noisy_BL[..., None], stays)
-    return posterior / (count * alpha_t * seen_BL1 + 1.0 - alpha_t)
+    total = num_states * alpha_t * p_noisy + 1.0 - alpha_t
+    return Shares(
+        stays=(num_states * alpha_t * p_noisy + ratio - alpha_t) / total,
+        predicted=(alpha_s - alpha_t) / total,
+        uniform=(1.0 - ratio) * (1.0 - alpha_s) / total,
+    )
 
 
-def noise_states(vocabulary_size: int, mask_token_id: int, *, mask_in_noise: bool) -> Tensor:
-    """Bool [V], the ids that uniform noise draws from."""
-    states = torch.ones(vocabulary_size, dtype=torch.bool)
-    states[mask_token_id] = mask_in_noise
-    return states
+class UniformSampler:
+    """Ancestral sampling of one batch."""
+
+    def __init__(
+        self,
+        network: Network,
+        process: Process,
+        sharpen: Sharpening,
+        noise: SampleNoise,
+        on_step: OnStep | None,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            network: is told the noise level.
+            process: states and schedule.
+            sharpen: temperature and nucleus of the prediction.
+            noise: of the draws.
+            on_step: told of each step.
+        """
+        self._network = network
+        self._process = process
+        self._sharpen = sharpen
+        self._noise = noise
+        self._on_step = on_step
+
+    def run(
+        self,
+        ids_BL: Tensor,
+        given_BL: Tensor,
+        times: list[float],
+        block_length: int | None,
+        *,
+        greedy_tail: bool,
+        eos_token_id: int | None,
+    ) -> None:
+        """Fill in what is not given.
+
+        Args:
+            ids_BL: int64 [B, L]; filled in place.
+            given_BL: bool [B, L].
+            times: falling from 1 to 0.
+            block_length: unknown tokens of a block, sampled one after the other, the network seeing nothing
+                behind a block; None: all are one block.
+            greedy_tail: take the most likely ids in the last step.
+            eos_token_id: ends a text; None: nothing does.
+        """
+        start_BL = self._process.random_states(self._noise.uniform("start"))
+        ids_BL.copy_(torch.where(given_BL, ids_BL, start_BL))
+        ordinal_BL = torch.where(given_BL, -1, (~given_BL).cumsum(1) - 1)
+        unknown_B = (~given_BL).sum(1)
+        known_BL = given_BL.clone()
+        places, length = torch.arange(ids_BL.shape[1], device=ids_BL.device), ids_BL.shape[1]
+        for index, block in enumerate(blocks_of(int(unknown_B.max()), block_length)):
+            open_BL = (ordinal_BL >= block.start) & (ordinal_BL < block.stop) & ~known_BL
+            # Behind its last block a sequence has given tokens at most, and these are seen.
+            end_B = torch.where(block.stop >= unknown_B, length, (open_BL * (places + 1)).amax(1))
+            for step, (t, s) in enumerate(itertools.pairwise(times)):
+                number = index * (len(times) - 1) + step
+                last = s == times[-1]
+                alphas = self._process.alpha(t), 1.0 if last else self._process.alpha(s)
+                self._step(ids_BL, open_BL, end_B, alphas, number, greedy=greedy_tail and last)
+                if self._on_step is not None:
+                    self._on_step(number, ids_BL)
+            known_BL |= open_BL
+            if eos_token_id is not None:
+                finish_ended(ids_BL, known_BL, given_BL, eos_token_id)
+
+    def _step(
+        self,
+        ids_BL: Tensor,
+        open_BL: Tensor,
+        end_B: Tensor,
+        alphas: tuple[float, float],
+        number: int,
+        *,
+        greedy: bool,
+    ) -> None:
+        """One step from alpha_t to alpha_s of the open positions; a sequence is read up to its end."""
+        alpha_t, alpha_s = torch.tensor(alphas, dtype=torch.float64, device=ids_BL.device)
+        states = self._process.num_states
+        mixture_BL, token_BL = self._noise.uniform("mixture", number), self._noise.uniform("token", number)
+        # A prediction can only add to what stays.
+        surely = posterior_shares(alpha_t.new_zeros(()), alpha_t, alpha_s, states).stays
+        may_change_BL = open_BL & ((mixture_BL >= surely) | greedy)
+        may_change_B = may_change_BL.any(1)
+        for end in end_B[may_change_B].unique().tolist():
+            called = (may_change_B & (end_B == end)).nonzero()[:, 0]
+            wanted = may_change_BL[called, :end]
+            sigma_B = noise_level(alpha_t.expand(len(called)))
+            hidden_RD = self._network.hidden(ids_BL[called, :end], wanted, sigma_B)
+            rows, positions = wanted.nonzero().unbind(1)
+            rows = called[rows]
+            for part, logits in logit_chunks(self._network.head, hidden_RD):
+                where = rows[part], positions[part]
+                if greedy:
+                    ids_BL[where] = logits.argmax(-1)
+                    continue
+                p = self._sharpen(logits)
+                now, mixture = ids_BL[where], mixture_BL[where]
+                shares = posterior_shares(p.gather(1, now[:, None])[:, 0], alpha_t, alpha_s, states)
+                random = self._process.random_states(token_BL[where])
+                is_predicted = mixture < shares.stays + shares.predicted
+                changed = torch.where(is_predicted, draw(p, token_BL[where]), random)
+                ids_BL[where] = torch.where(mixture < shares.stays, now, changed)

@@ -6,10 +6,10 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "megatron_dlm"
 PARTS = {"objectives", "models", "data", "checkpointing", "telemetry"}
 ALLOWED = {
-    "cli": {"training", "evaluation", "conversion", "platform", *PARTS},
+    "cli": {"training", "evaluation", "conversion", "sampling", "platform", *PARTS},
     "training": {"evaluation", "conversion", "sampling", "platform", *PARTS},
-    "evaluation": {"platform", *PARTS},
-    "conversion": {"platform", *PARTS},
+    "evaluation": {"sampling", "platform", *PARTS},
+    "conversion": {"sampling", "platform", *PARTS},
     "sampling": {"platform"},
     # The head and losses meet through interfaces; checkpoints hold models; nothing else crosses.
     "checkpointing": {"models", "platform"},

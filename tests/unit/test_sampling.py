@@ -1,13 +1,21 @@
-"""Steps of the reverse processes: they add up, they have the right law, their plans cover every position."""
+"""Pieces of the samplers: draws have their law, posteriors are Bayes' rule, plans cover every position."""
 
 import numpy as np
 import pytest
 import torch
 
-from megatron_dlm.sampling.categorical import draw_categorical, keep_nucleus
-from megatron_dlm.sampling.esolm import ancestral_sizes, block_autoregressive_plan, block_plan
-from megatron_dlm.sampling.masked import absorbing_step
-from megatron_dlm.sampling.uniform import noise_states, uniform_posterior
+from megatron_dlm.sampling.categorical import Sharpening, draw, keep_nucleus, logit_chunks
+from megatron_dlm.sampling.plans import (
+    GIVEN,
+    ancestral_part,
+    block_autoregressive_part,
+    block_part,
+    in_blocks,
+    plan_of,
+    reveal_shares,
+)
+from megatron_dlm.sampling.stopping import finish_ended
+from megatron_dlm.sampling.uniform import posterior_shares
 
 DRAWS = 40_000
 
@@ -16,17 +24,20 @@ def uniform(*shape, seed=0):
     return torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def chi_square(drawn, expected):
-    counts = torch.bincount(drawn, minlength=len(expected)).double()
-    assert counts[expected == 0].sum() == 0
-    seen = expected > 0
-    return float(((counts[seen] - DRAWS * expected[seen]) ** 2 / (DRAWS * expected[seen])).sum())
+def test_draws_have_the_weights_law():
+    weights = torch.tensor([0.0, 3.0, 1.0, 6.0, 0.0], dtype=torch.float64)
+    drawn = draw(weights.expand(DRAWS, 5), uniform(DRAWS))
+    counts = torch.bincount(drawn, minlength=5).double()
+    assert counts[0] == counts[4] == 0
+    expected = DRAWS * weights[1:4] / 10
+    assert float(((counts[1:4] - expected) ** 2 / expected).sum()) < 21  # 2 degrees of freedom, p = 3e-5
 
 
-def test_categorical_draws_have_the_weights_law():
-    weights = torch.tensor([0.0, 3.0, 1.0, 6.0], dtype=torch.float64)
-    drawn = draw_categorical(weights.expand(DRAWS, 4), uniform(DRAWS, 4))
-    assert chi_square(drawn, weights / 10) < 21  # 2 degrees of freedom, p = 3e-5
+def test_no_draw_has_weight_0():
+    weights = torch.tensor([[0.0, 1e-300, 0.0], [0.0, 0.7, 0.0], [0.3, 0.1, 0.0]], dtype=torch.float64)
+    largest = torch.full((3,), 1 - 2.0**-53, dtype=torch.float64)
+    assert draw(weights, largest).tolist() == [1, 1, 1]
+    assert draw(weights, torch.zeros(3, dtype=torch.float64)).tolist() == [1, 1, 0]
 
 
 def test_nucleus_keeps_the_fewest_ids_that_hold_the_mass():
@@ -36,27 +47,27 @@ def test_nucleus_keeps_the_fewest_ids_that_hold_the_mass():
     assert torch.equal(keep_nucleus(logits, 1.0), logits)
 
 
-def test_absorbing_step_reveals_at_the_right_rate():
-    noisy = torch.full((1, DRAWS), 3)
-    noisy[0, :100] = 1
-    p = torch.tensor([0.2, 0.5, 0.3, 0.0], dtype=torch.float64).expand(1, DRAWS, 4)
-    alphas = torch.tensor([0.2], dtype=torch.float64), torch.tensor([0.6], dtype=torch.float64)
-    after = absorbing_step(noisy, p, *alphas, 3, uniform(1, DRAWS, 4))[0]
-    assert (after[:100] == 1).all()
-    # (alpha_s - alpha_t) / (1 - alpha_t) of the masked become tokens.
-    expected = torch.tensor([0.5 * 0.2, 0.5 * 0.5, 0.5 * 0.3, 0.5], dtype=torch.float64)
-    counts = torch.bincount(after[100:], minlength=4).double() / (DRAWS - 100)
-    assert torch.allclose(counts, expected, atol=0.01)
-    last = absorbing_step(noisy, p, alphas[0], torch.ones(1, dtype=torch.float64), 3, uniform(1, DRAWS, 4))
-    assert not (last == 3).any()
+def test_sharpening():
+    logits = torch.tensor([[0.0, 1.0, -torch.inf]])
+    assert Sharpening(temperature=0)(logits).tolist() == [[0.0, 1.0, 0.0]]
+    found = Sharpening(temperature=0.5)(logits)
+    assert found.dtype == torch.float64
+    assert torch.allclose(found[0, :2], torch.tensor([0.0, 2.0], dtype=torch.float64).softmax(0))
+
+
+def test_logits_come_in_pieces_that_cover_all_rows(monkeypatch):
+    monkeypatch.setattr("megatron_dlm.sampling.categorical.CHUNK_BYTES", 8 * 4 * 3)
+    hidden, sizes = torch.arange(10.0)[:, None], []
+    pieces = list(logit_chunks(lambda h: sizes.append(len(h)) or h.expand(-1, 4), hidden))
+    assert torch.equal(torch.cat([logits[:, 0] for _, logits in pieces]), hidden[:, 0])
+    assert sizes == [1, 3, 3, 3]
 
 
 @pytest.mark.parametrize("mask_in_noise", [True, False])
-def test_uniform_posterior_is_bayes_rule(mask_in_noise):
+def test_posterior_is_bayes_rule(mask_in_noise):
     size, mask, alpha_t, alpha_s = 5, 2, 0.3, 0.8
-    states = noise_states(size, mask, mask_in_noise=mask_in_noise)
-    count = int(states.sum())
-    ratio = alpha_t / alpha_s
+    states = torch.tensor([v != mask or mask_in_noise for v in range(size)])
+    count, ratio = int(states.sum()), alpha_t / alpha_s
     clean, noisy = 4, 1
     forward = torch.zeros(size, size, dtype=torch.float64)
     for v in range(size):
@@ -65,46 +76,58 @@ def test_uniform_posterior_is_bayes_rule(mask_in_noise):
     prior = alpha_s * torch.eye(size, dtype=torch.float64)[clean] + (1 - alpha_s) / count * states
     expected = prior * forward[:, noisy]
     expected = expected / expected.sum()
-    p = torch.nn.functional.one_hot(torch.tensor([[clean]]), size).double()
-    levels = (torch.tensor(alpha, dtype=torch.float64) for alpha in (alpha_t, alpha_s))
-    found = uniform_posterior(torch.tensor([[noisy]]), p, *levels, states)[0, 0]
+    p = torch.nn.functional.one_hot(torch.tensor(clean), size).double()
+    shares = posterior_shares(
+        p[noisy], *(torch.tensor(a, dtype=torch.float64) for a in (alpha_t, alpha_s)), count
+    )
+    assert sum(shares) == pytest.approx(1, abs=1e-15)
+    found = shares.predicted * p + shares.uniform * states / count
+    found[noisy] += shares.stays
     assert torch.allclose(found, expected, atol=1e-14)
 
 
-@pytest.mark.parametrize("mask_in_noise", [True, False])
-def test_the_exported_sampler_has_the_same_posterior(mask_in_noise):
-    from megatron_dlm.conversion.hugging_face_model.configuration_megatron_dlm import MegatronDlmConfig
-    from megatron_dlm.conversion.hugging_face_model.generation_megatron_dlm import posterior_weights
-
-    size, mask = 7, 3
-    p = uniform(2, 5, size, seed=1)
-    p[..., mask] = 0
-    p = p / p.sum(-1, keepdim=True)
-    allowed = [v for v in range(size) if mask_in_noise or v != mask]
-    noisy = torch.tensor(allowed)[(uniform(2, 5, seed=2) * len(allowed)).long()]
-    alphas = [torch.tensor(alpha, dtype=torch.float64) for alpha in (0.3, 0.8)]
-    config = MegatronDlmConfig(vocab_size=size, mask_token_id=mask, mask_in_noise=mask_in_noise)
-    weights = posterior_weights(config, noisy, p, *alphas)
-    states = noise_states(size, mask, mask_in_noise=mask_in_noise)
-    expected = uniform_posterior(noisy, p, *alphas, states)
-    assert torch.allclose(weights / weights.sum(-1, keepdim=True), expected, rtol=0, atol=1e-12)
+def test_a_prediction_can_only_add_to_what_stays():
+    p = torch.linspace(0, 1, 11, dtype=torch.float64)
+    for alpha_t, alpha_s in ((0.001, 0.2), (0.5, 0.51), (0.9, 1.0)):
+        levels = (torch.tensor(a, dtype=torch.float64) for a in (alpha_t, alpha_s))
+        assert (posterior_shares(p, *levels, 7).stays.diff() > 0).all()
 
 
 def test_plans_cover_every_position_once():
-    order, sizes = block_plan(uniform(3, 4).numpy(), 5)
-    assert sizes == [5] * 4 and all(sorted(row) == list(range(20)) for row in order.tolist())
-    assert (np.diff(order[:, :5], axis=1) == 4).all()
-    order, sizes = block_autoregressive_plan(4, 2, 3)
-    assert sorted(order.tolist()) == list(range(24)) and sum(sizes) == 24
-    assert len(sizes) == 2 * (3 + 4 - 1)
+    order, steps = block_part(uniform(4).numpy(), 5)
+    assert sorted(order) == list(range(20)) and np.bincount(steps).tolist() == [5] * 4
+    assert (np.diff(order[:5]) == 4).all()
+    order, steps = block_autoregressive_part(4, 2, 3)
+    assert sorted(order) == list(range(24)) and len(np.bincount(steps)) == 2 * (3 + 4 - 1)
+    order, steps = in_blocks(np.arange(7) // 3, lambda members: (np.arange(len(members)), members * 0), 2)
+    assert order.tolist() == list(range(7)) and steps.tolist() == [0, 0, 0, 2, 2, 2, 4]
 
 
-def test_ancestral_sizes_reveal_alpha_0_of_the_tokens():
-    generator = np.random.default_rng(0)
-    totals = []
-    for _ in range(200):
-        sizes = ancestral_sizes(100, np.linspace(0.0, 0.4, 9).tolist(), generator.binomial)
-        assert all(size > 0 for size in sizes)
-        totals.append(sum(sizes))
-    assert abs(np.mean(totals) - 40) < 2
-    assert sum(ancestral_sizes(100, np.linspace(0.001, 1.0, 9).tolist(), generator.binomial)) == 100
+def test_a_plan_keeps_what_is_given():
+    given = np.array([[True, False, True, False], [False, False, False, True]])
+    plan = plan_of(given, lambda row, unknown: (np.arange(len(unknown))[::-1], np.arange(len(unknown))))
+    assert plan.order_BL.tolist() == [[0, 2, 3, 1], [3, 2, 1, 0]] and plan.num_steps == 3
+    assert plan.step_at_BL.tolist() == [[GIVEN, 1, GIVEN, 0], [2, 1, 0, GIVEN]]
+
+
+def test_ancestral_parts_reveal_by_the_schedule_and_the_rest_left_to_right():
+    shares = reveal_shares([0.0, 0.2, 0.3, 0.4])
+    assert np.allclose(shares, [0.2, 0.125, 1 / 7])
+    order, steps = ancestral_part(uniform(DRAWS).numpy(), shares)
+    assert sorted(order) == list(range(DRAWS)) and (np.diff(steps) >= 0).all()
+    counts = np.bincount(steps)
+    assert np.allclose(counts[:3] / DRAWS, [0.2, 0.1, 0.1], atol=0.01)
+    left_over = order[steps >= 3]
+    assert (np.diff(left_over) > 0).all() and (counts[3:] == 1).all()
+    assert reveal_shares([0.1, 1.0])[0] == 1.0
+
+
+def test_a_text_ends_where_all_before_its_end_is_known():
+    eos, mask = 9, 8
+    ids = torch.tensor([[1, 9, 2, 8], [8, 9, 2, 8], [9, 1, 9, 3], [9, 8, 8, 8]])
+    given = torch.tensor([[0, 0, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0], [1, 0, 0, 1]], dtype=torch.bool)
+    known = ids != mask
+    ended = finish_ended(ids, known, given, eos)
+    assert ended.tolist() == [True, False, True, False]
+    assert ids.tolist() == [[1, 9, 9, 9], [8, 9, 2, 8], [9, 1, 9, 9], [9, 8, 8, 8]]
+    assert known.tolist()[0] == [True] * 4 and known.tolist()[1] == [False, True, True, False]

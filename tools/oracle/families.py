@@ -17,9 +17,9 @@ from megatron_dlm.objectives.mdlm import MDLMConfig
 from megatron_dlm.objectives.schedules import alpha_and_slope
 from megatron_dlm.objectives.time_sampling import stratified_times
 from megatron_dlm.platform.vocab_parallel import VocabShard
-from megatron_dlm.sampling.categorical import draw_categorical
-from megatron_dlm.sampling.masked import absorbing_step
-from megatron_dlm.sampling.uniform import noise_states, uniform_posterior
+from megatron_dlm.sampling.plans import reveal_shares
+from megatron_dlm.sampling.uniform import posterior_shares
+from oracle.draws import exponential_race
 from oracle.noise import TIME_EPSILON, Array, RecordedNoise
 
 ROWS_PER_CHUNK = 16
@@ -141,14 +141,12 @@ class Case:
         return self._prediction().numpy()
 
     def _mdlm_step(self, alpha_s: Array) -> Array:
-        return absorbing_step(
-            torch.from_numpy(self.mdlm_xt()),
-            self._prediction(),
-            torch.from_numpy(self.alpha_t()),
-            torch.from_numpy(alpha_s),
-            self._mask,
-            torch.from_numpy(self._in["u_gumbel"]),
-        ).numpy()
+        edges = np.stack([self.alpha_t()[:, 0], alpha_s], axis=1)
+        share_B11 = np.stack([reveal_shares(row.tolist()) for row in edges])[..., None]
+        weights = share_B11 * self._prediction().numpy()
+        weights[..., self._mask] = 1.0 - share_B11[..., 0]
+        noisy = self.mdlm_xt()
+        return np.where(noisy == self._mask, self._drawn(weights), noisy)
 
     def mdlm_step_xs(self) -> Array:
         return self._mdlm_step(alpha_and_slope("log-linear", self.s())[0])
@@ -182,13 +180,11 @@ class Case:
         return self._losses(config, self._corrupt(config, context, **larger)[0], self._logits, **larger)
 
     def _duo_posterior(self, prediction: torch.Tensor, alpha_s: Array) -> torch.Tensor:
-        return uniform_posterior(
-            torch.from_numpy(self.duo_xt()),
-            prediction,
-            torch.from_numpy(self.alpha_t()),
-            torch.from_numpy(alpha_s),
-            noise_states(self._size, self._mask, mask_in_noise=True),
-        )
+        noisy_BL1 = torch.from_numpy(self.duo_xt())[..., None]
+        alpha_t, alpha_s = (torch.from_numpy(a).reshape(-1, 1, 1) for a in (self.alpha_t(), alpha_s))
+        shares = posterior_shares(prediction.gather(-1, noisy_BL1), alpha_t, alpha_s, self._size)
+        posterior = shares.predicted * prediction + shares.uniform / self._size
+        return posterior.scatter_add(-1, noisy_BL1, shares.stays)
 
     def duo_post(self) -> Array:
         return self._duo_posterior(self._prediction(), alpha_and_slope("log-linear", self.s())[0]).numpy()
@@ -201,7 +197,7 @@ class Case:
         return self._duo_posterior(clean, alpha_and_slope("log-linear", self.s())[0]).numpy()
 
     def _drawn(self, weights: Array) -> Array:
-        return draw_categorical(torch.from_numpy(weights), torch.from_numpy(self._in["u_gumbel"])).numpy()
+        return exponential_race(weights, self._in["u_gumbel"])
 
     def duo_step_xs(self) -> Array:
         return self._drawn(self.duo_post())

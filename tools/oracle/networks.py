@@ -55,8 +55,11 @@ class Networks:
     def ar(self) -> Array:
         return self._plain(AttentionPattern.CAUSAL)
 
-    # Recorded with the reference's cache; causal attention gives the same without one.
-    ar_kv = ar
+    def ar_kv(self) -> Array:
+        """Token by token through the exported model's cache."""
+        x = torch.from_numpy(self._arrays["x"])
+        places = torch.arange(x.shape[1]).expand_as(x)
+        return self._cached("ar", [(x[:, [i]], places[:, [i]], 1) for i in range(x.shape[1])], keep_rows=True)
 
     def bidir_sigma0(self) -> Array:
         return self._plain(AttentionPattern.BIDIRECTIONAL)
@@ -119,7 +122,47 @@ class Networks:
             done += size
         return np.concatenate(found, axis=1)
 
-    eso_samp_cache = eso_samp_nocache
+    def eso_samp_cache(self) -> Array:
+        """The same through the exported model's cache, fed clean tokens together with the next masks."""
+        order, clean = (torch.from_numpy(self._arrays[name]) for name in ("order", "x"))
+        calls, done, before = [], 0, 0
+        for size in self._arrays["eso_samp_k"].tolist():
+            masks = torch.full((len(order), size), self._shape["mask"])
+            ids = torch.cat([clean[:, before:done], masks], dim=1)
+            calls.append((ids, order[:, before : done + size], done - before))
+            before, done = done, done + size
+        return self._cached("esolm", calls, keep_rows=False)
+
+    @torch.no_grad()
+    def _cached(
+        self, family: str, calls: list[tuple[torch.Tensor, torch.Tensor, int]], *, keep_rows: bool
+    ) -> Array:
+        """Logits of what is kept or of what is not, from calls of (ids, positions, how many are kept)."""
+        from megatron_dlm.conversion.hugging_face_model.configuration_megatron_dlm import MegatronDlmConfig
+        from megatron_dlm.conversion.hugging_face_model.modeling_megatron_dlm import MegatronDlmModel
+
+        shape = self._shape
+        config = MegatronDlmConfig(
+            family=family,
+            vocab_size=shape["vocab"],
+            mask_token_id=shape["mask"],
+            hidden_size=shape["hidden"],
+            num_hidden_layers=shape["blocks"],
+            num_attention_heads=shape["heads"],
+            intermediate_size=4 * shape["hidden"],
+            conditioning_size=shape["cond_dim"],
+        )
+        model = MegatronDlmModel(config)
+        weights = {k[2:]: torch.from_numpy(v) for k, v in self._arrays.items() if k.startswith("w/")}
+        model.load_state_dict(weights)
+        cache = model.start_cache(len(calls[0][0]))
+        found = []
+        for ids, positions, count in calls:
+            kept = torch.arange(ids.shape[1]).expand_as(ids) < count
+            rows = kept if keep_rows else ~kept
+            hidden = cache.hidden(ids, positions, torch.ones_like(kept), kept, rows)
+            found.append(model.output_layer.head(hidden).unflatten(0, (len(ids), -1)))
+        return torch.cat(found, dim=1).numpy()
 
     def close(self) -> None:
         """End the process group."""

@@ -13,9 +13,10 @@ from megatron_dlm.data.loader import microbatch_positions
 from megatron_dlm.objectives.base import CorruptionContext
 from megatron_dlm.objectives.schedules import alpha_and_slope
 from megatron_dlm.objectives.time_sampling import stratified_times
-from megatron_dlm.sampling.categorical import draw_categorical, keep_nucleus
-from megatron_dlm.sampling.esolm import ancestral_sizes, block_autoregressive_plan, block_plan
+from megatron_dlm.sampling.categorical import keep_nucleus
+from megatron_dlm.sampling.plans import Part, block_autoregressive_part, block_part, reveal_shares
 from megatron_dlm.training.lr_schedule import LrScheduleConfig
+from oracle.draws import exponential_race
 from oracle.noise import TIME_EPSILON, Array, RecordedNoise
 
 GLOBAL_BATCH_SIZE = 256
@@ -49,15 +50,20 @@ def table_method(key: str, a: dict[str, Array]) -> Callable[[], Any]:
         return lambda: _nucleus(a["logits"], float(found[2]), renormalise=found[1] is not None)
     return {
         "steps/max_steps": lambda: _step_counts(a["names"], a["budgets_1e18"]),
-        "block/order": lambda: block_plan(a["u"], int(a["T_P"][1]))[0],
-        "block/unmask_k": lambda: block_plan(a["u"], int(a["T_P"][1]))[1],
+        "block/order": lambda: np.stack([block_part(row, int(a["T_P"][1]))[0] for row in a["u"]]),
+        "block/unmask_k": lambda: _sizes(block_part(a["u"][0], int(a["T_P"][1]))),
         "blockar/order": lambda: np.tile(
-            block_autoregressive_plan(*a["T_S_P"].tolist())[0], (len(a["order"]), 1)
+            block_autoregressive_part(*a["T_S_P"].tolist())[0], (len(a["order"]), 1)
         ),
-        "blockar/unmask_k": lambda: block_autoregressive_plan(*a["T_S_P"].tolist())[1],
-        "cat/x": lambda: draw_categorical(torch.from_numpy(a["p"]), torch.from_numpy(a["u"])).numpy(),
+        "blockar/unmask_k": lambda: _sizes(block_autoregressive_part(*a["T_S_P"].tolist())),
+        "cat/x": lambda: exponential_race(a["p"], a["u"]),
         "temb/emb": lambda: _sinusoid(a["sigma"]),
     }[key]
+
+
+def _sizes(part: Part) -> Array:
+    """Tokens that each step reveals."""
+    return np.bincount(part[1])
 
 
 def _split_times(jitter: Array, shape: Array, node: int, device: int, micro_step: int) -> Array:
@@ -104,7 +110,13 @@ def _reveal_sizes(alpha_0: float, recorded: dict[str, Array]) -> list[int]:
 
     def sizes(share: float, seed: int) -> list[int]:
         alphas = alpha_and_slope("log-linear", times, alpha_0=share)[0].tolist()
-        return ancestral_sizes(length, alphas, np.random.RandomState(seed).binomial)
+        draw, left, found = np.random.RandomState(seed).binomial, length, []
+        for revealed_share in reveal_shares(alphas):
+            found.append(int(draw(left, revealed_share)))
+            left -= found[-1]
+        if left and share == 1.0:
+            found.append(left)
+        return [size for size in found if size]
 
     shares = {float(name[1:]): values.tolist() for name, values in recorded.items()}
     fitting = (s for s in range(SEEDS_TRIED) if all(sizes(a, s) == found for a, found in shares.items()))

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
 # transformers copies only what is imported in this form.
+from .cache_megatron_dlm import KeyValueCache
 from .configuration_megatron_dlm import MegatronDlmConfig
-from .generation_megatron_dlm import sample
+from .generation_megatron_dlm import generate
 from .likelihood_megatron_dlm import bound_at_noise, estimate_nll
 
 FREQUENCY_CHANNELS = 256
@@ -76,6 +77,7 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         width = config.hidden_size
+        self.config = config
         self.heads = config.num_attention_heads
         self.causal = config.family in CAUSAL_FAMILIES
         self.norm1 = Norm(config)
@@ -89,15 +91,18 @@ class Block(nn.Module):
         )
         self.adaLN_modulation = nn.Linear(config.conditioning_size, 6 * width)
 
-    def forward(self, x, conditioning, cos, sin, visible_mask):
+    def forward(self, x, conditioning, cos, sin, visible_mask, layer_cache=None):
         """float32 [B, L, hidden]."""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation(self.adaLN_modulation, conditioning, 6)
         dtype = self.attn_qkv.weight.dtype
         h = (self.norm1(x) * (1 + scale1) + shift1).to(dtype)
         q, k, v = self.attn_qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        causal = self.causal and visible_mask is None
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible_mask, is_causal=causal)
+        causal = self.causal and visible_mask is None and layer_cache is None
+        if layer_cache is not None:
+            k, v = layer_cache.with_past(k, v)
+        attend = eager_attention if self.config._attn_implementation == "eager" else sdpa_attention
+        attended = attend(q, k, v, visible_mask, causal)
         x = x + gate1 * self.attn_out(attended.transpose(1, 2).flatten(2)).float()
         h = (self.norm2(x) * (1 + scale2) + shift2).to(dtype)
         return x + gate2 * self.mlp(h).float()
@@ -107,6 +112,21 @@ def rotate(x, cos, sin):
     """Rotary embedding, halves not interleaved; x is [B, heads, L, head_dim]."""
     first, second = x.chunk(2, dim=-1)
     return x * cos.to(x.dtype) + torch.cat([-second, first], dim=-1) * sin.to(x.dtype)
+
+
+def sdpa_attention(q, k, v, visible_mask, causal):
+    """[B, heads, L, head_dim] by torch's fused kernels."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible_mask, is_causal=causal)
+
+
+def eager_attention(q, k, v, visible_mask, causal):
+    """The same, written out."""
+    scores = (q @ k.transpose(-1, -2)).float() / q.shape[-1] ** 0.5
+    if causal:
+        visible_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if visible_mask is not None:
+        scores = scores.masked_fill(~visible_mask, float("-inf"))
+    return scores.softmax(-1).to(v.dtype) @ v
 
 
 class OutputLayer(nn.Module):
@@ -119,9 +139,12 @@ class OutputLayer(nn.Module):
         self.adaLN_modulation = nn.Linear(config.conditioning_size, 2 * config.hidden_size)
 
     def forward(self, x, conditioning):
-        """float32 logits [B, L, V]."""
+        """[B, L, hidden], ready for `head`."""
         shift, scale = modulation(self.adaLN_modulation, conditioning, 2)
-        h = (self.norm_final(x) * (1 + scale) + shift).to(self.linear.weight.dtype)
+        return (self.norm_final(x) * (1 + scale) + shift).to(self.linear.weight.dtype)
+
+    def head(self, h):
+        """float32 logits [..., V] of [..., hidden]."""
         return F.linear(h, self.linear.weight).float() + self.linear.bias.float()
 
 
@@ -131,6 +154,7 @@ class MegatronDlmModel(PreTrainedModel):
     config_class = MegatronDlmConfig
     base_model_prefix = "megatron_dlm"
     _no_split_modules = ("Block",)
+    _supports_sdpa = True
 
     def __init__(self, config):
         super().__init__(config)
@@ -169,6 +193,22 @@ class MegatronDlmModel(PreTrainedModel):
         """
         if labels is not None:
             raise ValueError("labels: this model's loss is `bound` or `nll`, not a plain cross-entropy")
+        logits = self.head(self.hidden(input_ids, sigma, position_ids, visible_mask))
+        return MaskedLMOutput(logits=logits) if return_dict else (logits,)
+
+    def hidden(self, input_ids, sigma=None, position_ids=None, visible_mask=None, cache=None):
+        """[B, L, hidden] in front of the head.
+
+        Args:
+            input_ids: int64 [B, L].
+            sigma: as in `forward`.
+            position_ids: as in `forward`.
+            visible_mask: bool [..., L, L], or with a cache [B or 1, 1, L, cached + L].
+            cache: `KeyValueCache` of the tokens before; the new ones are written behind them.
+
+        Returns:
+            Of the head's dtype.
+        """
         if sigma is None:
             sigma = torch.zeros(input_ids.shape[0], device=input_ids.device)
         if position_ids is None:
@@ -176,11 +216,19 @@ class MegatronDlmModel(PreTrainedModel):
         conditioning = self.sigma_map(sigma)
         cos, sin = self._rotary(position_ids)
         x = self.vocab_embed(input_ids).float()
-        for block in self.blocks:
-            x = block(x, conditioning, cos, sin, visible_mask)
-        logits = self.output_layer(x, conditioning)
+        for index, block in enumerate(self.blocks):
+            x = block(x, conditioning, cos, sin, visible_mask, cache.layer(index) if cache else None)
+        return self.output_layer(x, conditioning)
+
+    def head(self, hidden):
+        """float32 logits [..., V]; the mask token's is -inf."""
+        logits = self.output_layer.head(hidden)
         logits[..., self.config.mask_token_id] = float("-inf")
-        return MaskedLMOutput(logits=logits) if return_dict else (logits,)
+        return logits
+
+    def start_cache(self, batch_size):
+        """An empty `KeyValueCache`, for families that only look back (ar, esolm)."""
+        return KeyValueCache(self, batch_size)
 
     def _rotary(self, position_ids):
         dim = self.config.hidden_size // self.config.num_attention_heads
@@ -221,25 +269,23 @@ class MegatronDlmModel(PreTrainedModel):
         """
         return estimate_nll(self, input_ids, num_samples, seed)
 
-    @torch.no_grad()
-    def generate(self, input_ids=None, max_length=None, num_steps=64, temperature=1.0, seed=0, batch_size=1):
+    def generate(
+        self, input_ids=None, max_length=None, given=None, seed=0, batch_size=1, on_step=None, **settings
+    ):
         """Sample token ids.
 
         Args:
-            input_ids: int64 [B, P] prompt that is kept; ar needs at least its first token (<bos>).
+            input_ids: int64 [B, P] prompts that are kept, or a list of B lists of unequal length; ar begins
+                with <bos> where there are none. With `given`, int64 [B, max_length].
             max_length: tokens in all; the training length when absent.
-            num_steps: denoising steps; ar takes one a token.
-            temperature: divides the logits.
-            seed: of the draws.
+            given: bool [B, max_length], True where `input_ids` holds a token to keep: filling in.
+            seed: of the draws; a sequence depends on the seed and its place in the batch alone.
             batch_size: sequences to make when there is no prompt.
+            on_step: called after each step with its number and int64 [B, max_length], the tokens so far.
+            **settings: fields of `SamplingConfig`: sampler, num_steps, block_length, segment_length,
+                num_groups, temperature, top_p, greedy_tail, stop_at_eos.
 
         Returns:
             int64 [B, max_length].
         """
-        max_length = max_length or self.config.max_position_embeddings
-        if input_ids is None:
-            start = [[self.config.bos_token_id]] if self.config.family == "ar" else [[]]
-            input_ids = torch.tensor(start * batch_size, dtype=torch.int64, device=self.device)
-        if input_ids.shape[1] > max_length:
-            raise ValueError(f"input_ids: {input_ids.shape[1]} tokens exceed max_length {max_length}")
-        return sample(self, input_ids, max_length, num_steps, temperature, seed)
+        return generate(self, input_ids, max_length, given, seed, batch_size, on_step, settings)

@@ -1,0 +1,97 @@
+"""Which samplers a family has, and their settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_dlm.sampling.network import Process
+
+SamplerName = Literal["ancestral", "confidence", "block", "block-autoregressive", "left-to-right"]
+SAMPLERS: dict[str, tuple[str, ...]] = {
+    "ar": ("left-to-right",),
+    "mdlm": ("ancestral", "confidence", "block", "block-autoregressive", "left-to-right"),
+    "duo": ("ancestral", "left-to-right"),
+    "esolm": ("ancestral", "block", "block-autoregressive", "left-to-right"),
+    "block-diffusion": ("ancestral", "left-to-right"),
+}
+"""Of each family, its default first."""
+_USED_BY: dict[str, dict[str, tuple[str, ...]]] = {
+    # field -> family -> samplers that use it
+    "num_steps": dict.fromkeys(SAMPLERS, ("ancestral", "confidence", "block")),
+    "block_length": {"mdlm": ("ancestral", "confidence"), "duo": ("ancestral",)},
+    "segment_length": dict.fromkeys(SAMPLERS, ("block-autoregressive",)),
+    "num_groups": dict.fromkeys(SAMPLERS, ("block-autoregressive",)),
+}
+_DEFAULTS: dict[str, dict[str, int]] = {
+    "ancestral": {"num_steps": 64},
+    "confidence": {"num_steps": 64},
+    "block-autoregressive": {"num_groups": 1},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How tokens are sampled."""
+
+    sampler: SamplerName | None = None
+    """ancestral: the reverse process; confidence: most probable tokens first, the others masked again; block:
+    tokens num_steps apart together; block-autoregressive: groups of segments side by side; left-to-right: one
+    token at a time. None: ancestral, for ar left-to-right."""
+    num_steps: int | None = None
+    """Denoising steps of ancestral (64), confidence (64) and block; of each block where there are blocks."""
+    block_length: int | None = None
+    """Tokens of a block for ancestral and confidence, from left to right; None: all tokens at once."""
+    segment_length: int | None = None
+    """Tokens of a segment for block-autoregressive."""
+    num_groups: int | None = None
+    """Groups of segments for block-autoregressive (1)."""
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the most likely token."""
+    top_p: float = 1.0
+    """Probability mass of the most likely tokens that are kept, in (0, 1]."""
+    greedy_tail: bool = False
+    """Duo: take the most likely token in the last step."""
+    stop_at_eos: bool = False
+    """End a text with its first <eos> and fill up with <eos>; sequences that have ended cost nothing more."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "block_length", "segment_length", "num_groups"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: {value} is below 1")
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature: {self.temperature} is below 0")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: {self.top_p} is outside (0, 1]")
+
+    def resolved(self, process: Process) -> SamplingConfig:
+        """The same with the family's defaults in place of None.
+
+        Args:
+            process: the network's.
+
+        Returns:
+            Settings whose sampler and numbers are all given.
+
+        Raises:
+            ValueError: a sampler the family has not, or a field that the sampler does not use or lacks.
+        """
+        offered = SAMPLERS[process.family]
+        sampler = self.sampler or offered[0]
+        if sampler not in offered:
+            raise ValueError(
+                f"sampler: {sampler} is none of {process.family}, which has {', '.join(offered)}"
+            )
+        for name, users in _USED_BY.items():
+            if getattr(self, name) is not None and sampler not in users.get(process.family, ()):
+                raise ValueError(f"{name}: not used by sampler {sampler} of {process.family}")
+        if self.greedy_tail and process.family != "duo":
+            raise ValueError(f"greedy_tail: not used by {process.family}")
+        needed = {"block": "num_steps", "block-autoregressive": "segment_length"}.get(sampler)
+        if needed and getattr(self, needed) is None:
+            raise ValueError(f"{needed}: sampler {sampler} needs it")
+        defaults = {
+            name: value for name, value in _DEFAULTS.get(sampler, {}).items() if getattr(self, name) is None
+        }
+        return SamplingConfig(**vars(self) | {"sampler": sampler} | defaults)

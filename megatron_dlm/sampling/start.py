@@ -1,0 +1,78 @@
+"""What sampling starts from: tokens that are given and kept, of prompts or anywhere in the text.
+
+Shape legend: B sequences, L tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_dlm.sampling.network import Process
+
+
+@dataclass(frozen=True)
+class Start:
+    """Texts to fill in."""
+
+    ids_BL: Tensor
+    """int64 [B, L], anything where not given."""
+    given_BL: Tensor
+    """bool [B, L], True where a token is given and kept."""
+
+    def __post_init__(self) -> None:
+        if self.ids_BL.dtype != torch.int64 or self.ids_BL.shape != self.given_BL.shape:
+            raise ValueError(
+                f"prompt: {self.ids_BL.dtype} {tuple(self.ids_BL.shape)} instead of int64 [B, L]"
+            )
+
+
+def start_from(prompts: Sequence[Sequence[int]], length: int, process: Process) -> Start:
+    """Texts that begin with prompts, which may be of unequal length.
+
+    Args:
+        prompts: token ids; an empty one of ar begins with <bos>.
+        length: tokens in all.
+        process: the network's.
+
+    Returns:
+        Their start.
+
+    Raises:
+        ValueError: a prompt longer than `length`.
+    """
+    ids = np.full((len(prompts), length), process.mask_token_id, dtype=np.int64)
+    given = np.zeros((len(prompts), length), dtype=bool)
+    for row, prompt in enumerate(prompts):
+        tokens = list(prompt) or ([process.bos_token_id] if process.family == "ar" else [])
+        if len(tokens) > length:
+            raise ValueError(f"prompt {row}: {len(tokens)} tokens exceed the length {length}")
+        ids[row, : len(tokens)], given[row, : len(tokens)] = tokens, True
+    return Start(torch.from_numpy(ids), torch.from_numpy(given))
+
+
+def check_tokens(start: Start, process: Process) -> None:
+    """Refuse given tokens that the family cannot start from.
+
+    Args:
+        start: the batch.
+        process: the network's.
+
+    Raises:
+        ValueError: an id outside the vocabulary, the mask token, or gaps that ar would have to fill.
+    """
+    given = start.ids_BL[start.given_BL]
+    if bool(((given < 0) | (given >= process.vocab_size)).any()):
+        raise ValueError(f"prompt: a token is outside [0, {process.vocab_size})")
+    if bool((given == process.mask_token_id).any()):
+        raise ValueError(f"prompt: contains the mask token {process.mask_token_id}")
+    if process.family == "ar":
+        places = start.given_BL.long()
+        if not bool(places[:, 0].all()):
+            raise ValueError("prompt: ar needs at least its first token, for example <bos>")
+        if bool((places.diff(dim=1) > 0).any()):
+            raise ValueError("prompt: ar continues a text and cannot fill in gaps")

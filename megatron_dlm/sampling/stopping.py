@@ -1,0 +1,30 @@
+"""Sequences whose text has ended."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def finish_ended(ids_BL: Tensor, known_BL: Tensor, given_BL: Tensor, eos_token_id: int) -> Tensor:
+    """Fill a sequence with end tokens behind its first drawn one, once all before that is known.
+
+    Args:
+        ids_BL: int64 [B, L]; changed in place.
+        known_BL: bool [B, L], False where a token is still to come; changed in place.
+        given_BL: bool [B, L], True where a token was given and is kept.
+        eos_token_id: ends a text.
+
+    Returns:
+        bool [B], sequences that have ended.
+    """
+    places = torch.arange(ids_BL.shape[1], device=ids_BL.device)
+    length = ids_BL.shape[1]
+    ends_BL = (ids_BL == eos_token_id) & known_BL & ~given_BL
+    first_end_B = torch.where(ends_BL, places, length).amin(1)
+    first_unknown_B = torch.where(known_BL, length, places).amin(1)
+    ended_B = first_end_B < first_unknown_B
+    behind_BL = ended_B[:, None] & (places > first_end_B[:, None])
+    ids_BL.masked_fill_(behind_BL & ~given_BL, eos_token_id)
+    known_BL |= behind_BL
+    return ended_B
