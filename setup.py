@@ -31,6 +31,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_dlm", "megatron_dlm.*"]),
+    package_data={"megatron_dlm.evaluation": ["*.html"]},
     install_requires=[
         "torch>=2.6",
         "megatron-core==0.16.1",

@@ -38,6 +38,10 @@ TABLES = {
         "50,000 samples against the enumerated law of the sampler's own chain",
         ("test", "cells", "p-value", "p-value under a wrong law"),
     ),
+    "table: exports": (
+        "saved at 2 tensor x 2 pipeline parallel, exported, loaded by transformers in a process of its own",
+        ("family", "bound", "logits", "greedy trace, equal tokens"),
+    ),
     "table: resharding": (
         "saved at one layout, resumed at another: largest relative difference in the next 5 steps",
         ("saved", "resumed", "family", "loss", "gradient norm"),

@@ -18,7 +18,8 @@ from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveSt
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from torch import Tensor
 
-from megatron_dlm.checkpointing.optimizer_state import MAIN_WEIGHT, PREFIX, load_state, state_to_save
+from megatron_dlm.checkpointing.optimizer_state import load_state, state_to_save
+from megatron_dlm.checkpointing.pieces import TensorPieces, main_weight_key
 from megatron_dlm.checkpointing.safe_metadata import check_metadata
 from megatron_dlm.checkpointing.storage import CheckpointRoot, verify
 from megatron_dlm.checkpointing.writing import BACKEND, VERSION, SavePlans, ShareWriter
@@ -56,7 +57,7 @@ class PendingSave:
             root: the run's checkpoints, on storage that all ranks share.
             step: optimizer steps done.
             denoiser: this process's stage; may change as soon as this returns.
-            optimizer: megatron-core's; likewise.
+            optimizer: megatron-core's; likewise. None for weights that no run of ours has trained.
             parallel: this process's place.
             plans: kept from save to save of one run.
             records: JSON values by file name, written by rank 0.
@@ -72,10 +73,13 @@ class PendingSave:
         self._timeout_seconds = timeout_seconds
         try:
             state = _model_state(denoiser, parallel)
-            pieces = state_to_save(optimizer, _places(denoiser, state))
+            pieces: dict[str, TensorPieces] = {}
+            common_state: dict[str, Any] = {"content_metadata": {}}
+            if optimizer is not None:
+                pieces = state_to_save(optimizer, _places(denoiser, state))
+                common_state[OPTIMIZER_STEP] = distributed_optimizer.step_count(optimizer)
             weights, common = save_preprocess(
-                _without_sharded(denoiser, state)
-                | {OPTIMIZER_STEP: distributed_optimizer.step_count(optimizer), "content_metadata": {}},
+                _without_sharded(denoiser, state) | common_state,
                 validate_access_integrity=plans.agreed is None,
             )
             self._on_first_rank(lambda: _write_common(root.prepare(step), common))
@@ -191,7 +195,7 @@ def load_weights(
         if not isinstance(tensor, ShardedTensor):
             # An FP8 linear's scales, or nothing at other precisions.
             continue
-        main = f"{PREFIX}{MAIN_WEIGHT}.{tensor.key}"
+        main = main_weight_key(tensor.key)
         tensor.key = main if main in stored else tensor.key
         tensor.data = torch.empty(tensor.local_shape, dtype=torch.float32, device=parallel.device)
         tensor.dtype = torch.float32

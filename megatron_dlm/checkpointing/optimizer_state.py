@@ -15,25 +15,14 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner
-from torch import Size, Tensor
-from torch.distributed.checkpoint import (
-    ChunkStorageMetadata,
-    DefaultLoadPlanner,
-    FileSystemReader,
-    Metadata,
-    load,
-)
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, load
+from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.tensor import DTensor
 
-from megatron_dlm.interfaces import InputError
+from megatron_dlm.checkpointing.pieces import MAIN_WEIGHT, PREFIX, LoadPlanner, TensorPieces
 from megatron_dlm.platform import distributed_optimizer
 from megatron_dlm.platform.fully_sharded import local
-
-MAIN_WEIGHT = "fp32_param"
-PREFIX = "optimizer.state."
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Offset and size along each axis."""
@@ -69,55 +58,6 @@ def boxes(shape: Sequence[int], start: int, end: int) -> list[Box]:
     return found + (part_of_row(last, 0, taken) if taken else [])
 
 
-class TensorPieces:
-    """Boxes of one tensor that this rank has; torch calls the method with underscores to plan."""
-
-    def __init__(self, global_shape: Sequence[int]) -> None:
-        self._global_shape = Size(global_shape)
-        self._pieces: dict[tuple[int, ...], Tensor] = {}
-
-    def add(self, offset: tuple[int, ...], piece: Tensor) -> None:
-        """Take in a box.
-
-        Args:
-            offset: of its first element in the whole tensor.
-            piece: with as many axes as the whole tensor.
-        """
-        self._pieces[offset] = piece
-
-    def to_host(self) -> int:
-        """Copy the pieces from the GPU; returns their bytes."""
-        self._pieces = {offset: piece.cpu() for offset, piece in self._pieces.items()}
-        return sum(piece.nbytes for piece in self._pieces.values())
-
-    def __create_write_items__(self, name: str, pieces: TensorPieces) -> list[WriteItem]:
-        return [
-            WriteItem(
-                index=MetadataIndex(name, Size(offset)),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(
-                    chunk=ChunkStorageMetadata(Size(offset), piece.shape),
-                    properties=TensorProperties.create_from_tensor(piece),
-                    size=self._global_shape,
-                ),
-            )
-            for offset, piece in self._pieces.items()
-        ]
-
-    def chunks(self) -> list[ChunkStorageMetadata]:
-        """Where the pieces lie."""
-        return [ChunkStorageMetadata(Size(offset), piece.shape) for offset, piece in self._pieces.items()]
-
-    def at(self, offset: Sequence[int] | None) -> Tensor:
-        """The piece that was added with this offset."""
-        return self._pieces[tuple(offset or ())]
-
-    def fill_with_zeros(self) -> None:
-        """Set all elements of all pieces to 0."""
-        for piece in self._pieces.values():
-            piece.zero_()
-
-
 class SavePlanner(MCoreSavePlanner):
     """megatron-core's, which also finds pieces."""
 
@@ -125,33 +65,6 @@ class SavePlanner(MCoreSavePlanner):
         """What is to be written: a piece, or as the base class has it."""
         found = self.state_dict[index.fqn]
         return found.at(index.offset) if isinstance(found, TensorPieces) else super().lookup_object(index)
-
-
-class _LoadPlanner(DefaultLoadPlanner):
-    """torch's, of a state made of pieces."""
-
-    def set_up_planner(
-        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
-    ) -> None:
-        """Take the pieces as they are; the base class would drop what is no tensor."""
-        self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
-
-    def create_local_plan(self) -> LoadPlan:
-        """What to read: all that the checkpoint has of each piece."""
-        assert self.metadata is not None
-        stored = self.metadata.state_dict_metadata
-        items = []
-        for name, pieces in self.state_dict.items():
-            tensor = stored.get(name)
-            if not isinstance(tensor, TensorStorageMetadata):
-                raise InputError(f"checkpoint: has no tensor {name}")
-            items += create_read_items_for_chunk_list(name, tensor, pieces.chunks())
-        return LoadPlan(items)
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        """The piece to read into."""
-        piece: Tensor = self.state_dict[index.fqn].at(index.offset)
-        return piece
 
 
 def state_to_save(
@@ -183,7 +96,7 @@ def load_state(directory: Path, optimizer: Any, sharded: Mapping[torch.nn.Parame
     # What the checkpoint has not is padding that another layout did without.
     for pieces in wanted.values():
         pieces.fill_with_zeros()
-    load(wanted, storage_reader=FileSystemReader(directory), planner=_LoadPlanner())
+    load(wanted, storage_reader=FileSystemReader(directory), planner=LoadPlanner())
 
 
 def _collect(

@@ -49,7 +49,8 @@ class CheckpointConfig:
     objective stays of the same family."""
     initialize_from: Path | None = None
     """Checkpoint whose weights start a new run with fresh optimizer, schedule, data and step 0: a
-    step-NNNNNNNN directory, or a Lightning .ckpt file of the paper's code."""
+    step-NNNNNNNN directory, a folder that `megatron-dlm export` made, or a Lightning .ckpt file of the
+    paper's code."""
 
     def __post_init__(self) -> None:
         if self.save_every < 1:

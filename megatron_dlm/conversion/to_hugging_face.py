@@ -1,34 +1,40 @@
-"""A loaded model as a Hugging Face folder: safetensors, remote code, tokenizer, fixed-noise check."""
+"""A checkpoint as a Hugging Face folder: safetensors, remote code, tokenizer, model card.
+
+Tensors are read and written a file at a time, in one process, so no model is ever whole in memory.
+"""
 
 from __future__ import annotations
 
+import math
 import shutil
-from dataclasses import dataclass, replace
-from importlib import resources
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from huggingface_hub import save_torch_state_dict
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_dlm.data.encoders import LoadedTokenizer
+from megatron_dlm.conversion.remote_code import MODEL, file_name, remote_code
 from megatron_dlm.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE
-from megatron_dlm.interfaces import InputError, ModelInputs, Targets, Vocabulary
+from megatron_dlm.interfaces import InputError, Vocabulary
 from megatron_dlm.models.config import LAYER_NORM_EPSILON, ROTARY_BASE, ModelConfig
-from megatron_dlm.models.denoiser import Denoiser
-from megatron_dlm.models.weight_layout import weight_places
-from megatron_dlm.objectives.base import Objective, ObjectiveConfig
-from megatron_dlm.platform.files import write_json
-from megatron_dlm.platform.parallel import ParallelState
+from megatron_dlm.objectives.base import ObjectiveConfig
+from megatron_dlm.platform.files import commit, flush_to_disk, write_json
 
-REMOTE_CODE = tuple(
-    f"{part}_megatron_dlm.py" for part in ("configuration", "modeling", "noise", "likelihood", "generation")
-)
-CHECK_TENSORS, CHECK_RECORD = "check.safetensors", "check.json"
-CHECK_LOGIT_POSITIONS = 16
-MAX_SHARD_SIZE = "5GB"
+ExportDtype = Literal["fp32", "bf16", "fp16"]
+DTYPES: dict[ExportDtype, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+CONFIG, INDEX, RUN = "config.json", "model.safetensors.index.json", "megatron_dlm_run.json"
+GENERATION = "generation_config.json"
+REPORT = "export_report.json"
+WEIGHT_FILES = "model{suffix}.safetensors"
 
 _CARD = """---
 library_name: transformers
@@ -36,7 +42,8 @@ tags: [diffusion-language-model]
 ---
 # {family} language model
 
-{parameters:,} parameters, {steps:,} training steps, trained with megatron_dlm.
+{parameters:,} parameters ({dtype}), {steps:,} training steps of {batch:,} x {length:,} tokens, trained with
+megatron_dlm.
 
 ```python
 from transformers import AutoModel, AutoTokenizer
@@ -45,35 +52,48 @@ model = AutoModel.from_pretrained(PATH, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(PATH)
 print(tokenizer.decode(model.generate(max_length={length})[0], skip_special_tokens=True))
 ```
-`model.nll(ids)` gives the negative log-likelihood bound in nats, `model(ids).logits` the logits.
-`{check_record}` and `{check_tensors}` hold a batch with fixed noise and the trained model's bound on it.
+`model.nll(ids)` gives the negative log-likelihood bound in nats and `model(ids).logits` the logits;
+`help(model.generate)` lists the samplers. `{report}` tells how these weights were compared with the trained
+model, and `python verify_megatron_dlm.py` in this folder repeats it.
+
+| | |
+|---|---|
+{facts}
+
+No stock architecture of transformers fits exactly, for any family: the head has a bias and never predicts
+the mask token.
 """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExportSource:
-    """A whole model on this process, with what describes it."""
+    """A checkpoint and what describes it."""
 
-    denoiser: Denoiser
-    parallel: ParallelState
+    read: Callable[[Sequence[str]], dict[str, Tensor]]
+    """Whole float32 tensors by public name."""
+    shapes: dict[str, tuple[int, ...]]
+    """Of all tensors by public name."""
+    model: ModelConfig
+    vocabulary: Vocabulary
     objective: ObjectiveConfig
-    tokenizer: LoadedTokenizer
+    tokenizer: Path
+    """Hugging Face tokenizer directory."""
     seq_length: int
-    head_rows_per_chunk: int
+    batch_size: int
     steps: int
+    record: dict[str, Any]
+    """The run's record, from which an import makes a checkpoint again."""
 
 
-def export(
-    source: ExportSource, inputs: ModelInputs, targets: Targets, output: Path, dtype: torch.dtype
-) -> None:
-    """Write the folder; it appears at `output` only when complete.
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A directory to fill, which appears at `output` once the block has ended without an error.
 
     Args:
-        source: model on one process (tensor and pipeline parallel size 1).
-        inputs: noisy batch of the fixed-noise check.
-        targets: its targets.
         output: must not exist.
-        dtype: of the exported weights.
+
+    Yields:
+        The directory.
 
     Raises:
         InputError: `output` exists.
@@ -83,23 +103,49 @@ def export(
     temporary = output.with_name(output.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    default_mode = temporary.stat().st_mode & 0o666
     try:
-        state = public_state(source.denoiser, source.parallel, dtype)
-        save_torch_state_dict(state, temporary, max_shard_size=MAX_SHARD_SIZE, metadata={"format": "pt"})
-        write_json(temporary / "config.json", _config(source, dtype))
-        _copy_files(source, temporary, parameters=sum(tensor.numel() for tensor in state.values()))
-        _write_check(source, inputs, targets, temporary)
-        temporary.rename(output)
+        yield temporary
+        for path in temporary.iterdir():
+            # safetensors makes files that nobody else may read.
+            path.chmod(default_mode)
+            flush_to_disk(path)
+        commit(temporary, output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def public_state(denoiser: Denoiser, parallel: ParallelState, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Full tensors by public name from a model on one process."""
-    return {
-        place.name: place.join([place.parameter.detach()]).to(dtype).contiguous()
-        for place in weight_places(denoiser, parallel)
-    }
+def write_folder(source: ExportSource, directory: Path, dtype: ExportDtype, max_shard_size: str) -> None:
+    """Write all but what proves it.
+
+    Args:
+        source: to export.
+        directory: empty.
+        dtype: of the weights.
+        max_shard_size: of a weight file, for example "5GB".
+    """
+    _write_weights(source, directory, DTYPES[dtype], max_shard_size)
+    write_json(directory / CONFIG, _config(source, DTYPES[dtype]))
+    write_json(directory / GENERATION, _generation_config(source))
+    write_json(directory / RUN, source.record)
+    for name, text in remote_code().items():
+        (directory / name).write_text(text, encoding="utf-8")
+    for name in (TOKENIZER_FILE, CONFIG_FILE):
+        shutil.copyfile(source.tokenizer / name, directory / name)
+
+
+def _write_weights(source: ExportSource, directory: Path, dtype: torch.dtype, max_shard_size: str) -> None:
+    plan = split_state_dict_into_shards_factory(
+        source.shapes,
+        get_storage_size=lambda shape: math.prod(shape) * dtype.itemsize,
+        filename_pattern=WEIGHT_FILES,
+        max_shard_size=max_shard_size,
+    )
+    for name, tensors in plan.filename_to_tensors.items():
+        state = {key: tensor.to(dtype).contiguous() for key, tensor in source.read(tensors).items()}
+        save_file(state, directory / name, metadata={"format": "pt"})
+    if plan.is_sharded:
+        write_json(directory / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
 
 
 def hugging_face_fields(
@@ -126,66 +172,55 @@ def hugging_face_fields(
 
 
 def _config(source: ExportSource, dtype: torch.dtype) -> dict[str, Any]:
-    configuration, modeling = (name.removesuffix(".py") for name in REMOTE_CODE[:2])
+    configuration, modeling = (file_name(f"{MODEL}.{p}_megatron_dlm") for p in ("configuration", "modeling"))
     model_class = f"{modeling}.MegatronDlmModel"
+    head = "AutoModelForCausalLM" if source.objective.name == "ar" else "AutoModelForMaskedLM"
+    name = str(dtype).removeprefix("torch.")
     return {
         "architectures": ["MegatronDlmModel"],
         "model_type": "megatron_dlm",
         "auto_map": {
             "AutoConfig": f"{configuration}.MegatronDlmConfig",
             "AutoModel": model_class,
-            "AutoModelForMaskedLM": model_class,
+            head: model_class,
         },
-        "dtype": str(dtype).removeprefix("torch."),
+        # The same by the name that transformers 5 uses and by the one before.
+        "dtype": name,
+        "torch_dtype": name,
         "max_position_embeddings": source.seq_length,
         "tie_word_embeddings": False,
-        **hugging_face_fields(source.denoiser.model, source.denoiser.vocabulary, source.objective),
+        **hugging_face_fields(source.model, source.vocabulary, source.objective),
     }
 
 
-def _copy_files(source: ExportSource, directory: Path, *, parameters: int) -> None:
-    for name in REMOTE_CODE:
-        code = resources.files("megatron_dlm.conversion.hugging_face_model").joinpath(name)
-        (directory / name).write_text(code.read_text(encoding="utf-8"), encoding="utf-8")
-    for name in (TOKENIZER_FILE, CONFIG_FILE):
-        shutil.copyfile(source.tokenizer.path / name, directory / name)
+def _generation_config(source: ExportSource) -> dict[str, Any]:
+    return {
+        "bos_token_id": source.vocabulary.bos_token_id,
+        "eos_token_id": source.vocabulary.eos_token_id,
+        "max_length": source.seq_length,
+        "do_sample": True,
+        "temperature": 1.0,
+        "top_p": 1.0,
+    }
+
+
+def write_card(source: ExportSource, directory: Path, dtype: ExportDtype, facts: dict[str, str]) -> None:
+    """Write the model card.
+
+    Args:
+        source: that was exported.
+        directory: of the export.
+        dtype: of the weights.
+        facts: rows of its table.
+    """
     card = _CARD.format(
         family=source.objective.name,
-        parameters=parameters,
+        parameters=sum(map(math.prod, source.shapes.values())),
+        dtype=dtype,
         steps=source.steps,
+        batch=source.batch_size,
         length=source.seq_length,
-        check_record=CHECK_RECORD,
-        check_tensors=CHECK_TENSORS,
+        report=REPORT,
+        facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
     )
     (directory / "README.md").write_text(card, encoding="utf-8")
-
-
-@torch.no_grad()
-def _write_check(source: ExportSource, inputs: ModelInputs, targets: Targets, directory: Path) -> None:
-    """A noisy batch, some logits and the bound the trained model gives: what a reload must reproduce."""
-    objective: Objective = source.objective.build(source.denoiser.vocabulary)
-    head = source.denoiser.head
-    losses = head.losses(
-        source.denoiser(inputs),
-        targets,
-        objective.loss_and_dlogits,
-        rows_per_chunk=source.head_rows_per_chunk,
-    )
-    one = replace(
-        inputs,
-        token_ids_BL=inputs.token_ids_BL[:1],
-        position_ids_BL=inputs.position_ids_BL[:1],
-        sigma_B=inputs.sigma_B[:1],
-    )
-    tensors = {
-        "input_ids": inputs.token_ids_BL,
-        "target_ids": targets.clean_BL,
-        "weights": targets.bound_weight_BL,
-        "sigma": inputs.sigma_B,
-        "position_ids": inputs.position_ids_BL.contiguous(),
-        "logits": source.denoiser.logits(one)[:, :CHECK_LOGIT_POSITIONS].contiguous(),
-    }
-    if inputs.attention_mask is not None:
-        tensors["visible_mask"] = inputs.attention_mask[0, 0].contiguous()
-    save_file(tensors, directory / CHECK_TENSORS)
-    write_json(directory / CHECK_RECORD, {"nats_per_token": float(losses.bound) / targets.token_count})

@@ -7,7 +7,7 @@ over tensor parallel ranks; `WeightPlace` goes both ways.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -64,7 +64,7 @@ def weight_places(denoiser: Denoiser | ChunkedDenoiser, parallel: ParallelState)
 
 
 def local_tensors(
-    state: dict[str, Tensor], denoiser: Denoiser | ChunkedDenoiser, parallel: ParallelState
+    state: Mapping[str, Tensor], denoiser: Denoiser | ChunkedDenoiser, parallel: ParallelState
 ) -> dict[nn.Parameter, Tensor]:
     """This process's part of full tensors.
 
@@ -143,6 +143,31 @@ def _public_name(local_name: str, denoiser: Denoiser) -> str:
     _, _, index, inner = module.split(".", 3)
     layer_number = denoiser.block.layers[int(index)].layer_number
     return f"blocks.{layer_number - 1}.{_LAYER_PREFIXES[inner]}.{kind}"
+
+
+def stored_place(name: str) -> tuple[str, int | None]:
+    """Where a checkpoint has a tensor: its key and, where layers lie stacked along the first axis, which.
+
+    Args:
+        name: public.
+
+    Returns:
+        Key of the whole tensor, padding included, and the layer's index or None.
+    """
+    module, _, kind = name.rpartition(".")
+    if name in _PREFIXES.values():
+        return next(local for local, public in _PREFIXES.items() if public == name), None
+    for local, public in _PREFIXES.items():
+        if public == module:
+            return f"{local}.{kind}", None
+    _, index, inner = module.split(".", 2)
+    local = next(local for local, public in _LAYER_PREFIXES.items() if public == inner)
+    return f"block.layers.{local}.{kind}", int(index)
+
+
+def from_stored(name: str, tensor: Tensor, num_attention_heads: int) -> Tensor:
+    """A public tensor from the unpadded part of what a checkpoint has, whose heads lie one by one."""
+    return _qkv_by_kind(tensor, num_attention_heads) if name.endswith("attn_qkv.weight") else tensor
 
 
 def _transfer(name: str, model: ModelConfig, vocabulary_size: int, rank: int, size: int) -> tuple[Cut, Join]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -20,6 +21,8 @@ from megatron_dlm.training.run_lock import RunLock
 from megatron_dlm.training.stop_signals import StopSignals
 
 REFERENCE_SUFFIX = ".ckpt"
+EXPORT_CONFIG = "config.json"
+"""Marks an exported folder."""
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,13 +67,15 @@ def read_run_record(checkpoint: Path) -> RunRecord:
 
 
 @dataclasses.dataclass(frozen=True)
-class ReferenceStart:
-    """A checkpoint of the paper's code to take the weights from."""
+class OutsideStart:
+    """Weights that no run of this package has saved: of the paper's code, or an exported folder."""
 
     directory: Path
-    """The `.ckpt` file."""
-    state: dict[str, Tensor]
-    """Full tensors by public name; mapped from the file, not read yet."""
+    """The `.ckpt` file or the folder."""
+    state: Mapping[str, Tensor]
+    """Full tensors by public name, not read yet."""
+    check: Callable[[], None] = lambda: None
+    """Reads them all and refuses damaged ones."""
 
 
 def checkpoint_root(config: RunConfig) -> CheckpointRoot:
@@ -118,7 +123,7 @@ def train(config: RunConfig) -> bool:
     return progress.step >= config.training.num_steps
 
 
-def _find_start(config: RunConfig, data: RunData) -> RunRecord | ReferenceStart | None:
+def _find_start(config: RunConfig, data: RunData) -> RunRecord | OutsideStart | None:
     """The checkpoint to start from, checked against this run; None for a run from scratch."""
     complete = checkpoint_root(config).complete()
     source = complete[-1] if complete else config.checkpoint.initialize_from
@@ -127,7 +132,9 @@ def _find_start(config: RunConfig, data: RunData) -> RunRecord | ReferenceStart 
     if source.suffix == REFERENCE_SUFFIX:
         from megatron_dlm.conversion.reference_checkpoints import read_reference_checkpoint
 
-        return ReferenceStart(source, read_reference_checkpoint(source, config.model, data.vocabulary))
+        return OutsideStart(source, read_reference_checkpoint(source, config.model, data.vocabulary))
+    if (source / EXPORT_CONFIG).is_file():
+        return _exported_start(source, config, data)
     try:
         record = read_run_record(source)
     except InputError as error:
@@ -139,6 +146,11 @@ def _find_start(config: RunConfig, data: RunData) -> RunRecord | ReferenceStart 
     _refuse_change(record, "model", record.config.model, config.model)
     _refuse_change(record, "vocabulary", record.vocabulary, data.vocabulary)
     saved, asked = record.config, config
+    if complete and read_json(record.directory / "progress.json").get("imported"):
+        raise InputError(
+            f"directory: {record.directory} holds imported weights, no optimizer; take another --directory "
+            f"and --checkpoint.initialize-from {record.directory}"
+        )
     fixed: dict[str, tuple[Any, Any]] = {
         "data.tokenizer": (record.tokenizer_fingerprint, data.tokenizer_fingerprint)
     }
@@ -161,7 +173,26 @@ def _find_start(config: RunConfig, data: RunData) -> RunRecord | ReferenceStart 
     return record
 
 
-def _agree_on_start(start: RunRecord | ReferenceStart | None, parallel: ParallelState) -> None:
+def _exported_start(source: Path, config: RunConfig, data: RunData) -> OutsideStart:
+    """An exported folder whose shape and vocabulary are this run's."""
+    from megatron_dlm.conversion.from_hugging_face import ExportedFolder
+
+    try:
+        folder = ExportedFolder(source)
+        folder.refuse_other(config.model, data.vocabulary, config.objective)
+    except InputError as error:
+        raise InputError(f"checkpoint.initialize_from: {error}") from error
+    fingerprint = folder.tokenizer_fingerprint
+    if fingerprint != data.tokenizer_fingerprint and "data.tokenizer" not in config.checkpoint.allow_changed:
+        raise InputError(
+            f"data.tokenizer: {data.tokenizer_fingerprint} differs from {fingerprint} in {source}; "
+            "--checkpoint.allow-changed data.tokenizer goes on all the same"
+        )
+    weights = folder.weights(folder.shapes(config.model, data.vocabulary))
+    return OutsideStart(source, weights, folder.refuse_altered_weights)
+
+
+def _agree_on_start(start: RunRecord | OutsideStart | None, parallel: ParallelState) -> None:
     """Refuse to go on where ranks see different checkpoints, as on storage they do not share."""
     mine = None if start is None else str(start.directory.resolve())
     first = on_first_rank(parallel, lambda: mine)
@@ -185,7 +216,7 @@ def _mismatch(record: RunRecord, name: str, saved: Any, asked: Any, *, changeabl
     raise InputError(f"{name}: {asked} differs from {saved} in checkpoint {record.directory}{hint}")
 
 
-def _restore(session: Session, start: RunRecord | ReferenceStart | None) -> Progress:
+def _restore(session: Session, start: RunRecord | OutsideStart | None) -> Progress:
     """Load what `start` holds: everything for this run's own checkpoint, weights alone for another's."""
     from megatron_dlm.checkpointing.manager import PROGRESS_RECORD, load, load_weights, verify_on_all_ranks
     from megatron_dlm.models.weight_layout import local_tensors
@@ -195,7 +226,8 @@ def _restore(session: Session, start: RunRecord | ReferenceStart | None) -> Prog
     if start is None:
         return Progress()
     denoiser, parallel = session.denoiser, session.parallel
-    if isinstance(start, ReferenceStart):
+    if isinstance(start, OutsideStart):
+        on_first_rank(parallel, start.check)
         set_weights(session.optimizer, local_tensors(start.state, denoiser, parallel))
         return Progress()
     if start.directory.parent != checkpoint_root(session.config).path:

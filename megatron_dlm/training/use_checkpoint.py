@@ -1,4 +1,4 @@
-"""Opening a checkpoint for use: evaluation and export."""
+"""Opening a checkpoint for use, and its bound on held-out data."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from megatron_dlm.checkpointing.storage import read_json
-from megatron_dlm.interfaces import InputError, TokenBatch
+from megatron_dlm.interfaces import InputError
 from megatron_dlm.models.config import Precision
 from megatron_dlm.platform.launch import detect_environment
 from megatron_dlm.platform.parallel import ParallelConfig, ParallelState, start_parallel, stop_parallel
@@ -17,7 +16,6 @@ from megatron_dlm.training.run import RunRecord, read_run_record
 from megatron_dlm.training.run_config import EvaluationConfig, check_run
 
 if TYPE_CHECKING:
-    from megatron_dlm.data.encoders import LoadedTokenizer
     from megatron_dlm.data.loader import DataConfig
     from megatron_dlm.data.shard import Shard
     from megatron_dlm.evaluation.likelihood import Likelihood
@@ -107,7 +105,7 @@ def evaluate_checkpoint(
         data=held_out,
     )
     check_run(config, detect_environment().world_size)
-    shard, shards = _open_held_out(record, data, held_out)
+    shard, shards = open_held_out(record, data, held_out)
     if shards.has_prompts:
         config.objective.check_prompts(training=False)
     with open_checkpoint(record, parallel_config, config.training.precision) as opened:
@@ -122,96 +120,20 @@ def evaluate_checkpoint(
         return validation.run(evaluation), opened.parallel.rank == 0
 
 
-def export_checkpoint(
-    record: RunRecord,
-    tokenizer: LoadedTokenizer,
-    data: str,
-    output: Path,
-    dtype: Literal["fp32", "bf16", "fp16"],
-    check_samples: int,
-) -> None:
-    """Write one checkpoint as a Hugging Face folder, on one process.
+def open_held_out(record: RunRecord, data: str, config: DataConfig) -> tuple[Shard, BlendedShards]:
+    """The shard at `data`, which the model's tokenizer must have made, and its rows.
 
     Args:
         record: of the checkpoint.
-        tokenizer: the one the data was indexed with.
-        data: prefix of a shard for the fixed-noise check.
-        output: folder to make.
-        dtype: of the exported weights.
-        check_samples: sequences of the fixed-noise check.
+        data: prefix or URL of the shard.
+        config: how it is read.
+
+    Returns:
+        Both.
+
+    Raises:
+        InputError: unreadable, or made by another tokenizer.
     """
-    import numpy as np
-    import torch
-
-    _require_one_process()
-    # Document masks are the data's, not the model's.
-    _, shards = _open_held_out(
-        record, data, replace(record.config.data, document_mask=False, drop_long_records=True)
-    )
-    with open_checkpoint(record, ParallelConfig(), "fp32") as opened:
-        from megatron_dlm.checkpointing.manager import PROGRESS_RECORD
-        from megatron_dlm.conversion.to_hugging_face import ExportSource, export
-        from megatron_dlm.objectives.base import CorruptionContext
-        from megatron_dlm.platform.rng import NoiseSource
-
-        positions = np.arange(check_samples, dtype=np.int64)
-        context = CorruptionContext(
-            noise=NoiseSource(record.config.training.seed, "export"),
-            step=0,
-            batch_start=0,
-            global_batch_size=check_samples,
-            training=False,
-        )
-        (blocks,) = shards.rows.values()
-        batch = TokenBatch(
-            token_ids=torch.from_numpy(blocks.read(positions % blocks.num_rows)), sample_indices=positions
-        )
-        objective = record.config.objective.build(record.vocabulary)
-        # Where a family has parts, one of them shows the weights as well as all.
-        inputs, targets = objective.corrupt(objective.split(batch, context)[0], context)
-        source = ExportSource(
-            denoiser=opened.denoiser,
-            parallel=opened.parallel,
-            objective=record.config.objective,
-            tokenizer=tokenizer,
-            seq_length=record.config.data.seq_length,
-            head_rows_per_chunk=record.config.training.head_rows_per_chunk,
-            steps=int(read_json(record.directory / PROGRESS_RECORD)["step"]),
-        )
-        dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-        export(source, inputs, targets, output, dtypes[dtype])
-
-
-def export_reference_checkpoint(record: RunRecord, output: Path) -> None:
-    """Write one checkpoint's weights as the paper's code loads them, on one process.
-
-    Args:
-        record: of the checkpoint.
-        output: `.ckpt` file to make.
-    """
-    import torch
-
-    _require_one_process()
-    with open_checkpoint(record, ParallelConfig(), "fp32") as opened:
-        from megatron_dlm.checkpointing.manager import PROGRESS_RECORD
-        from megatron_dlm.conversion.reference_checkpoints import write_reference_checkpoint
-        from megatron_dlm.conversion.to_hugging_face import public_state
-
-        state = public_state(opened.denoiser, opened.parallel, torch.float32)
-        step = int(read_json(record.directory / PROGRESS_RECORD)["step"])
-        write_reference_checkpoint(state, output, record.config.model, step)
-
-
-def _require_one_process() -> None:
-    world_size = detect_environment().world_size
-    if world_size != 1:
-        raise InputError(
-            f"export: started on {world_size} processes; it takes one, whatever the layout saved"
-        )
-
-
-def _open_held_out(record: RunRecord, data: str, config: DataConfig) -> tuple[Shard, BlendedShards]:
-    """The shard at `data`, which the model's tokenizer must have made, and its rows."""
     from megatron_dlm.training.run_data import held_out_rows
 
     shard, shards = held_out_rows(data, config)

@@ -1,0 +1,103 @@
+"""Boxes of whole tensors, as torch's distributed checkpoints hold and read them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Size, Tensor
+from torch.distributed.checkpoint import ChunkStorageMetadata, DefaultLoadPlanner, Metadata
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from megatron_dlm.interfaces import InputError
+
+MAIN_WEIGHT = "fp32_param"
+PREFIX = "optimizer.state."
+
+
+def main_weight_key(key: str) -> str:
+    """Where a checkpoint has the optimizer's fp32 weights of a tensor, if its parameters are not fp32."""
+    return f"{PREFIX}{MAIN_WEIGHT}.{key}"
+
+
+class TensorPieces:
+    """Boxes of one tensor that this rank has; torch calls the method with underscores to plan."""
+
+    def __init__(self, global_shape: Sequence[int] = ()) -> None:
+        """Have none yet.
+
+        Args:
+            global_shape: of the whole tensor; for reading it need not be known.
+        """
+        self._global_shape = Size(global_shape)
+        self._pieces: dict[tuple[int, ...], Tensor] = {}
+
+    def add(self, offset: tuple[int, ...], piece: Tensor) -> None:
+        """Take in a box.
+
+        Args:
+            offset: of its first element in the whole tensor.
+            piece: with as many axes as the whole tensor.
+        """
+        self._pieces[offset] = piece
+
+    def to_host(self) -> int:
+        """Copy the pieces from the GPU; returns their bytes."""
+        self._pieces = {offset: piece.cpu() for offset, piece in self._pieces.items()}
+        return sum(piece.nbytes for piece in self._pieces.values())
+
+    def __create_write_items__(self, name: str, pieces: TensorPieces) -> list[WriteItem]:
+        return [
+            WriteItem(
+                index=MetadataIndex(name, Size(offset)),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(
+                    chunk=ChunkStorageMetadata(Size(offset), piece.shape),
+                    properties=TensorProperties.create_from_tensor(piece),
+                    size=self._global_shape,
+                ),
+            )
+            for offset, piece in self._pieces.items()
+        ]
+
+    def chunks(self) -> list[ChunkStorageMetadata]:
+        """Where the pieces lie."""
+        return [ChunkStorageMetadata(Size(offset), piece.shape) for offset, piece in self._pieces.items()]
+
+    def at(self, offset: Sequence[int] | None) -> Tensor:
+        """The piece that was added with this offset."""
+        return self._pieces[tuple(offset or ())]
+
+    def fill_with_zeros(self) -> None:
+        """Set all elements of all pieces to 0."""
+        for piece in self._pieces.values():
+            piece.zero_()
+
+
+class LoadPlanner(DefaultLoadPlanner):
+    """torch's, of a state made of pieces."""
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        """Take the pieces as they are; the base class would drop what is no tensor."""
+        self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
+
+    def create_local_plan(self) -> LoadPlan:
+        """What to read: all that the checkpoint has of each piece."""
+        assert self.metadata is not None
+        stored = self.metadata.state_dict_metadata
+        items = []
+        for name, pieces in self.state_dict.items():
+            tensor = stored.get(name)
+            if not isinstance(tensor, TensorStorageMetadata):
+                raise InputError(f"checkpoint: has no tensor {name}")
+            items += create_read_items_for_chunk_list(name, tensor, pieces.chunks())
+        return LoadPlan(items)
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        """The piece to read into."""
+        piece: Tensor = self.state_dict[index.fqn].at(index.offset)
+        return piece

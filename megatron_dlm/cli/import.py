@@ -1,0 +1,52 @@
+"""`megatron-dlm import SOURCE OUTPUT`: a Hugging Face folder or a .ckpt becomes a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from megatron_dlm.cli.arguments import parse
+from megatron_dlm.interfaces import InputError
+
+REFERENCE_SUFFIX = ".ckpt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportConfig:
+    """Write weights as a checkpoint that any layout loads; no code beside the weights is run.
+
+    SOURCE is a folder that `megatron-dlm export` made, or a Lightning .ckpt of the paper's code, which needs
+    --recipe and --tokenizer. Training starts from either, and from the result, with
+    --checkpoint.initialize-from.
+    """
+
+    source: Annotated[Path, tyro.conf.Positional]
+    """Exported folder or .ckpt file."""
+    output: Annotated[Path, tyro.conf.Positional]
+    """Directory to make; the checkpoint is in its checkpoints/."""
+    recipe: Path | None = None
+    """Of a .ckpt: recipe file whose model and objective it has."""
+    tokenizer: Path | None = None
+    """Of a .ckpt: directory of the model's tokenizer."""
+
+
+def run(arguments: list[str]) -> int:
+    """Parse, import, report; returns the exit code."""
+    config = parse(ImportConfig, arguments, verb="import")
+    from megatron_dlm.training.import_weights import import_weights, read_folder, read_reference
+    from megatron_dlm.training.run_config import load_recipe
+
+    if config.source.suffix == REFERENCE_SUFFIX:
+        if config.recipe is None or config.tokenizer is None:
+            raise InputError("recipe, tokenizer: a .ckpt says neither shape nor vocabulary; give both")
+        imported = read_reference(config.source, load_recipe(config.recipe), config.tokenizer)
+    else:
+        if config.recipe is not None or config.tokenizer is not None:
+            raise InputError("recipe, tokenizer: an exported folder has its own")
+        imported = read_folder(config.source)
+    checkpoint = import_weights(imported, config.output)
+    print(f"{checkpoint}: {imported.config.objective.name} weights, fp32")
+    return 0

@@ -1,0 +1,211 @@
+"""Reading an exported folder: weights by name, and what its configuration says. No code in it is run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_dlm.conversion.to_hugging_face import CONFIG, INDEX, REPORT, RUN, hugging_face_fields
+from megatron_dlm.data.tokenizer import TOKENIZER_FILE
+from megatron_dlm.interfaces import InputError, Vocabulary
+from megatron_dlm.models.config import ModelConfig
+from megatron_dlm.models.weight_layout import public_shapes
+from megatron_dlm.objectives.base import ObjectiveConfig
+from megatron_dlm.platform.files import sha256_of
+
+MODEL_TYPE = "megatron_dlm"
+SINGLE_FILE = "model.safetensors"
+LARGEST_JSON_BYTES = 64 << 20
+WEIGHT_SUFFIX = ".safetensors"
+FLOATS = ("F32", "BF16", "F16")
+PICKLE_STARTS = (b"PK", b"\x80")
+"""First bytes of torch.save's archives and of plain pickles."""
+
+
+class ExportedFolder:
+    """One folder, checked on opening as far as that goes without reading the weights."""
+
+    def __init__(self, path: Path) -> None:
+        """Open.
+
+        Args:
+            path: directory that `megatron-dlm export` or transformers' save_pretrained has written.
+
+        Raises:
+            InputError: no such folder, another architecture, weights in pickles or elsewhere, or files that
+                are not those of its report.
+        """
+        self.path = path
+        if not (path / CONFIG).is_file():
+            raise self._complaint(f"has no {CONFIG}")
+        self.config = self._json(CONFIG)
+        if (found := self.config.get("model_type")) != MODEL_TYPE:
+            raise self._complaint(f"{CONFIG}: model_type {found!r} is not {MODEL_TYPE!r}")
+        self._files = self._weight_files()
+        self._refuse_altered()
+
+    def _complaint(self, what: str) -> InputError:
+        return InputError(f"{self.path}: {what}")
+
+    def _json(self, name: str) -> dict[str, Any]:
+        path = self._inside(name)
+        try:
+            if path.stat().st_size > LARGEST_JSON_BYTES:
+                raise self._complaint(f"{name}: more than {LARGEST_JSON_BYTES:,} bytes")
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise self._complaint(f"{name}: unreadable: {error}") from error
+        if not isinstance(data, dict):
+            raise self._complaint(f"{name}: holds a {type(data).__name__}, not an object")
+        return data
+
+    def _inside(self, name: object) -> Path:
+        """A regular file of the folder itself."""
+        if not isinstance(name, str) or Path(name).name != name:
+            raise self._complaint(f"points at {name!r}, not at a file in it")
+        path = self.path / name
+        if path.is_symlink():
+            raise self._complaint(f"{name}: a symbolic link; copy the folder with its files")
+        if not path.is_file():
+            raise self._complaint(f"has no {name}")
+        return path
+
+    def _weight_files(self) -> dict[str, Path]:
+        """Path of each file by tensor name."""
+        if (self.path / INDEX).exists():
+            weights = self._json(INDEX).get("weight_map")
+            if not isinstance(weights, dict):
+                raise self._complaint(f"{INDEX}: has no weight_map")
+            files = {name: self._inside(file) for name, file in weights.items()}
+            for file in sorted(set(files.values())):
+                held = self._names_in(file)
+                for name in sorted({n for n, f in files.items() if f == file} ^ held):
+                    raise self._complaint(f"tensor {name}: {INDEX} and {file.name} disagree")
+            return files
+        if not (self.path / SINGLE_FILE).exists():
+            found = [p.name for p in sorted(self.path.glob("*.bin"))]
+            pickles = f"; {found[0]} is a pickle, which is not read" if found else ""
+            raise self._complaint(f"has no {SINGLE_FILE}{pickles}")
+        file = self._inside(SINGLE_FILE)
+        return dict.fromkeys(sorted(self._names_in(file)), file)
+
+    def _names_in(self, file: Path) -> set[str]:
+        with file.open("rb") as opened:
+            start = opened.read(2)
+        if any(start.startswith(first) for first in PICKLE_STARTS):
+            raise self._complaint(f"{file.name}: a pickle under another name; refused")
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                return set(tensors.keys())
+        except (SafetensorError, OSError) as error:
+            raise self._complaint(f"{file.name}: unreadable: {error}") from error
+
+    def _refuse_altered(self) -> None:
+        """Compare code and configuration with the report, if there is one."""
+        self._refuse_unlike(lambda name: not name.endswith(WEIGHT_SUFFIX))
+
+    def refuse_altered_weights(self) -> None:
+        """Compare the weights with the report, if there is one; reads all of them.
+
+        Raises:
+            InputError: a file is not the one that was verified.
+        """
+        self._refuse_unlike(lambda name: name.endswith(WEIGHT_SUFFIX))
+
+    def _refuse_unlike(self, compared: Callable[[str], bool]) -> None:
+        if not (self.path / REPORT).exists():
+            return
+        expected = self._json(REPORT).get("sha256")
+        if not isinstance(expected, dict):
+            raise self._complaint(f"{REPORT}: has no sha256")
+        code = {path.name for path in self.path.glob("*.py")}
+        for name in filter(compared, sorted(code | expected.keys())):
+            if name not in expected or sha256_of(self._inside(name)) != expected[name]:
+                raise self._complaint(f"{name}: not the file that was verified when this was exported")
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Record of the run that was exported."""
+        return self._json(RUN)
+
+    @property
+    def tokenizer_fingerprint(self) -> str | None:
+        """SHA-256 of its tokenizer.json, if it has one."""
+        path = self.path / TOKENIZER_FILE
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+    def refuse_other(self, model: ModelConfig, vocabulary: Vocabulary, objective: ObjectiveConfig) -> None:
+        """Refuse a folder of another shape or vocabulary; the family may be another.
+
+        Args:
+            model: wanted.
+            vocabulary: wanted.
+            objective: wanted; what it says of itself is not compared.
+
+        Raises:
+            InputError: a field differs, or tensors are missing, unknown or of another shape.
+        """
+        family = {"family", *vars(objective)}
+        for name, wanted in hugging_face_fields(model, vocabulary, objective).items():
+            if name not in family and self.config.get(name) != wanted:
+                raise self._complaint(f"{CONFIG}: {name} {self.config.get(name)!r} differs from {wanted!r}")
+        self.weights(public_shapes(model, vocabulary.size))
+
+    def shapes(self, model: ModelConfig, vocabulary: Vocabulary) -> dict[str, tuple[int, ...]]:
+        """Of all tensors of such a model by name."""
+        return public_shapes(model, vocabulary.size)
+
+    def weights(self, shapes: Mapping[str, tuple[int, ...]]) -> FolderWeights:
+        """The tensors, read when asked for.
+
+        Args:
+            shapes: that they must have, by name.
+
+        Returns:
+            Tensors by name.
+
+        Raises:
+            InputError: tensors are missing, unknown, of another shape or not of floating-point numbers.
+        """
+        for name in sorted(shapes.keys() ^ self._files.keys()):
+            raise self._complaint(f"{'lacks' if name in shapes else 'has an unknown'} tensor {name}")
+        with ExitStack() as stack:
+            opened = {
+                file: stack.enter_context(safe_open(file, framework="pt"))
+                for file in set(self._files.values())
+            }
+            for name, shape in shapes.items():
+                held = opened[self._files[name]].get_slice(name)
+                found, dtype = tuple(held.get_shape()), held.get_dtype()
+                if found != tuple(shape):
+                    raise self._complaint(f"tensor {name} has shape {found}, not {tuple(shape)}")
+                if dtype not in FLOATS:
+                    raise self._complaint(f"tensor {name} is {dtype}, not one of {', '.join(FLOATS)}")
+        return FolderWeights(self._files)
+
+
+class FolderWeights(Mapping[str, Tensor]):
+    """Tensors of safetensors files by name, each read when asked for."""
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self._files = files
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self._files[name], framework="pt") as tensors:
+            tensor: Tensor = tensors.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)

@@ -1,0 +1,166 @@
+"""A model for sampling and scoring, whole in one process: of a checkpoint or of an exported folder.
+
+Either way it is this package's copy of the exported model that runs; no code of the folder does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from megatron_dlm.checkpointing.storage import MANIFEST
+from megatron_dlm.data.manifest import read_manifest
+from megatron_dlm.data.tokenizer import TOKENIZER_FILE, load_tokenizer
+from megatron_dlm.interfaces import InputError, Vocabulary
+from megatron_dlm.models.config import ModelConfig
+from megatron_dlm.objectives.base import ObjectiveConfig
+from megatron_dlm.platform.codec import decode
+from megatron_dlm.training.run import EXPORT_CONFIG, RunRecord, read_run_record
+from megatron_dlm.training.run_config import RunConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_dlm.data.encoders import LoadedTokenizer
+    from megatron_dlm.sampling.network import Network, Process
+
+ModelDtype = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class UsableModel:
+    """A loaded model with what is needed to use it."""
+
+    model: Any
+    """The exported model's class of this package, in evaluation mode."""
+    process: Process
+    tokenizer: LoadedTokenizer
+    vocabulary: Vocabulary
+    config: RunConfig
+    """Of the run that trained it."""
+
+    @property
+    def network(self) -> Network:
+        """The model behind the samplers' protocol."""
+        from megatron_dlm.conversion.hugging_face_model.generation_megatron_dlm import ModelNetwork
+
+        network: Network = ModelNetwork(self.model)
+        return network
+
+
+def open_model(path: Path, *, tokenizer: Path | None, dtype: ModelDtype, device: str | None) -> UsableModel:
+    """Load a model.
+
+    Args:
+        path: a step-NNNNNNNN directory of any layout, or an exported folder.
+        tokenizer: directory of the model's tokenizer; None: the folder's, or that of the run's data.
+        dtype: of the weights.
+        device: torch's name; None: CUDA where there is one.
+
+    Returns:
+        The model.
+
+    Raises:
+        InputError: unusable checkpoint, folder or tokenizer, or transformers is missing.
+    """
+    if find_spec("transformers") is None:
+        raise InputError("sampling and scoring need transformers; install megatron-dlm[hf]")
+    if (path / MANIFEST).is_file():
+        record = read_run_record(path)
+        config, vocabulary, fingerprint = record.config, record.vocabulary, record.tokenizer_fingerprint
+        weights = _checkpoint_weights(record)
+        tokenizer = tokenizer or _tokenizer_of_data(config)
+    elif (path / EXPORT_CONFIG).is_file():
+        config, vocabulary, fingerprint, weights = _folder(path)
+        tokenizer = tokenizer or path
+    else:
+        raise InputError(f"model: {path}: neither a checkpoint (step-NNNNNNNN) nor an exported folder")
+    loaded = load_tokenizer(tokenizer)
+    if loaded.fingerprint != fingerprint:
+        raise InputError(f"tokenizer: {tokenizer} is not the one the model was trained with")
+    if loaded.vocabulary != vocabulary:
+        raise InputError(f"tokenizer: {tokenizer}: {loaded.vocabulary} differs from the model's {vocabulary}")
+    return _build(config, vocabulary, loaded, weights, dtype, device)
+
+
+def _checkpoint_weights(record: RunRecord) -> Mapping[str, torch.Tensor]:
+    from megatron_dlm.checkpointing.whole_weights import WholeWeights
+
+    weights = WholeWeights(record.directory, record.config.model, record.vocabulary.size)
+    return weights.read(weights.shapes)
+
+
+def _folder(path: Path) -> tuple[RunConfig, Vocabulary, str, Mapping[str, torch.Tensor]]:
+    from megatron_dlm.conversion.from_hugging_face import ExportedFolder
+
+    folder = ExportedFolder(path)
+    config = decode(RunConfig, folder.record.get("config"), f"{path}: config")
+    vocabulary = decode(Vocabulary, folder.record.get("vocabulary"), f"{path}: vocabulary")
+    folder.refuse_other(config.model, vocabulary, config.objective)
+    folder.refuse_altered_weights()
+    if folder.tokenizer_fingerprint is None:
+        raise InputError(f"{path}: has no {TOKENIZER_FILE}")
+    weights = folder.weights(folder.shapes(config.model, vocabulary))
+    return config, vocabulary, str(folder.record.get("tokenizer_fingerprint")), weights
+
+
+def _tokenizer_of_data(config: RunConfig) -> Path:
+    """Where the tokenizer was when the run's data was indexed."""
+    prefix = config.data.validation or config.data.train[0]
+    try:
+        path = Path(read_manifest(Path(prefix)).tokenizer_directory)
+    except InputError as error:
+        raise InputError(f"tokenizer: none given, and {error}") from error
+    if not path.exists():
+        raise InputError(f"tokenizer: {path}, that of {prefix}, is not there; give --tokenizer")
+    return path
+
+
+def _build(
+    config: RunConfig,
+    vocabulary: Vocabulary,
+    tokenizer: LoadedTokenizer,
+    weights: Mapping[str, torch.Tensor],
+    dtype: ModelDtype,
+    device: str | None,
+) -> UsableModel:
+    import torch
+
+    from megatron_dlm.conversion.hugging_face_model.generation_megatron_dlm import process_of
+
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = exported_model(config.model, vocabulary, config.objective, config.data.seq_length)
+    model.load_state_dict(dict(weights))
+    model = model.to(chosen, torch.bfloat16 if dtype == "bf16" else torch.float32).eval()
+    return UsableModel(
+        model=model,
+        process=process_of(model.config),
+        tokenizer=tokenizer,
+        vocabulary=vocabulary,
+        config=config,
+    )
+
+
+def exported_model(
+    model: ModelConfig, vocabulary: Vocabulary, objective: ObjectiveConfig, seq_length: int
+) -> Any:
+    """This package's copy of the exported model, with weights still to be loaded.
+
+    Args:
+        model: shape.
+        vocabulary: ids.
+        objective: family.
+        seq_length: tokens of a training sample.
+
+    Returns:
+        A torch module.
+    """
+    from megatron_dlm.conversion.hugging_face_model.configuration_megatron_dlm import MegatronDlmConfig
+    from megatron_dlm.conversion.hugging_face_model.modeling_megatron_dlm import MegatronDlmModel
+    from megatron_dlm.conversion.to_hugging_face import hugging_face_fields
+
+    fields = hugging_face_fields(model, vocabulary, objective)
+    return MegatronDlmModel(MegatronDlmConfig(**fields, max_position_embeddings=seq_length))
