@@ -188,7 +188,7 @@ class Quickstart:
 
     def _evaluate(self, checkpoint: Path, shards: tuple[Path, Path]) -> dict[str, Any]:
         result = self._output / "evaluation.json"
-        call("evaluate", checkpoint, "--data", shards[1], "--num-batches", 4, "--output", result)
+        call("evaluate", "nll", checkpoint, "--data", shards[1], "--num-sequences", 64, "--output", result)
         return read_json(result)
 
     def _export(self, checkpoint: Path, tokenizer: Path, shards: tuple[Path, Path]) -> dict[str, Any]:
@@ -213,7 +213,8 @@ class Quickstart:
         entries = read_metrics(self._run_directory)
         start = next(entry["nats_per_token"] for entry in entries if entry["kind"] == "validation")
         speeds = [entry["tokens_per_second"] for entry in entries if entry["kind"] == "train"]
-        end = evaluation["nats_per_token"]
+        bound = evaluation["protocol"]
+        end = bound["nats_per_token"]
         difference, trace = export["nats_per_token"]["relative_difference"], export["greedy_trace"]
         table = Table("quantity", "value", title=f"{self._objective} quickstart")
         rows = {
@@ -224,7 +225,7 @@ class Quickstart:
             "validation bound, start": f"{start:.4f} nats/token",
             "unigram entropy of the training data": f"{entropy:.4f} nats/token",
             "unigram entropy of the held-out data": f"{held_out.unigram_entropy_nats:.4f} nats/token",
-            "validation bound, end": f"{end:.4f} +- {evaluation['standard_error']:.4f} nats/token",
+            "validation bound, end": f"{end:.4f} [{bound['low']:.4f}, {bound['high']:.4f}] nats/token",
             "validation bound, end, per byte": f"{evaluation['bits_per_byte']:.4f} bits/byte",
             "export against trained model": f"{difference:.1e} relative, on fixed noise",
             "tokens of a greedy trace, equal": f"{trace['equal_tokens']} of {trace['compared_tokens']}",

@@ -38,6 +38,10 @@ TABLES = {
         "50,000 samples against the enumerated law of the sampler's own chain",
         ("test", "cells", "p-value", "p-value under a wrong law"),
     ),
+    "table: likelihood": (
+        "one model by every route, nats per token at the same sequences and noise",
+        ("family", "route", "protocol", "complete"),
+    ),
     "table: exports": (
         "saved at 2 tensor x 2 pipeline parallel, exported, loaded by transformers in a process of its own",
         ("family", "bound", "logits", "greedy trace, equal tokens"),

@@ -41,6 +41,16 @@ class HeadLosses:
     rows_R: Tensor
     """int64 [R] on the CPU, their places in the [s, b] grid of positions."""
 
+    def sample_bounds(self, targets: Targets) -> Tensor:
+        """float64 [b], the bound's sum over each sequence, without gradient."""
+        num_sequences = targets.weight_BL.shape[0]
+        device = self.losses_R.device
+        weight_R = targets.bound_weight_BL.t().reshape(-1)[self.rows_R].to(device)
+        bounds_b = torch.zeros(num_sequences, dtype=torch.float64, device=device)
+        return bounds_b.index_add_(
+            0, (self.rows_R % num_sequences).to(device), self.losses_R.detach().double() * weight_R
+        )
+
 
 class Head(nn.Module):
     """Untied linear head with bias over this rank's share of the vocabulary."""

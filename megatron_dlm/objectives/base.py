@@ -41,6 +41,8 @@ class CorruptionContext:
     """False asks for the bound's weights, whatever the training loss."""
     step: int
     """Optimizer steps before this one, or batches of an evaluation; batches may differ in size over a run."""
+    time_range: tuple[float, float] | None = None
+    """Smallest and largest time, where a part of a bound is wanted; None: from the family's own to 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,8 @@ class ObjectiveConfig:
 
     name: ClassVar[str]
     attention: ClassVar[AttentionPattern]
+    has_one_time: ClassVar[bool] = True
+    """Whether all tokens of a sample have the same diffusion time; AR has none at all."""
     takes_document_masks: ClassVar[bool] = True
     """Whether a document in a block of several is treated as it would be alone."""
 
@@ -82,6 +86,26 @@ class ObjectiveConfig:
     def has_parts(self) -> bool:
         """Whether `Objective.split` makes parts: ranks may then run different numbers of forwards."""
         return False
+
+    def prior_nats(self, vocabulary: Vocabulary) -> float:
+        """What the bound's protocol leaves out at t = 1: nats a token between the noise there and a prior.
+
+        Args:
+            vocabulary: ids.
+
+        Returns:
+            0 where the noise at t = 1 is the prior, or there is none.
+        """
+        return 0.0
+
+    def before_time_epsilon(self) -> ObjectiveConfig | None:
+        """The family as the bound's protocol leaves it out, at times below time_epsilon; None: nothing is."""
+        return None
+
+    @property
+    def has_loss_by_time(self) -> bool:
+        """Whether a noisy copy's share of the bound belongs to one time."""
+        return self.before_time_epsilon() is not None and self.has_one_time and not self.has_parts
 
     def length_multiple(self, seq_length: int) -> int:
         """What divides the positions of every forward, for layouts that cut them into equal parts.

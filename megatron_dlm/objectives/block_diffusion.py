@@ -39,6 +39,7 @@ class BlockDiffusionConfig(DiffusionConfig):
 
     name: ClassVar[str] = "block-diffusion"
     attention: ClassVar[AttentionPattern] = AttentionPattern.BIDIRECTIONAL
+    has_one_time: ClassVar[bool] = False
     # Its blocks begin with the sample, not with each document.
     takes_document_masks: ClassVar[bool] = False
 

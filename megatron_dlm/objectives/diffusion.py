@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_dlm.interfaces import InputError, ModelInputs, Targets, TokenBatch
+from megatron_dlm.interfaces import InputError, ModelInputs, Targets, TokenBatch, Vocabulary
 from megatron_dlm.objectives.base import CorruptionContext, ObjectiveConfig
-from megatron_dlm.objectives.schedules import Schedule
+from megatron_dlm.objectives.schedules import Schedule, alpha_and_slope
 from megatron_dlm.objectives.time_sampling import TimeOrder
 
 MaskedLoss = Literal["low-variance", "elbo"]
@@ -50,6 +50,18 @@ class DiffusionConfig(ObjectiveConfig):
                 f"objective.ssl_ratio: {self.ssl_ratio} would cut responses off, with data of prompts and "
                 "responses it is 0"
             )
+
+    def alpha(self, t: float) -> float:
+        """Probability that a token is still clean at time t."""
+        return float(alpha_and_slope(self.noise_schedule, np.array(t))[0])
+
+    def prior_nats(self, vocabulary: Vocabulary) -> float:
+        """Of masked diffusion; the prior draws the few tokens that are clean at t = 1 uniformly."""
+        return self.alpha(1.0) * math.log(vocabulary.size - 1)
+
+    def before_time_epsilon(self) -> ObjectiveConfig | None:
+        """The family itself."""
+        return self
 
     def length_multiple(self, seq_length: int) -> int:
         """A truncated sample's length is a multiple of `ssl_multiple`, or `seq_length`."""

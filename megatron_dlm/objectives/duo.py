@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -47,6 +48,15 @@ class DuoConfig(DiffusionConfig):
         super().__post_init__()
         if not self.time_conditioning:
             raise InputError("objective.time_conditioning: False; Duo needs the noise level")
+
+    def prior_nats(self, vocabulary: Vocabulary) -> float:
+        """Divergence of a token's law at t = 1 from the uniform one."""
+        states, alpha = UniformStates(vocabulary, mask_in_noise=self.mask_in_noise).count, self.alpha(1.0)
+        others = 1.0 - alpha
+        same = states * alpha + others
+        return same / states * math.log(same) + (states - 1) / states * (
+            others * math.log(others) if others else 0.0
+        )
 
     def build(self, vocabulary: Vocabulary) -> Objective:
         """The family over `vocabulary`."""

@@ -7,7 +7,7 @@ network reads [z_0 ; x] and each masked token sees the clean tokens before it in
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import ClassVar
 
@@ -23,7 +23,7 @@ from megatron_dlm.interfaces import (
     TokenBatch,
     Vocabulary,
 )
-from megatron_dlm.objectives.base import CorruptionContext, Objective
+from megatron_dlm.objectives.base import CorruptionContext, Objective, ObjectiveConfig
 from megatron_dlm.objectives.corruptions import absorb
 from megatron_dlm.objectives.cross_entropy import CrossEntropyObjective
 from megatron_dlm.objectives.diffusion import (
@@ -71,6 +71,14 @@ class EsoLMConfig(DiffusionConfig):
     def num_diffusion(self, batch_size: int) -> int:
         """Samples of a global batch that train the diffusion part."""
         return int(self.batch_split * batch_size)
+
+    def alpha(self, t: float) -> float:
+        """Probability that a token is still clean at time t."""
+        return self.alpha_0 * super().alpha(t)
+
+    def before_time_epsilon(self) -> ObjectiveConfig | None:
+        """The diffusion part alone."""
+        return None if self.alpha_0 == 0 else replace(self, batch_split=1.0)
 
     @property
     def has_parts(self) -> bool:

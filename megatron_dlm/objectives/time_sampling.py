@@ -81,13 +81,15 @@ def times_in_strata(
         num_strata: equal parts of the interval.
         sample_indices: int64 [B], positions in the run.
         context: address of the draws.
-        time_epsilon: smallest time, in [0, 1); bounds the NELBO's weight by 1 / time_epsilon.
+        time_epsilon: smallest time, in [0, 1); bounds the NELBO's weight by 1 / time_epsilon. The context may
+            have another range.
 
     Returns:
         float64 [B, per_sample], below 1.
     """
+    first, last = context.time_range or (time_epsilon, 1.0)
     jitter = context.noise.uniform("time/jitter", sample_indices, strata.shape[1])
-    times: NDArray[np.float64] = time_epsilon + (1.0 - time_epsilon) * (jitter + strata) / num_strata
+    times: NDArray[np.float64] = first + (last - first) * (jitter + strata) / num_strata
     # The last stratum's end may round to 1, where some schedules have alpha = 0.
     return np.minimum(times, np.nextafter(1.0, 0.0))
 

@@ -32,6 +32,28 @@ def plot_loss(directory: Path, output: Path, *, title: str, unigram_entropy: flo
     pyplot.close(figure)
 
 
+def plot_by_time(bands: Sequence[tuple[float, float, float, float]], output: Path, *, title: str) -> None:
+    """Draw what the diffusion times contribute to a bound.
+
+    Args:
+        bands: first and last time, nats per token of the bound's integrand, and its standard error.
+        output: PNG file.
+        title: of the picture.
+    """
+    pyplot, figure, axes = _canvas()
+    first, last, nats, errors = zip(*bands, strict=True)
+    centers = [(a + b) / 2 for a, b in zip(first, last, strict=True)]
+    widths = [b - a for a, b in zip(first, last, strict=True)]
+    axes.bar(centers, nats, widths, yerr=[1.96 * error for error in errors], capsize=2, alpha=0.6)
+    mean = sum(nats) / len(nats)
+    axes.axhline(mean, linestyle="--", color="gray", label=f"bound: {mean:.4f} nats/token")
+    axes.set(title=title, xlabel="diffusion time t", ylabel="bound's integrand (nats/token), 95% interval")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(output, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+
+
 def plot_lengths(histogram: Sequence[tuple[int, int, int]], output: Path, *, title: str) -> None:
     """Draw how long documents are.
 

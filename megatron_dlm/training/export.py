@@ -80,7 +80,7 @@ def export_checkpoint(
 def _tokenizer(record: RunRecord, path: Path | None, data: str) -> Path:
     """Directory of the model's tokenizer, checked."""
     if path is None:
-        shard, _ = open_held_out(record, data, replace(record.config.data, document_mask=False))
+        shard, _ = open_held_out(record.tokenizer_fingerprint, data, record.config.data)
         path = Path(shard.manifest.tokenizer_directory)
         if not path.exists():
             raise InputError(
@@ -134,7 +134,9 @@ def _write_check(record: RunRecord, data: str, folder: Path, dtype: ExportDtype)
 
     # Document masks are the data's, not the model's.
     _, shards = open_held_out(
-        record, data, replace(record.config.data, document_mask=False, drop_long_records=True)
+        record.tokenizer_fingerprint,
+        data,
+        replace(record.config.data, document_mask=False, drop_long_records=True),
     )
     precision: Precision = "bf16" if dtype == "bf16" else "fp32"
     with open_checkpoint(record, ParallelConfig(), precision) as opened:

@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_dlm.interfaces import TrainingError
@@ -35,6 +37,8 @@ class BatchSums:
     """Digest of the batch's corruption; does not depend on the layout."""
     bad_samples: tuple[int, ...] = ()
     """Positions in the run of samples whose microbatch has a loss that is not finite."""
+    sample_bounds: NDArray[np.float64] | None = None
+    """float64 [samples of the batch], the NELBO's sum of each in nats; of evaluations."""
 
 
 class PipelineRunner:
@@ -104,7 +108,7 @@ class PipelineRunner:
             tokens = torch.tensor(targets.token_count, dtype=torch.int, device=losses.loss.device)
             # Cloned: the schedule may change what it was given in place.
             sums = torch.stack([losses.loss.detach().double(), losses.bound])
-            return losses.loss, tokens, {"sums": sums}
+            return losses.loss, tokens, {"sums": sums, "sample_bounds": losses.sample_bounds(targets)}
 
         return model(inputs.to(parallel.device)), loss_of
 
@@ -128,6 +132,7 @@ class PipelineRunner:
                 raise TrainingError(
                     f"loss: not finite in validation batch {address.step + 1}, samples {list(bad_samples)}"
                 )
+        sample_bounds = None if address.training else self._sample_bounds(outputs, microbatches, address)
         fingerprint, tokens, work = 0, 0, Work()
         for microbatch in microbatches:
             fingerprint += microbatch.fingerprint
@@ -138,7 +143,23 @@ class PipelineRunner:
         )
         dist.all_reduce(counts, group=parallel.data_group)
         fingerprint, tokens, *numbers = counts.tolist()
-        return BatchSums(loss, bound, tokens, Work(*numbers), fingerprint % 2**63, bad_samples)
+        return BatchSums(loss, bound, tokens, Work(*numbers), fingerprint % 2**63, bad_samples, sample_bounds)
+
+    def _sample_bounds(
+        self, outputs: list[dict[str, Tensor]], microbatches: Sequence[Microbatch], address: BatchAddress
+    ) -> NDArray[np.float64]:
+        """Of each sample of the batch, on all ranks; all call it."""
+        parallel = self._parallel
+        bounds = torch.zeros(address.size, dtype=torch.float64, device=parallel.device)
+        if parallel.is_last_stage:
+            for output, microbatch in zip(outputs, microbatches, strict=True):
+                places = torch.from_numpy(microbatch.sample_indices - address.first_sample)
+                bounds[places.to(parallel.device)] += output["sample_bounds"]
+            dist.all_reduce(bounds, group=parallel.replica_group)
+        last_stage = dist.get_global_rank(parallel.pipeline_group, parallel.pipeline_size - 1)
+        dist.broadcast(bounds, src=last_stage, group=parallel.pipeline_group)
+        found: NDArray[np.float64] = bounds.cpu().numpy()
+        return found
 
     def _samples_at_fault(
         self, mine: Tensor, microbatches: Sequence[Microbatch], address: BatchAddress

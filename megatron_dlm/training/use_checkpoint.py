@@ -5,22 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.models.config import Precision
 from megatron_dlm.platform.launch import detect_environment
 from megatron_dlm.platform.parallel import ParallelConfig, ParallelState, start_parallel, stop_parallel
-from megatron_dlm.training.run import RunRecord, read_run_record
-from megatron_dlm.training.run_config import EvaluationConfig, check_run
+from megatron_dlm.training.run import RunRecord
+from megatron_dlm.training.run_config import RunConfig, check_run
 
 if TYPE_CHECKING:
     from megatron_dlm.data.loader import DataConfig
+    from megatron_dlm.data.packing import Rows
     from megatron_dlm.data.shard import Shard
-    from megatron_dlm.evaluation.likelihood import Likelihood
+    from megatron_dlm.evaluation.bound import Bound, BoundConfig
     from megatron_dlm.models.denoiser import Denoiser
+    from megatron_dlm.objectives.base import Objective
+    from megatron_dlm.training.held_out_bound import Progress
     from megatron_dlm.training.run_data import BlendedShards
+    from megatron_dlm.training.use_model import UsableModel
 
 
 @dataclass(frozen=True)
@@ -66,24 +69,26 @@ def open_checkpoint(
     stop_parallel()
 
 
-def evaluate_checkpoint(
-    checkpoint: Path,
+def bound_of_checkpoint(
+    record: RunRecord,
     data: str,
-    evaluation: EvaluationConfig,
+    config: BoundConfig,
     parallel_config: ParallelConfig,
     micro_batch_size: int,
     *,
     drop_long_records: bool,
-) -> tuple[Likelihood, bool]:
+    progress: Progress,
+) -> tuple[Bound, bool]:
     """The bound of one checkpoint on one shard.
 
     Args:
-        checkpoint: a step-NNNNNNNN directory.
+        record: of the checkpoint.
         data: prefix of the held-out shard.
-        evaluation: batches and their size.
+        config: how much of it, and how much noise.
         parallel_config: layout to evaluate on.
-        micro_batch_size: samples of one forward pass.
+        micro_batch_size: copies of one forward pass.
         drop_long_records: leave out prompts with responses above the model's length.
+        progress: told of sequences done and in all, on rank 0.
 
     Returns:
         The estimate, and whether this process is rank 0.
@@ -91,40 +96,102 @@ def evaluate_checkpoint(
     Raises:
         InputError: unusable checkpoint, shard or sizes.
     """
-    record = read_run_record(checkpoint)
-    training = replace(
-        record.config.training, micro_batch_size=micro_batch_size, global_batch_size=evaluation.batch_size
-    )
-    # What the run read its batches with need not be here.
-    held_out = replace(record.config.data, loader="torch", drop_long_records=drop_long_records)
-    config = replace(
-        record.config,
+    shard, rows, run_config = _held_out(record.config, record.tokenizer_fingerprint, data, drop_long_records)
+    run_config = replace(
+        run_config,
         parallel=parallel_config,
-        training=training,
-        evaluation=evaluation,
-        data=held_out,
+        training=replace(
+            run_config.training,
+            micro_batch_size=1,
+            global_batch_size=config.num_times,
+            ramp_start=0,
+            ramp_increment=0,
+            ramp_samples=0,
+        ),
+        evaluation=replace(run_config.evaluation, batch_size=config.num_times),
     )
-    check_run(config, detect_environment().world_size)
-    shard, shards = open_held_out(record, data, held_out)
-    if shards.has_prompts:
-        config.objective.check_prompts(training=False)
-    with open_checkpoint(record, parallel_config, config.training.precision) as opened:
-        from megatron_dlm.training.session import Validation
+    check_run(run_config, detect_environment().world_size)
+    with open_checkpoint(record, parallel_config, run_config.training.precision) as opened:
+        from megatron_dlm.training.held_out_bound import held_out_bound, megatron_copies, share_of_rank
         from megatron_dlm.training.step import PipelineRunner
 
-        objective = config.objective.build(record.vocabulary)
-        runner = PipelineRunner(
-            [opened.denoiser], objective, opened.parallel, config.training.head_rows_per_chunk
+        parallel = opened.parallel
+        chunks, rows_per_chunk = [opened.denoiser], run_config.training.head_rows_per_chunk
+
+        def runner_of(objective: Objective) -> PipelineRunner:
+            return PipelineRunner(chunks, objective, parallel, rows_per_chunk)
+
+        bound = held_out_bound(
+            megatron_copies(runner_of, record.vocabulary),
+            rows,
+            run_config.objective,
+            record.vocabulary,
+            config,
+            bytes_per_token=shard.manifest.bytes_per_token,
+            share=share_of_rank(micro_batch_size, parallel.data_rank, parallel.data_size),
+            progress=progress if parallel.rank == 0 else lambda done, total: None,
         )
-        validation = Validation(runner, shards, shard.manifest.bytes_per_token, config, opened.parallel)
-        return validation.run(evaluation), opened.parallel.rank == 0
+        return bound, parallel.rank == 0
 
 
-def open_held_out(record: RunRecord, data: str, config: DataConfig) -> tuple[Shard, BlendedShards]:
+def bound_of_folder(
+    usable: UsableModel,
+    data: str,
+    config: BoundConfig,
+    micro_batch_size: int,
+    *,
+    drop_long_records: bool,
+    progress: Progress,
+) -> Bound:
+    """The bound of an exported model on one shard, on one process without groups.
+
+    Args:
+        usable: the model.
+        data: prefix of the held-out shard.
+        config: how much of it, and how much noise.
+        micro_batch_size: copies of one forward pass.
+        drop_long_records: leave out prompts with responses above the model's length.
+        progress: told of sequences done and in all.
+
+    Returns:
+        The estimate.
+
+    Raises:
+        InputError: unusable shard or sizes.
+    """
+    from megatron_dlm.training.held_out_bound import exported_copies, held_out_bound, share_of_rank
+
+    shard, rows, run_config = _held_out(usable.config, usable.tokenizer.fingerprint, data, drop_long_records)
+    return held_out_bound(
+        exported_copies(usable.model, usable.vocabulary, run_config.training.head_rows_per_chunk),
+        rows,
+        run_config.objective,
+        usable.vocabulary,
+        config,
+        bytes_per_token=shard.manifest.bytes_per_token,
+        share=share_of_rank(micro_batch_size),
+        progress=progress,
+    )
+
+
+def _held_out(
+    config: RunConfig, fingerprint: str, data: str, drop_long_records: bool
+) -> tuple[Shard, Rows, RunConfig]:
+    """The shard, its rows, and the configuration to read them with."""
+    # What the run read its batches with need not be here.
+    held_out = replace(config.data, loader="torch", drop_long_records=drop_long_records)
+    shard, shards = open_held_out(fingerprint, data, held_out)
+    if shards.has_prompts:
+        config.objective.check_prompts(training=False)
+    (rows,) = shards.rows.values()
+    return shard, rows, replace(config, data=held_out)
+
+
+def open_held_out(fingerprint: str, data: str, config: DataConfig) -> tuple[Shard, BlendedShards]:
     """The shard at `data`, which the model's tokenizer must have made, and its rows.
 
     Args:
-        record: of the checkpoint.
+        fingerprint: of the model's tokenizer.
         data: prefix or URL of the shard.
         config: how it is read.
 
@@ -137,6 +204,6 @@ def open_held_out(record: RunRecord, data: str, config: DataConfig) -> tuple[Sha
     from megatron_dlm.training.run_data import held_out_rows
 
     shard, shards = held_out_rows(data, config)
-    if shard.manifest.tokenizer_fingerprint != record.tokenizer_fingerprint:
-        raise InputError(f"data: {data} was made by another tokenizer than the data of {record.directory}")
+    if shard.manifest.tokenizer_fingerprint != fingerprint:
+        raise InputError(f"data: {data} was made by another tokenizer than the model's data")
     return shard, shards

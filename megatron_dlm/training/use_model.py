@@ -72,7 +72,7 @@ def open_model(path: Path, *, tokenizer: Path | None, dtype: ModelDtype, device:
         record = read_run_record(path)
         config, vocabulary, fingerprint = record.config, record.vocabulary, record.tokenizer_fingerprint
         weights = _checkpoint_weights(record)
-        tokenizer = tokenizer or _tokenizer_of_data(config)
+        tokenizer = tokenizer or tokenizer_of_data(config)
     elif (path / EXPORT_CONFIG).is_file():
         config, vocabulary, fingerprint, weights = _folder(path)
         tokenizer = tokenizer or path
@@ -107,8 +107,18 @@ def _folder(path: Path) -> tuple[RunConfig, Vocabulary, str, Mapping[str, torch.
     return config, vocabulary, str(folder.record.get("tokenizer_fingerprint")), weights
 
 
-def _tokenizer_of_data(config: RunConfig) -> Path:
-    """Where the tokenizer was when the run's data was indexed."""
+def tokenizer_of_data(config: RunConfig) -> Path:
+    """Where the tokenizer was when the run's data was indexed.
+
+    Args:
+        config: of the run.
+
+    Returns:
+        Its directory.
+
+    Raises:
+        InputError: the data or the directory is not there any more.
+    """
     prefix = config.data.validation or config.data.train[0]
     try:
         path = Path(read_manifest(Path(prefix)).tokenizer_directory)

@@ -128,7 +128,7 @@ def test_a_run_learns_responses(corpus, prefix, tmp_path):
     bounds = [m["nats_per_token"] for m in read_metrics(tmp_path / "run") if m["kind"] == "validation"]
     assert bounds[-1] < bounds[0] - 0.2
     checkpoint = tmp_path / "run" / "checkpoints" / "step-00000030"
-    code, output = finish(start(["evaluate", checkpoint, "--data", prefix, "--num-batches", 1]))
+    code, output = finish(start(["evaluate", "nll", checkpoint, "--num-sequences", 4]))
     assert code == 0 and "bits/byte" in output, output
     recipe = "examples/block-diffusion/tiny.py"
     code, output = finish(start(arguments_for(corpus, tmp_path / "other", *more, recipe=recipe)))

@@ -15,7 +15,7 @@ def test_help_needs_no_torch_and_answers_quickly(command):
     started = time.monotonic()
     text = command("--help").stdout
     assert time.monotonic() - started < 5  # far below in practice; a slow machine must not fail the test
-    for verb in ("tokenizer", "index", "train", "evaluate", "export"):
+    for verb in ("tokenizer", "index", "train", "evaluate", "sample", "export", "import"):
         assert verb in text
     script = (
         "import sys, megatron_dlm, megatron_dlm.cli.main;"
@@ -26,7 +26,16 @@ def test_help_needs_no_torch_and_answers_quickly(command):
 
 
 @pytest.mark.parametrize(
-    "verb", [["tokenizer", "train"], ["index"], ["evaluate"], ["export"], ["train", RECIPE]]
+    "verb",
+    [
+        ["tokenizer", "train"],
+        ["index"],
+        ["evaluate", "nll"],
+        ["sample"],
+        ["import"],
+        ["export"],
+        ["train", RECIPE],
+    ],
 )
 def test_every_verb_describes_its_arguments(command, verb):
     text = command(*verb, "--help").stdout
@@ -154,7 +163,10 @@ BAD = {
         "model.ffn_hidden_size: 64 is not 4 x 224",
     ),
     "dry run": (["train", RECIPE, "--dry-run", "x"], "--dry-run: 'x' is not a number of processes"),
-    "checkpoint": (["evaluate", "no/checkpoint", "--data", "x"], "no/checkpoint/manifest.json: no such file"),
+    "model": (["evaluate", "nll", "no/model"], "model: no/model: neither a checkpoint (step-NNNNNNNN) nor"),
+    "evaluate what": (["evaluate", "no/model"], "evaluate: 'no/model' is not one of nll"),
+    "import": (["import", "no/folder", "out"], "no/folder: has no config.json"),
+    "import of a file": (["import", "w.ckpt", "out"], "recipe, tokenizer: a .ckpt says neither shape nor"),
     "index flag": (["index", "--inptu", "x"], "inptu"),
     "index input": (
         ["index", "--input", "no.jsonl", "--output", "no/x", "--tokenizer", "no"],

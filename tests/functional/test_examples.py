@@ -136,30 +136,6 @@ def test_a_signal_to_mpirun_saves(corpus, tmp_path):
     assert stopped < 2000 and (tmp_path / "checkpoints" / f"step-{stopped:08d}").is_dir()
 
 
-def test_evaluation_does_not_depend_on_the_layout(command, corpus, torchrun_run, tmp_path, read_json):
-    checkpoint = torchrun_run / "checkpoints" / "step-00000003"
-    common = ["evaluate", checkpoint, "--data", corpus.validation, "--num-batches", 2, "--batch-size", 8]
-    out = command(*common, "--micro-batch-size", 8, "--output", tmp_path / "one.json").stdout
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    words += [
-        "-m",
-        "megatron_dlm",
-        *map(str, common),
-        "--micro-batch-size",
-        "2",
-        "--output",
-        str(tmp_path / "two.json"),
-    ]
-    words += ["--parallel.pipeline-model-parallel-size", "2"]
-    subprocess.run(words, check=True, capture_output=True, cwd=ROOT, env=os.environ | CPU_ONLY)
-    one, two = read_json(tmp_path / "one.json"), read_json(tmp_path / "two.json")
-    assert one["nats_per_token"] == pytest.approx(two["nats_per_token"], rel=1e-6)
-    assert "nats/token" in out and "bits/byte" in out
-    ratio = one["bits_per_byte"] / one["nats_per_token"]
-    manifest = read_json(f"{corpus.validation}.json")
-    assert ratio == pytest.approx(manifest["num_tokens"] / manifest["num_text_bytes"] / 0.6931471805599453)
-
-
 @pytest.mark.parametrize("family", [pytest.param(f, marks=SLOW) for f in ("mdlm", "ar", "duo", "esolm")])
 def test_large_recipes_run_for_a_few_toy_steps(command, corpus, tmp_path, family):
     """bf16 as written; phase 2 starts from the weights phase 1 has saved."""

@@ -1,0 +1,187 @@
+"""`megatron-dlm evaluate nll MODEL`."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from megatron_dlm.cli.arguments import parse
+from megatron_dlm.evaluation.bound import BoundConfig
+from megatron_dlm.interfaces import InputError
+from megatron_dlm.platform.parallel import ParallelConfig
+
+if TYPE_CHECKING:
+    from megatron_dlm.evaluation.bound import Bound, Mean
+    from megatron_dlm.objectives.base import ObjectiveConfig
+
+REPORT_SECONDS = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class NllConfig:
+    """Bound on the negative log-likelihood of held-out data (exact for AR), with common random numbers.
+
+    Noise and sequences depend on the seed alone, so models are compared at equal noise, and the figure is the
+    same at any micro-batch size and layout, for a checkpoint and its export.
+    """
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """A step-NNNNNNNN directory of any layout, or an exported folder."""
+    data: str | None = None
+    """Prefix or URL of the held-out shard; None: the run's."""
+    text: tuple[Path, ...] = ()
+    """Files to score instead of a shard: JSON lines, plain text or parquet, compressed or not."""
+    bound: tyro.conf.OmitArgPrefixes[BoundConfig] = BoundConfig()
+    drop_long_records: bool = False
+    """Leave out prompts with responses above the model's length, which are refused otherwise."""
+    micro_batch_size: int = 8
+    """Sequences of one forward pass, at most."""
+    tokenizer: Path | None = None
+    """Directory of the model's tokenizer, for text and exports; None: the folder's, or that of the data."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Of an exported folder's weights; a checkpoint is evaluated in the precision of its training."""
+    output: Path | None = None
+    """JSON file for the result."""
+    plot: Path | None = None
+    """PNG of the loss by diffusion time."""
+    parallel: ParallelConfig = ParallelConfig()
+
+    def __post_init__(self) -> None:
+        if self.micro_batch_size < 1:
+            raise InputError(f"micro_batch_size: {self.micro_batch_size} is below 1")
+        if self.data is not None and self.text:
+            raise InputError("data, text: give one of them")
+        for name in ("output", "plot"):
+            path: Path | None = getattr(self, name)
+            if path is not None and not path.parent.is_dir():
+                raise InputError(f"{name}: {path.parent}: no such directory")
+
+
+def run(arguments: list[str]) -> int:
+    """Parse, evaluate, report; returns the exit code."""
+    config = parse(NllConfig, arguments, verb="evaluate nll")
+    bound, is_first = _evaluate(config)
+    if is_first:
+        _report(config, bound)
+    return 0
+
+
+def _evaluate(config: NllConfig) -> tuple[Bound, bool]:
+    from megatron_dlm.checkpointing.storage import MANIFEST
+    from megatron_dlm.training.run import read_run_record
+    from megatron_dlm.training.use_checkpoint import bound_of_checkpoint, bound_of_folder
+    from megatron_dlm.training.use_model import open_model, tokenizer_of_data
+
+    size, drop = config.micro_batch_size, config.drop_long_records
+    if (config.model / MANIFEST).is_file():
+        record = read_run_record(config.model)
+        _refuse_plot(config, record.config.objective)
+        tokenizer = config.tokenizer
+        if config.text and tokenizer is None:
+            tokenizer = tokenizer_of_data(record.config)
+        data = record.config.data
+        with _data(config, data.validation or data.train[0], tokenizer) as prefix:
+            return bound_of_checkpoint(
+                record,
+                prefix,
+                config.bound,
+                config.parallel,
+                size,
+                drop_long_records=drop,
+                progress=_Progress(),
+            )
+    if config.parallel != ParallelConfig():
+        raise InputError("parallel: an exported folder is evaluated on one process")
+    usable = open_model(config.model, tokenizer=config.tokenizer, dtype=config.dtype, device=None)
+    _refuse_plot(config, usable.config.objective)
+    data = usable.config.data
+    with _data(config, data.validation or data.train[0], usable.tokenizer.path) as prefix:
+        bound = bound_of_folder(
+            usable, prefix, config.bound, size, drop_long_records=drop, progress=_Progress()
+        )
+        return bound, True
+
+
+def _refuse_plot(config: NllConfig, objective: ObjectiveConfig) -> None:
+    if config.plot is not None and not objective.has_loss_by_time:
+        raise InputError(f"plot: {objective.name} as configured has no loss by diffusion time")
+
+
+@contextmanager
+def _data(config: NllConfig, default: str, tokenizer: Path | None) -> Iterator[str]:
+    """Prefix of the shard, for as long as it is needed."""
+    if not config.text:
+        yield config.data or default
+        return
+    from megatron_dlm.data.indexing import IndexConfig, build_shards
+    from megatron_dlm.platform.launch import detect_environment
+
+    if detect_environment().world_size != 1:
+        raise InputError("text: for one process; index the files and give --data")
+    assert tokenizer is not None
+    with tempfile.TemporaryDirectory() as directory:
+        prefix = Path(directory) / "text"
+        files = tuple(map(str, config.text))
+        build_shards(IndexConfig(input=files, output=prefix, tokenizer=tokenizer), lambda progress: None)
+        yield str(prefix)
+
+
+class _Progress:
+    """Prints sequences done and the time to go, every few seconds."""
+
+    def __init__(self) -> None:
+        self._start = self._last = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        from megatron_dlm.telemetry.writers import duration
+
+        now = time.monotonic()
+        if now - self._last < REPORT_SECONDS and done < total:
+            return
+        self._last = now
+        left = (total - done) * (now - self._start) / done
+        print(f"{done}/{total} sequences | ETA {duration(left)}", file=sys.stderr, flush=True)
+
+
+def _report(config: NllConfig, bound: Bound) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from megatron_dlm.platform.files import write_json
+
+    print(
+        f"{config.model}: {_mean(bound.protocol)} nats/token, {bound.bits_per_byte:.4f} bits/byte, "
+        f"perplexity {bound.perplexity:.2f}; complete bound {_mean(bound.complete)}; "
+        f"{bound.sequences:,} sequences, {bound.tokens:,} tokens, {bound.copies} copies each"
+    )
+    if bound.monte_carlo_error is not None:
+        print(f"standard error from noise alone: {bound.monte_carlo_error:.1e} nats/token")
+    if bound.by_time:
+        table = Table("t", "nats/token", "standard error", title="loss by diffusion time", box=None)
+        for band in bound.by_time:
+            error = "" if band.standard_error is None else f"{band.standard_error:.4f}"
+            table.add_row(f"{band.first:.3f} to {band.last:.3f}", f"{band.nats_per_token:.4f}", error)
+        Console(width=100).print(table)
+    if config.output is not None:
+        write_json(config.output, asdict(bound))
+    if config.plot is not None:
+        from megatron_dlm.telemetry.plots import plot_by_time
+
+        bands = [
+            (band.first, band.last, band.nats_per_token, band.standard_error or 0.0) for band in bound.by_time
+        ]
+        plot_by_time(bands, config.plot, title=str(config.model))
+
+
+def _mean(mean: Mean) -> str:
+    if mean.low is None or mean.high is None:
+        return f"{mean.nats_per_token:.4f}"
+    return f"{mean.nats_per_token:.4f} [{mean.low:.4f}, {mean.high:.4f}]"
