@@ -55,6 +55,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # Numbers recorded from the public reference code; not part of the repository.
 REFERENCE = Path(os.environ.get("MEGATRON_DLM_REFERENCE", ROOT.parent / "shared" / "reference"))
 
+# Public corpora; likewise.
+DATA = Path(os.environ.get("MEGATRON_DLM_DATA", ROOT.parent / "shared" / "data"))
+
 
 @pytest.fixture(scope="session")
 def oracle():

@@ -93,7 +93,7 @@ def _sample(config: SampleConfig, usable: UsableModel) -> None:
         usable.network, usable.process, settings, starts, batch_size=config.batch_size, seed=config.seed
     ):
         tokens, seconds = tokens + batch.tokens, seconds + batch.seconds
-        for number, ids in zip(batch.numbers, batch.ids_BL.tolist(), strict=True):
+        for number, ids in zip(batch.places, batch.ids_BL.tolist(), strict=True):
             eos, stop = usable.vocabulary.eos_token_id, settings.stop_at_eos
             text = text_of(ids, usable.tokenizer.decode, eos, stop=stop)
             line = {"number": number, "seed": config.seed, **prompts[number // config.num_samples]}

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from megatron_dlm.sampling.generate import sample
 from megatron_dlm.sampling.network import Network, Process
-from megatron_dlm.sampling.revealing import OnStep
 from megatron_dlm.sampling.settings import SamplingConfig
 from megatron_dlm.sampling.start import Start, start_from
 
@@ -20,8 +19,8 @@ from megatron_dlm.sampling.start import Start, start_from
 class Generated:
     """One batch."""
 
-    numbers: range
-    """Of its samples in the whole."""
+    places: range
+    """Of its samples among the starts."""
     ids_BL: Tensor
     """int64 [B, L] on the CPU."""
     tokens: int
@@ -37,7 +36,7 @@ def sample_all(
     *,
     batch_size: int,
     seed: int,
-    on_step: OnStep | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> Iterator[Generated]:
     """Sample a text for each start; what a text becomes does not depend on `batch_size`.
 
@@ -48,7 +47,7 @@ def sample_all(
         starts: of one sequence each, all of one length.
         batch_size: sequences at a time.
         seed: of all draws.
-        on_step: told of each step of each batch.
+        numbers: of each sample, which with the seed address its draws; its place where absent.
 
     Yields:
         Batch after batch, in order.
@@ -58,11 +57,12 @@ def sample_all(
         batch = Start(
             torch.cat([start.ids_BL for start in some]), torch.cat([start.given_BL for start in some])
         )
-        numbers = range(first, first + len(some))
+        places = range(first, first + len(some))
+        samples = places if numbers is None else numbers[first : first + len(some)]
         begun = time.perf_counter()
-        ids_BL = sample(network, process, config, batch, seed=seed, samples=numbers, on_step=on_step).cpu()
+        ids_BL = sample(network, process, config, batch, seed=seed, samples=samples).cpu()
         seconds = time.perf_counter() - begun
-        yield Generated(numbers, ids_BL, int((~batch.given_BL).sum()), seconds)
+        yield Generated(places, ids_BL, int((~batch.given_BL).sum()), seconds)
 
 
 def start_of_parts(parts: Sequence[Sequence[int] | int], length: int, process: Process) -> Start:

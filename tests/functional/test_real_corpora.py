@@ -1,18 +1,14 @@
 """WikiText-2 and GSM8K, where they lie beside the repository: indexed, opened by megatron-core, read back."""
 
 import json
-import os
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megatron_dlm.data.indexing import IndexConfig, build_shards
 from megatron_dlm.data.tokenizer import load_tokenizer, train_tokenizer
-from tests.conftest import ROOT
-
-DATA = Path(os.environ.get("MEGATRON_DLM_DATA", ROOT.parent / "shared" / "data"))
+from tests.conftest import DATA
 
 
 def index(directory, inputs, texts, **fields):

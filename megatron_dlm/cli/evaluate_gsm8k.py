@@ -1,0 +1,197 @@
+"""`megatron-dlm evaluate gsm8k MODEL`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from megatron_dlm.cli.arguments import parse
+from megatron_dlm.interfaces import InputError
+from megatron_dlm.sampling.settings import SamplingConfig
+
+if TYPE_CHECKING:
+    from megatron_dlm.evaluation.gsm8k import Problem
+    from megatron_dlm.training.use_model import UsableModel
+
+ANSWERS, SETTINGS, RESULT = "answers.jsonl", "settings.json", "result.json"
+PLACE = "{question}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gsm8kConfig:
+    """Exact match on grade-school mathematics: generate an answer, compare the number behind its last ####.
+
+    Every answer is written as soon as it is there; the same command goes on where it stopped. The model is
+    one fine-tuned on problems (`index --prompt-key question --json-keys answer`, examples/FAMILY/gsm8k.py).
+    """
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """A step-NNNNNNNN directory of any layout, or an exported folder."""
+    data: Path
+    """JSON lines with question and answer, such as the data set's test.jsonl."""
+    output: Path
+    """Directory for answers.jsonl and result.json."""
+    limit: int | None = None
+    """First problems of the file; None: all."""
+    template: str = PLACE
+    """What the model is given; {question} stands for the question, as it was indexed for the fine-tuning."""
+    length: int | None = None
+    """Tokens of question and answer together; None: the training length."""
+    sampling: tyro.conf.OmitArgPrefixes[SamplingConfig] = SamplingConfig(
+        sampler="left-to-right", stop_at_eos=True
+    )
+    seed: int = 0
+    """Of all draws; an answer depends on the seed and the problem's number, not on the batch."""
+    batch_size: int = 16
+    """Problems sampled together."""
+    tokenizer: Path | None = None
+    """Directory of the model's tokenizer; None: the folder's, or that of the run's data."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Of the weights."""
+    device: str | None = None
+    """For example cpu or cuda:0; None: CUDA where there is one."""
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name}: {value} is below 1")
+        if self.template.count(PLACE) != 1:
+            raise InputError(f"template: {self.template!r} does not have {PLACE} just once")
+        if not self.sampling.stop_at_eos:
+            raise InputError("stop_at_eos: an answer ends with its first <eos>")
+
+
+def run(arguments: list[str]) -> int:
+    """Parse, generate, score; returns the exit code."""
+    config = parse(Gsm8kConfig, arguments, verb="evaluate gsm8k")
+    from megatron_dlm.evaluation.gsm8k import read_problems
+    from megatron_dlm.training.use_model import open_model
+
+    problems = read_problems(config.data)[: config.limit]
+    done = _resume(config)
+    usable = open_model(config.model, tokenizer=config.tokenizer, dtype=config.dtype, device=config.device)
+    try:
+        _answer([problem for problem in problems if problem.number not in done], config, usable)
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    _score(config, problems)
+    return 0
+
+
+def _resume(config: Gsm8kConfig) -> set[int]:
+    """Numbers of the problems that have an answer; what was asked otherwise is not gone on with."""
+    from megatron_dlm.platform.files import sha256_of, write_json
+
+    settings = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in asdict(config).items()
+        if name not in ("output", "limit", "batch_size", "device", "tokenizer")
+    } | {"data_sha256": sha256_of(config.data)}
+    path = config.output / SETTINGS
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        for name in settings:
+            if before.get(name) != settings[name]:
+                raise InputError(
+                    f"output: {config.output} has answers with {name} {before.get(name)!r}, "
+                    f"now {settings[name]!r}; take another directory"
+                )
+    else:
+        config.output.mkdir(parents=True, exist_ok=True)
+        write_json(path, settings)
+    return {line["number"] for line in _answers(config)}
+
+
+def _answers(config: Gsm8kConfig) -> list[dict[str, Any]]:
+    """What has been written; a line that a kill has cut is dropped from the file."""
+    path = config.output / ANSWERS
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    whole, newline, cut = text.rpartition("\n")
+    if cut:
+        path.write_text(whole + newline, encoding="utf-8")
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def _answer(problems: list[Problem], config: Gsm8kConfig, usable: UsableModel) -> None:
+    from megatron_dlm.evaluation.generation import sample_all, text_of
+    from megatron_dlm.evaluation.gsm8k import final_number
+    from megatron_dlm.sampling.start import start_from
+    from megatron_dlm.telemetry.writers import duration
+
+    length = config.length or usable.config.data.seq_length
+    settings = config.sampling.resolved(usable.process)
+    prompts = [_prompt(problem, config, usable, length) for problem in problems]
+    starts = [start_from([prompt], length, usable.process) for prompt in prompts]
+    seconds, tokens, done, correct = 0.0, 0, 0, 0
+    with (config.output / ANSWERS).open("a", encoding="utf-8") as file:
+        for batch in sample_all(
+            usable.network,
+            usable.process,
+            settings,
+            starts,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            numbers=[problem.number for problem in problems],
+        ):
+            for place, ids in zip(batch.places, batch.ids_BL.tolist(), strict=True):
+                problem, eos = problems[place], usable.vocabulary.eos_token_id
+                response = text_of(ids[len(prompts[place]) :], usable.tokenizer.decode, eos, stop=True)
+                found = final_number(response)
+                correct += found == problem.expected
+                line = {
+                    "number": problem.number,
+                    "question": problem.question,
+                    "expected": str(problem.expected),
+                    "response": response,
+                    "found": None if found is None else str(found),
+                    "correct": found == problem.expected,
+                }
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+            done, seconds, tokens = done + len(batch.places), seconds + batch.seconds, tokens + batch.tokens
+            left = (len(problems) - done) * seconds / done
+            print(
+                f"{done}/{len(problems)} problems | {correct} correct | {tokens / seconds:,.0f} tokens/s | "
+                f"ETA {duration(left)}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def _prompt(problem: Problem, config: Gsm8kConfig, usable: UsableModel, length: int) -> list[int]:
+    text = config.template.replace(PLACE, problem.question)
+    tokens = [int(token) for token in usable.tokenizer.encode([text])[0]]
+    if len(tokens) >= length:
+        where = f"problem {problem.number}, whose question has {len(tokens)}"
+        raise InputError(f"length: {length} tokens leave no answer to {where}")
+    return tokens
+
+
+def _score(config: Gsm8kConfig, problems: list[Problem]) -> None:
+    from megatron_dlm.evaluation.gsm8k import accuracy
+    from megatron_dlm.platform.files import write_json
+
+    asked = {problem.number for problem in problems}
+    answers = [line for line in _answers(config) if line["number"] in asked]
+    share, low, high = accuracy([line["correct"] for line in answers])
+    empty = sum(line["found"] is None for line in answers)
+    write_json(
+        config.output / RESULT,
+        {"exact_match": share, "low": low, "high": high, "problems": len(answers), "without_number": empty},
+    )
+    print(
+        f"{config.model}: exact match {share:.4f} [{low:.4f}, {high:.4f}] of {len(answers):,} problems, "
+        f"{empty:,} answers without a number"
+    )

@@ -1,0 +1,90 @@
+"""From problems to a score: index, fine-tune, generate, compare; killed and resumed on the way."""
+
+import json
+import random
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.helpers.runs import arguments_for
+
+STEPS = 60
+LENGTH = 48
+
+
+def write_problems(path, count, seed):
+    """Sums of two digits."""
+    generator = random.Random(seed)
+    lines = []
+    for _ in range(count):
+        a, b = generator.randint(0, 4), generator.randint(0, 4)
+        lines.append(json.dumps({"question": f"{a} and {b}?", "answer": f"{a}+{b}\n#### {a + b}"}))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(
+    scope="module",
+    params=["ar", *(pytest.param(f, marks=pytest.mark.slow) for f in ("mdlm", "duo", "esolm"))],
+)
+def tuned(request, corpus, tmp_path_factory):
+    """A tiny model, fine-tuned on sums."""
+    directory = tmp_path_factory.mktemp(request.param)
+    train = write_problems(directory / "train.jsonl", 200, seed=0)
+    data = directory / "data"
+    index = ["index", "--input", train, "--output", data, "--tokenizer", corpus.tokenizer]
+    index += ["--prompt-key", "question", "--json-keys", "answer"]
+    more = ["--data.train", data, "--data.validation", data, "--data.seq-length", LENGTH]
+    more += ["--training.num-steps", STEPS, "--schedule.lr", 3e-3]
+    run = arguments_for(corpus, directory / "run", *more, recipe=f"examples/{request.param}/tiny.py")
+    for words in (index, run):
+        command = [sys.executable, "-m", "megatron_dlm", *map(str, words)]
+        finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert finished.returncode == 0, finished.stderr
+    return directory / "run" / "checkpoints" / f"step-{STEPS:08d}"
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_problems_are_answered_scored_and_gone_on_with(command, tuned, tmp_path, read_json):
+    problems = write_problems(tmp_path / "test.jsonl", 12, seed=1)
+    words = ["evaluate", "gsm8k", tuned, "--data", problems]
+    whole = command(*words, "--output", tmp_path / "whole", "--batch-size", 12)
+    assert "exact match" in whole.stdout and "of 12 problems" in whole.stdout
+    assert "12/12 problems" in whole.stderr and "tokens/s" in whole.stderr
+    answers = lines_of(tmp_path / "whole" / "answers.jsonl")
+    assert [line["number"] for line in answers] == list(range(12))
+    for line in answers:
+        assert line["correct"] == (line["found"] == line["expected"])
+    result = read_json(tmp_path / "whole" / "result.json")
+    assert result["problems"] == 12 and result["exact_match"] == sum(a["correct"] for a in answers) / 12
+    # Stopped in the middle of a line, and asked in other batches: the same answers.
+    part = tmp_path / "part"
+    command(*words, "--output", part, "--limit", 5, "--batch-size", 2)
+    text = (part / "answers.jsonl").read_text()
+    (part / "answers.jsonl").write_text(text[: len(text) - 20])
+    resumed = command(*words, "--output", part, "--batch-size", 3)
+    assert "8/8 problems" in resumed.stderr
+    assert sorted(lines_of(part / "answers.jsonl"), key=lambda line: line["number"]) == answers
+    other = command(*words, "--output", part, "--temperature", 0.5, check=False)
+    assert other.returncode == 2 and "has answers with sampling" in other.stderr
+
+
+def test_bad_input_ends_in_one_line(command, tuned, tmp_path):
+    problems = write_problems(tmp_path / "test.jsonl", 2, seed=1)
+    words = ["evaluate", "gsm8k", tuned, "--output", tmp_path / "out", "--data"]
+    cases = {
+        ("no.jsonl",): "data: no.jsonl",
+        (problems, "--template", "Question"): "template: 'Question' does not have {question} just once",
+        (problems, "--no-stop-at-eos"): "stop_at_eos: an answer ends with its first <eos>",
+        (problems, "--length", 3): "length: 3 tokens leave no answer to problem 0",
+        (problems, "--sampler", "nonsense"): "nonsense",
+    }
+    for more, complaint in cases.items():
+        finished = command(*words, *more, check=False)
+        assert finished.returncode == 2 and complaint in finished.stderr, finished.stderr
+        assert finished.stderr.count("\n") == 1
