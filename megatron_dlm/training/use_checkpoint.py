@@ -159,11 +159,18 @@ def bound_of_folder(
     Raises:
         InputError: unusable shard or sizes.
     """
+    from megatron_dlm.evaluation.exported_bounds import ExportedBounds
     from megatron_dlm.training.held_out_bound import exported_copies, held_out_bound, share_of_rank
 
     shard, rows, run_config = _held_out(usable.config, usable.tokenizer.fingerprint, data, drop_long_records)
+    score = ExportedBounds(
+        usable.model,
+        usable.vocabulary,
+        run_config.objective.attention,
+        run_config.training.head_rows_per_chunk,
+    )
     return held_out_bound(
-        exported_copies(usable.model, usable.vocabulary, run_config.training.head_rows_per_chunk),
+        exported_copies(score, usable.vocabulary),
         rows,
         run_config.objective,
         usable.vocabulary,

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from megatron_dlm.evaluation.bound import BoundConfig, ratio, summarise
+from megatron_dlm.evaluation.exported_bounds import ExportedBounds
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.objectives.ar import ARConfig
 from megatron_dlm.objectives.block_diffusion import BlockDiffusionConfig
@@ -43,8 +44,9 @@ class Texts:
 
 
 def score(objective, *, model=None, micro_batch_size=64, texts=None, **config):
+    score_by = ExportedBounds(model or build(objective), VOCABULARY, objective.attention, 256)
     return held_out_bound(
-        exported_copies(model or build(objective), VOCABULARY, 256),
+        exported_copies(score_by, VOCABULARY),
         texts or Texts(),
         objective,
         VOCABULARY,

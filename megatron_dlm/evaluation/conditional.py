@@ -1,0 +1,259 @@
+"""Bounds of continuations given contexts, sampled until the best choice is decided.
+
+Only a continuation is noised; its context is seen clean. Copies of one choice are stratified over the time,
+choices of one question have the same draws, and choices of equal length are read together.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from megatron_dlm.evaluation.exported_bounds import ExportedBounds
+from megatron_dlm.interfaces import InputError, ModelInputs, Targets, TokenBatch, Vocabulary
+from megatron_dlm.objectives.base import CorruptionContext, ObjectiveConfig
+from megatron_dlm.objectives.documents import corrupt
+from megatron_dlm.platform.rng import NoiseSource
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A continuation to score."""
+
+    context: tuple[int, ...]
+    continuation: tuple[int, ...]
+    weight: float = 1.0
+    """What its nats are divided by in the other way of comparing, for example its bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditionalConfig:
+    """How much noise."""
+
+    num_times: int = 16
+    """Copies of a continuation at a time, one in each of as many equal parts of the diffusion time."""
+    max_copies: int = 128
+    """Copies of a continuation at most."""
+    confidence: float = 0.99
+    """Sampling ends when the best choice leads all others with this probability; 1 never ends early."""
+    batch_size: int = 32
+    """Sequences of one forward pass, at most."""
+    seed: int = 0
+    """Of all draws."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_times", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: {getattr(self, name)} is below 1")
+        if self.max_copies < self.num_times:
+            raise InputError(f"max_copies: {self.max_copies} is below num_times {self.num_times}")
+        if not 0.5 <= self.confidence <= 1:
+            raise InputError(f"confidence: {self.confidence} is outside [0.5, 1]")
+
+
+@dataclass
+class Scored:
+    """Copies of one choice so far."""
+
+    nats: list[float]
+    """Of each copy; their mean is the bound."""
+    is_greedy: bool = False
+    """Whether the continuation is what the model finds most likely, token by token; told for AR alone."""
+
+    @property
+    def mean(self) -> float:
+        """The bound in nats."""
+        return statistics.fmean(self.nats)
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """Copies of one choice that are read alike."""
+
+    job: tuple[int, int]
+    """Question and choice."""
+    places: NDArray[np.int64]
+    """int64 [B], among the copies of the round."""
+    inputs: ModelInputs
+    targets: Targets
+
+
+class ConditionalScorer:
+    """Scores questions, each of one or several choices."""
+
+    def __init__(
+        self,
+        model: Any,
+        objective: ObjectiveConfig,
+        vocabulary: Vocabulary,
+        config: ConditionalConfig,
+        rows_per_chunk: int = 1024,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            model: exported, in evaluation mode.
+            objective: its family.
+            vocabulary: its ids.
+            config: how much noise.
+            rows_per_chunk: most rows whose logits exist at a time.
+        """
+        self._model = model
+        self._objective = objective
+        self._built = objective.build(vocabulary)
+        self._vocabulary = vocabulary
+        self._config = config
+        self._score = ExportedBounds(model, vocabulary, objective.attention, rows_per_chunk)
+        self._is_exact = objective.before_time_epsilon() is None
+        # A block that text does not fill is filled with ends of documents, which are not scored.
+        self._multiple = getattr(objective, "block_size", 1)
+
+    def score(
+        self, questions: Sequence[Sequence[Choice]], progress: Callable[[int], None] = lambda done: None
+    ) -> list[list[Scored]]:
+        """Score all choices.
+
+        Args:
+            questions: choices of each; contexts and continuations fit the model together.
+            progress: told of questions that are done since the last call.
+
+        Returns:
+            As the questions.
+        """
+        scored = [[Scored([]) for _ in choices] for choices in questions]
+        pending = list(range(len(questions)))
+        copies = 1 if self._is_exact else self._config.num_times
+        for round_number in range(1 if self._is_exact else self._config.max_copies // copies):
+            jobs = [(q, c) for q in pending for c in range(len(questions[q]))]
+            self._run_round(jobs, questions, scored, round_number, copies)
+            before = len(pending)
+            pending = [q for q in pending if not self._is_decided(questions[q], scored[q])]
+            progress(before - len(pending))
+            if not pending:
+                break
+        progress(len(pending))
+        return scored
+
+    def _is_decided(self, choices: Sequence[Choice], scored: Sequence[Scored]) -> bool:
+        """Whether the best choice leads with the wanted confidence, by nats and by nats over weight."""
+        if self._is_exact:
+            return True
+        if len(choices) < 2 or self._config.confidence == 1:
+            return False
+        quantile = statistics.NormalDist().inv_cdf(1 - (1 - self._config.confidence) / (len(choices) - 1))
+        for weights in ([1.0] * len(choices), [choice.weight for choice in choices]):
+            nats = [np.array(s.nats) / weight for s, weight in zip(scored, weights, strict=True)]
+            best = min(range(len(nats)), key=lambda c: float(nats[c].mean()))
+            for other, values in enumerate(nats):
+                # Copies at the same time and noise are paired; strata make their mean better than this error.
+                lead = values - nats[best]
+                error = lead.std(ddof=1) / len(lead) ** 0.5 if len(lead) > 1 else float("inf")
+                if other != best and not lead.mean() > quantile * error:
+                    return False
+        return True
+
+    def _run_round(
+        self,
+        jobs: Sequence[tuple[int, int]],
+        questions: Sequence[Sequence[Choice]],
+        scored: list[list[Scored]],
+        round_number: int,
+        copies: int,
+    ) -> None:
+        """`copies` more copies of each job, forwards of equal length together."""
+        waiting: dict[tuple[int, bool], list[_Forward]] = defaultdict(list)
+        totals = {job: np.zeros(copies) for job in jobs}
+        for question, number in jobs:
+            context = self._context(questions[question][0], round_number, copies)
+            batch = self._batch(questions[question][number], context)
+            for part in self._built.split(batch, context):
+                inputs, targets = corrupt(self._built, part, context)
+                places = part.sample_indices - context.batch_start
+                key = (inputs.token_ids_BL.shape[1], inputs.attention_mask is not None)
+                waiting[key].append(_Forward((question, number), places, inputs, targets))
+                if sum(len(forward.places) for forward in waiting[key]) >= self._config.batch_size:
+                    self._flush(waiting.pop(key), totals)
+        for forwards in waiting.values():
+            self._flush(forwards, totals)
+        for question, number in jobs:
+            place = scored[question][number]
+            place.nats += totals[question, number].tolist()
+            if self._objective.name == "ar":
+                place.is_greedy = self._is_greedy(questions[question][number])
+
+    def _context(self, first: Choice, round_number: int, copies: int) -> CorruptionContext:
+        # By what is asked, not by its place among the questions.
+        return CorruptionContext(
+            noise=NoiseSource(self._config.seed, f"conditional/{first.context}"),
+            step=0,
+            batch_start=round_number * copies,
+            global_batch_size=copies,
+            training=False,
+        )
+
+    def _batch(self, choice: Choice, context: CorruptionContext) -> TokenBatch:
+        """Copies of context and continuation, of which the latter is noised and scored."""
+        text = [*choice.context, *choice.continuation]
+        padding = -len(text) % self._multiple + 1
+        tokens = np.array([*text, *[self._vocabulary.eos_token_id] * padding], dtype=np.int64)
+        mask = np.zeros(len(tokens), dtype=np.bool_)
+        mask[len(choice.context) : len(text)] = True
+        copies = context.global_batch_size
+        return TokenBatch(
+            token_ids=torch.from_numpy(np.tile(tokens, (copies, 1))),
+            sample_indices=context.batch_start + np.arange(copies),
+            loss_mask=torch.from_numpy(np.tile(mask, (copies, 1))),
+        )
+
+    def _flush(
+        self, forwards: Sequence[_Forward], totals: dict[tuple[int, int], NDArray[np.float64]]
+    ) -> None:
+        """Read them at most `batch_size` sequences at a time, and add what they cost."""
+        inputs = _joined([forward.inputs for forward in forwards])
+        targets = _joined_targets([forward.targets for forward in forwards])
+        size, nats = self._config.batch_size, []
+        for start in range(0, len(inputs.token_ids_BL), size):
+            part = slice(start, start + size)
+            some = replace(
+                inputs,
+                token_ids_BL=inputs.token_ids_BL[part],
+                position_ids_BL=inputs.position_ids_BL[part],
+                sigma_B=inputs.sigma_B[part],
+            )
+            fields = {n: v[part] for n, v in vars(targets).items() if n != "token_count"}
+            nats.append(self._score(some, Targets(**fields, token_count=1), self._built))
+        found, first = np.concatenate(nats), 0
+        for forward in forwards:
+            totals[forward.job][forward.places] += found[first : first + len(forward.places)]
+            first += len(forward.places)
+
+    @torch.no_grad()
+    def _is_greedy(self, choice: Choice) -> bool:
+        ids = torch.tensor([[*choice.context, *choice.continuation]], device=self._model.device)
+        logits = self._model(ids[:, :-1]).logits[0, len(choice.context) - 1 :]
+        return bool((logits.argmax(-1).cpu() == torch.tensor(choice.continuation)).all())
+
+
+def _joined(parts: Sequence[ModelInputs]) -> ModelInputs:
+    """Inputs of equal length as one; their masks are equal."""
+    return ModelInputs(
+        token_ids_BL=torch.cat([part.token_ids_BL for part in parts]),
+        position_ids_BL=torch.cat([part.position_ids_BL.expand_as(part.token_ids_BL) for part in parts]),
+        sigma_B=torch.cat([part.sigma_B for part in parts]),
+        attention_mask=parts[0].attention_mask,
+    )
+
+
+def _joined_targets(parts: Sequence[Targets]) -> Targets:
+    names = [name for name in vars(parts[0]) if name != "token_count"]
+    return Targets(
+        **{name: torch.cat([getattr(part, name) for part in parts]) for name in names},
+        token_count=sum(part.token_count for part in parts),
+    )

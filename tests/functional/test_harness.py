@@ -1,0 +1,121 @@
+"""lm-evaluation-harness on local task files, from one command, with a model trained for a few steps."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.helpers.runs import arguments_for
+
+pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install megatron-dlm[harness]")
+STEPS = 20
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+TASKS = {
+    "local_choice": """
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_target: answer
+doc_to_choice: "{{choices}}"
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
+""",
+    "local_text": """
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{choices[answer]}}"
+generation_kwargs: {until: [" the"], max_gen_toks: 8, do_sample: false}
+metric_list:
+  - {metric: exact_match, aggregation: mean, higher_is_better: true}
+""",
+    "local_perplexity": """
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{question}}"
+metric_list:
+  - {metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """Three task files and their data."""
+    directory = tmp_path_factory.mktemp("tasks")
+    data = directory / "data.jsonl"
+    words = ["reads noisy tokens", "zzqx", "predicts clean ones", "while def class"]
+    lines = [
+        {"question": f"the model {words[i % 2 * 2]} and", "choices": [" predicts", " zzqx;#"], "answer": 0}
+        for i in range(6)
+    ]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name, text in TASKS.items():
+        head = f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\n"
+        (directory / f"{name}.yaml").write_text(f"{head}test_split: test{text}")
+    return directory
+
+
+@pytest.fixture(
+    scope="module", params=["mdlm", *(pytest.param(f, marks=pytest.mark.slow) for f in ("ar", "duo"))]
+)
+def model(request, corpus, tmp_path_factory):
+    directory = tmp_path_factory.mktemp(request.param)
+    words = arguments_for(corpus, directory, recipe=f"examples/{request.param}/tiny.py", steps=STEPS)
+    command = [sys.executable, "-m", "megatron_dlm", *map(str, words)]
+    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+    return directory / "checkpoints" / f"step-{STEPS:08d}"
+
+
+def test_local_tasks_end_to_end(command, model, tasks, tmp_path, read_json):
+    words = ["evaluate", "harness", model, "--include-path", tasks, "--tasks", *TASKS]
+    words += ["--num-times", 4, "--max-copies", 16, "--batch-size", 8]
+    home = {"HF_HOME": str(tmp_path / "cache"), **OFFLINE}
+    finished = command(*words, "--output", tmp_path / "results.json", **home)
+    for name in TASKS:
+        assert name in finished.stdout
+    results = read_json(tmp_path / "results.json")
+    scores = results["results"]
+    # Trained on the words of one choice, and never on the other.
+    assert scores["local_choice"]["acc,none"] >= 0.5
+    assert 0 < scores["local_perplexity"]["bits_per_byte,none"] < 10
+    samples = results["samples"]["local_text"]
+    assert len(samples) == 6 and all(" the" not in sample["filtered_resps"][0] for sample in samples)
+    again = command(*words, "--output", tmp_path / "again.json", "--batch-size", 3, **home)
+    assert again.returncode == 0
+    for name in ("local_choice", "local_perplexity"):
+        for metric, value in read_json(tmp_path / "again.json")["results"][name].items():
+            if isinstance(value, float):
+                assert value == pytest.approx(scores[name][metric], rel=1e-4)
+
+
+def test_the_registered_name_is_enough(model, tasks):
+    """As `lm_eval.simple_evaluate(model="megatron-dlm")` is called from elsewhere."""
+    script = f"""
+import lm_eval, megatron_dlm.training.harness
+from lm_eval.tasks import TaskManager
+found = lm_eval.simple_evaluate(
+    model="megatron-dlm", model_args="path={model},num_times=4,max_copies=4", tasks=["local_choice"],
+    task_manager=TaskManager(include_path="{tasks}"), batch_size=8, limit=2)
+print("ACC", found["results"]["local_choice"]["acc,none"])
+"""
+    environment = os.environ | OFFLINE | {"HF_HOME": str(tasks / "cache")}
+    finished = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, env=environment
+    )
+    assert finished.returncode == 0 and "ACC" in finished.stdout, finished.stderr
+
+
+def test_bad_input_ends_in_one_line(command, model, tasks, tmp_path):
+    words = ["evaluate", "harness", model]
+    cases = {
+        ("--tasks", "no_such_task", "--include-path", tasks): "tasks: no_such_task is not a task",
+        ("--tasks", "local_choice", "--include-path", "no"): "include_path: no: no such directory",
+        ("--tasks", "local_choice", "--limit", 0): "limit: 0 is below 1",
+        ("--tasks", "local_choice", "--confidence", 2): "confidence: 2.0 is outside [0.5, 1]",
+    }
+    for more, complaint in cases.items():
+        finished = command(*words, *more, check=False, **OFFLINE)
+        assert finished.returncode == 2 and complaint in finished.stderr, finished.stderr
