@@ -1,18 +1,24 @@
-"""`megatron-dlm evaluate nll|gsm8k|harness`: figures of a trained model."""
+"""`megatron-dlm evaluate nll|gsm8k|harness|pareto`: figures of a trained model."""
 
 from __future__ import annotations
 
-from megatron_dlm.cli import evaluate_gsm8k, evaluate_harness, evaluate_nll
+from megatron_dlm.cli import evaluate_gsm8k, evaluate_harness, evaluate_nll, evaluate_pareto
 from megatron_dlm.interfaces import InputError
 
 USAGE = """usage: megatron-dlm evaluate nll MODEL [--data SHARD | --text FILE ...]   bound on held-out data
        megatron-dlm evaluate gsm8k MODEL --data FILE --output DIR          exact match on GSM8K
        megatron-dlm evaluate harness MODEL --tasks NAME ...                tasks of lm-evaluation-harness
+       megatron-dlm evaluate pareto MODEL ... --judge FOLDER --output DIR  quality against speed of samplers
 
 MODEL is one of a run's checkpoints/step-NNNNNNNN or an exported folder. `megatron-dlm evaluate nll --help`
 lists the arguments with their units.
 """
-ACTIONS = {"nll": evaluate_nll.run, "gsm8k": evaluate_gsm8k.run, "harness": evaluate_harness.run}
+ACTIONS = {
+    "nll": evaluate_nll.run,
+    "gsm8k": evaluate_gsm8k.run,
+    "harness": evaluate_harness.run,
+    "pareto": evaluate_pareto.run,
+}
 
 
 def run(arguments: list[str]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,36 @@ def plot_by_time(bands: Sequence[tuple[float, float, float, float]], output: Pat
     axes.axhline(mean, linestyle="--", color="gray", label=f"bound: {mean:.4f} nats/token")
     axes.set(title=title, xlabel="diffusion time t", ylabel="bound's integrand (nats/token), 95% interval")
     axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(output, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def plot_pareto(
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    published: Mapping[str, Sequence[tuple[float, float]]],
+    output: Path,
+    *,
+    frontier: Sequence[tuple[float, float]],
+) -> None:
+    """Draw quality against speed.
+
+    Args:
+        series: (tokens/s, generative perplexity) by name.
+        published: the same of others, drawn in grey behind.
+        output: PNG file.
+        frontier: points that none beats in both ways, from the fastest on.
+    """
+    pyplot, figure, axes = _canvas()
+    for marker, (name, points) in zip("xv^s*", published.items(), strict=False):
+        axes.plot(
+            *zip(*points, strict=True), marker, color="gray", alpha=0.5, label=f"{name}, published", zorder=1
+        )
+    for name, points in series.items():
+        axes.plot(*zip(*points, strict=True), "o", label=name, zorder=3)
+    axes.plot(*zip(*frontier, strict=True), "-", color="black", alpha=0.4, label="frontier", zorder=2)
+    axes.set(xscale="log", yscale="log", xlabel="tokens/s, whole calls", ylabel="generative perplexity")
+    axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.savefig(output, dpi=120, bbox_inches="tight")
     pyplot.close(figure)

@@ -5,6 +5,7 @@ Either way it is this package's copy of the exported model that runs; no code of
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -84,6 +85,17 @@ def open_model(path: Path, *, tokenizer: Path | None, dtype: ModelDtype, device:
     if loaded.vocabulary != vocabulary:
         raise InputError(f"tokenizer: {tokenizer}: {loaded.vocabulary} differs from the model's {vocabulary}")
     return _build(config, vocabulary, loaded, weights, dtype, device)
+
+
+def is_model(path: Path) -> bool:
+    """Whether a path is a checkpoint or an exported folder of this package."""
+    if (path / MANIFEST).is_file():
+        return True
+    try:
+        config = json.loads((path / EXPORT_CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") == "megatron_dlm"
 
 
 def _checkpoint_weights(record: RunRecord) -> Mapping[str, torch.Tensor]:

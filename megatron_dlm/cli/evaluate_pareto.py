@@ -1,0 +1,219 @@
+"""`megatron-dlm evaluate pareto MODEL ...`."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+
+import tyro
+
+from megatron_dlm.cli.arguments import parse
+from megatron_dlm.interfaces import InputError
+from megatron_dlm.sampling.settings import SamplerName, SamplingConfig
+
+if TYPE_CHECKING:
+    from megatron_dlm.evaluation.generative import Judge
+    from megatron_dlm.training.use_model import UsableModel
+
+TABLE, PICTURE = "pareto.csv", "pareto.png"
+SETTINGS = ("family", "sampler", "num_steps", "batch_size", "temperature", "top_p")
+KEYS = ("model", "judge", *SETTINGS, "length", "samples", "seed")
+MEASURED = ("tokens_per_second", "seconds", "generative_perplexity", "unigram_entropy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParetoConfig:
+    """Quality against speed of sampling: every combination of the lists, one row of a table each.
+
+    Speed is of whole calls, all that a sampler does included. A row that is in the table already is not
+    measured again, so a sweep that was stopped goes on.
+    """
+
+    models: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """step-NNNNNNNN directories or exported folders."""
+    judge: Path
+    """Local Hugging Face folder of a causal language model, or an AR model of this package."""
+    output: Path
+    """Directory for pareto.csv and pareto.png."""
+    samplers: tuple[SamplerName, ...] = ()
+    """Samplers of the models' families; none: each family's default. Those a family has not are left out."""
+    num_steps: tuple[int, ...] = (16, 32, 64, 128)
+    """Denoising steps, for samplers that have them; of block-autoregressive the tokens of a segment."""
+    batch_sizes: tuple[int, ...] = (8,)
+    """Texts sampled together."""
+    temperatures: tuple[float, ...] = (1.0,)
+    """Divide the logits."""
+    top_ps: tuple[float, ...] = (1.0,)
+    """Probability mass of the most likely tokens that are kept."""
+    num_samples: int = 64
+    """Texts of each combination."""
+    length: int | None = None
+    """Tokens of a text; None: the training length."""
+    seed: int = 0
+    """Of all draws."""
+    reference: Path | None = None
+    """CSV with family, throughput_tok_per_s and gen_ppl to lay under the picture."""
+    tokenizer: Path | None = None
+    """Directory of the models' tokenizer; None: the folder's, or that of the run's data."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Of the models' weights."""
+    device: str | None = None
+    """For example cpu or cuda:0; None: CUDA where there is one."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "batch_sizes"):
+            for value in getattr(self, name):
+                if value < 1:
+                    raise InputError(f"{name}: {value} is below 1")
+        if self.num_samples < 1:
+            raise InputError(f"num_samples: {self.num_samples} is below 1")
+        for name in ("models", "num_steps", "batch_sizes", "temperatures", "top_ps"):
+            if not getattr(self, name):
+                raise InputError(f"{name}: none given")
+
+
+def run(arguments: list[str]) -> int:
+    """Parse, sweep, draw; returns the exit code."""
+    config = parse(ParetoConfig, arguments, verb="evaluate pareto")
+    from megatron_dlm.evaluation.generative import reference_points
+    from megatron_dlm.training.use_model import open_model
+
+    published = {} if config.reference is None else reference_points(config.reference)
+    config.output.mkdir(parents=True, exist_ok=True)
+    rows = _read(config.output / TABLE)
+    for path in config.models:
+        usable = open_model(path, tokenizer=config.tokenizer, dtype=config.dtype, device=config.device)
+        judge = _judge(config, usable.network.device)
+        try:
+            wanted = [dict(zip(KEYS, values, strict=True)) for values in _combinations(config, path, usable)]
+            for number, keys in enumerate(wanted, start=1):
+                if not any(all(row[key] == str(keys[key]) for key in KEYS) for row in rows):
+                    rows.append(_measure(keys, usable, judge))
+                    _write(config.output / TABLE, rows)
+                print(f"{path}: {number}/{len(wanted)} combinations", file=sys.stderr, flush=True)
+        except InputError:
+            raise
+        except ValueError as error:
+            raise InputError(str(error)) from error
+    _report(config, rows, published)
+    return 0
+
+
+def _judge(config: ParetoConfig, device: Any) -> Judge:
+    """Of a Hugging Face folder, or this package's own AR model."""
+    from megatron_dlm.evaluation.generative import Judge, hugging_face_judge
+    from megatron_dlm.training.use_model import is_model, open_model
+
+    if not is_model(config.judge):
+        return hugging_face_judge(config.judge, device)
+    usable = open_model(config.judge, tokenizer=None, dtype=config.dtype, device=str(device))
+    if usable.process.family != "ar":
+        raise InputError(f"judge: {config.judge}: {usable.process.family} is no judge; take ar")
+    bos = usable.vocabulary.bos_token_id
+    return Judge(
+        lambda ids: usable.model(ids.to(device)).logits,
+        lambda text: [bos, *map(int, usable.tokenizer.encode([text])[0])],
+        usable.config.data.seq_length,
+    )
+
+
+def _settings(sampler: SamplerName, steps: int | None, temperature: float, top_p: float) -> SamplingConfig:
+    in_segments = sampler == "block-autoregressive"
+    return SamplingConfig(
+        sampler=sampler,
+        num_steps=None if in_segments else steps,
+        segment_length=steps if in_segments else None,
+        temperature=temperature,
+        top_p=top_p,
+    )
+
+
+def _combinations(config: ParetoConfig, path: Path, usable: UsableModel) -> list[tuple[Any, ...]]:
+    from megatron_dlm.sampling.settings import SAMPLERS
+
+    process = usable.process
+    offered = SAMPLERS[process.family]
+    chosen = [name for name in config.samplers if name in offered] or [cast(SamplerName, offered[0])]
+    length = config.length or usable.config.data.seq_length
+    found: list[tuple[Any, ...]] = []
+    for sampler in chosen:
+        steps = (None,) if sampler == "left-to-right" else config.num_steps
+        for values in itertools.product(steps, config.batch_sizes, config.temperatures, config.top_ps):
+            num_steps, batch_size, temperature, top_p = values
+            # Refuses what cannot be, before anything is measured.
+            _settings(sampler, num_steps, temperature, top_p).resolved(process)
+            key = (str(path), str(config.judge), process.family, sampler, num_steps or "", batch_size)
+            found.append((*key, temperature, top_p, length, config.num_samples, config.seed))
+    return found
+
+
+def _measure(keys: dict[str, Any], usable: UsableModel, judge: Judge) -> dict[str, str]:
+    """One row."""
+    from megatron_dlm.evaluation.generation import sample_all
+    from megatron_dlm.evaluation.generative import unigram_entropy
+    from megatron_dlm.sampling.start import start_from
+
+    settings = _settings(keys["sampler"], keys["num_steps"] or None, keys["temperature"], keys["top_p"])
+    starts = [start_from([[]], keys["length"], usable.process)] * keys["samples"]
+    samples: list[list[int]] = []
+    tokens, seconds = 0, 0.0
+    for batch in sample_all(
+        usable.network, usable.process, settings, starts, batch_size=keys["batch_size"], seed=keys["seed"]
+    ):
+        samples += batch.ids_BL.tolist()
+        tokens, seconds = tokens + batch.tokens, seconds + batch.seconds
+    texts = [usable.tokenizer.decode(sample) for sample in samples]
+    measured = {
+        "tokens_per_second": f"{tokens / seconds:.6g}",
+        "seconds": f"{seconds:.6g}",
+        "generative_perplexity": f"{judge.perplexity(texts):.6g}",
+        "unigram_entropy": f"{unigram_entropy(samples):.6g}",
+    }
+    return {key: str(value) for key, value in keys.items()} | measured
+
+
+def _read(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        rows = list(reader)
+    if reader.fieldnames is None or tuple(reader.fieldnames) != (*KEYS, *MEASURED):
+        raise InputError(f"output: {path} is not a table of this command; take another directory")
+    return rows
+
+
+def _write(path: Path, rows: list[dict[str, str]]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, (*KEYS, *MEASURED))
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.replace(path)
+
+
+def _report(
+    config: ParetoConfig, rows: list[dict[str, str]], published: dict[str, list[tuple[float, float]]]
+) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from megatron_dlm.evaluation.generative import frontier
+    from megatron_dlm.telemetry.plots import plot_pareto
+
+    points = [(float(row["tokens_per_second"]), float(row["generative_perplexity"])) for row in rows]
+    best = frontier(points)
+    table = Table(*SETTINGS, "tokens/s", "perplexity", "entropy", "frontier")
+    for index, row in enumerate(rows):
+        names = (*SETTINGS, "tokens_per_second", "generative_perplexity", "unigram_entropy")
+        table.add_row(*(row[name] for name in names), "*" if index in best else "")
+    Console(width=130).print(table)
+    series: dict[str, list[tuple[float, float]]] = {}
+    for row, point in zip(rows, points, strict=True):
+        series.setdefault(f"{row['family']}, {row['sampler']}", []).append(point)
+    plot_pareto(series, published, config.output / PICTURE, frontier=[points[index] for index in best])
+    print(f"{config.output}: {TABLE}, {PICTURE}; {len(rows)} combinations, {len(best)} on the frontier")

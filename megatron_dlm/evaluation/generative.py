@@ -1,0 +1,149 @@
+"""How good samples look: perplexity under a judge, and how varied their tokens are (arXiv:2602.15014)."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_dlm.interfaces import InputError
+
+JUDGE_TOKENS = 2048
+"""Of a text, at most, as in the paper's code."""
+
+
+class Judge:
+    """A causal language model that scores texts."""
+
+    def __init__(
+        self, logits_of: Callable[[Tensor], Tensor], encode: Callable[[str], Sequence[int]], length: int
+    ) -> None:
+        """Take a model.
+
+        Args:
+            logits_of: int64 [1, L] -> [1, L, V] of the next tokens, on the model's device.
+            encode: tokens of a text, with what the model wants before it.
+            length: tokens that the model can read.
+        """
+        self._logits_of = logits_of
+        self._encode = encode
+        self._length = min(JUDGE_TOKENS, length)
+
+    @torch.no_grad()
+    def perplexity(self, texts: Sequence[str]) -> float:
+        """Exp of nats per judge token over all texts; a text's first token is not scored.
+
+        Args:
+            texts: decoded samples.
+
+        Returns:
+            The perplexity; infinite where no text has two tokens.
+        """
+        nats, count = 0.0, 0
+        for text in texts:
+            ids = torch.tensor([list(self._encode(text))[: self._length]], dtype=torch.int64)
+            if ids.shape[1] < 2:
+                continue
+            log_p = self._logits_of(ids)[0, :-1].double().log_softmax(-1).cpu()
+            nats -= float(log_p.gather(1, ids[0, 1:, None]).sum())
+            count += ids.shape[1] - 1
+        return math.exp(nats / count) if count else math.inf
+
+
+def hugging_face_judge(folder: Path, device: torch.device) -> Judge:
+    """A causal language model of a local Hugging Face folder; no code of the folder is run.
+
+    Args:
+        folder: model and tokenizer.
+        device: to run on.
+
+    Returns:
+        The judge.
+
+    Raises:
+        InputError: no folder, or no model or tokenizer that transformers itself knows.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not (folder / "config.json").is_file():
+        raise InputError(f"judge: {folder}: has no config.json")
+    local = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        # Safetensors only: a pickle would run code.
+        model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **local)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+    except Exception as error:  # transformers raises many kinds
+        message = str(error).strip().partition("\n")[0]
+        raise InputError(f"judge: {folder}: {message}") from error
+    model = model.to(device).eval()
+    return Judge(
+        lambda ids: model(ids.to(device)).logits,
+        lambda text: tokenizer(text)["input_ids"],
+        getattr(model.config, "max_position_embeddings", JUDGE_TOKENS),
+    )
+
+
+def unigram_entropy(samples: Sequence[Sequence[int]]) -> float:
+    """Entropy in nats of the token frequencies inside a sample, averaged over samples.
+
+    Args:
+        samples: token ids; low where a text repeats itself, however likely a judge finds it.
+
+    Returns:
+        The mean.
+    """
+    total = 0.0
+    for sample in samples:
+        counts = Counter(sample)
+        size = len(sample)
+        total -= sum(n / size * math.log(n / size) for n in counts.values())
+    return total / len(samples)
+
+
+def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Which points no other beats in both ways.
+
+    Args:
+        points: (higher is better, lower is better), for example speed and perplexity.
+
+    Returns:
+        Indices, from the fastest to the best.
+    """
+    order = sorted(range(len(points)), key=lambda i: (-points[i][0], points[i][1]))
+    kept: list[int] = []
+    best = math.inf
+    for index in order:
+        if points[index][1] < best:
+            best = points[index][1]
+            kept.append(index)
+    return kept
+
+
+def reference_points(path: Path) -> dict[str, list[tuple[float, float]]]:
+    """Published points to lay under a picture.
+
+    Args:
+        path: CSV with family, throughput_tok_per_s and gen_ppl.
+
+    Returns:
+        (tokens/s, perplexity) by family.
+
+    Raises:
+        InputError: unreadable, or other columns.
+    """
+    found: dict[str, list[tuple[float, float]]] = {}
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                point = (float(row["throughput_tok_per_s"]), float(row["gen_ppl"]))
+                found.setdefault(row["family"], []).append(point)
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise InputError(
+            f"reference: {path}: not a table of family, throughput_tok_per_s, gen_ppl: {error}"
+        ) from error
+    return found
