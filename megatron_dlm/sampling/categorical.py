@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 64 << 20
-"""Of float64 probabilities that exist at a time."""
+CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
+"""Of float64 probabilities that exist at a time: what a CPU's cache holds, what keeps a GPU busy."""
 
 
 @dataclass(frozen=True)
@@ -84,4 +84,4 @@ def logit_chunks(head: Callable[[Tensor], Tensor], hidden_RD: Tensor) -> Iterato
         logits_rV = head(hidden_RD[start : start + size])
         yield slice(start, start + len(logits_rV)), logits_rV
         start += len(logits_rV)
-        size = max(1, CHUNK_BYTES // (8 * logits_rV.shape[-1]))
+        size = max(1, CHUNK_BYTES[hidden_RD.device.type] // (8 * logits_rV.shape[-1]))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_dlm.sampling.categorical import Sharpening, draw, keep_nucleus, logit_chunks
+from megatron_dlm.sampling.categorical import CHUNK_BYTES, Sharpening, draw, keep_nucleus, logit_chunks
 from megatron_dlm.sampling.plans import (
     GIVEN,
     ancestral_part,
@@ -56,7 +56,7 @@ def test_sharpening():
 
 
 def test_logits_come_in_pieces_that_cover_all_rows(monkeypatch):
-    monkeypatch.setattr("megatron_dlm.sampling.categorical.CHUNK_BYTES", 8 * 4 * 3)
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", 8 * 4 * 3)
     hidden, sizes = torch.arange(10.0)[:, None], []
     pieces = list(logit_chunks(lambda h: sizes.append(len(h)) or h.expand(-1, 4), hidden))
     assert torch.equal(torch.cat([logits[:, 0] for _, logits in pieces]), hidden[:, 0])
