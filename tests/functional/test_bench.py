@@ -35,3 +35,15 @@ def test_step_benchmark_prints_its_scaling():
     printed = run_bench("--families", "mdlm", "--scaling")
     for varied in ("seq_length", "vocabulary_size", "batch_size"):
         assert varied in printed
+
+
+def test_sampling_benchmark_prints_both_sides():
+    command = [sys.executable, str(ROOT / "tools" / "bench" / "sample.py"), "--size", "tiny"]
+    command += ["--families", "esolm", "--steps", "4", "--length", "16", "--batch-size", "1"]
+    command += ["--vocabulary-size", "67", "--repeats", "1", "--threads", "1"]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ)
+    assert finished.returncode == 0, finished.stderr
+    (row,) = (line for line in finished.stdout.splitlines() if " esolm " in line)
+    ours, naive, against = row.replace(",", "").split("│")[4:7]
+    assert float(against.strip(" x")) == pytest.approx(float(ours) / float(naive), rel=0.05)
+    assert "MiB" in finished.stdout

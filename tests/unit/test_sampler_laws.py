@@ -14,6 +14,7 @@ from megatron_dlm.objectives.block_diffusion import BlockDiffusionConfig
 from megatron_dlm.objectives.duo import DuoConfig
 from megatron_dlm.objectives.esolm import EsoLMConfig
 from megatron_dlm.objectives.mdlm import MDLMConfig
+from tests.helpers.naive_sampling import NAIVE
 from tests.helpers.sampler_laws import LENGTH, MASK, TOKENS, VOCABULARY, Laws, ancestral_plans, p_value, toy
 
 SAMPLES = 50_000
@@ -211,3 +212,22 @@ def test_block_diffusion(follows):
     plans = [(p, [*first, [2]]) for p, first in _plans_of(absorbing_alphas(2), [0, 1])]
     law = Windowed(toy(objective)).by_plan(plans, "block-diffusion")
     assert follows(draw(objective, num_steps=2), law)
+
+
+@pytest.mark.parametrize("family", ["mdlm", "duo", "esolm", "ar"])
+def test_the_benchmark_s_naive_samplers_have_the_same_laws(family, follows):
+    """So that both sides of tools/bench/sample.py draw from one law."""
+    objective = {"mdlm": MDLM, "duo": DUO, "esolm": ESOLM, "ar": AR}[family]
+    model, generator = toy(objective), torch.Generator().manual_seed(0)
+    steps = LENGTH if family == "esolm" else 2
+    drawn = [NAIVE[family](model, BATCH, LENGTH, steps, generator) for _ in range(SAMPLES // BATCH)]
+    laws = Laws(model)
+    law = {
+        "mdlm": lambda: laws.by_plan(ancestral_plans(absorbing_alphas(2)), "mdlm"),
+        "duo": lambda: laws.uniform(grid(2), states=STATES),
+        "esolm": lambda: laws.by_plan(
+            [(1 / 6, [[p] for p in order]) for order in itertools.permutations(range(LENGTH))], "esolm"
+        ),
+        "ar": lambda: laws.by_plan([(1.0, [[1], [2]])], "ar", (VOCABULARY.bos_token_id,)),
+    }[family]()
+    assert follows(torch.cat(drawn).numpy(), law)

@@ -7,7 +7,7 @@ naive_sampling.py) reads all rows in every step, forms all logits and draws with
 for AR it keeps keys unrotated and rotates all of them for each token, for Eso-LM it reads again all that is
 known.
 Each measurement is a process of its own; sides alternate. Times are medians over repeats, of whole calls;
-memory is the peak of the process over what it held before the call. AR takes a step a token.
+memory is the peak of another process over what it held before the call. AR takes a step a token.
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ def measure(arguments: argparse.Namespace) -> None:
     print(seconds, _status_mib("VmHWM") - before)
 
 
-def run_side(side: str, family: str, steps: int, arguments: argparse.Namespace) -> tuple[float, float]:
+def run_side(
+    side: str, family: str, steps: int, arguments: argparse.Namespace, environment: dict[str, str]
+) -> tuple[float, float]:
     """Seconds and MiB of one side in a process of its own."""
     words = [sys.executable, __file__, "--side", side, "--families", family, "--steps", steps]
     for name in ("size", "length", "batch_size", "vocabulary_size", "threads"):
@@ -94,7 +96,7 @@ def run_side(side: str, family: str, steps: int, arguments: argparse.Namespace) 
         check=True,
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | OWN_PAGES,
+        env=os.environ | environment,
     )
     seconds, mib = map(float, finished.stdout.split()[-2:])
     return seconds, mib
@@ -123,12 +125,13 @@ def main() -> None:
     rows = []
     for family in arguments.families:
         for steps in arguments.steps if family != "ar" else [arguments.length - 1]:
-            found = {side: [] for side in SIDES}  # type: dict[str, list[tuple[float, float]]]
+            times: dict[str, list[float]] = {side: [] for side in SIDES}
             for _ in range(arguments.repeats):
                 for side in SIDES:
-                    found[side].append(run_side(side, family, steps, arguments))
-            seconds = {side: statistics.median(s for s, _ in found[side]) for side in SIDES}
-            mib = {side: statistics.median(m for _, m in found[side]) for side in SIDES}
+                    times[side].append(run_side(side, family, steps, arguments, {})[0])
+            seconds = {side: statistics.median(times[side]) for side in SIDES}
+            # Apart, since pages of its own for every tensor cost time.
+            mib = {side: run_side(side, family, steps, arguments, OWN_PAGES)[1] for side in SIDES}
             tokens = arguments.batch_size * arguments.length
             print(
                 f"{family}, {steps} steps: {seconds['ours']:.1f} s, {seconds['naive']:.1f} s", file=sys.stderr
