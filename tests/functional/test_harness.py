@@ -91,6 +91,7 @@ def test_local_tasks_end_to_end(command, model, tasks, tmp_path, read_json):
                 assert value == pytest.approx(scores[name][metric], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_registered_name_is_enough(model, tasks):
     """As `lm_eval.simple_evaluate(model="megatron-dlm")` is called from elsewhere."""
     script = f"""
@@ -108,6 +109,7 @@ print("ACC", found["results"]["local_choice"]["acc,none"])
     assert finished.returncode == 0 and "ACC" in finished.stdout, finished.stderr
 
 
+@pytest.mark.slow
 def test_bad_input_ends_in_one_line(command, model, tasks, tmp_path):
     words = ["evaluate", "harness", model]
     cases = {

@@ -74,6 +74,7 @@ def test_a_sweep_is_measured_once_and_drawn(command, models, gpt2, tmp_path):
     assert again[:6] == rows and [row["num_steps"] for row in again[6:]] == ["8", "8"]
 
 
+@pytest.mark.slow
 def test_an_ar_model_of_this_package_judges(command, models, tmp_path):
     words = ["evaluate", "pareto", models["mdlm"], "--output", tmp_path / "out", "--num-samples", 2]
     words += ["--num-steps", 4, "--samplers", "confidence", "block-autoregressive"]
