@@ -69,19 +69,20 @@ def draw(weights: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(sums, wanted, right=True)[..., 0]
 
 
-def logit_chunks(head: Callable[[Tensor], Tensor], hidden_RD: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def logit_chunks(
+    head: Callable[[Tensor], Tensor], hidden_RD: Tensor, vocab_size: int
+) -> Iterator[tuple[slice, Tensor]]:
     """Logits of rows, as many rows at a time as memory allows.
 
     Args:
         head: [r, D] -> [r, V] logits.
         hidden_RD: hidden states.
+        vocab_size: V.
 
     Yields:
         Which rows, and their [r, V].
     """
-    start, size = 0, 1
-    while start < len(hidden_RD):
-        logits_rV = head(hidden_RD[start : start + size])
-        yield slice(start, start + len(logits_rV)), logits_rV
-        start += len(logits_rV)
-        size = max(1, CHUNK_BYTES[hidden_RD.device.type] // (8 * logits_rV.shape[-1]))
+    size = max(1, CHUNK_BYTES[hidden_RD.device.type] // (8 * vocab_size))
+    for start in range(0, len(hidden_RD), size):
+        part = slice(start, start + size)
+        yield part, head(hidden_RD[part])

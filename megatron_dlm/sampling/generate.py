@@ -76,12 +76,12 @@ def sample(
     ids_BL.masked_fill_(~given_BL, process.mask_token_id)
     if config.sampler == "confidence":
         reader: Reader = WholeText(network, process)
-        revealer = Revealer(network, reader, sharpen, noise, eos, on_step)
+        revealer = Revealer(network, process, reader, sharpen, noise, eos, on_step)
         revealer.most_confident(ids_BL, given_BL, config.num_steps or 0, config.block_length)
         return ids_BL
     order = plan(config, process, given_BL.cpu().numpy(), noise)
     reader = _reader(network, process, config, order)
-    Revealer(network, reader, sharpen, noise, eos, on_step).follow(order, ids_BL, given_BL)
+    Revealer(network, process, reader, sharpen, noise, eos, on_step).follow(order, ids_BL, given_BL)
     return ids_BL
 
 

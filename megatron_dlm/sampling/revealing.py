@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_dlm.sampling.categorical import Sharpening, draw, logit_chunks
-from megatron_dlm.sampling.network import Network
+from megatron_dlm.sampling.network import Network, Process
 from megatron_dlm.sampling.noise import SampleNoise
 from megatron_dlm.sampling.plans import Plan, blocks_of
 from megatron_dlm.sampling.reading import Reader
@@ -29,6 +29,7 @@ class Revealer:
     def __init__(
         self,
         network: Network,
+        process: Process,
         reader: Reader,
         sharpen: Sharpening,
         noise: SampleNoise,
@@ -39,6 +40,7 @@ class Revealer:
 
         Args:
             network: its head turns hidden states into logits.
+            process: the network's.
             reader: how it is asked.
             sharpen: temperature and nucleus.
             noise: of the draws.
@@ -46,6 +48,7 @@ class Revealer:
             on_step: told of each step.
         """
         self._network = network
+        self._process = process
         self._reader = reader
         self._sharpen = sharpen
         self._noise = noise
@@ -67,7 +70,7 @@ class Revealer:
             wanted_BL = (step_at_BL == step) & ~known_BL
             if wanted_BL.any():
                 hidden_RD, rows_R, positions_R = self._reader(ids_BL, wanted_BL, step)
-                for part, logits in logit_chunks(self._network.head, hidden_RD):
+                for part, logits in logit_chunks(self._network.head, hidden_RD, self._process.vocab_size):
                     where = rows_R[part], positions_R[part]
                     ids_BL[where] = draw(self._sharpen(logits), uniform_BL[where])
                 known_BL |= wanted_BL
@@ -114,7 +117,7 @@ class Revealer:
         uniform_BL = self._noise.uniform("token", step)
         drawn_BL, confidence_BL = ids_BL.clone(), torch.full_like(uniform_BL, -1.0)
         hidden_RD, rows_R, positions_R = self._reader(ids_BL, wanted_BL, step)
-        for part, logits in logit_chunks(self._network.head, hidden_RD):
+        for part, logits in logit_chunks(self._network.head, hidden_RD, self._process.vocab_size):
             where = rows_R[part], positions_R[part]
             drawn = draw(self._sharpen(logits), uniform_BL[where])
             drawn_BL[where] = drawn

@@ -148,7 +148,7 @@ class UniformSampler:
             hidden_RD = self._network.hidden(ids_BL[called, :end], wanted, sigma_B)
             rows, positions = wanted.nonzero().unbind(1)
             rows = called[rows]
-            for part, logits in logit_chunks(self._network.head, hidden_RD):
+            for part, logits in logit_chunks(self._network.head, hidden_RD, self._process.vocab_size):
                 where = rows[part], positions[part]
                 if greedy:
                     ids_BL[where] = logits.argmax(-1)

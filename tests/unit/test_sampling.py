@@ -58,9 +58,9 @@ def test_sharpening():
 def test_logits_come_in_pieces_that_cover_all_rows(monkeypatch):
     monkeypatch.setitem(CHUNK_BYTES, "cpu", 8 * 4 * 3)
     hidden, sizes = torch.arange(10.0)[:, None], []
-    pieces = list(logit_chunks(lambda h: sizes.append(len(h)) or h.expand(-1, 4), hidden))
+    pieces = list(logit_chunks(lambda h: sizes.append(len(h)) or h.expand(-1, 4), hidden, 4))
     assert torch.equal(torch.cat([logits[:, 0] for _, logits in pieces]), hidden[:, 0])
-    assert sizes == [1, 3, 3, 3]
+    assert sizes == [3, 3, 3, 1]
 
 
 @pytest.mark.parametrize("mask_in_noise", [True, False])
