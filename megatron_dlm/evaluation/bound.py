@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_dlm.interfaces import InputError
+from megatron_dlm.objectives.base import ObjectiveConfig
 
 NORMAL_95 = 1.959964
 """Standard errors to each side of a 95% interval."""
@@ -85,6 +86,23 @@ class Bound:
     """Empty where a copy has no single time."""
 
 
+def check_copies(objective: ObjectiveConfig, num_times: int, length: int) -> None:
+    """Refuse copies of a sequence that leave a part of the family without any.
+
+    Args:
+        objective: the family.
+        num_times: copies of a sequence at a time.
+        length: tokens of a sequence.
+
+    Raises:
+        InputError: too few.
+    """
+    try:
+        objective.check_sizes(num_times, length)
+    except InputError as error:
+        raise InputError(f"num_times: {num_times} copies: {error}") from error
+
+
 def ratio(bounds_N: NDArray[np.float64], tokens_N: NDArray[np.int64]) -> Mean:
     """Nats a token over sequences, with the ratio estimator's error clustered by sequence.
 
@@ -143,8 +161,9 @@ def summarise(
         complete = ratio(whole_N, tokens_N)
     monte_carlo_error = None
     if replicates > 1 and early_N is not None:
-        means_R = per_replicate_NR.sum(axis=0) / tokens_N.sum()
-        monte_carlo_error = float(means_R.std(ddof=1) / math.sqrt(replicates))
+        # Sequences have draws of their own, so their variances add up.
+        variance = (per_replicate_NR.var(axis=1, ddof=1) / replicates).sum()
+        monte_carlo_error = float(math.sqrt(variance) / tokens_N.sum())
     by_time: tuple[TimeBand, ...] = ()
     if strata_NRK is not None:
         by_time = _by_time(bounds_NRK, tokens_N, strata_NRK, time_epsilon)

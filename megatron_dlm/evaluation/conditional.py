@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from megatron_dlm.evaluation.bound import check_copies
 from megatron_dlm.evaluation.exported_bounds import ExportedBounds
 from megatron_dlm.interfaces import InputError, ModelInputs, Targets, TokenBatch, Vocabulary
 from megatron_dlm.objectives.base import CorruptionContext, ObjectiveConfig
@@ -104,6 +105,9 @@ class ConditionalScorer:
             vocabulary: its ids.
             config: how much noise.
             rows_per_chunk: most rows whose logits exist at a time.
+
+        Raises:
+            InputError: copies that the family cannot divide.
         """
         self._model = model
         self._objective = objective
@@ -111,7 +115,8 @@ class ConditionalScorer:
         self._vocabulary = vocabulary
         self._config = config
         self._score = ExportedBounds(model, vocabulary, objective.attention, rows_per_chunk)
-        self._is_exact = objective.before_time_epsilon() is None
+        check_copies(objective, config.num_times, getattr(objective, "block_size", 1))
+        self._is_exact = not objective.has_times
         # A block that text does not fill is filled with ends of documents, which are not scored.
         self._multiple = getattr(objective, "block_size", 1)
 

@@ -98,14 +98,15 @@ class ObjectiveConfig:
         """
         return 0.0
 
-    def before_time_epsilon(self) -> ObjectiveConfig | None:
-        """The family as the bound's protocol leaves it out, at times below time_epsilon; None: nothing is."""
-        return None
+    @property
+    def has_times(self) -> bool:
+        """Whether the bound is an integral over the diffusion time, which noisy copies estimate."""
+        return False
 
     @property
     def has_loss_by_time(self) -> bool:
         """Whether a noisy copy's share of the bound belongs to one time."""
-        return self.before_time_epsilon() is not None and self.has_one_time and not self.has_parts
+        return self.has_times and self.has_one_time and not self.has_parts
 
     def length_multiple(self, seq_length: int) -> int:
         """What divides the positions of every forward, for layouts that cut them into equal parts.

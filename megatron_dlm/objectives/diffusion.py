@@ -59,9 +59,10 @@ class DiffusionConfig(ObjectiveConfig):
         """Of masked diffusion; the prior draws the few tokens that are clean at t = 1 uniformly."""
         return self.alpha(1.0) * math.log(vocabulary.size - 1)
 
-    def before_time_epsilon(self) -> ObjectiveConfig | None:
-        """The family itself."""
-        return self
+    @property
+    def has_times(self) -> bool:
+        """It is."""
+        return True
 
     def length_multiple(self, seq_length: int) -> int:
         """A truncated sample's length is a multiple of `ssl_multiple`, or `seq_length`."""

@@ -7,7 +7,7 @@ network reads [z_0 ; x] and each masked token sees the clean tokens before it in
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
 
@@ -76,9 +76,10 @@ class EsoLMConfig(DiffusionConfig):
         """Probability that a token is still clean at time t."""
         return self.alpha_0 * super().alpha(t)
 
-    def before_time_epsilon(self) -> ObjectiveConfig | None:
-        """The diffusion part alone."""
-        return None if self.alpha_0 == 0 else replace(self, batch_split=1.0)
+    @property
+    def has_times(self) -> bool:
+        """It is, unless all is sequential."""
+        return self.alpha_0 > 0
 
     @property
     def has_parts(self) -> bool:

@@ -172,6 +172,7 @@ def _write_check(record: RunRecord, data: str, folder: Path, dtype: ExportDtype)
 
 def _verify(folder: Path) -> str:
     """Run the folder's own comparison in a clean process: isolated, offline, its modules cached nowhere."""
+    folder = folder.resolve()
     with tempfile.TemporaryDirectory() as modules:
         finished = subprocess.run(
             [

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from megatron_dlm.data.loader import microbatch_positions
 from megatron_dlm.data.packing import Rows
-from megatron_dlm.evaluation.bound import Bound, BoundConfig, summarise
+from megatron_dlm.evaluation.bound import Bound, BoundConfig, check_copies, summarise
 from megatron_dlm.evaluation.exported_bounds import ExportedBounds
 from megatron_dlm.interfaces import InputError, TokenBatch, Vocabulary
 from megatron_dlm.objectives.base import CorruptionContext, Objective, ObjectiveConfig
@@ -74,8 +74,9 @@ def held_out_bound(
         raise InputError(f"num_sequences: {count} exceed the {rows.num_rows} sequences of the data")
     order = Permutation(rows.num_rows, scorer.noise, "sequences", 0)
     chosen = order(np.arange(count))
+    check_copies(objective, config.num_times, rows.read(chosen[:1]).shape[1] - 1)
     tokens = np.array([scorer.tokens(row) for row in chosen])
-    if objective.before_time_epsilon() is None:
+    if not objective.has_times:
         bounds, strata, early = scorer.exact(chosen, progress)[:, None, None], None, None
     else:
         bounds, strata, early = scorer.noisy(chosen, progress)
@@ -152,10 +153,13 @@ class _Scorer:
 
     def _early(self, number: int, row: int) -> float:
         """The integrand's mean at times below the protocol's."""
-        objective, latest = self._objective.before_time_epsilon(), _time_epsilon(self._objective)
-        if objective is None or not latest:
+        objective, latest = self._objective, _time_epsilon(self._objective)
+        if not latest:
             return 0.0
-        copies = max(1, self._config.num_times // EARLY_SHARE)
+        copies = self._config.num_times
+        # A part without times is in the integrand as a whole, and takes its share of the copies.
+        if not objective.has_parts:
+            copies = max(1, copies // EARLY_SHARE)
         address = BatchAddress(0, number * copies, copies, training=False)
         noise = NoiseSource(self._config.seed, "held-out-early")
         context = replace(address.context(noise), time_range=(0.0, latest))

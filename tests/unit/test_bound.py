@@ -26,6 +26,9 @@ FAMILIES = {
 }
 
 
+CONTEXT_FREE = torch.tensor([0.3, 0.05, 0.05, 0.1, 0.0, 0.2, 0.1, 0.05, 0.05, 0.05, 0.05])
+
+
 class Texts:
     """Random blocks, without a shard."""
 
@@ -97,17 +100,22 @@ def test_the_bands_of_time_add_up_to_the_bound(name):
     assert found.by_time[0].first == 1e-3 and found.by_time[0].last == found.by_time[1].first
 
 
+def without_context(objective, p):
+    """A model that predicts p [V] everywhere."""
+    model = build(objective)
+    with torch.no_grad():
+        model.output_layer.linear.weight.zero_()
+        model.output_layer.linear.bias.copy_(p.clamp_min(1e-9).log())
+    return model
+
+
 @pytest.mark.parametrize("name", ["mdlm", "esolm", "block-diffusion", "esolm-two-parts"])
 def test_the_complete_bound_of_a_model_without_context_is_its_cross_entropy(name):
     """Each token's cost is known then; the schedule's integral and the prior make up the rest."""
     objective = FAMILIES[name]
-    model = build(objective)
-    p = torch.tensor([0.3, 0.05, 0.05, 0.1, 0.0, 0.2, 0.1, 0.05, 0.05, 0.05, 0.05])
-    with torch.no_grad():
-        model.output_layer.linear.weight.zero_()
-        model.output_layer.linear.bias.copy_(p.clamp_min(1e-9).log())
     texts = Texts(20).read(np.arange(20))[:, :-1]
-    nats = float(-p.log()[torch.from_numpy(texts)].mean())
+    nats = float(-CONTEXT_FREE.log()[torch.from_numpy(texts)].mean())
+    model = without_context(objective, CONTEXT_FREE)
     found = score(objective, model=model, texts=Texts(20), num_sequences=20, num_times=64, replicates=4)
     alpha_0 = getattr(objective, "alpha_0", 1.0)
     alpha_1 = 1e-3 * alpha_0
@@ -117,15 +125,23 @@ def test_the_complete_bound_of_a_model_without_context_is_its_cross_entropy(name
     assert found.protocol.nats_per_token != found.complete.nats_per_token
 
 
+def test_the_sequential_part_is_whole_in_the_complete_bound():
+    """Where diffusion makes next to nothing, both bounds are the cross-entropy, without noise."""
+    objective = EsoLMConfig(alpha_0=1e-9, batch_split=0.5)
+    texts = Texts(20).read(np.arange(20))[:, :-1]
+    nats = float(-CONTEXT_FREE.log()[torch.from_numpy(texts)].mean())
+    model = without_context(objective, CONTEXT_FREE)
+    found = score(objective, model=model, texts=Texts(20), num_sequences=20)
+    for mean in (found.protocol, found.complete):
+        assert mean.nats_per_token == pytest.approx(nats, rel=1e-5)
+
+
 def test_duo_s_complete_bound_of_a_model_without_context():
     """Above the cross-entropy by what its shape costs, whatever the schedule: cosine ends in pure noise."""
     figures = {}
     for schedule in ("log-linear", "linear", "cosine"):
         objective = DuoConfig(noise_schedule=schedule)
-        model = build(objective)
-        with torch.no_grad():
-            model.output_layer.linear.weight.zero_()
-            model.output_layer.linear.bias.copy_(torch.linspace(-1, 1, VOCABULARY.size))
+        model = without_context(objective, torch.linspace(-1, 1, VOCABULARY.size).exp())
         figures[schedule] = score(objective, model=model, num_sequences=20, num_times=64, replicates=4)
     reference = figures["linear"].complete.nats_per_token
     for found in figures.values():
@@ -151,7 +167,7 @@ def test_the_noise_s_own_error_is_that_of_repeated_grids():
     generator = np.random.default_rng(0)
     tokens, errors, means = np.full(20, 10), [], []
     for _ in range(300):
-        bounds = 20.0 + generator.normal(size=(20, 4, 8))
+        bounds = 20.0 + generator.normal(size=(20, 2, 8))
         found = summarise(
             bounds,
             tokens,
@@ -164,6 +180,8 @@ def test_the_noise_s_own_error_is_that_of_repeated_grids():
         errors.append(found.monte_carlo_error)
         means.append(found.protocol.nats_per_token)
     assert np.mean(np.square(errors)) == pytest.approx(np.var(means), rel=0.25)
+    # One run tells it, though there are but two grids: sequences have draws of their own.
+    assert np.std(errors) < 0.25 * np.mean(errors)
 
 
 @pytest.mark.parametrize(
@@ -178,6 +196,11 @@ def test_the_noise_s_own_error_is_that_of_repeated_grids():
 def test_bad_numbers_are_refused(config, words):
     with pytest.raises(InputError, match=words):
         score(MDLMConfig(), **config)
+
+
+def test_copies_that_leave_a_part_without_any_are_refused():
+    with pytest.raises(InputError, match="num_times: 1 copies: objective.batch_split"):
+        score(FAMILIES["esolm-two-parts"], num_times=1)
 
 
 def test_copies_that_do_not_divide_among_processes_are_refused():

@@ -110,3 +110,8 @@ def test_progress_reaches_all_questions():
 def test_bad_numbers_are_refused(config, words):
     with pytest.raises(InputError, match=words):
         scorer("mdlm", **config)
+
+
+def test_copies_that_leave_a_part_without_any_are_refused():
+    with pytest.raises(InputError, match="num_times: 1 copies: objective.batch_split"):
+        scorer("esolm-two-parts", num_times=1)
