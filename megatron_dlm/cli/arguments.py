@@ -6,7 +6,8 @@ import contextlib
 import io
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
@@ -49,6 +50,33 @@ def parse(declared: type[T], arguments: Sequence[str], *, verb: str, default: T 
         raise InputError(_one_line(complaint.getvalue())) from None
     finally:
         sys.stdout.flush()
+
+
+def check_new_file(name: str, path: Path | None) -> None:
+    """Refuse, before the work, a file that could not be written after it.
+
+    Args:
+        name: of the argument.
+        path: None: nothing is written.
+
+    Raises:
+        InputError: its directory does not exist, or it is a directory.
+    """
+    if path is not None and not path.parent.is_dir():
+        raise InputError(f"{name}: {path.parent}: no such directory")
+    if path is not None and path.is_dir():
+        raise InputError(f"{name}: {path} is a directory")
+
+
+@contextlib.contextmanager
+def bad_values() -> Iterator[None]:
+    """Complaints of code that exports carry, and that knows no InputError, are the user's input, too."""
+    try:
+        yield
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def _one_line(panel: str) -> str:

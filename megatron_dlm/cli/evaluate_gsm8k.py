@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from megatron_dlm.cli.arguments import parse
+from megatron_dlm.cli.arguments import bad_values, parse
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.sampling.settings import SamplingConfig
 
@@ -58,7 +58,7 @@ class Gsm8kConfig:
     """For example cpu or cuda:0; None: CUDA where there is one."""
 
     def __post_init__(self) -> None:
-        for name in ("limit", "batch_size"):
+        for name in ("limit", "batch_size", "length"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name}: {value} is below 1")
@@ -75,64 +75,100 @@ def run(arguments: list[str]) -> int:
     from megatron_dlm.training.use_model import open_model
 
     problems = read_problems(config.data)[: config.limit]
-    done = _resume(config)
     usable = open_model(config.model, tokenizer=config.tokenizer, dtype=config.dtype, device=config.device)
-    try:
-        _answer([problem for problem in problems if problem.number not in done], config, usable)
-    except InputError:
-        raise
-    except ValueError as error:
-        raise InputError(str(error)) from error
+    with bad_values():
+        settings = config.sampling.resolved(usable.process)
+        prompts = _prompts(problems, config, usable)
+        done = _resume(config, settings, usable)
+        left = [problem for problem in problems if problem.number not in done]
+        _answer(left, prompts, config, settings, usable)
     _score(config, problems)
     return 0
 
 
-def _resume(config: Gsm8kConfig) -> set[int]:
+def _prompts(problems: list[Problem], config: Gsm8kConfig, usable: UsableModel) -> list[list[int]]:
+    """Tokens of all questions; each leaves room for an answer."""
+    length = usable.config.data.seq_length if config.length is None else config.length
+    texts = [config.template.replace(PLACE, problem.question) for problem in problems]
+    prompts = [usable.tokenizer.ids_of(text) for text in texts]
+    for problem, tokens in zip(problems, prompts, strict=True):
+        if len(tokens) >= length:
+            where = f"problem {problem.number}, whose question has {len(tokens)}"
+            raise InputError(f"length: {length} tokens leave no answer to {where}")
+    return prompts
+
+
+def _resume(config: Gsm8kConfig, sampling: SamplingConfig, usable: UsableModel) -> set[int]:
     """Numbers of the problems that have an answer; what was asked otherwise is not gone on with."""
     from megatron_dlm.platform.files import sha256_of, write_json
+    from megatron_dlm.platform.json_lines import drop_cut_line
 
     settings = {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in asdict(config).items()
-        if name not in ("output", "limit", "batch_size", "device", "tokenizer")
-    } | {"data_sha256": sha256_of(config.data)}
-    path = config.output / SETTINGS
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        for name in settings:
-            if before.get(name) != settings[name]:
+        "weights_sha256": usable.weights_sha256(),
+        "data_sha256": sha256_of(config.data),
+        "sampling": asdict(sampling),
+        "length": usable.config.data.seq_length if config.length is None else config.length,
+        **{name: getattr(config, name) for name in ("template", "seed", "dtype")},
+    }
+    path, answers = config.output / SETTINGS, config.output / ANSWERS
+    if config.output.exists() and not config.output.is_dir():
+        raise InputError(f"output: {config.output} is not a directory")
+    if answers.exists():
+        before = _read_settings(path)
+        for name, value in settings.items():
+            if before.get(name) != value:
                 raise InputError(
                     f"output: {config.output} has answers with {name} {before.get(name)!r}, "
-                    f"now {settings[name]!r}; take another directory"
+                    f"now {value!r}; take another directory"
                 )
-    else:
-        config.output.mkdir(parents=True, exist_ok=True)
-        write_json(path, settings)
-    return {line["number"] for line in _answers(config)}
+        drop_cut_line(answers)
+    config.output.mkdir(parents=True, exist_ok=True)
+    write_json(path, settings | {"model": str(config.model)})
+    return {int(line["number"]) for line in _answers(config)}
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"output: {path}: {error}; take another directory") from error
+    if not isinstance(settings, dict):
+        raise InputError(f"output: {path}: not an object; take another directory")
+    return settings
 
 
 def _answers(config: Gsm8kConfig) -> list[dict[str, Any]]:
-    """What has been written; a line that a kill has cut is dropped from the file."""
+    """What has been written, checked."""
+    from megatron_dlm.platform.json_lines import read_json_lines
+
     path = config.output / ANSWERS
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    whole, newline, cut = text.rpartition("\n")
-    if cut:
-        path.write_text(whole + newline, encoding="utf-8")
-    return [json.loads(line) for line in whole.splitlines()]
+    answers: dict[int, dict[str, Any]] = {}
+    for where, line in read_json_lines(path, "output") if path.exists() else ():
+        if not isinstance(line, dict) or type(line.get("number")) is not int or line["number"] < 0:
+            raise InputError(f"{where}: not an answer with the number of its problem")
+        if type(line.get("correct")) is not bool or not isinstance(line.get("found", 0), str | None):
+            raise InputError(f"{where}: not an answer with found and correct")
+        if line["number"] in answers:
+            raise InputError(f"{where}: a second answer to problem {line['number']}")
+        answers[line["number"]] = line
+    return list(answers.values())
 
 
-def _answer(problems: list[Problem], config: Gsm8kConfig, usable: UsableModel) -> None:
-    from megatron_dlm.evaluation.generation import sample_all, text_of
+def _answer(
+    problems: list[Problem],
+    prompts: list[list[int]],
+    config: Gsm8kConfig,
+    settings: SamplingConfig,
+    usable: UsableModel,
+) -> None:
+    """Answer problems that are left; `prompts` are of all, by number."""
+    from megatron_dlm.evaluation.generation import before_end, sample_all
     from megatron_dlm.evaluation.gsm8k import final_number
     from megatron_dlm.sampling.start import start_from
     from megatron_dlm.telemetry.writers import duration
 
-    length = config.length or usable.config.data.seq_length
-    settings = config.sampling.resolved(usable.process)
-    prompts = [_prompt(problem, config, usable, length) for problem in problems]
-    starts = [start_from([prompt], length, usable.process) for prompt in prompts]
+    length = usable.config.data.seq_length if config.length is None else config.length
+    starts = [start_from([prompts[problem.number]], length, usable.process) for problem in problems]
     seconds, tokens, done, correct = 0.0, 0, 0, 0
     with (config.output / ANSWERS).open("a", encoding="utf-8") as file:
         for batch in sample_all(
@@ -144,9 +180,12 @@ def _answer(problems: list[Problem], config: Gsm8kConfig, usable: UsableModel) -
             seed=config.seed,
             numbers=[problem.number for problem in problems],
         ):
-            for place, ids in zip(batch.places, batch.ids_BL.tolist(), strict=True):
-                problem, eos = problems[place], usable.vocabulary.eos_token_id
-                response = text_of(ids[len(prompts[place]) :], usable.tokenizer.decode, eos, stop=True)
+            for place, ids, given in zip(
+                batch.places, batch.ids_BL.tolist(), batch.given_BL.tolist(), strict=True
+            ):
+                problem = problems[place]
+                answer = before_end(ids, given, usable.vocabulary.eos_token_id)[sum(given) :]
+                response = usable.tokenizer.decode(answer)
                 found = final_number(response)
                 correct += found == problem.expected
                 line = {
@@ -168,15 +207,6 @@ def _answer(problems: list[Problem], config: Gsm8kConfig, usable: UsableModel) -
                 file=sys.stderr,
                 flush=True,
             )
-
-
-def _prompt(problem: Problem, config: Gsm8kConfig, usable: UsableModel, length: int) -> list[int]:
-    text = config.template.replace(PLACE, problem.question)
-    tokens = [int(token) for token in usable.tokenizer.encode([text])[0]]
-    if len(tokens) >= length:
-        where = f"problem {problem.number}, whose question has {len(tokens)}"
-        raise InputError(f"length: {length} tokens leave no answer to {where}")
-    return tokens
 
 
 def _score(config: Gsm8kConfig, problems: list[Problem]) -> None:

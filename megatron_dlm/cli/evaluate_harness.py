@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from megatron_dlm.cli.arguments import parse
+from megatron_dlm.cli.arguments import bad_values, check_new_file, parse
 from megatron_dlm.evaluation.conditional import ConditionalConfig
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.sampling.settings import SamplingConfig
@@ -36,6 +36,7 @@ class HarnessConfig:
     """First documents of each task; None: all."""
     conditional: tyro.conf.OmitArgPrefixes[ConditionalConfig] = ConditionalConfig()
     sampling: SamplingConfig = SamplingConfig(sampler="left-to-right", stop_at_eos=True)
+    """Of texts; a task's own temperature comes first, and one that does not sample takes 0."""
     tokenizer: Path | None = None
     """Directory of the model's tokenizer; None: the folder's, or that of the run's data."""
     dtype: Literal["fp32", "bf16"] = "fp32"
@@ -54,8 +55,7 @@ class HarnessConfig:
             raise InputError("tasks: none given")
         if self.include_path is not None and not self.include_path.is_dir():
             raise InputError(f"include_path: {self.include_path}: no such directory")
-        if self.output is not None and not self.output.parent.is_dir():
-            raise InputError(f"output: {self.output.parent}: no such directory")
+        check_new_file("output", self.output)
 
 
 def run(arguments: list[str]) -> int:
@@ -66,7 +66,8 @@ def run(arguments: list[str]) -> int:
     from megatron_dlm.training.use_model import open_model
 
     usable = open_model(config.model, tokenizer=config.tokenizer, dtype=config.dtype, device=config.device)
-    results = _evaluate(config, usable)
+    with bad_values():
+        results = _evaluate(config, usable)
     from lm_eval.utils import make_table
 
     print(make_table(results))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from megatron_dlm.cli.arguments import parse
+from megatron_dlm.cli.arguments import check_new_file, parse
 from megatron_dlm.evaluation.bound import BoundConfig
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.platform.parallel import ParallelConfig
@@ -60,9 +60,7 @@ class NllConfig:
         if self.data is not None and self.text:
             raise InputError("data, text: give one of them")
         for name in ("output", "plot"):
-            path: Path | None = getattr(self, name)
-            if path is not None and not path.parent.is_dir():
-                raise InputError(f"{name}: {path.parent}: no such directory")
+            check_new_file(name, getattr(self, name))
 
 
 def run(arguments: list[str]) -> int:

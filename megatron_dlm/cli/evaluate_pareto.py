@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import tyro
 
-from megatron_dlm.cli.arguments import parse
+from megatron_dlm.cli.arguments import bad_values, parse
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.sampling.settings import SamplerName, SamplingConfig
 
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 
 TABLE, PICTURE = "pareto.csv", "pareto.png"
 SETTINGS = ("family", "sampler", "num_steps", "batch_size", "temperature", "top_p")
-KEYS = ("model", "judge", *SETTINGS, "length", "samples", "seed")
+COMPARABLE = ("judge", "length", "samples", "seed", "dtype", "device")
+"""What rows must have in common to be on one frontier."""
+KEYS = ("model", "weights_sha256", *SETTINGS, *COMPARABLE)
 MEASURED = ("tokens_per_second", "seconds", "generative_perplexity", "unigram_entropy")
 
 
@@ -40,11 +43,11 @@ class ParetoConfig:
     output: Path
     """Directory for pareto.csv and pareto.png."""
     samplers: tuple[SamplerName, ...] = ()
-    """Samplers of the models' families; none: each family's default. Those a family has not are left out."""
+    """Samplers; of each model those that its family has, at least one. None: each family's default."""
     num_steps: tuple[int, ...] = (16, 32, 64, 128)
     """Denoising steps, for samplers that have them; of block-autoregressive the tokens of a segment."""
     batch_sizes: tuple[int, ...] = (8,)
-    """Texts sampled together."""
+    """Texts sampled together, at most num_samples."""
     temperatures: tuple[float, ...] = (1.0,)
     """Divide the logits."""
     top_ps: tuple[float, ...] = (1.0,)
@@ -71,6 +74,13 @@ class ParetoConfig:
                     raise InputError(f"{name}: {value} is below 1")
         if self.num_samples < 1:
             raise InputError(f"num_samples: {self.num_samples} is below 1")
+        if self.length is not None and self.length < 2:
+            raise InputError(f"length: {self.length} is below 2")
+        for value in self.batch_sizes:
+            if value > self.num_samples:
+                raise InputError(f"batch_sizes: {value} exceeds num_samples {self.num_samples}")
+        if self.output.exists() and not self.output.is_dir():
+            raise InputError(f"output: {self.output} is not a directory")
         for name in ("models", "num_steps", "batch_sizes", "temperatures", "top_ps"):
             if not getattr(self, name):
                 raise InputError(f"{name}: none given")
@@ -83,24 +93,28 @@ def run(arguments: list[str]) -> int:
     from megatron_dlm.training.use_model import open_model
 
     published = {} if config.reference is None else reference_points(config.reference)
-    config.output.mkdir(parents=True, exist_ok=True)
     rows = _read(config.output / TABLE)
+    groups: set[tuple[str, ...]] = set()
     for path in config.models:
         usable = open_model(path, tokenizer=config.tokenizer, dtype=config.dtype, device=config.device)
         judge = _judge(config, usable.network.device)
-        try:
-            wanted = [dict(zip(KEYS, values, strict=True)) for values in _combinations(config, path, usable)]
+        with bad_values():
+            wanted = _combinations(config, path, usable)
+            groups |= {_comparable(keys) for keys in wanted}
+            if len(groups) > 1:
+                raise InputError(f"length: {path} was trained at another length than the others; give one")
+            config.output.mkdir(parents=True, exist_ok=True)
             for number, keys in enumerate(wanted, start=1):
                 if not any(all(row[key] == str(keys[key]) for key in KEYS) for row in rows):
                     rows.append(_measure(keys, usable, judge))
                     _write(config.output / TABLE, rows)
                 print(f"{path}: {number}/{len(wanted)} combinations", file=sys.stderr, flush=True)
-        except InputError:
-            raise
-        except ValueError as error:
-            raise InputError(str(error)) from error
-    _report(config, rows, published)
+    _report(config, [row for row in rows if _comparable(row) in groups], published)
     return 0
+
+
+def _comparable(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(str(row[name]) for name in COMPARABLE)
 
 
 def _judge(config: ParetoConfig, device: Any) -> Judge:
@@ -132,22 +146,40 @@ def _settings(sampler: SamplerName, steps: int | None, temperature: float, top_p
     )
 
 
-def _combinations(config: ParetoConfig, path: Path, usable: UsableModel) -> list[tuple[Any, ...]]:
+def _combinations(config: ParetoConfig, path: Path, usable: UsableModel) -> list[dict[str, Any]]:
+    """Keys of the rows of one model; refuses what cannot be, before anything is measured."""
+    import torch
+
+    from megatron_dlm.sampling.orders import check_division
     from megatron_dlm.sampling.settings import SAMPLERS
 
     process = usable.process
     offered = SAMPLERS[process.family]
-    chosen = [name for name in config.samplers if name in offered] or [cast(SamplerName, offered[0])]
-    length = config.length or usable.config.data.seq_length
-    found: list[tuple[Any, ...]] = []
+    chosen = [cast(SamplerName, name) for name in config.samplers or offered[:1] if name in offered]
+    if not chosen:
+        raise InputError(f"samplers: none is one of {process.family}, which has {', '.join(offered)}")
+    length = usable.config.data.seq_length if config.length is None else config.length
+    device = usable.network.device
+    common = {
+        "model": str(path),
+        "weights_sha256": usable.weights_sha256()[:16],
+        "family": process.family,
+        "judge": str(config.judge),
+        "length": length,
+        "samples": config.num_samples,
+        "seed": config.seed,
+        "dtype": config.dtype,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+    }
+    found: list[dict[str, Any]] = []
     for sampler in chosen:
         steps = (None,) if sampler == "left-to-right" else config.num_steps
         for values in itertools.product(steps, config.batch_sizes, config.temperatures, config.top_ps):
             num_steps, batch_size, temperature, top_p = values
-            # Refuses what cannot be, before anything is measured.
-            _settings(sampler, num_steps, temperature, top_p).resolved(process)
-            key = (str(path), str(config.judge), process.family, sampler, num_steps or "", batch_size)
-            found.append((*key, temperature, top_p, length, config.num_samples, config.seed))
+            settings = _settings(sampler, num_steps, temperature, top_p).resolved(process)
+            check_division(settings, length - (process.family == "ar"))
+            keys = common | {"sampler": sampler, "num_steps": num_steps or "", "batch_size": batch_size}
+            found.append({key: (keys | {"temperature": temperature, "top_p": top_p})[key] for key in KEYS})
     return found
 
 
@@ -184,6 +216,13 @@ def _read(path: Path) -> list[dict[str, str]]:
         rows = list(reader)
     if reader.fieldnames is None or tuple(reader.fieldnames) != (*KEYS, *MEASURED):
         raise InputError(f"output: {path} is not a table of this command; take another directory")
+    for number, row in enumerate(rows, start=2):
+        try:
+            numbers = [float(row[name]) for name in MEASURED]
+        except (TypeError, ValueError) as error:
+            raise InputError(f"output: {path}:{number}: {error}; take another directory") from error
+        if None in row or any(map(math.isnan, numbers)):
+            raise InputError(f"output: {path}:{number}: not a row of this command; take another directory")
     return rows
 
 
@@ -207,7 +246,9 @@ def _report(
 
     points = [(float(row["tokens_per_second"]), float(row["generative_perplexity"])) for row in rows]
     best = frontier(points)
-    table = Table(*SETTINGS, "tokens/s", "perplexity", "entropy", "frontier")
+    judge, length, samples, seed, dtype, device = _comparable(rows[0])
+    title = f"{samples} texts of {length} tokens, seed {seed}, {dtype} on {device}, judge {judge}"
+    table = Table(*SETTINGS, "tokens/s", "perplexity", "entropy", "frontier", title=title)
     for index, row in enumerate(rows):
         names = (*SETTINGS, "tokens_per_second", "generative_perplexity", "unigram_entropy")
         table.add_row(*(row[name] for name in names), "*" if index in best else "")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from megatron_dlm.cli.arguments import parse
+from megatron_dlm.cli.arguments import bad_values, check_new_file, parse
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.sampling.settings import SamplingConfig
 
@@ -53,15 +53,14 @@ class SampleConfig:
     """For example cpu or cuda:0; None: CUDA where there is one."""
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}: {getattr(self, name)} is below 1")
+        for name in ("num_samples", "batch_size", "length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name}: {value} is below 1")
         if self.prompt and self.prompts is not None:
             raise InputError("prompt, prompts: give one of them")
         for name in ("output", "trace"):
-            path: Path | None = getattr(self, name)
-            if path is not None and not path.parent.is_dir():
-                raise InputError(f"{name}: {path.parent}: no such directory")
+            check_new_file(name, getattr(self, name))
 
 
 def run(arguments: list[str]) -> int:
@@ -70,22 +69,18 @@ def run(arguments: list[str]) -> int:
     from megatron_dlm.training.use_model import open_model
 
     usable = open_model(config.model, tokenizer=config.tokenizer, dtype=config.dtype, device=config.device)
-    try:
+    with bad_values():
         _sample(config, usable)
-    except InputError:
-        raise
-    except ValueError as error:
-        raise InputError(str(error)) from error
     return 0
 
 
 def _sample(config: SampleConfig, usable: UsableModel) -> None:
-    from megatron_dlm.evaluation.generation import sample_all, text_of
+    from megatron_dlm.evaluation.generation import before_end, sample_all
     from megatron_dlm.telemetry.writers import duration
 
     settings = config.sampling.resolved(usable.process)
     prompts = _prompts(config)
-    length = config.length or usable.config.data.seq_length
+    length = usable.config.data.seq_length if config.length is None else config.length
     starts = [start for prompt in prompts for start in [_start(prompt, length, usable)] * config.num_samples]
     lines: list[dict[str, Any]] = []
     tokens, seconds = 0, 0.0
@@ -93,9 +88,11 @@ def _sample(config: SampleConfig, usable: UsableModel) -> None:
         usable.network, usable.process, settings, starts, batch_size=config.batch_size, seed=config.seed
     ):
         tokens, seconds = tokens + batch.tokens, seconds + batch.seconds
-        for number, ids in zip(batch.places, batch.ids_BL.tolist(), strict=True):
-            eos, stop = usable.vocabulary.eos_token_id, settings.stop_at_eos
-            text = text_of(ids, usable.tokenizer.decode, eos, stop=stop)
+        for number, ids, given in zip(
+            batch.places, batch.ids_BL.tolist(), batch.given_BL.tolist(), strict=True
+        ):
+            eos = usable.vocabulary.eos_token_id
+            text = usable.tokenizer.decode(before_end(ids, given, eos) if settings.stop_at_eos else ids)
             line = {"number": number, "seed": config.seed, **prompts[number // config.num_samples]}
             lines.append(line | {"text": text, "token_ids": ids})
         left = (len(starts) - len(lines)) * seconds / len(lines)
@@ -118,12 +115,10 @@ def _prompts(config: SampleConfig) -> list[dict[str, Any]]:
     """Checked lines of `prompts`, or the one prompt."""
     if config.prompts is None:
         return [{"prompt": config.prompt}]
-    try:
-        lines = [json.loads(line) for line in config.prompts.read_text(encoding="utf-8").splitlines() if line]
-    except (OSError, ValueError) as error:
-        raise InputError(f"prompts: {config.prompts}: {error}") from error
-    for number, line in enumerate(lines, start=1):
-        where = f"prompts: {config.prompts}:{number}"
+    from megatron_dlm.platform.json_lines import read_json_lines
+
+    lines = []
+    for where, line in read_json_lines(config.prompts, "prompts"):
         if not isinstance(line, dict) or len(line.keys() & {"prompt", "parts"}) != 1:
             raise InputError(f"{where}: not an object with either prompt or parts")
         if "prompt" in line and not isinstance(line["prompt"], str):
@@ -131,19 +126,17 @@ def _prompts(config: SampleConfig) -> list[dict[str, Any]]:
         parts = line.get("parts", [""])
         if not isinstance(parts, list) or not all(type(part) in (str, int) for part in parts):
             raise InputError(f"{where}: parts is not a list of texts and numbers")
+        lines.append({key: line[key] for key in ("prompt", "parts") if key in line})
     if not lines:
         raise InputError(f"prompts: {config.prompts}: has no line")
-    return [{key: line[key] for key in ("prompt", "parts") if key in line} for line in lines]
+    return lines
 
 
 def _start(prompt: dict[str, Any], length: int, usable: UsableModel) -> Start:
     from megatron_dlm.evaluation.generation import start_of_parts
 
-    def tokens(text: str) -> list[int]:
-        return [int(token) for token in usable.tokenizer.encode([text])[0]]
-
-    parts = prompt.get("parts") or ([prompt["prompt"]] if prompt["prompt"] else [])
-    encoded = [part if isinstance(part, int) else tokens(part) for part in parts]
+    parts = prompt["parts"] if "parts" in prompt else [prompt["prompt"]]
+    encoded = [part if isinstance(part, int) else usable.tokenizer.ids_of(part) for part in parts]
     return start_of_parts(encoded, length, usable.process)
 
 
@@ -162,7 +155,7 @@ def _write_trace(
     unknown = torch.full_like(batch.ids_BL, usable.vocabulary.mask_token_id)
     trace = Trace(torch.where(batch.given_BL, batch.ids_BL, unknown), batch.given_BL)
     sample(usable.network, usable.process, settings, batch, seed=config.seed, on_step=trace.keep)
-    chosen = {k: v for k, v in asdict(settings).items() if v not in (None, False)}
+    chosen = {k: v for k, v in asdict(settings).items() if v is not None and v is not False}
     trace.write(
         config.trace,
         title=f"{usable.process.family}: {config.model}",

@@ -57,6 +57,10 @@ class LoadedTokenizer:
     special_tokens_as_text: bool = True
     """Text that spells a special token is encoded as plain text."""
 
+    def ids_of(self, text: str) -> list[int]:
+        """Token ids of one text, without <bos> and <eos>."""
+        return [int(token) for token in self.encode([text])[0]]
+
 
 def refuse_huge(path: Path) -> None:
     """Refuse a file that no tokenizer needs, before it is read.

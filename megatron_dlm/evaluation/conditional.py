@@ -31,7 +31,7 @@ class Choice:
     context: tuple[int, ...]
     continuation: tuple[int, ...]
     weight: float = 1.0
-    """What its nats are divided by in the other way of comparing, for example its bytes."""
+    """What its nats are divided by in the other way of comparing, for example its characters."""
 
 
 @dataclass(frozen=True, kw_only=True)

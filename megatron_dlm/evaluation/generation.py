@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,8 @@ class Generated:
     """Of its samples among the starts."""
     ids_BL: Tensor
     """int64 [B, L] on the CPU."""
+    given_BL: Tensor
+    """bool [B, L], True where the start gave the token."""
     tokens: int
     """Sampled, those given not counted."""
     seconds: float
@@ -62,7 +64,7 @@ def sample_all(
         begun = time.perf_counter()
         ids_BL = sample(network, process, config, batch, seed=seed, samples=samples).cpu()
         seconds = time.perf_counter() - begun
-        yield Generated(places, ids_BL, int((~batch.given_BL).sum()), seconds)
+        yield Generated(places, ids_BL, batch.given_BL, int((~batch.given_BL).sum()), seconds)
 
 
 def start_of_parts(parts: Sequence[Sequence[int] | int], length: int, process: Process) -> Start:
@@ -77,14 +79,14 @@ def start_of_parts(parts: Sequence[Sequence[int] | int], length: int, process: P
         One sequence.
 
     Raises:
-        ValueError: the parts are longer than `length`, or a number is below 1.
+        ValueError: the parts are longer than `length`, or a number is outside [1, length].
     """
     ids: list[int] = []
     given: list[bool] = []
     for part in parts:
         if isinstance(part, int):
-            if part < 1:
-                raise ValueError(f"parts: a gap of {part} tokens is below 1")
+            if not 1 <= part <= length:
+                raise ValueError(f"parts: a gap of {part} tokens is outside [1, {length}]")
             ids += [process.mask_token_id] * part
             given += [False] * part
         else:
@@ -98,12 +100,9 @@ def start_of_parts(parts: Sequence[Sequence[int] | int], length: int, process: P
     return Start(torch.tensor([ids + [process.mask_token_id] * rest]), torch.tensor([given + [False] * rest]))
 
 
-TextOf = Callable[[list[int]], str]
-
-
-def text_of(ids: Sequence[int], decode: TextOf, eos_token_id: int, *, stop: bool) -> str:
-    """Text of tokens, up to the first <eos> where `stop`."""
-    tokens = list(ids)
-    if stop and eos_token_id in tokens:
-        tokens = tokens[: tokens.index(eos_token_id)]
-    return decode(tokens)
+def before_end(ids: Sequence[int], given: Sequence[bool], eos_token_id: int) -> list[int]:
+    """Tokens in front of the first <eos> that was sampled; a given one, which may be <bos> too, ends nothing."""
+    for place, (token, is_given) in enumerate(zip(ids, given, strict=True)):
+        if token == eos_token_id and not is_given:
+            return list(ids[:place])
+    return list(ids)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from megatron_dlm.interfaces import InputError
+from megatron_dlm.platform.json_lines import read_json_lines
 
 MARK = "####"
 """Stands before the final answer."""
@@ -21,7 +21,7 @@ class Problem:
     """One line of the data set."""
 
     number: int
-    """Place in the file, from 0."""
+    """Place among the problems of the file, from 0."""
     question: str
     answer: str
     """Worked solution that ends with the marked number."""
@@ -41,16 +41,7 @@ def read_problems(path: Path) -> list[Problem]:
         InputError: unreadable, or a line without a question, an answer or a final number.
     """
     problems = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"data: {path}: {error}") from error
-    for number, line in enumerate(filter(str.strip, lines)):
-        where = f"data: {path}: line {number + 1}"
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{where}: not JSON: {error}") from error
+    for number, (where, record) in enumerate(read_json_lines(path, "data")):
         if not (
             isinstance(record, dict) and all(isinstance(record.get(k), str) for k in ("question", "answer"))
         ):
@@ -83,11 +74,6 @@ def final_number(text: str) -> Fraction | None:
         return Fraction(numerator) / Fraction(denominator or 1)
     except (ValueError, ZeroDivisionError):
         return None
-
-
-def is_correct(text: str, expected: Fraction) -> bool:
-    """Whether an answer ends with the expected number."""
-    return final_number(text) == expected
 
 
 def accuracy(correct: Sequence[bool]) -> tuple[float, float, float]:

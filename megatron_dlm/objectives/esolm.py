@@ -23,7 +23,7 @@ from megatron_dlm.interfaces import (
     TokenBatch,
     Vocabulary,
 )
-from megatron_dlm.objectives.base import CorruptionContext, Objective, ObjectiveConfig
+from megatron_dlm.objectives.base import CorruptionContext, Objective
 from megatron_dlm.objectives.corruptions import absorb
 from megatron_dlm.objectives.cross_entropy import CrossEntropyObjective
 from megatron_dlm.objectives.diffusion import (

@@ -70,14 +70,28 @@ def _left_to_right(config: SamplingConfig, process: Process, noise: SampleNoise)
     return lambda row, unknown: (np.arange(len(unknown)), np.arange(len(unknown)))
 
 
+def check_division(config: SamplingConfig, count: int) -> None:
+    """Refuse steps or segments that do not divide the tokens to sample.
+
+    Args:
+        config: resolved.
+        count: unknown tokens of a sequence.
+
+    Raises:
+        ValueError: they do not.
+    """
+    length, groups, steps = config.segment_length, config.num_groups, config.num_steps
+    if config.sampler == "block-autoregressive" and count % ((length or 1) * (groups or 1)):
+        raise ValueError(f"segment_length: {length} x num_groups {groups} does not divide {count} tokens")
+    if config.sampler == "block" and count % (steps or 1):
+        raise ValueError(f"num_steps: {steps} does not divide {count} tokens")
+
+
 def _block_autoregressive(config: SamplingConfig, process: Process, noise: SampleNoise) -> PartOfRow:
     length, groups = config.segment_length or 0, config.num_groups or 0
 
     def part_of_row(row: int, unknown: NDArray[np.int64]) -> Part:
-        if len(unknown) % (length * groups):
-            raise ValueError(
-                f"segment_length: {length} x num_groups {groups} does not divide {len(unknown)} tokens"
-            )
+        check_division(config, len(unknown))
         return block_autoregressive_part(length, groups, len(unknown) // (length * groups))
 
     return part_of_row
@@ -87,8 +101,7 @@ def _block(config: SamplingConfig, process: Process, noise: SampleNoise) -> Part
     uniform_BL, steps = noise.uniform("order").cpu().numpy(), config.num_steps or 0
 
     def part_of_row(row: int, unknown: NDArray[np.int64]) -> Part:
-        if len(unknown) % steps:
-            raise ValueError(f"num_steps: {steps} does not divide {len(unknown)} tokens")
+        check_division(config, len(unknown))
         return block_part(uniform_BL[row, :steps], len(unknown) // steps)
 
     return part_of_row

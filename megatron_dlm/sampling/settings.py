@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,6 +29,8 @@ _DEFAULTS: dict[str, dict[str, int]] = {
     "confidence": {"num_steps": 64},
     "block-autoregressive": {"num_groups": 1},
 }
+SMALLEST_TEMPERATURE = 1e-4
+"""Below it logits overflow, and 0 is meant."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +63,10 @@ class SamplingConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: {value} is below 1")
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature: {self.temperature} is below 0")
+        if self.temperature != 0 and not SMALLEST_TEMPERATURE <= self.temperature < math.inf:
+            raise ValueError(
+                f"temperature: {self.temperature} is not 0 and not in [{SMALLEST_TEMPERATURE}, inf)"
+            )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: {self.top_p} is outside (0, 1]")
 

@@ -16,7 +16,7 @@ from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
 from megatron_dlm.evaluation.conditional import Choice, ConditionalConfig, ConditionalScorer, Scored
-from megatron_dlm.evaluation.generation import sample_all, text_of
+from megatron_dlm.evaluation.generation import before_end, sample_all
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.sampling.settings import SamplingConfig
 from megatron_dlm.sampling.start import start_from
@@ -62,7 +62,8 @@ class HarnessModel(LM):
         self._usable = usable or open_model(
             Path(path), tokenizer=Path(tokenizer) if tokenizer else None, dtype=dtype, device=device
         )
-        self._sampling = sampling or SamplingConfig(sampler="left-to-right", stop_at_eos=True)
+        sampling = sampling or SamplingConfig(sampler="left-to-right", stop_at_eos=True)
+        self._sampling = sampling.resolved(self._usable.process)
         self._seed = seed
         self._config = ConditionalConfig(
             num_times=num_times,
@@ -84,19 +85,16 @@ class HarnessModel(LM):
         """Name for the harness's request cache."""
         return self._usable.tokenizer.fingerprint
 
-    def _tokens(self, text: str) -> list[int]:
-        return [int(token) for token in self._usable.tokenizer.encode([text])[0]]
-
     def _choice(self, context: str, continuation: str) -> Choice:
         """Tokens of both; spaces between them go to the continuation, a long context is cut on the left."""
         stripped = context.rstrip()
         continuation = context[len(stripped) :] + continuation
-        before = self._tokens(stripped)
-        whole = self._tokens(stripped + continuation)
+        before = self._usable.tokenizer.ids_of(stripped)
+        whole = self._usable.tokenizer.ids_of(stripped + continuation)
         after = whole[len(before) :]
         if not after:
             # Its characters went into a token of the context.
-            after = self._tokens(continuation)
+            after = self._usable.tokenizer.ids_of(continuation)
         if not before and self._usable.process.family == "ar":
             before = [self._usable.vocabulary.bos_token_id]
         if len(before) + len(after) > self._length and len(after) >= self._length:
@@ -104,7 +102,8 @@ class HarnessModel(LM):
                 f"harness: a continuation of {len(after)} tokens does not fit the model's {self._length}"
             )
         before = before[-(self._length - len(after)) :]
-        return Choice(tuple(before), tuple(after), weight=max(1, len(continuation.encode())))
+        # lm-eval's acc_norm divides by the characters of the choice, which a delimiter stands before.
+        return Choice(tuple(before), tuple(after), weight=max(1, len(continuation.lstrip())))
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Negative bounds of continuations; choices of one question are compared as they are sampled.
@@ -139,7 +138,7 @@ class HarnessModel(LM):
         windows: list[list[Choice]] = []
         owner: list[int] = []
         for index, request in enumerate(requests):
-            tokens = self._tokens(request.args[0])
+            tokens = self._usable.tokenizer.ids_of(request.args[0])
             size = self._length - 1
             for start in range(0, len(tokens), size):
                 part = tuple(tokens[start : start + size])
@@ -182,8 +181,10 @@ class HarnessModel(LM):
                     seed=self._seed,
                     numbers=members,
                 ):
-                    for place, ids in zip(batch.places, batch.ids_BL.tolist(), strict=True):
-                        texts[members[place]] = self._cut(ids, jobs[members[place]], requests[members[place]])
+                    for place, ids, given in zip(
+                        batch.places, batch.ids_BL.tolist(), batch.given_BL.tolist(), strict=True
+                    ):
+                        texts[members[place]] = self._cut(ids, given, requests[members[place]])
                     bar.update(len(batch.places))
         return texts
 
@@ -191,14 +192,14 @@ class HarnessModel(LM):
         """Prompt, length in all, temperature."""
         context, settings = request.args
         new_tokens = min(int(settings.get("max_gen_toks", MAX_GENERATED_TOKENS)), self._length - 1)
-        prompt = self._tokens(context)[-(self._length - new_tokens) :]
+        prompt = self._usable.tokenizer.ids_of(context)[-(self._length - new_tokens) :]
         sampled = settings.get("do_sample", False)
         temperature = float(settings.get("temperature", self._sampling.temperature)) if sampled else 0.0
         return prompt, len(prompt) + new_tokens, temperature
 
-    def _cut(self, ids: list[int], job: tuple[list[int], int, float], request: Instance) -> str:
-        eos = self._usable.vocabulary.eos_token_id
-        text = text_of(ids[len(job[0]) :], self._usable.tokenizer.decode, eos, stop=True)
+    def _cut(self, ids: list[int], given: list[bool], request: Instance) -> str:
+        tokens = before_end(ids, given, self._usable.vocabulary.eos_token_id)
+        text = self._usable.tokenizer.decode(tokens[sum(given) :])
         until = request.args[1].get("until", [])
         for end in [until] if isinstance(until, str) else until:
             if end:

@@ -49,12 +49,18 @@ def read_folder(path: Path) -> Imported:
     vocabulary = decode(Vocabulary, record.get("vocabulary"), f"{where}: vocabulary")
     folder.refuse_other(config.model, vocabulary, config.objective)
     weights = folder.weights(folder.shapes(config.model, vocabulary))
+    step = record.get("step", 0)
+    if type(step) is not int or step < 0:
+        raise InputError(f"{where}: step: {step!r} is not a number of steps")
+    hashes = [record.get(name) for name in ("tokenizer_fingerprint", "train_sha256")]
+    if not all(isinstance(value, str) for value in hashes):
+        raise InputError(f"{where}: tokenizer_fingerprint, train_sha256: {hashes} are not both texts")
     return Imported(
         config=config,
         vocabulary=vocabulary,
-        tokenizer_fingerprint=str(record.get("tokenizer_fingerprint")),
-        train_sha256=str(record.get("train_sha256")),
-        step=int(record.get("step", 0)),
+        tokenizer_fingerprint=str(hashes[0]),
+        train_sha256=str(hashes[1]),
+        step=step,
         weights=OutsideStart(path, weights, folder.refuse_altered_weights),
     )
 

@@ -5,6 +5,7 @@ Either way it is this package's copy of the exported model that runs; no code of
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from megatron_dlm.interfaces import InputError, Vocabulary
 from megatron_dlm.models.config import ModelConfig
 from megatron_dlm.objectives.base import ObjectiveConfig
 from megatron_dlm.platform.codec import decode
+from megatron_dlm.platform.launch import detect_environment
 from megatron_dlm.training.run import EXPORT_CONFIG, RunRecord, read_run_record
 from megatron_dlm.training.run_config import RunConfig
 
@@ -51,6 +53,16 @@ class UsableModel:
         network: Network = ModelNetwork(self.model)
         return network
 
+    def weights_sha256(self) -> str:
+        """Hexadecimal SHA-256 of all tensors by name: the same for a checkpoint and its fp32 export."""
+        import torch
+
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
 
 def open_model(path: Path, *, tokenizer: Path | None, dtype: ModelDtype, device: str | None) -> UsableModel:
     """Load a model.
@@ -69,6 +81,9 @@ def open_model(path: Path, *, tokenizer: Path | None, dtype: ModelDtype, device:
     """
     if find_spec("transformers") is None:
         raise InputError("sampling and scoring need transformers; install megatron-dlm[hf]")
+    if (world_size := detect_environment().world_size) != 1:
+        raise InputError(f"started on {world_size} processes; a model is used on one")
+    chosen = _device(device)
     if (path / MANIFEST).is_file():
         record = read_run_record(path)
         config, vocabulary, fingerprint = record.config, record.vocabulary, record.tokenizer_fingerprint
@@ -84,7 +99,19 @@ def open_model(path: Path, *, tokenizer: Path | None, dtype: ModelDtype, device:
         raise InputError(f"tokenizer: {tokenizer} is not the one the model was trained with")
     if loaded.vocabulary != vocabulary:
         raise InputError(f"tokenizer: {tokenizer}: {loaded.vocabulary} differs from the model's {vocabulary}")
-    return _build(config, vocabulary, loaded, weights, dtype, device)
+    return _build(config, vocabulary, loaded, weights, dtype, chosen)
+
+
+def _device(name: str | None) -> torch.device:
+    """One that tensors can be made on."""
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"device: {name}: {str(error).splitlines()[0]}") from error
+    return device
 
 
 def is_model(path: Path) -> bool:
@@ -147,16 +174,15 @@ def _build(
     tokenizer: LoadedTokenizer,
     weights: Mapping[str, torch.Tensor],
     dtype: ModelDtype,
-    device: str | None,
+    device: torch.device,
 ) -> UsableModel:
     import torch
 
     from megatron_dlm.conversion.hugging_face_model.generation_megatron_dlm import process_of
 
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = exported_model(config.model, vocabulary, config.objective, config.data.seq_length)
     model.load_state_dict(dict(weights))
-    model = model.to(chosen, torch.bfloat16 if dtype == "bf16" else torch.float32).eval()
+    model = model.to(device, torch.bfloat16 if dtype == "bf16" else torch.float32).eval()
     return UsableModel(
         model=model,
         process=process_of(model.config),

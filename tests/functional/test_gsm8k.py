@@ -65,13 +65,17 @@ def test_problems_are_answered_scored_and_gone_on_with(command, tuned, tmp_path,
     # Stopped in the middle of a line, and asked in other batches: the same answers.
     part = tmp_path / "part"
     command(*words, "--output", part, "--limit", 5, "--batch-size", 2)
-    text = (part / "answers.jsonl").read_text()
-    (part / "answers.jsonl").write_text(text[: len(text) - 20])
+    text = (part / "answers.jsonl").read_bytes()
+    (part / "answers.jsonl").write_bytes(text[: len(text) - 20] + "é".encode()[:1])
     resumed = command(*words, "--output", part, "--batch-size", 3)
     assert "8/8 problems" in resumed.stderr
     assert sorted(lines_of(part / "answers.jsonl"), key=lambda line: line["number"]) == answers
     other = command(*words, "--output", part, "--temperature", 0.5, check=False)
     assert other.returncode == 2 and "has answers with sampling" in other.stderr
+    with (part / "answers.jsonl").open("a") as file:
+        file.write(json.dumps(answers[0]) + "\n")
+    twice = command(*words, "--output", part, check=False)
+    assert twice.returncode == 2 and "answers.jsonl:13: a second answer to problem 0" in twice.stderr
 
 
 def test_bad_input_ends_in_one_line(command, tuned, tmp_path):
@@ -82,9 +86,12 @@ def test_bad_input_ends_in_one_line(command, tuned, tmp_path):
         (problems, "--template", "Question"): "template: 'Question' does not have {question} just once",
         (problems, "--no-stop-at-eos"): "stop_at_eos: an answer ends with its first <eos>",
         (problems, "--length", 3): "length: 3 tokens leave no answer to problem 0",
+        (problems, "--device", "cuda:99"): "device: cuda:99",
         (problems, "--sampler", "nonsense"): "nonsense",
     }
     for more, complaint in cases.items():
         finished = command(*words, *more, check=False)
         assert finished.returncode == 2 and complaint in finished.stderr, finished.stderr
         assert finished.stderr.count("\n") == 1
+    # Nothing of them is kept that a later run would have to agree with.
+    assert not (tmp_path / "out").exists()

@@ -72,6 +72,9 @@ def test_a_sweep_is_measured_once_and_drawn(command, models, gpt2, tmp_path):
     command(*words, "--num-steps", 2, 4, 8, "--temperatures", 1, 0.5)
     again = rows_of(tmp_path / "out" / "pareto.csv")
     assert again[:6] == rows and [row["num_steps"] for row in again[6:]] == ["8", "8"]
+    # Weights of other precision are another model, and not on the same frontier.
+    other = command(*words, "--num-steps", 2, "--dtype", "bf16")
+    assert len(rows_of(tmp_path / "out" / "pareto.csv")) == 10 and "2 combinations" in other.stdout
 
 
 @pytest.mark.slow
@@ -89,10 +92,12 @@ def test_an_ar_model_of_this_package_judges(command, models, tmp_path):
     ("more", "words"),
     [
         (["--judge", "no"], "judge: no: has no config.json"),
-        (["--num-steps", 5, "--samplers", "block"], "num_steps: 5 does not divide 32 tokens"),
+        (["--num-steps", 4, 5, "--samplers", "block"], "num_steps: 5 does not divide 32 tokens"),
+        (["--samplers", "left-to-right", "--batch-sizes", 65], "batch_sizes: 65 exceeds num_samples 64"),
+        (["--length", 1], "length: 1 is below 2"),
         (["--reference", "no.csv"], "reference: no.csv: not a table"),
         (["--num-samples", 0], "num_samples: 0 is below 1"),
-        (["--temperatures", -1], "temperature: -1.0 is below 0"),
+        (["--temperatures", -1], "temperature: -1.0 is not 0"),
     ],
 )
 def test_bad_input_ends_in_one_line(command, models, gpt2, tmp_path, more, words):
@@ -101,6 +106,7 @@ def test_bad_input_ends_in_one_line(command, models, gpt2, tmp_path, more, words
         "evaluate", "pareto", models["mdlm"], "--output", tmp_path / "out", *judge, *more, check=False
     )
     assert finished.returncode == 2 and words in finished.stderr, finished.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_judge_s_perplexity_is_that_of_its_tokens():

@@ -199,7 +199,7 @@ def test_bad_numbers_are_refused(config, words):
 
 
 def test_copies_that_leave_a_part_without_any_are_refused():
-    with pytest.raises(InputError, match="num_times: 1 copies: objective.batch_split"):
+    with pytest.raises(InputError, match=r"num_times: 1 copies: objective\.batch_split"):
         score(FAMILIES["esolm-two-parts"], num_times=1)
 
 

@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import pytest
 
-from megatron_dlm.evaluation.gsm8k import accuracy, final_number, is_correct, read_problems
+from megatron_dlm.evaluation.gsm8k import accuracy, final_number, read_problems
 from megatron_dlm.interfaces import InputError
 from tests.conftest import DATA
 
@@ -44,9 +44,8 @@ def test_final_numbers(text, expected):
 
 
 def test_right_and_wrong_answers():
-    assert is_correct("#### 1,000.0", Fraction(1000)) and is_correct("#### $1000", Fraction(1000))
-    assert not is_correct("#### 100", Fraction(1000)) and not is_correct("1000", Fraction(1000))
-    assert not is_correct("#### -1000", Fraction(1000))
+    assert final_number("#### 1,000.0") == final_number("#### $1000") == Fraction(1000)
+    assert Fraction(1000) not in (final_number("#### 100"), final_number("1000"), final_number("#### -1000"))
 
 
 def test_accuracy_has_an_interval_at_its_ends_too():
@@ -61,17 +60,19 @@ def test_the_public_test_set_is_read_whole():
         pytest.skip(f"no GSM8K at {path}")
     problems = read_problems(path)
     assert len(problems) == 1319 and problems[0].expected == 18
-    assert all(is_correct(problem.answer, problem.expected) for problem in problems)
+    assert all(final_number(problem.answer) == problem.expected for problem in problems)
     assert all(problem.expected.denominator == 1 for problem in problems)
 
 
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("{", "line 2: not JSON"),
-        ("[]", "line 2: not an object with the texts question and answer"),
-        (json.dumps({"question": "a"}), "line 2: not an object"),
-        (json.dumps({"question": "a", "answer": "18"}), "line 2: the answer has no number behind ####"),
+        ("{", ":2: not JSON"),
+        ("[]", ":2: not an object with the texts question and answer"),
+        (json.dumps({"question": "a"}), ":2: not an object"),
+        (json.dumps({"question": "a", "answer": "18"}), ":2: the answer has no number behind ####"),
+        ("[" * 100_000, ":2: not JSON"),
+        ("\n\n{", ":4: not JSON"),
     ],
 )
 def test_damaged_files_are_refused(tmp_path, line, words):
@@ -84,3 +85,10 @@ def test_damaged_files_are_refused(tmp_path, line, words):
         read_problems(path)
     with pytest.raises(InputError, match="No such file"):
         read_problems(tmp_path / "no.jsonl")
+
+
+def test_a_line_may_hold_what_ends_lines_elsewhere(tmp_path):
+    path = tmp_path / "problems.jsonl"
+    record = {"question": "a\u2028b\x85c", "answer": "#### 1"}
+    path.write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_problems(path)[0].question == record["question"]

@@ -175,7 +175,9 @@ def test_the_network_reads_sequences_that_change_and_the_head_runs_on_rows_that_
         ("ar", {"sampler": "ancestral"}, "sampler: ancestral"),
         ("mdlm", {"sampler": "nonsense"}, "sampler: nonsense"),
         ("mdlm", {"num_steps": 0}, "num_steps: 0 is below 1"),
-        ("mdlm", {"temperature": -1.0}, "temperature: -1.0 is below 0"),
+        ("mdlm", {"temperature": -1.0}, "temperature: -1.0 is not 0 and not in"),
+        ("mdlm", {"temperature": 1e-310}, "temperature: 1e-310 is not 0 and not in"),
+        ("mdlm", {"temperature": float("inf")}, "temperature: inf is not 0 and not in"),
         ("mdlm", {"top_p": 0.0}, r"top_p: 0.0 is outside \(0, 1\]"),
         ("mdlm", {"greedy_tail": True}, "greedy_tail: not used by mdlm"),
         (
