@@ -14,6 +14,8 @@ from megatron_dlm.interfaces import InputError
 from megatron_dlm.platform.files import commit, flush_to_disk, sha256_of, write_json
 
 MANIFEST = "manifest.json"
+REFERENCE_SUFFIX = ".ckpt"
+"""Of checkpoints of the paper's code."""
 VERSION = 1
 """Of the directory's layout; a later one is refused."""
 ChangeableField = Literal[

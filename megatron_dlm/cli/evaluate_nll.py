@@ -82,7 +82,11 @@ def _evaluate(config: NllConfig) -> tuple[Bound, bool]:
     if (config.model / MANIFEST).is_file():
         record = read_run_record(config.model)
         _refuse_plot(config, record.config.objective)
+        if config.dtype != "fp32":
+            raise InputError("dtype: a checkpoint is evaluated in the precision of its training")
         tokenizer = config.tokenizer
+        if tokenizer is not None and not config.text:
+            raise InputError("tokenizer: only text and exported folders need it")
         if config.text and tokenizer is None:
             tokenizer = tokenizer_of_data(record.config)
         data = record.config.data

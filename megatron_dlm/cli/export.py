@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from megatron_dlm.checkpointing.storage import REFERENCE_SUFFIX
 from megatron_dlm.cli.arguments import parse
 from megatron_dlm.interfaces import InputError
-
-REFERENCE_SUFFIX = ".ckpt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,13 +21,14 @@ class ExportConfig:
     A process of its own loads the folder with transformers and compares tensors, logits, bound and a sampling
     trace with the trained model; export_report.json says how.
 
-    With an OUTPUT that ends in .ckpt, and no other argument: the weights as the paper's code loads them.
+    An OUTPUT that ends in .ckpt becomes a Lightning file of the weights in fp32, as the paper's code loads
+    them; the other arguments are not for it.
     """
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
     """A step-NNNNNNNN directory, of any layout."""
     output: Annotated[Path, tyro.conf.Positional]
-    """Folder to make; must not exist."""
+    """Folder, or .ckpt file, to make; must not exist."""
     tokenizer: Path | None = None
     """Directory of the tokenizer the data was indexed with, to be copied; None: where it was then."""
     data: str | None = None
@@ -39,39 +40,27 @@ class ExportConfig:
     verify: bool = True
     """Compare with the trained model; --no-verify only copies."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class ReferenceExportConfig:
-    """Write a checkpoint's weights in fp32 as a Lightning .ckpt that the paper's code loads."""
-
-    checkpoint: Annotated[Path, tyro.conf.Positional]
-    """A step-NNNNNNNN directory, of any layout."""
-    output: Annotated[Path, tyro.conf.Positional]
-    """File to make, ending in .ckpt; must not exist."""
-
-
-def _run_reference(arguments: list[str]) -> int:
-    config = parse(ReferenceExportConfig, arguments, verb="export")
-    from megatron_dlm.training.export import export_reference_checkpoint
-    from megatron_dlm.training.run import read_run_record
-
-    record = read_run_record(config.checkpoint)
-    if config.output.exists():
-        raise InputError(f"output: {config.output} exists already")
-    export_reference_checkpoint(record, config.output)
-    print(f"{config.output}: {record.config.objective.name} weights, fp32")
-    return 0
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[1-9]\d*([KMGT]B)?", self.max_shard_size):
+            raise InputError(f"max_shard_size: {self.max_shard_size!r} is not bytes, such as 5GB or 500MB")
+        if self.output.suffix != REFERENCE_SUFFIX:
+            return
+        for field in fields(self):
+            if field.name not in ("checkpoint", "output") and getattr(self, field.name) != field.default:
+                raise InputError(f"{field.name}: not for a {REFERENCE_SUFFIX}")
 
 
 def run(arguments: list[str]) -> int:
     """Parse, export, report; returns the exit code."""
-    if len(arguments) == 2 and arguments[1].endswith(REFERENCE_SUFFIX):
-        return _run_reference(arguments)
     config = parse(ExportConfig, arguments, verb="export")
-    from megatron_dlm.training.export import export_checkpoint
+    from megatron_dlm.training.export import export_checkpoint, export_reference_checkpoint
     from megatron_dlm.training.run import read_run_record
 
     record = read_run_record(config.checkpoint)
+    if config.output.suffix == REFERENCE_SUFFIX:
+        export_reference_checkpoint(record, config.output)
+        print(f"{config.output}: {record.config.objective.name} weights, fp32")
+        return 0
     report = export_checkpoint(
         record,
         config.output,

@@ -8,10 +8,9 @@ from typing import Annotated
 
 import tyro
 
+from megatron_dlm.checkpointing.storage import REFERENCE_SUFFIX
 from megatron_dlm.cli.arguments import parse
 from megatron_dlm.interfaces import InputError
-
-REFERENCE_SUFFIX = ".ckpt"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ VERBS = {
     "index": "text files to an indexed shard (.bin, .idx, manifest)",
     "train": "train a model, or continue a run",
     "checkpoint": "list, inspect, verify or prune the checkpoints of a run",
-    "evaluate": "NELBO of a checkpoint on held-out data (nats/token, bits/byte)",
+    "evaluate": "likelihood bound (nll), gsm8k, lm-eval tasks (harness), quality against speed (pareto)",
     "sample": "texts of a checkpoint or an exported folder, by any sampler of its family",
     "export": "checkpoint to a Hugging Face folder, compared with the trained model",
     "import": "Hugging Face folder, or a .ckpt of the paper's code, to a checkpoint",

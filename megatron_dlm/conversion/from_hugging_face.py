@@ -36,7 +36,7 @@ class ExportedFolder:
         """Open.
 
         Args:
-            path: directory that `megatron-dlm export` or transformers' save_pretrained has written.
+            path: directory that `megatron-dlm export` has written.
 
         Raises:
             InputError: no such folder, another architecture, weights in pickles or elsewhere, or files that
@@ -158,17 +158,14 @@ class ExportedFolder:
         for name, wanted in hugging_face_fields(model, vocabulary, objective).items():
             if name not in family and self.config.get(name) != wanted:
                 raise self._complaint(f"{CONFIG}: {name} {self.config.get(name)!r} differs from {wanted!r}")
-        self.weights(public_shapes(model, vocabulary.size))
+        self.weights(model, vocabulary)
 
-    def shapes(self, model: ModelConfig, vocabulary: Vocabulary) -> dict[str, tuple[int, ...]]:
-        """Of all tensors of such a model by name."""
-        return public_shapes(model, vocabulary.size)
-
-    def weights(self, shapes: Mapping[str, tuple[int, ...]]) -> FolderWeights:
+    def weights(self, model: ModelConfig, vocabulary: Vocabulary) -> FolderWeights:
         """The tensors, read when asked for.
 
         Args:
-            shapes: that they must have, by name.
+            model: whose shapes they must have.
+            vocabulary: the model's.
 
         Returns:
             Tensors by name.
@@ -176,6 +173,7 @@ class ExportedFolder:
         Raises:
             InputError: tensors are missing, unknown, of another shape or not of floating-point numbers.
         """
+        shapes = public_shapes(model, vocabulary.size)
         for name in sorted(shapes.keys() ^ self._files.keys()):
             raise self._complaint(f"{'lacks' if name in shapes else 'has an unknown'} tensor {name}")
         with ExitStack() as stack:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,10 +21,10 @@ from torch import Tensor
 
 from megatron_dlm.conversion.remote_code import MODEL, file_name, remote_code
 from megatron_dlm.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE
-from megatron_dlm.interfaces import InputError, Vocabulary
+from megatron_dlm.interfaces import Vocabulary
 from megatron_dlm.models.config import LAYER_NORM_EPSILON, ROTARY_BASE, ModelConfig
 from megatron_dlm.objectives.base import ObjectiveConfig
-from megatron_dlm.platform.files import commit, flush_to_disk, write_json
+from megatron_dlm.platform.files import check_new, commit, flush_to_disk, write_json
 
 ExportDtype = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[ExportDtype, torch.dtype] = {
@@ -49,7 +50,7 @@ megatron_dlm.
 from transformers import AutoModel, AutoTokenizer
 
 model = AutoModel.from_pretrained(PATH, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(PATH)
+tokenizer = AutoTokenizer.from_pretrained(PATH, trust_remote_code=True)
 print(tokenizer.decode(model.generate(max_length={length})[0], skip_special_tokens=True))
 ```
 `model.nll(ids)` gives the negative log-likelihood bound in nats and `model(ids).logits` the logits;
@@ -96,15 +97,15 @@ def new_folder(output: Path) -> Iterator[Path]:
         The directory.
 
     Raises:
-        InputError: `output` exists.
+        InputError: `output` exists, or its parent does not.
     """
-    if output.exists():
-        raise InputError(f"output: {output} exists already")
-    temporary = output.with_name(output.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    default_mode = temporary.stat().st_mode & 0o666
+    check_new(output)
+    # In a directory of its own, so that nobody's files are in the way and none of two exports is.
+    outer = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.absolute().parent))
     try:
+        temporary = outer / output.name
+        temporary.mkdir()
+        default_mode = temporary.stat().st_mode & 0o666
         yield temporary
         for path in temporary.iterdir():
             # safetensors makes files that nobody else may read.
@@ -112,7 +113,7 @@ def new_folder(output: Path) -> Iterator[Path]:
             flush_to_disk(path)
         commit(temporary, output)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(outer, ignore_errors=True)
 
 
 def write_folder(source: ExportSource, directory: Path, dtype: ExportDtype, max_shard_size: str) -> None:
@@ -198,9 +199,6 @@ def _generation_config(source: ExportSource) -> dict[str, Any]:
         "bos_token_id": source.vocabulary.bos_token_id,
         "eos_token_id": source.vocabulary.eos_token_id,
         "max_length": source.seq_length,
-        "do_sample": True,
-        "temperature": 1.0,
-        "top_p": 1.0,
     }
 
 

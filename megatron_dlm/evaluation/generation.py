@@ -101,7 +101,7 @@ def start_of_parts(parts: Sequence[Sequence[int] | int], length: int, process: P
 
 
 def before_end(ids: Sequence[int], given: Sequence[bool], eos_token_id: int) -> list[int]:
-    """Tokens in front of the first <eos> that was sampled; a given one, which may be <bos> too, ends nothing."""
+    """Tokens in front of the first sampled <eos>; a given one, which may be <bos> too, ends nothing."""
     for place, (token, is_given) in enumerate(zip(ids, given, strict=True)):
         if token == eos_token_id and not is_given:
             return list(ids[:place])

@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from megatron_dlm.interfaces import InputError
+
 
 def sha256_of(path: Path) -> str:
     """Hexadecimal SHA-256 of a file, read in pieces of 1 MiB."""
@@ -32,6 +34,21 @@ def commit(temporary: Path, final: Path) -> None:
     flush_to_disk(temporary)
     temporary.replace(final)
     flush_to_disk(final.parent)
+
+
+def check_new(output: Path) -> None:
+    """Refuse, before the work, a place where nothing new can be made.
+
+    Args:
+        output: of a file or directory to make.
+
+    Raises:
+        InputError: it exists already, or its parent does not.
+    """
+    if output.exists() or output.is_symlink():
+        raise InputError(f"output: {output} exists already")
+    if not output.absolute().parent.is_dir():
+        raise InputError(f"output: {output.parent}: no such directory")
 
 
 def write_json(path: Path, value: Any) -> None:

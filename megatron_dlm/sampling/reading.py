@@ -80,7 +80,9 @@ class WholeText:
         if not self._process.time_conditioning:
             return None
         if self._alpha_of_step is None:
-            alpha_B = (ids_BL != self._process.mask_token_id).double().mean(1)
+            known_B = (ids_BL != self._process.mask_token_id).double().mean(1)
+            # Less is known than training ever saw, where nothing is.
+            alpha_B = known_B.clamp_min(self._process.alpha(1.0))
         else:
             alpha_B = torch.full((len(ids_BL),), self._alpha_of_step(step), dtype=torch.float64)
         return noise_level(alpha_B).to(ids_BL.device)

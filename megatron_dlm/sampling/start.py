@@ -25,9 +25,14 @@ class Start:
     """bool [B, L], True where a token is given and kept."""
 
     def __post_init__(self) -> None:
-        if self.ids_BL.dtype != torch.int64 or self.ids_BL.shape != self.given_BL.shape:
+        if self.ids_BL.dtype != torch.int64 or self.ids_BL.dim() != 2:
             raise ValueError(
                 f"prompt: {self.ids_BL.dtype} {tuple(self.ids_BL.shape)} instead of int64 [B, L]"
+            )
+        if self.given_BL.dtype != torch.bool or self.given_BL.shape != self.ids_BL.shape:
+            raise ValueError(
+                f"given: {self.given_BL.dtype} {tuple(self.given_BL.shape)} instead of bool "
+                f"{tuple(self.ids_BL.shape)}"
             )
 
 

@@ -15,6 +15,7 @@ from megatron_dlm.checkpointing.storage import read_json
 from megatron_dlm.data.tokenizer import load_tokenizer
 from megatron_dlm.interfaces import InputError, TokenBatch, TrainingError
 from megatron_dlm.models.config import Precision
+from megatron_dlm.platform.files import check_new
 from megatron_dlm.platform.launch import detect_environment
 from megatron_dlm.platform.parallel import ParallelConfig
 from megatron_dlm.training.run import RunRecord
@@ -172,7 +173,6 @@ def _write_check(record: RunRecord, data: str, folder: Path, dtype: ExportDtype)
 
 def _verify(folder: Path) -> str:
     """Run the folder's own comparison in a clean process: isolated, offline, its modules cached nowhere."""
-    folder = folder.resolve()
     with tempfile.TemporaryDirectory() as modules:
         finished = subprocess.run(
             [
@@ -215,6 +215,7 @@ def export_reference_checkpoint(record: RunRecord, output: Path) -> None:
     from megatron_dlm.conversion.reference_checkpoints import write_reference_checkpoint
 
     _require_one_process()
+    check_new(output)
     weights = WholeWeights(record.directory, record.config.model, record.vocabulary.size)
     step = int(read_json(record.directory / PROGRESS_RECORD)["step"])
     write_reference_checkpoint(weights.read(weights.shapes), output, record.config.model, step)

@@ -9,6 +9,7 @@ from typing import Any
 from megatron_dlm.checkpointing.storage import CheckpointRoot
 from megatron_dlm.interfaces import InputError, Vocabulary
 from megatron_dlm.platform.codec import decode, encode
+from megatron_dlm.platform.files import check_new
 from megatron_dlm.platform.launch import detect_environment
 from megatron_dlm.platform.parallel import ParallelConfig, start_parallel, stop_parallel
 from megatron_dlm.training.run import OutsideStart
@@ -48,7 +49,7 @@ def read_folder(path: Path) -> Imported:
     config = decode(RunConfig, record.get("config"), f"{where}: config")
     vocabulary = decode(Vocabulary, record.get("vocabulary"), f"{where}: vocabulary")
     folder.refuse_other(config.model, vocabulary, config.objective)
-    weights = folder.weights(folder.shapes(config.model, vocabulary))
+    weights = folder.weights(config.model, vocabulary)
     step = record.get("step", 0)
     if type(step) is not int or step < 0:
         raise InputError(f"{where}: step: {step!r} is not a number of steps")
@@ -104,8 +105,7 @@ def import_weights(imported: Imported, output: Path) -> Path:
     environment = detect_environment()
     if environment.world_size != 1:
         raise InputError(f"import: started on {environment.world_size} processes; it takes one")
-    if output.exists():
-        raise InputError(f"output: {output} exists already")
+    check_new(output)
     imported.weights.check()
     parallel = start_parallel(environment, ParallelConfig())
     from megatron_dlm.checkpointing.manager import PROGRESS_RECORD, RUN_RECORD, PendingSave

@@ -8,7 +8,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from megatron_dlm.checkpointing.storage import ChangeableField, CheckpointRoot, read_json, read_manifest
+from megatron_dlm.checkpointing.storage import (
+    REFERENCE_SUFFIX,
+    ChangeableField,
+    CheckpointRoot,
+    read_json,
+    read_manifest,
+)
 from megatron_dlm.data.blending import PlanSegment
 from megatron_dlm.interfaces import InputError, Vocabulary
 from megatron_dlm.platform.codec import decode
@@ -20,7 +26,6 @@ from megatron_dlm.training.run_data import RunData, open_data
 from megatron_dlm.training.run_lock import RunLock
 from megatron_dlm.training.stop_signals import StopSignals
 
-REFERENCE_SUFFIX = ".ckpt"
 EXPORT_CONFIG = "config.json"
 """Marks an exported folder."""
 
@@ -188,7 +193,7 @@ def _exported_start(source: Path, config: RunConfig, data: RunData) -> OutsideSt
             f"data.tokenizer: {data.tokenizer_fingerprint} differs from {fingerprint} in {source}; "
             "--checkpoint.allow-changed data.tokenizer goes on all the same"
         )
-    weights = folder.weights(folder.shapes(config.model, data.vocabulary))
+    weights = folder.weights(config.model, data.vocabulary)
     return OutsideStart(source, weights, folder.refuse_altered_weights)
 
 

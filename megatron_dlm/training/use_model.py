@@ -142,7 +142,7 @@ def _folder(path: Path) -> tuple[RunConfig, Vocabulary, str, Mapping[str, torch.
     folder.refuse_altered_weights()
     if folder.tokenizer_fingerprint is None:
         raise InputError(f"{path}: has no {TOKENIZER_FILE}")
-    weights = folder.weights(folder.shapes(config.model, vocabulary))
+    weights = folder.weights(config.model, vocabulary)
     return config, vocabulary, str(folder.record.get("tokenizer_fingerprint")), weights
 
 

@@ -103,3 +103,41 @@ def test_samples_follow_a_model_without_context(name):
     frequencies = torch.bincount(samples.flatten(), minlength=11).double() / samples.numel()
     assert frequencies[VOCABULARY.mask_token_id] == 0
     assert (frequencies - probabilities).abs().max() < 0.03
+
+
+def test_padding_is_dropped_from_prompts_and_refused_in_scores():
+    model = build(MDLMConfig())
+    ids = torch.tensor([[3, 5, 6], [0, 0, 7]])
+    mask = torch.tensor([[1, 1, 1], [0, 0, 1]])
+    padded = model.generate(ids, attention_mask=mask, max_new_tokens=5)
+    assert padded.shape == (2, 8)
+    assert torch.equal(padded, model.generate([[3, 5, 6], [7]], max_length=8))
+    assert torch.equal(model(ids, attention_mask=mask[:1].expand(2, 3)).logits, model(ids).logits)
+    with pytest.raises(ValueError, match="attention_mask: holds zeros"):
+        model(ids, attention_mask=mask)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"do_sample": True}, "generate: has no argument do_sample"),
+        ({"input_ids": torch.tensor([3, 5])}, r"input_ids: \(2,\) instead of"),
+        ({"max_length": 0}, "max_length: 0 is below 1"),
+        ({"max_length": 8, "max_new_tokens": 3}, "max_length, max_new_tokens: give one"),
+        ({"input_ids": torch.tensor([[3, 5]]), "given": torch.tensor([[1, 0]])}, "given: torch.int64"),
+        ({"given": torch.tensor([[True, False]])}, "prompt: torch.float32"),
+        ({"input_ids": [[3] * 13]}, "prompt 0: 13 tokens exceed the length 12"),
+    ],
+)
+def test_what_generate_cannot_do_is_refused(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        build(MDLMConfig()).generate(**arguments)
+
+
+def test_a_noise_level_stays_within_training():
+    """Of a text of masks, for samplers that know it by the share of known tokens."""
+    model, seen = build(FAMILIES["mdlm-cosine"]), []
+    model.sigma_map.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
+    model.config.noise_schedule = "log-linear"
+    model.generate(max_length=8, sampler="confidence", num_steps=4)
+    assert float(torch.cat(seen).max()) == pytest.approx(-np.log(1e-3), rel=1e-6)

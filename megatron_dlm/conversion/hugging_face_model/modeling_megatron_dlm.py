@@ -14,7 +14,7 @@ from transformers.modeling_outputs import MaskedLMOutput
 # transformers copies only what is imported in this form.
 from .cache_megatron_dlm import KeyValueCache
 from .configuration_megatron_dlm import MegatronDlmConfig
-from .generation_megatron_dlm import generate
+from .generation_megatron_dlm import generate, prompts_of
 from .likelihood_megatron_dlm import bound_at_noise, estimate_nll
 
 FREQUENCY_CHANNELS = 256
@@ -174,6 +174,7 @@ class MegatronDlmModel(PreTrainedModel):
         position_ids=None,
         visible_mask=None,
         labels=None,
+        attention_mask=None,
         return_dict=True,
         **kwargs,
     ):
@@ -185,14 +186,19 @@ class MegatronDlmModel(PreTrainedModel):
             position_ids: int64 [B, L] or [1, L]; 0 to L - 1 when absent. esolm reads tokens in any order.
             visible_mask: bool [L, L], True where a row may look at a column; the family's own when absent.
             labels: refused: use `bound` or `nll`.
+            attention_mask: all ones, as tokenizers give it; padding would be read as text and is refused.
             return_dict: False returns a tuple.
-            **kwargs: ignored arguments of other models, such as attention_mask.
+            **kwargs: ignored arguments of other models, such as use_cache.
 
         Returns:
             MaskedLMOutput with float32 logits [B, L, V]; the mask token's logit is -inf.
         """
         if labels is not None:
             raise ValueError("labels: this model's loss is `bound` or `nll`, not a plain cross-entropy")
+        if attention_mask is not None and not bool(attention_mask.all()):
+            raise ValueError(
+                "attention_mask: holds zeros, and padding cannot be left out; give equal lengths"
+            )
         logits = self.head(self.hidden(input_ids, sigma, position_ids, visible_mask))
         return MaskedLMOutput(logits=logits) if return_dict else (logits,)
 
@@ -270,7 +276,16 @@ class MegatronDlmModel(PreTrainedModel):
         return estimate_nll(self, input_ids, num_samples, seed)
 
     def generate(
-        self, input_ids=None, max_length=None, given=None, seed=0, batch_size=1, on_step=None, **settings
+        self,
+        input_ids=None,
+        max_length=None,
+        given=None,
+        seed=0,
+        batch_size=1,
+        on_step=None,
+        attention_mask=None,
+        max_new_tokens=None,
+        **settings,
     ):
         """Sample token ids.
 
@@ -278,14 +293,17 @@ class MegatronDlmModel(PreTrainedModel):
             input_ids: int64 [B, P] prompts that are kept, or a list of B lists of unequal length; ar begins
                 with <bos> where there are none. With `given`, int64 [B, max_length].
             max_length: tokens in all; the training length when absent.
+            max_new_tokens: instead of it, tokens behind the longest prompt.
             given: bool [B, max_length], True where `input_ids` holds a token to keep: filling in.
             seed: of the draws; a sequence depends on the seed and its place in the batch alone.
             batch_size: sequences to make when there is no prompt.
             on_step: called after each step with its number and int64 [B, max_length], the tokens so far.
+            attention_mask: [B, P], 0 where `input_ids` holds padding, on either side; it is dropped.
             **settings: fields of `SamplingConfig`: sampler, num_steps, block_length, segment_length,
                 num_groups, temperature, top_p, greedy_tail, stop_at_eos.
 
         Returns:
             int64 [B, max_length].
         """
-        return generate(self, input_ids, max_length, given, seed, batch_size, on_step, settings)
+        prompts = prompts_of(input_ids, attention_mask, batch_size)
+        return generate(self, prompts, max_length, max_new_tokens, given, seed, on_step, settings)
