@@ -125,7 +125,7 @@ def write_folder(source: ExportSource, directory: Path, dtype: ExportDtype, max_
         dtype: of the weights.
         max_shard_size: of a weight file, for example "5GB".
     """
-    _write_weights(source, directory, DTYPES[dtype], max_shard_size)
+    write_weights(source.read, source.shapes, directory, dtype, max_shard_size)
     write_json(directory / CONFIG, _config(source, DTYPES[dtype]))
     write_json(directory / GENERATION, _generation_config(source))
     write_json(directory / RUN, source.record)
@@ -135,16 +135,34 @@ def write_folder(source: ExportSource, directory: Path, dtype: ExportDtype, max_
         shutil.copyfile(source.tokenizer / name, directory / name)
 
 
-def _write_weights(source: ExportSource, directory: Path, dtype: torch.dtype, max_shard_size: str) -> None:
+def write_weights(
+    read: Callable[[Sequence[str]], dict[str, Tensor]],
+    shapes: dict[str, tuple[int, ...]],
+    directory: Path,
+    dtype: ExportDtype,
+    max_shard_size: str,
+) -> None:
+    """Write safetensors files, with an index where there are several; one file is in memory at a time.
+
+    Args:
+        read: whole float32 tensors by public name.
+        shapes: of all tensors.
+        directory: of the export.
+        dtype: of the weights.
+        max_shard_size: of a weight file, for example "5GB".
+    """
     plan = split_state_dict_into_shards_factory(
-        source.shapes,
-        get_storage_size=lambda shape: math.prod(shape) * dtype.itemsize,
+        shapes,
+        get_storage_size=lambda shape: math.prod(shape) * DTYPES[dtype].itemsize,
         filename_pattern=WEIGHT_FILES,
         max_shard_size=max_shard_size,
     )
     for name, tensors in plan.filename_to_tensors.items():
-        state = {key: tensor.to(dtype).contiguous() for key, tensor in source.read(tensors).items()}
+        # One at a time: reading takes the stored tensor beside its copy, in float32.
+        state = {key: read([key])[key].to(DTYPES[dtype]).contiguous() for key in tensors}
         save_file(state, directory / name, metadata={"format": "pt"})
+        # Before the next file's are read.
+        del state
     if plan.is_sharded:
         write_json(directory / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
 

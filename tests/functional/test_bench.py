@@ -47,3 +47,15 @@ def test_sampling_benchmark_prints_both_sides():
     ours, naive, against = row.replace(",", "").split("│")[4:7]
     assert float(against.strip(" x")) == pytest.approx(float(ours) / float(naive), rel=0.05)
     assert "MiB" in finished.stdout
+
+
+@pytest.mark.slow
+def test_an_export_takes_a_file_and_a_tensor_of_memory():
+    command = [sys.executable, str(ROOT / "tools" / "bench" / "export.py"), "--size", "19M"]
+    command += ["--shard-mb", "64", "--dtype", "fp32", "bf16"]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ)
+    assert finished.returncode == 0, finished.stderr
+    rows = [line.replace(",", "").split("│") for line in finished.stdout.splitlines() if "│ " in line]
+    assert [row[1].strip() for row in rows] == ["fp32", "bf16"]
+    for _, _, largest, tensor, peak, *_ in rows:
+        assert 0.9 * float(tensor) < float(peak) < 1.2 * float(largest) + float(tensor)
