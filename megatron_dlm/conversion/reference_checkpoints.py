@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from torch import Tensor
 from megatron_dlm.interfaces import InputError, Vocabulary
 from megatron_dlm.models.config import ROTARY_BASE, ModelConfig
 from megatron_dlm.models.weight_layout import public_shapes
-from megatron_dlm.platform.files import check_new, commit
+from megatron_dlm.platform.files import beside, check_new, commit
 
 PREFIX = "backbone."
 FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
@@ -186,13 +185,12 @@ def write_reference_checkpoint(state: dict[str, Tensor], path: Path, model: Mode
         step: optimizer steps the weights have seen.
 
     Raises:
-        InputError: `path` exists, or its directory does not.
+        InputError: `path` exists.
     """
     check_new(path)
     named = {f"{PREFIX}{name}": tensor for name, tensor in state.items()}
     named[PREFIX + ROTARY_BUFFER] = _rotary_frequencies(model)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.absolute().parent) as directory:
-        temporary = Path(directory) / path.name
+    with beside(path) as temporary:
         torch.save({"state_dict": named, "global_step": step, "epoch": 0, "ema": None}, temporary)
         commit(temporary, path)
 

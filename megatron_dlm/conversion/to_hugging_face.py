@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from megatron_dlm.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE
 from megatron_dlm.interfaces import Vocabulary
 from megatron_dlm.models.config import LAYER_NORM_EPSILON, ROTARY_BASE, ModelConfig
 from megatron_dlm.objectives.base import ObjectiveConfig
-from megatron_dlm.platform.files import check_new, commit, flush_to_disk, write_json
+from megatron_dlm.platform.files import beside, check_new, commit, flush_to_disk, write_json
 
 ExportDtype = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[ExportDtype, torch.dtype] = {
@@ -97,13 +96,10 @@ def new_folder(output: Path) -> Iterator[Path]:
         The directory.
 
     Raises:
-        InputError: `output` exists, or its parent does not.
+        InputError: `output` exists.
     """
     check_new(output)
-    # In a directory of its own, so that nobody's files are in the way and none of two exports is.
-    outer = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.absolute().parent))
-    try:
-        temporary = outer / output.name
+    with beside(output) as temporary:
         temporary.mkdir()
         default_mode = temporary.stat().st_mode & 0o666
         yield temporary
@@ -112,8 +108,6 @@ def new_folder(output: Path) -> Iterator[Path]:
             path.chmod(default_mode)
             flush_to_disk(path)
         commit(temporary, output)
-    finally:
-        shutil.rmtree(outer, ignore_errors=True)
 
 
 def write_folder(source: ExportSource, directory: Path, dtype: ExportDtype, max_shard_size: str) -> None:

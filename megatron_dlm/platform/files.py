@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +40,37 @@ def commit(temporary: Path, final: Path) -> None:
 
 
 def check_new(output: Path) -> None:
-    """Refuse, before the work, a place where nothing new can be made.
+    """Refuse, before the work, to make what is there already.
 
     Args:
         output: of a file or directory to make.
 
     Raises:
-        InputError: it exists already, or its parent does not.
+        InputError: it exists, or what would be its parent is no directory.
     """
     if output.exists() or output.is_symlink():
         raise InputError(f"output: {output} exists already")
-    if not output.absolute().parent.is_dir():
-        raise InputError(f"output: {output.parent}: no such directory")
+    for parent in output.absolute().parents:
+        if parent.exists():
+            if not parent.is_dir():
+                raise InputError(f"output: {parent} is not a directory")
+            break
+
+
+@contextmanager
+def beside(output: Path) -> Iterator[Path]:
+    """A place to make `output`, which appears there by a rename; removed at the end with all in it.
+
+    Args:
+        output: to make; its parents are made.
+
+    Yields:
+        A path of its name in a new directory on its file system, so that nobody's files are in the way.
+    """
+    parent = output.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=parent) as directory:
+        yield Path(directory) / output.name
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -37,6 +37,7 @@ def test_step_benchmark_prints_its_scaling():
         assert varied in printed
 
 
+@pytest.mark.slow
 def test_sampling_benchmark_prints_both_sides():
     command = [sys.executable, str(ROOT / "tools" / "bench" / "sample.py"), "--size", "tiny"]
     command += ["--families", "esolm", "--steps", "4", "--length", "16", "--batch-size", "1"]

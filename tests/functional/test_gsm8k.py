@@ -78,6 +78,21 @@ def test_problems_are_answered_scored_and_gone_on_with(command, tuned, tmp_path,
     assert twice.returncode == 2 and "answers.jsonl:13: a second answer to problem 0" in twice.stderr
 
 
+@pytest.mark.slow
+def test_responses_have_one_likelihood_in_the_checkpoint_and_in_its_export(
+    command, tuned, tmp_path, read_json
+):
+    """Of rows packed with several records that do not see each other, of which responses are scored."""
+    command("export", tuned, tmp_path / "folder", "--no-verify")
+    for number, model in enumerate((tuned, tmp_path / "folder")):
+        words = ["evaluate", "nll", model, "--num-sequences", 6, "--num-times", 8]
+        command(*words, "--output", tmp_path / f"{number}.json")
+    first, second = (read_json(tmp_path / f"{number}.json") for number in range(2))
+    for kind in ("protocol", "complete"):
+        assert second[kind]["nats_per_token"] == pytest.approx(first[kind]["nats_per_token"], rel=1e-5)
+    assert first["tokens"] == second["tokens"] < 6 * LENGTH
+
+
 def test_bad_input_ends_in_one_line(command, tuned, tmp_path):
     problems = write_problems(tmp_path / "test.jsonl", 2, seed=1)
     words = ["evaluate", "gsm8k", tuned, "--output", tmp_path / "out", "--data"]

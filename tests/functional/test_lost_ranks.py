@@ -24,7 +24,7 @@ FATES = {
 
 
 @pytest.mark.parametrize("fate", FATES)
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_the_others_end_and_name_the_rank(corpus, tmp_path, fate, rank):
     number, seconds = FATES[fate]
     more = ["--parallel.collective-timeout-seconds", 4]

@@ -1,6 +1,5 @@
 """`megatron-dlm evaluate nll`: one number by every route, of shards and of texts."""
 
-import json
 import subprocess
 import sys
 
@@ -63,6 +62,7 @@ def test_one_number_by_every_route(command, model, tmp_path, read_json, record_p
     assert (len(first["by_time"]) == 8) == (family != "ar")
 
 
+@pytest.mark.slow
 def test_texts_are_scored_as_the_shard_made_of_them(command, corpus, model, tmp_path, read_json):
     _family, checkpoint, folder = model
     text = corpus.directory / "validation.jsonl"
@@ -88,10 +88,8 @@ def test_the_loss_by_time_is_drawn(command, model, tmp_path):
     assert "loss by diffusion time" in finished.stdout and "0.875 to 1.000" in finished.stdout
 
 
-def test_bad_input_ends_in_one_line(command, corpus, model, tmp_path):
-    _family, _checkpoint, folder = model
-    other = tmp_path / "other.json"
-    other.write_text(json.dumps({}))
+def test_bad_input_ends_in_one_line(command, corpus, model):
+    _family, checkpoint, folder = model
     cases = {
         ("--num-sequences", 10**6): "num_sequences: 1000000 exceed the",
         ("--data", corpus.validation, "--text", "x"): "data, text: give one of them",
@@ -107,3 +105,7 @@ def test_bad_input_ends_in_one_line(command, corpus, model, tmp_path):
         finished = command("evaluate", "nll", folder, *words, check=False)
         assert finished.returncode == 2 and complaint in finished.stderr, finished.stderr
         assert finished.stderr.count("\n") == 1
+    finished = command("evaluate", "nll", checkpoint, "--dtype", "bf16", check=False)
+    assert (
+        finished.returncode == 2 and "dtype: a checkpoint is evaluated in the precision of" in finished.stderr
+    )
