@@ -30,7 +30,8 @@ class Sharpening:
         if self.temperature == 0:
             best = torch.zeros_like(logits)
             return best.scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-        logits = logits / self.temperature
+        if self.temperature != 1:
+            logits = logits / self.temperature
         return (logits if self.top_p == 1 else keep_nucleus(logits, self.top_p)).softmax(-1)
 
 

@@ -79,7 +79,7 @@ def plot_pareto(
     axes.plot(*zip(*frontier, strict=True), "-", color="black", alpha=0.4, label="frontier", zorder=2)
     axes.set(xscale="log", yscale="log", xlabel="tokens/s, whole calls", ylabel="generative perplexity")
     axes.grid(alpha=0.3, which="both")
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.savefig(output, dpi=120, bbox_inches="tight")
     pyplot.close(figure)
 
