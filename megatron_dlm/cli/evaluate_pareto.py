@@ -47,7 +47,7 @@ class ParetoConfig:
     num_steps: tuple[int, ...] = (16, 32, 64, 128)
     """Denoising steps, for samplers that have them; of block-autoregressive the tokens of a segment."""
     batch_sizes: tuple[int, ...] = (8,)
-    """Texts sampled together, at most num_samples."""
+    """Texts sampled together; above num_samples the same as that."""
     temperatures: tuple[float, ...] = (1.0,)
     """Divide the logits."""
     top_ps: tuple[float, ...] = (1.0,)
@@ -76,9 +76,6 @@ class ParetoConfig:
             raise InputError(f"num_samples: {self.num_samples} is below 1")
         if self.length is not None and self.length < 2:
             raise InputError(f"length: {self.length} is below 2")
-        for value in self.batch_sizes:
-            if value > self.num_samples:
-                raise InputError(f"batch_sizes: {value} exceeds num_samples {self.num_samples}")
         if self.output.exists() and not self.output.is_dir():
             raise InputError(f"output: {self.output} is not a directory")
         for name in ("models", "num_steps", "batch_sizes", "temperatures", "top_ps"):
@@ -171,10 +168,12 @@ def _combinations(config: ParetoConfig, path: Path, usable: UsableModel) -> list
         "dtype": config.dtype,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
     }
+    # Written as they are sampled.
+    batch_sizes = tuple(dict.fromkeys(min(size, config.num_samples) for size in config.batch_sizes))
     found: list[dict[str, Any]] = []
     for sampler in chosen:
         steps = (None,) if sampler == "left-to-right" else config.num_steps
-        for values in itertools.product(steps, config.batch_sizes, config.temperatures, config.top_ps):
+        for values in itertools.product(steps, batch_sizes, config.temperatures, config.top_ps):
             num_steps, batch_size, temperature, top_p = values
             settings = _settings(sampler, num_steps, temperature, top_p).resolved(process)
             check_division(settings, length - (process.family == "ar"))
