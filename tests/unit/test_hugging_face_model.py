@@ -81,6 +81,21 @@ def test_nll_estimates_the_package_s_bound(name):
     assert spread < 0.1 * expected
 
 
+@pytest.mark.parametrize("name", ["mdlm", "duo", "esolm-two-parts", "block-diffusion"])
+def test_nll_on_a_grid_of_times(name):
+    """Midpoints of fine strata give what random times in them give; one time gives its integrand."""
+    model, ids = build(FAMILIES[name]), torch.tensor([[5, 6, 7, 8, 9, 10, 5, 5, 6, 2, 3, 1]]).repeat(64, 1)
+    grid = [(index + 0.5) / 32 for index in range(32)]
+    on_grid, at_random = model.nll(ids, t_grid=grid), model.nll(ids, num_samples=32, seed=1)
+    error = (on_grid.var() / 64 + at_random.var() / 64).sqrt()
+    assert abs(on_grid.mean() - at_random.mean()) < 4 * error
+    ends = [model.nll(ids, t_grid=[t]).mean() for t in (0.02, 1.0)]
+    assert abs(ends[0] - ends[1]) > 0.01 * ends[1]
+    for wrong in ([], [0.0], [0.5, 1.5]):
+        with pytest.raises(ValueError, match="t_grid"):
+            model.nll(ids, t_grid=wrong)
+
+
 def test_ar_nll_is_exact_and_predicts_all_but_the_first_token():
     model = build(FAMILIES["ar"])
     ids = torch.tensor([[1, 5, 6, 7]])

@@ -21,13 +21,20 @@ def bound_at_noise(model, noisy_ids, target_ids, weights, sigma=None, position_i
     return float((nats * weights).sum() / tokens)
 
 
-def estimate_nll(model, input_ids, num_samples, seed):
-    """float64 [B] nats of clean sequences."""
+def estimate_nll(model, input_ids, num_samples, seed, t_grid=None):
+    """float64 [B] nats of clean sequences; the arguments are those of `MegatronDlmModel.nll`."""
+    if t_grid is not None:
+        num_samples = len(t_grid)
+        for t in t_grid:
+            if not 0 < t <= 1:
+                raise ValueError(f"t_grid: {t} is outside (0, 1]")
+    if num_samples < 1:
+        raise ValueError(f"num_samples, t_grid: {num_samples} times; at least one is needed")
     family = model.config.family
     if family == "ar":
         logits = model(input_ids[:, :-1]).logits
         return F.cross_entropy(logits.transpose(1, 2), input_ids[:, 1:], reduction="none").double().sum(1)
-    draw = Draws(input_ids, seed)
+    draw = Draws(input_ids, seed, t_grid)
     total = torch.zeros(len(input_ids), dtype=torch.float64, device=input_ids.device)
     for index in range(num_samples):
         if family == "esolm":
@@ -44,16 +51,20 @@ def estimate_nll(model, input_ids, num_samples, seed):
 class Draws:
     """Seeded draws, made on the CPU so that every device gets the same."""
 
-    def __init__(self, input_ids, seed):
+    def __init__(self, input_ids, seed, t_grid=None):
         self.generator = torch.Generator().manual_seed(seed)
         self.shape, self.device = input_ids.shape, input_ids.device
+        self.t_grid = t_grid
 
     def uniform(self, *shape):
         """float64 in [0, 1)."""
         return torch.rand(shape, generator=self.generator, dtype=torch.float64).to(self.device)
 
     def times(self, config, index, num_samples, columns=1):
-        """float64 [B, columns] in stratum `index` of `num_samples`."""
+        """float64 [B, columns] in stratum `index` of `num_samples`, or that time of the grid."""
+        if self.t_grid is not None:
+            shape = (self.shape[0], columns)
+            return torch.full(shape, float(self.t_grid[index]), dtype=torch.float64, device=self.device)
         strata = (self.uniform(self.shape[0], columns) + index) / num_samples
         return config.time_epsilon + (1 - config.time_epsilon) * strata
 

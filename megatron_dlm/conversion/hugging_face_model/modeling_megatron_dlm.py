@@ -262,18 +262,20 @@ class MegatronDlmModel(PreTrainedModel):
         return bound_at_noise(self, input_ids, target_ids, weights, sigma, position_ids, visible_mask)
 
     @torch.no_grad()
-    def nll(self, input_ids, num_samples=16, seed=0):
+    def nll(self, input_ids, num_samples=16, seed=0, t_grid=None):
         """NLL (ar) or Monte-Carlo NELBO (the others) of sequences.
 
         Args:
             input_ids: int64 [B, L] clean tokens.
             num_samples: draws of time and noise for each sequence, stratified over time; ar needs none.
             seed: of the draws.
+            t_grid: times in (0, 1] instead of random ones, one draw of noise at each: the mean of the
+                integrand over them.
 
         Returns:
             float64 [B] nats; ar scores tokens 1 to L - 1.
         """
-        return estimate_nll(self, input_ids, num_samples, seed)
+        return estimate_nll(self, input_ids, num_samples, seed, t_grid)
 
     def generate(
         self,
