@@ -88,7 +88,7 @@ def run(arguments: list[str]) -> int:
 
 def _prompts(problems: list[Problem], config: Gsm8kConfig, usable: UsableModel) -> list[list[int]]:
     """Tokens of all questions; each leaves room for an answer."""
-    length = usable.config.data.seq_length if config.length is None else config.length
+    length = usable.length(config.length)
     texts = [config.template.replace(PLACE, problem.question) for problem in problems]
     prompts = [usable.tokenizer.ids_of(text) for text in texts]
     for problem, tokens in zip(problems, prompts, strict=True):
@@ -107,7 +107,7 @@ def _resume(config: Gsm8kConfig, sampling: SamplingConfig, usable: UsableModel) 
         "weights_sha256": usable.weights_sha256(),
         "data_sha256": sha256_of(config.data),
         "sampling": asdict(sampling),
-        "length": usable.config.data.seq_length if config.length is None else config.length,
+        "length": usable.length(config.length),
         **{name: getattr(config, name) for name in ("template", "seed", "dtype")},
     }
     path, answers = config.output / SETTINGS, config.output / ANSWERS
@@ -167,7 +167,7 @@ def _answer(
     from megatron_dlm.sampling.start import start_from
     from megatron_dlm.telemetry.writers import duration
 
-    length = usable.config.data.seq_length if config.length is None else config.length
+    length = usable.length(config.length)
     starts = [start_from([prompts[problem.number]], length, usable.process) for problem in problems]
     seconds, tokens, done, correct = 0.0, 0, 0, 0
     with (config.output / ANSWERS).open("a", encoding="utf-8") as file:

@@ -155,7 +155,7 @@ def _combinations(config: ParetoConfig, path: Path, usable: UsableModel) -> list
     chosen = [cast(SamplerName, name) for name in config.samplers or offered[:1] if name in offered]
     if not chosen:
         raise InputError(f"samplers: none is one of {process.family}, which has {', '.join(offered)}")
-    length = usable.config.data.seq_length if config.length is None else config.length
+    length = usable.length(config.length)
     device = usable.network.device
     common = {
         "model": str(path),

@@ -80,7 +80,7 @@ def _sample(config: SampleConfig, usable: UsableModel) -> None:
 
     settings = config.sampling.resolved(usable.process)
     prompts = _prompts(config)
-    length = usable.config.data.seq_length if config.length is None else config.length
+    length = usable.length(config.length)
     starts = [start for prompt in prompts for start in [_start(prompt, length, usable)] * config.num_samples]
     lines: list[dict[str, Any]] = []
     tokens, seconds = 0, 0.0

@@ -34,9 +34,10 @@ def read_json_lines(path: Path, field: str) -> Iterator[tuple[str, Any]]:
             continue
         where = f"{field}: {path}:{number}"
         try:
-            yield where, json.loads(line)
+            value = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{where}: not JSON: {error}") from error
+        yield where, value
 
 
 def drop_cut_line(path: Path) -> None:

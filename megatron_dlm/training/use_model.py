@@ -53,6 +53,10 @@ class UsableModel:
         network: Network = ModelNetwork(self.model)
         return network
 
+    def length(self, wanted: int | None) -> int:
+        """Tokens of a text: those wanted, or of a training sample where it is None."""
+        return self.config.data.seq_length if wanted is None else wanted
+
     def weights_sha256(self) -> str:
         """Hexadecimal SHA-256 of all tensors by name: the same for a checkpoint and its fp32 export."""
         import torch
