@@ -21,7 +21,8 @@ EXTRAS = {
     "harness": ["lm-eval>=0.4.9,<0.5"],
     "test": ["moto[s3,server]>=5", "psutil", "pytest>=8", "pytest-timeout", "pytest-xdist"],
 }
-EXTRAS["dev"] = [*EXTRAS["test"], "ruff==0.17.6", "mypy==2.4.1"]
+# On CUDA torch brings its own; here it is for kernels in Triton's interpreter.
+EXTRAS["dev"] = [*EXTRAS["test"], "ruff==0.17.6", "mypy==2.4.1", 'triton>=3.3; platform_system == "Linux"']
 
 setup(
     name="megatron-dlm",

@@ -33,13 +33,18 @@ class AdaLNLayerSubmodules:
 class ModulatedNorm(nn.Module):
     """Bias-free LayerNorm in float32, then x * (1 + scale) + shift."""
 
-    def __init__(self, hidden_size: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, config: TransformerConfig, dtype: torch.dtype) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.weight = nn.Parameter(torch.ones(config.hidden_size))
         self._dtype = dtype
+        self._fused = config.fused_kernels
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         """[s, b, d] of the layer's dtype from x [s, b, d] and shift, scale [b, d]."""
+        if self._fused:
+            from megatron_dlm.kernels.modulated_norm import modulated_norm
+
+            return modulated_norm(x, self.weight, shift, scale, LAYER_NORM_EPSILON, self._dtype)
         normed = F.layer_norm(x.float(), (x.shape[-1],), self.weight.float(), None, LAYER_NORM_EPSILON)
         return torch.addcmul(shift, normed, 1.0 + scale).to(self._dtype)
 
@@ -64,14 +69,14 @@ class AdaLNTransformerLayer(MegatronModule, BaseTransformerLayer):
         self.layer_number = layer_number + get_transformer_layer_offset(
             config, vp_stage, pg_collection.pp.rank()
         )
-        self.norm1 = ModulatedNorm(config.hidden_size, config.params_dtype)
+        self.norm1 = ModulatedNorm(config, config.params_dtype)
         self.self_attention = build_module(
             submodules.self_attention,
             config=config,
             layer_number=self.layer_number,
             pg_collection=pg_collection,
         )
-        self.norm2 = ModulatedNorm(config.hidden_size, config.params_dtype)
+        self.norm2 = ModulatedNorm(config, config.params_dtype)
         self.mlp = build_module(submodules.mlp, config=config, tp_group=pg_collection.tp)
         self.modulation = nn.Linear(conditioning_size, 6 * config.hidden_size)
 
@@ -89,7 +94,7 @@ class AdaLNTransformerLayer(MegatronModule, BaseTransformerLayer):
             hidden_states: float32 [s, b, d].
             attention_mask: bool [b or 1, 1, s, s] in place of the core's own pattern, or None.
             context: float32 [b, c].
-            rotary_pos_emb: float32 [s, b or 1, 1, head_dim].
+            rotary_pos_emb: float32 [s, b or 1, 1, head_dim], from `rotary_table`.
             **unused: inference arguments of megatron-core's block.
 
         Returns:
@@ -99,21 +104,28 @@ class AdaLNTransformerLayer(MegatronModule, BaseTransformerLayer):
         normed = Recomputable(self.config, self.norm1, hidden_states, shift1, scale1)
         attended, _ = self.self_attention(normed.value, attention_mask, rotary_pos_emb=rotary_pos_emb)
         normed.release(attended)
-        hidden_states = torch.addcmul(hidden_states, gate1, attended.float())
+        hidden_states = self._add(hidden_states, gate1, attended, None)
         normed = Recomputable(self.config, self.norm2, hidden_states, shift2, scale2)
         transformed, bias = self.mlp(normed.value)
         normed.release(transformed)
-        hidden_states = torch.addcmul(hidden_states, gate2, (transformed + bias).float())
-        return hidden_states, context
+        return self._add(hidden_states, gate2, transformed, bias), context
+
+    def _add(self, stream: Tensor, gate: Tensor, branch: Tensor, bias: Tensor | None) -> Tensor:
+        """Stream + gate * (branch + bias)."""
+        if self.config.fused_kernels:
+            from megatron_dlm.kernels.gated_residual import gated_residual
+
+            return gated_residual(stream, gate, branch, bias)
+        return torch.addcmul(stream, gate, (branch if bias is None else branch + bias).float())
 
 
 class FinalLayer(nn.Module):
     """The modulated norm before the head."""
 
-    def __init__(self, hidden_size: int, conditioning_size: int) -> None:
+    def __init__(self, config: TransformerConfig, conditioning_size: int) -> None:
         super().__init__()
-        self.norm = ModulatedNorm(hidden_size)
-        self.modulation = nn.Linear(conditioning_size, 2 * hidden_size)
+        self.norm = ModulatedNorm(config, torch.float32)
+        self.modulation = nn.Linear(conditioning_size, 2 * config.hidden_size)
 
     def forward(self, hidden_states: Tensor, c: Tensor) -> Tensor:
         """float32 [s, b, d] from [s, b, d] and c [b, conditioning_size]."""

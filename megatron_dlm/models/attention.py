@@ -1,4 +1,4 @@
-"""Attention cores and rotary angles.
+"""Self-attention with rotary positions of each sample's own, and PyTorch's attention core.
 
 Shape legend, as in megatron-core: s sequence, b batch, n heads of this rank, h channels of a head.
 """
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor, nn
 
@@ -17,20 +18,54 @@ from megatron_dlm.models.config import ROTARY_BASE
 from megatron_dlm.models.context_parallel import gather_positions, own_parts
 
 
-def rotary_angles(position_ids_BL: Tensor, head_dim: int) -> Tensor:
-    """Rotary angles over the whole head, halves not interleaved, as megatron-core applies them.
+def rotary_table(position_ids_BL: Tensor, head_dim: int) -> Tensor:
+    """Cosines and sines of the rotary angles, made once for all layers.
 
     Args:
         position_ids_BL: int64 [B, L], or [1, L] when all samples share positions.
         head_dim: channels of a head, even.
 
     Returns:
-        float32 [L, B or 1, 1, head_dim].
+        float32 [L, B or 1, 1, head_dim]; cosines in the first half of the channels, sines in the second.
     """
     channels = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids_BL.device)
     frequencies = 1.0 / ROTARY_BASE ** (channels / head_dim)
     angles = position_ids_BL.t().float()[..., None] * frequencies
-    return torch.cat([angles, angles], dim=-1)[:, :, None, :]
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)[:, :, None, :]
+
+
+def rotate_plainly(x: Tensor, table: Tensor) -> Tensor:
+    """Turn the pairs (channel, channel + h / 2) of each head, as kernels/rotary.py does in one pass.
+
+    Args:
+        x: [s, b, n, h].
+        table: float32 [s, b or 1, 1, h] from `rotary_table`, brought to the dtype of x as in
+            arXiv:2602.15014's code.
+
+    Returns:
+        [s, b, n, h].
+    """
+    cos, sin = table.to(x.dtype).chunk(2, dim=-1)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+class RotarySelfAttention(SelfAttention):
+    """megatron-core's self-attention, whose query and key are turned where they leave the projection."""
+
+    def forward(self, *args: Any, rotary_pos_emb: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """As the base class, with `rotary_pos_emb` from `rotary_table`."""
+        self._table = rotary_pos_emb
+        return super().forward(*args, **kwargs)
+
+    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """As the base class, query and key [s, b, n, h] turned; called by its `forward`."""
+        query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
+        if self.config.fused_kernels:
+            from megatron_dlm.kernels.rotary import rotate
+        else:
+            rotate = rotate_plainly
+        return rotate(query, self._table), rotate(key, self._table), value
 
 
 class SdpaAttention(nn.Module):

@@ -99,7 +99,12 @@ def _pipeline_layout(model: ModelConfig, parallel: ParallelConfig) -> list[list[
 
 
 def transformer_config(
-    model: ModelConfig, parallel: ParallelConfig, precision: Precision, recompute: Recompute
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    precision: Precision,
+    recompute: Recompute,
+    *,
+    fused_kernels: bool = False,
 ) -> TransformerConfig:
     """megatron-core's configuration for `model`.
 
@@ -108,6 +113,7 @@ def transformer_config(
         parallel: sizes of the axes; checked with `ModelConfig.check_parallel` before.
         precision: fp32, or bf16 parameters under fp32 main parameters and gradients.
         recompute: activations to make again instead of keeping.
+        fused_kernels: take this package's Triton kernels.
 
     Returns:
         A configuration whose residual stream and pipeline tensors are fp32 at any precision.
@@ -163,4 +169,5 @@ def transformer_config(
     )
     # Gradients of the time embedder, replicated on every stage, are summed over the pipeline.
     config.has_cond_embedder = True
+    config.fused_kernels = fused_kernels
     return config

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from megatron_dlm.interfaces import AttentionPattern, ModelInputs, Vocabulary
 from megatron_dlm.models.adaln_layer import AdaLNTransformerLayer, FinalLayer, ModulatedNorm
-from megatron_dlm.models.attention import rotary_angles
+from megatron_dlm.models.attention import rotary_table
 from megatron_dlm.models.config import ModelConfig
 from megatron_dlm.models.context_parallel import own_positions
 from megatron_dlm.models.document_mask import document_mask
@@ -85,9 +85,13 @@ class Denoiser(MegatronModule):
         )
         if self.post_process:
             vocab = VocabShard.of_rank(
-                vocabulary, parallel.tensor_rank, parallel.tensor_group, parallel.tensor_size
+                vocabulary,
+                parallel.tensor_rank,
+                parallel.tensor_group,
+                parallel.tensor_size,
+                fused=config.fused_kernels,
             )
-            self.final_layer = FinalLayer(model.hidden_size, model.conditioning_size)
+            self.final_layer = FinalLayer(config, model.conditioning_size)
             self.head = Head(
                 model.hidden_size, vocab, parallel.tensor_group, config.params_dtype, parallel.device
             )
@@ -127,7 +131,7 @@ class Denoiser(MegatronModule):
             attention_mask=attention_mask,
             # A view: the layers' gradients are summed before the final layer's, recomputed or not.
             context=c.view_as(c),
-            rotary_pos_emb=rotary_angles(inputs.position_ids_BL, self.model.head_dim),
+            rotary_pos_emb=rotary_table(inputs.position_ids_BL, self.model.head_dim),
         )
         if not self.post_process:
             return hidden_states

@@ -1,6 +1,7 @@
 """From hidden states to losses: vocabulary-parallel, only the rows that carry a loss, a chunk at a time.
 
 Forward and gradient of a chunk are formed together while its logits exist, so no [B, L, V] tensor ever does.
+With fused kernels the chunk's logits stay in the weights' dtype, and their gradient takes their place.
 Shape legend: R rows, D hidden size, Vp vocabulary columns of this rank.
 """
 
@@ -74,7 +75,8 @@ class Head(nn.Module):
 
     def forward(self, hidden_RD: Tensor) -> Tensor:
         """[R, Vp] logits of this rank's columns, padding included; float32, or float64 from such weights."""
-        return _logits(hidden_RD.to(self.weight.dtype), self.weight, self.bias)
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        return _logits(hidden_RD.to(self.weight.dtype), self.weight, self.bias, dtype)
 
     def losses(
         self, hidden_sbD: Tensor, targets: Targets, row_loss: RowLoss, rows_per_chunk: int
@@ -127,9 +129,10 @@ class Head(nn.Module):
         )
 
 
-def _logits(hidden_RD: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
-    """[R, Vp] at least float32; written to the first rows of `out` where its dtype allows."""
-    dtype = torch.promote_types(weight.dtype, torch.float32)
+def _logits(
+    hidden_RD: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
+    """[R, Vp] of `dtype`; written to the first rows of `out` where the weights have that dtype."""
     if weight.dtype == dtype:
         return torch.addmm(bias, hidden_RD, weight.t(), out=None if out is None else out[: len(hidden_RD)])
     return torch.mm(hidden_RD, weight.t()).to(dtype).add_(bias.to(dtype))
@@ -169,20 +172,24 @@ class _ChunkedLoss(torch.autograd.Function):
             dbias = torch.zeros_like(bias, dtype=dtype)
         # One buffer for all chunks: fresh pages cost more than what is computed on them.
         chunk_rows = min(num_rows, rows_per_chunk) + ROW_MULTIPLE
-        buffer_RVp = weight.new_empty(chunk_rows, weight.shape[0]) if weight.dtype == dtype else None
+        logits_dtype = weight.dtype if vocab.fused else dtype
+        buffer_RVp = weight.new_empty(chunk_rows, weight.shape[0]) if weight.dtype == logits_dtype else None
         for start, stop in _chunk_bounds(num_rows, rows_per_chunk):
             chunk_RD = _pad_rows(hidden_RD[start:stop])
             chunk_targets = RowTargets(
                 **{name: _pad_rows(rows[start:stop]) for name, rows in vars(targets).items()}
             )
             chunk_losses_R, dlogits_RVp = row_loss(
-                _logits(chunk_RD, weight, bias, buffer_RVp), chunk_targets, vocab
+                _logits(chunk_RD, weight, bias, logits_dtype, buffer_RVp), chunk_targets, vocab
             )
             losses_R[start:stop] = chunk_losses_R[: stop - start]
             if wants_gradient:
                 # The rows' weights go to the narrow side of each product.
                 weight_R = chunk_targets.weight_R.to(dtype)
-                dbias.addmv_(dlogits_RVp.t(), weight_R)
+                if dlogits_RVp.dtype == dtype:
+                    dbias.addmv_(dlogits_RVp.t(), weight_R)
+                else:
+                    dbias.add_(torch.mv(dlogits_RVp.t(), weight_R.to(dlogits_RVp.dtype)))
                 low_RVp = dlogits_RVp.to(weight.dtype)
                 dhidden_RD[start:stop] = (torch.mm(low_RVp, weight) * weight_R[:, None])[: stop - start]
                 weighted_RD = (chunk_RD * weight_R[:, None]).to(weight.dtype)

@@ -7,13 +7,13 @@ from typing import Any
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import ModuleSpec
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
 
 from megatron_dlm.interfaces import AttentionPattern
 from megatron_dlm.models.adaln_layer import AdaLNLayerSubmodules, AdaLNTransformerLayer
-from megatron_dlm.models.attention import SdpaAttention
+from megatron_dlm.models.attention import RotarySelfAttention, SdpaAttention
 from megatron_dlm.models.config import ModelConfig
 from megatron_dlm.models.recompute import RecomputingMLP
 
@@ -64,7 +64,7 @@ def layer_spec(model: ModelConfig, attention: AttentionPattern) -> ModuleSpec:
         Spec for `TransformerBlock`.
     """
     self_attention = ModuleSpec(
-        module=SelfAttention,
+        module=RotarySelfAttention,
         params={"attn_mask_type": _MASK_TYPES[attention]},
         submodules=SelfAttentionSubmodules(
             linear_qkv=QkvLinear, core_attention=SdpaAttention, linear_proj=AttentionOutputLinear

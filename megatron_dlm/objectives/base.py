@@ -172,16 +172,17 @@ class Objective(ABC):
         """Row losses and their gradients in the logits; autograd unless a family has a closed form.
 
         Args:
-            logits_RVp: float32 [R, Vp]; may be overwritten.
+            logits_RVp: [R, Vp], float32 or, where `vocab.fused`, of the weights' dtype; may be overwritten.
             targets: of the same rows.
             vocab: this rank's columns.
 
         Returns:
-            float32 [R] losses and float32 [R, Vp] gradients of each row's unweighted loss.
+            float32 [R] losses and [R, Vp] gradients, of the logits' dtype, of each row's unweighted loss.
         """
         with torch.enable_grad():
             leaf = logits_RVp.detach().requires_grad_()
-            losses_R = self.token_losses(leaf.clone(), targets, vocab)
+            wide = torch.promote_types(leaf.dtype, torch.float32)
+            losses_R = self.token_losses(leaf.to(wide, copy=True), targets, vocab)
             (dlogits,) = torch.autograd.grad(losses_R.sum(), leaf)
         return losses_R.detach(), dlogits
 

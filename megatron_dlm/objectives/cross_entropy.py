@@ -39,13 +39,17 @@ def cross_entropy_and_dlogits(
     """As `cross_entropy`, with the gradient softmax - one_hot(clean).
 
     Args:
-        logits_RVp: float32 or float64 [R, Vp]; its memory is used up.
+        logits_RVp: float32 or float64 [R, Vp], of any dtype where `vocab.fused`; its memory is used up.
         clean_R: int64 [R], never the mask token.
         vocab: this rank's columns.
 
     Returns:
-        [R] losses and [R, Vp] gradients.
+        [R] losses, at least float32, and [R, Vp] gradients of the logits' dtype.
     """
+    if vocab.fused:
+        from megatron_dlm.kernels.row_softmax import cross_entropy_
+
+        return cross_entropy_(logits_RVp, clean_R, vocab)
     column_R, present_R = vocab.locate(clean_R)
     target_R = torch.where(present_R, logits_RVp.gather(1, column_R[:, None])[:, 0], 0.0)
     probability_RVp, log_sum_R, target_R = softmax(logits_RVp, vocab, target_R)

@@ -14,6 +14,7 @@ Shape legend: R rows, Vp vocabulary columns of this rank.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from torch import Tensor
 from megatron_dlm.interfaces import RowTargets
 from megatron_dlm.objectives.cross_entropy import softmax
 from megatron_dlm.platform.vocab_parallel import VocabShard
+
+if TYPE_CHECKING:
+    from megatron_dlm.kernels.row_softmax import UniformDivergence
 
 
 @dataclass(frozen=True)
@@ -73,30 +77,61 @@ def uniform_divergence_and_dlogits(
     """As `uniform_divergence`, with the gradient in the logits.
 
     Args:
-        logits_RVp: float32 or float64 [R, Vp]; its memory is used up.
+        logits_RVp: float32 or float64 [R, Vp], of any dtype where `vocab.fused`; its memory is used up.
         targets: clean and noisy tokens, alpha in [0, 1).
         vocab: this rank's columns.
         states: K, the number of ids the noise draws from.
 
     Returns:
-        [R] losses and [R, Vp] gradients.
+        [R] losses, at least float32, and [R, Vp] gradients of the logits' dtype.
     """
-    p_RVp, _, _ = softmax(logits_RVp, vocab, torch.zeros_like(logits_RVp[:, 0]))
     row = _Row.of(targets, states)
-    scaled_RVp = p_RVp * row.r[:, None].to(p_RVp.dtype)
-    s = torch.log1p(scaled_RVp).sum(dim=1)
-    # h_v = r / (1 + r p_v) is the slope of ln(1 + r p_v); p_v h_v is what the softmax's gradient needs.
-    ph_RVp = scaled_RVp.div_(1.0 + scaled_RVp)
-    p_z, p_x = (_pick(p_RVp, ids, vocab) for ids in (targets.noisy_R, targets.clean_R))
-    s, u, p_z, p_x = vocab.sum(torch.stack([s, ph_RVp.sum(dim=1), p_z, p_x])).double()
+    passes = _passes(vocab)(logits_RVp, row.r, targets.noisy_R, targets.clean_R, vocab)
+    sums = vocab.sum(passes.sums())
+    s, u, p_z, p_x = sums.double()
     slope_z, slope_x = _slopes(row, p_z, p_x)
     mean = -row.c * u + p_z * slope_z + p_x * slope_x
-    dtype = p_RVp.dtype
-    dlogits_RVp = ph_RVp.mul_(-row.c[:, None].to(dtype)).addcmul_(p_RVp, -mean[:, None].to(dtype))
-    for ids, slope in ((targets.noisy_R, p_z * slope_z), (targets.clean_R, p_x * slope_x)):
-        column_R, present_R = vocab.locate(ids)
-        dlogits_RVp.scatter_add_(1, column_R[:, None], (slope * present_R).to(dtype)[:, None])
-    return _loss(row, s, p_z, p_x).to(dtype), dlogits_RVp
+    dlogits_RVp = passes.gradient_(row.c, mean, p_z * slope_z, p_x * slope_x)
+    return _loss(row, s, p_z, p_x).to(sums.dtype), dlogits_RVp
+
+
+def _passes(vocab: VocabShard) -> type[_PlainPasses] | type[UniformDivergence]:
+    if not vocab.fused:
+        return _PlainPasses
+    from megatron_dlm.kernels.row_softmax import UniformDivergence
+
+    return UniformDivergence
+
+
+class _PlainPasses:
+    """What kernels/row_softmax.py's `UniformDivergence` does, in PyTorch."""
+
+    def __init__(
+        self, logits_RVp: Tensor, r: Tensor, noisy_R: Tensor, clean_R: Tensor, vocab: VocabShard
+    ) -> None:
+        self._p_RVp, _, _ = softmax(logits_RVp, vocab, torch.zeros_like(logits_RVp[:, 0]))
+        scaled_RVp = self._p_RVp * r[:, None].to(self._p_RVp.dtype)
+        self._s = torch.log1p(scaled_RVp).sum(dim=1)
+        # h_v = r / (1 + r p_v) is the slope of ln(1 + r p_v); p_v h_v is what the softmax's gradient needs.
+        self._ph_RVp = scaled_RVp.div_(1.0 + scaled_RVp)
+        self._ids = noisy_R, clean_R
+        self._vocab = vocab
+
+    def sums(self) -> Tensor:
+        """[4, R] over this rank's columns: S, U, p at the noisy and at the clean token."""
+        picked = [_pick(self._p_RVp, ids, self._vocab) for ids in self._ids]
+        return torch.stack([self._s, self._ph_RVp.sum(dim=1), *picked])
+
+    def gradient_(self, c: Tensor, mean: Tensor, at_noisy: Tensor, at_clean: Tensor) -> Tensor:
+        """[R, Vp] -c p h - mean p, and more at the noisy and the clean token."""
+        dtype = self._p_RVp.dtype
+        gradient_RVp = self._ph_RVp.mul_(-c[:, None].to(dtype)).addcmul_(
+            self._p_RVp, -mean[:, None].to(dtype)
+        )
+        for ids, slope in zip(self._ids, (at_noisy, at_clean), strict=True):
+            column_R, present_R = self._vocab.locate(ids)
+            gradient_RVp.scatter_add_(1, column_R[:, None], (slope * present_R).to(dtype)[:, None])
+        return gradient_RVp
 
 
 def _pick(p_RVp: Tensor, ids_R: Tensor, vocab: VocabShard) -> Tensor:

@@ -29,10 +29,18 @@ class VocabShard:
     stop: int
     group: dist.ProcessGroup | None
     """Tensor parallel group; None when one rank holds all columns."""
+    fused: bool = False
+    """Go over the columns with Triton kernels."""
 
     @classmethod
     def of_rank(
-        cls, vocabulary: Vocabulary, rank: int, group: dist.ProcessGroup | None, size: int
+        cls,
+        vocabulary: Vocabulary,
+        rank: int,
+        group: dist.ProcessGroup | None,
+        size: int,
+        *,
+        fused: bool = False,
     ) -> VocabShard:
         """The share of tensor parallel rank `rank` of `size`."""
         width = padded_vocabulary_size(vocabulary.size, size) // size
@@ -41,6 +49,7 @@ class VocabShard:
             start=rank * width,
             stop=(rank + 1) * width,
             group=group if size > 1 else None,
+            fused=fused,
         )
 
     def exclude_(self, logits_RVp: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from megatron_dlm.checkpointing.storage import CheckpointConfig
 from megatron_dlm.data.dali import require_dali
 from megatron_dlm.data.loader import DataConfig
 from megatron_dlm.interfaces import InputError
+from megatron_dlm.kernels.choice import Kernels
 from megatron_dlm.models.config import ModelConfig, Precision, Recompute
 from megatron_dlm.objectives.base import ObjectiveConfig
 from megatron_dlm.objectives.registry import OBJECTIVES
@@ -61,6 +62,9 @@ class TrainingConfig:
     where parallel.fully_sharded."""
     head_rows_per_chunk: int = 128
     """Most rows whose logits exist at a time: what a CPU's cache holds; GPUs want 1,024 and more."""
+    kernels: Kernels = "auto"
+    """What computes losses, norms, gates and rotary positions: auto, Triton on CUDA and PyTorch on a CPU;
+    torch; triton, on a CPU in Triton's interpreter (TRITON_INTERPRET=1), slowly, for tests."""
 
     def __post_init__(self) -> None:
         for name in (

@@ -13,6 +13,7 @@ from megatron_dlm.data.blending import PlanSegment, SampleReader
 from megatron_dlm.data.prefetch import Prefetcher
 from megatron_dlm.evaluation.likelihood import Likelihood, estimate_likelihood
 from megatron_dlm.interfaces import Vocabulary
+from megatron_dlm.kernels.choice import wants_triton
 from megatron_dlm.models.config import transformer_config
 from megatron_dlm.models.denoiser import ChunkedDenoiser, Denoiser
 from megatron_dlm.models.initialization import initialize
@@ -31,7 +32,11 @@ def build_denoiser(
     """This process's stage, with uninitialised weights."""
     training = config.training
     megatron_config = transformer_config(
-        config.model, config.parallel, training.precision, training.recompute
+        config.model,
+        config.parallel,
+        training.precision,
+        training.recompute,
+        fused_kernels=wants_triton(training.kernels, parallel.device),
     )
     chunks = [
         Denoiser(config.model, megatron_config, vocabulary, config.objective.attention, parallel, index)

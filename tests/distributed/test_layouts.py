@@ -228,6 +228,20 @@ def test_recomputed_activations_change_no_bit(corpus, one_process, recompute):
         assert assert_equal_runs(run, one_process[name]) == (0.0, 0.0), name
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["duo", "esolm-two-parts"])
+def test_triton_kernels_compute_what_pytorch_does(corpus, one_process, name, record_property):
+    """Through Triton's interpreter, on two tensor parallel ranks; without Triton, one process."""
+    pytest.importorskip("triton")
+    layout = (2, 1, 1, 4, "sequence, triton")
+    parallel = parallel_of(layout)
+    config = configs_for(corpus, parallel, 4)[name]
+    config = replace(config, training=replace(config.training, kernels="triton"))
+    run = run_distributed(three_steps, 2, config, parallel=parallel)[0]
+    differences = assert_equal_runs(run, one_process[name])
+    record_property("table: layout", (*layout, name, *(f"{d:.1e}" for d in differences)))
+
+
 # Embeddings of soft tokens are no part of an exported model.
 PLAIN_FAMILIES = [name for name in FAMILIES if name != "duo-curriculum"]
 

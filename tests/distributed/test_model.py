@@ -77,12 +77,12 @@ def test_time_sinusoid_is_the_recorded_one(oracle):
 SIZE, MASK, HIDDEN = 13, 4, 8
 
 
-def head_case(tensor_rank, tensor_group, tensor_size, dtype=torch.float32):
+def head_case(tensor_rank, tensor_group, tensor_size, dtype=torch.float32, fused=False):
     """A head over this rank's columns, hidden states [5, 3, 8] and targets with 7 of 15 rows in the loss."""
     from megatron_dlm.models.head import Head
 
     vocabulary = Vocabulary(size=SIZE, mask_token_id=MASK, eos_token_id=0, bos_token_id=1)
-    vocab = VocabShard.of_rank(vocabulary, tensor_rank, tensor_group, tensor_size)
+    vocab = VocabShard.of_rank(vocabulary, tensor_rank, tensor_group, tensor_size, fused=fused)
     head = Head(HIDDEN, vocab, tensor_group, dtype, torch.device("cpu"))
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(SIZE, HIDDEN, generator=generator)
@@ -117,8 +117,9 @@ def full_logits_loss(hidden, targets, weight, bias):
     return loss, torch.autograd.grad(loss, (hidden, weight, bias))
 
 
-def chunked_head(state, rows_per_chunk):
-    head, hidden, targets, weight, bias = head_case(state.tensor_rank, state.tensor_group, state.tensor_size)
+def chunked_head(state, rows_per_chunk, fused):
+    place = state.tensor_rank, state.tensor_group, state.tensor_size
+    head, hidden, targets, weight, bias = head_case(*place, fused=fused)
     objective = MDLMConfig().build(head.vocab.vocabulary)
     hidden.requires_grad_()
     losses = head.losses(hidden, targets, objective.loss_and_dlogits, rows_per_chunk)
@@ -136,17 +137,46 @@ def chunked_head(state, rows_per_chunk):
     return True
 
 
-@pytest.mark.parametrize(("tensor", "rows_per_chunk"), [(1, 1), (1, 3), (1, 100), (2, 4), (4, 2)])
-def test_chunked_head_equals_full_logits(tensor, rows_per_chunk):
+HEADS = [(1, 1, False), (1, 3, False), (1, 100, False), (2, 4, False), (4, 2, False), (2, 4, True)]
+"""Tensor parallel size, rows of a chunk, Triton's kernels."""
+
+
+@pytest.mark.parametrize(("tensor", "rows_per_chunk", "fused"), HEADS)
+def test_chunked_head_equals_full_logits(tensor, rows_per_chunk, fused):
+    fused and pytest.importorskip("triton")
     parallel = ParallelConfig(tensor_model_parallel_size=tensor)
-    assert all(run_distributed(chunked_head, tensor, rows_per_chunk, parallel=parallel))
+    assert all(run_distributed(chunked_head, tensor, rows_per_chunk, fused, parallel=parallel))
 
 
-def chunked_duo_head(state, rows_per_chunk):
+def low_precision_head(state, fused):
+    """Errors in bf16, relative to the largest value: loss, gradients of hidden states, weight and bias."""
+    head, hidden, targets, weight, bias = head_case(0, state.tensor_group, 1, torch.bfloat16, fused)
+    hidden.requires_grad_()
+    objective = MDLMConfig().build(head.vocab.vocabulary)
+    losses = head.losses(hidden, targets, objective.loss_and_dlogits, 4)
+    losses.loss.backward()
+    expected, gradients = full_logits_loss(
+        hidden.detach().bfloat16(), targets, weight.bfloat16(), bias.bfloat16()
+    )
+    pairs = [(losses.loss, expected)]
+    pairs += zip((hidden.grad, head.weight.grad, head.bias.grad), gradients, strict=True)
+    return [float((ours.double() - theirs).abs().max() / theirs.abs().max()) for ours, theirs in pairs]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_bf16_logits_cost_no_more_than_their_rounding(fused):
+    """bf16 has 8 bits: 0.4% of a value."""
+    fused and pytest.importorskip("triton")
+    (errors,) = run_distributed(low_precision_head, 1, fused)
+    assert errors[0] < 5e-3 and max(errors) < 2e-2, errors
+
+
+def chunked_duo_head(state, rows_per_chunk, fused):
     """Against Duo's loss over full logits in float64 under autograd."""
     from megatron_dlm.objectives.divergence import uniform_divergence
 
-    head, hidden, targets, weight, bias = head_case(state.tensor_rank, state.tensor_group, state.tensor_size)
+    place = state.tensor_rank, state.tensor_group, state.tensor_size
+    head, hidden, targets, weight, bias = head_case(*place, fused=fused)
     objective = DuoConfig().build(head.vocab.vocabulary)
     hidden.requires_grad_()
     losses = head.losses(hidden, targets, objective.loss_and_dlogits, rows_per_chunk)
@@ -170,19 +200,21 @@ def chunked_duo_head(state, rows_per_chunk):
     return True
 
 
-@pytest.mark.parametrize(("tensor", "rows_per_chunk"), [(1, 3), (2, 4), (4, 2)])
-def test_chunked_duo_head_equals_full_logits(tensor, rows_per_chunk):
+@pytest.mark.parametrize(("tensor", "rows_per_chunk", "fused"), HEADS[1:])
+def test_chunked_duo_head_equals_full_logits(tensor, rows_per_chunk, fused):
+    fused and pytest.importorskip("triton")
     parallel = ParallelConfig(tensor_model_parallel_size=tensor)
-    assert all(run_distributed(chunked_duo_head, tensor, rows_per_chunk, parallel=parallel))
+    assert all(run_distributed(chunked_duo_head, tensor, rows_per_chunk, fused, parallel=parallel))
 
 
-def autograd_divergence(state):
+def autograd_divergence(state, fused):
     """Duo's differentiable loss against its closed form, where one rank of four holds only padding."""
     from megatron_dlm.objectives.divergence import uniform_divergence, uniform_divergence_and_dlogits
 
     size, mask = 9, 4
     vocabulary = Vocabulary(size=size, mask_token_id=mask, eos_token_id=0, bos_token_id=1)
-    vocab = VocabShard.of_rank(vocabulary, state.tensor_rank, state.tensor_group, state.tensor_size)
+    place = state.tensor_rank, state.tensor_group, state.tensor_size
+    vocab = VocabShard.of_rank(vocabulary, *place, fused=fused)
     generator = torch.Generator().manual_seed(4)
     clean = torch.tensor([0, 1, 8, 5])
     ones = torch.ones(4, dtype=torch.float64)
@@ -205,9 +237,11 @@ def autograd_divergence(state):
     return vocab.start >= size
 
 
-def test_losses_are_right_where_a_rank_holds_only_padding():
+@pytest.mark.parametrize("fused", [False, True])
+def test_losses_are_right_where_a_rank_holds_only_padding(fused):
+    fused and pytest.importorskip("triton")
     parallel = ParallelConfig(tensor_model_parallel_size=4)
-    assert run_distributed(autograd_divergence, 4, parallel=parallel) == [False, False, False, True]
+    assert run_distributed(autograd_divergence, 4, fused, parallel=parallel) == [False, False, False, True]
 
 
 def no_rows(state):

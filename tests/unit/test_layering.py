@@ -7,14 +7,15 @@ PACKAGE = Path(__file__).parents[2] / "megatron_dlm"
 PARTS = {"objectives", "models", "data", "checkpointing", "telemetry"}
 ALLOWED = {
     "cli": {"training", "evaluation", "conversion", "sampling", "platform", *PARTS},
-    "training": {"evaluation", "conversion", "sampling", "platform", *PARTS},
+    "training": {"evaluation", "conversion", "sampling", "kernels", "platform", *PARTS},
     "evaluation": {"sampling", "platform", *PARTS},
     "conversion": {"sampling", "platform", *PARTS},
     "sampling": {"platform"},
     # The head and losses meet through interfaces; checkpoints hold models; nothing else crosses.
     "checkpointing": {"models", "platform"},
-    "models": {"platform"},
-    "objectives": {"platform"},
+    "models": {"kernels", "platform"},
+    "objectives": {"kernels", "platform"},
+    "kernels": {"platform"},
     "data": {"platform"},
     "telemetry": {"platform"},
     "platform": set(),

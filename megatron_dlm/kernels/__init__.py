@@ -1,0 +1,1 @@
+"""Triton kernels for what surrounds the matrix products; their PyTorch twins are where they are used."""

@@ -1,0 +1,84 @@
+"""Compile every Triton kernel for a GPU that need not be there; prints name, registers, stack bytes of each.
+
+python -m tests.helpers.compile_kernels [--capability 90]
+"""
+
+import argparse
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from megatron_dlm.kernels import gated_residual, modulated_norm, rotary, row_softmax
+
+LOW, WIDE, IDS = "*bf16", "*fp32", "*i64"
+WIDTHS = {"BLOCK": 4096, "WIDE": tl.float32}
+"""For the hidden size of the largest published model, 2176, and 32,001 ids."""
+KERNELS = [
+    (row_softmax._statistics, {"logits": LOW, "ids": IDS}, WIDTHS),
+    (row_softmax._cross_entropy_gradient, {"logits": LOW, "ids": IDS}, WIDTHS),
+    (row_softmax._divergence_sums, {"logits": LOW, "noisy": IDS, "clean": IDS}, WIDTHS),
+    (row_softmax._divergence_gradient, {"logits": LOW, "noisy": IDS, "clean": IDS}, WIDTHS),
+    (modulated_norm._forward, {"y": LOW, "weight": LOW}, WIDTHS),
+    (modulated_norm._backward, {"dy": LOW, "weight": LOW}, WIDTHS),
+    (gated_residual._forward, {"branch": LOW, "bias": LOW}, WIDTHS | {"BIASED": True}),
+    (gated_residual._backward, {"branch": LOW, "bias": LOW, "dbranch": LOW}, WIDTHS | {"BIASED": True}),
+    (rotary._rotate, {"x": LOW, "out": LOW}, {"WIDE": tl.float32, "HEADS": 32, "HALF": 64}),
+]
+"""Kernel, pointers that are not to float32, and what is fixed when it is compiled."""
+INTEGERS = (
+    *("stride", "width", "first", "mask_id", "size", "rows", "length", "batch", "heads", "half"),
+    *("sequence_stride", "batch_stride", "head_stride", "table_batch"),
+)
+FLOATS = ("epsilon", "sign")
+
+
+def kind_of(name, pointers):
+    """Triton's type of one argument."""
+    if name in INTEGERS:
+        return "i32"
+    return "fp32" if name in FLOATS else pointers.get(name, WIDE)
+
+
+def compiled(kernel, pointers, constants, capability):
+    """The machine code of one kernel."""
+    signature = {
+        name: "constexpr" if name in constants else kind_of(name, pointers) for name in kernel.arg_names
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    warps = 4 if kernel is rotary._rotate else 8
+    target = GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options={"num_warps": warps}).asm["cubin"]
+
+
+def resources(code):
+    """Registers of a thread, and bytes of its stack, where what does not fit is spilled."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(code)
+        file.flush()
+        text = subprocess.run(
+            [tool, "-res-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    return tuple(int(re.search(rf"{name}:(\d+)", text).group(1)) for name in ("REG", "STACK"))
+
+
+def main():
+    """Compile and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--capability", type=int, default=90, help="compute capability, 90 for Hopper")
+    arguments = parser.parse_args()
+    for kernel, pointers, constants in KERNELS:
+        name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"
+        print(name, *resources(compiled(kernel, pointers, constants, arguments.capability)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

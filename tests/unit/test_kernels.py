@@ -1,0 +1,232 @@
+"""Triton's kernels against their PyTorch twins in float64; on a CPU through Triton's interpreter."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_dlm.interfaces import RowTargets, Vocabulary
+from megatron_dlm.models.attention import rotary_table, rotate_plainly
+from megatron_dlm.objectives.cross_entropy import cross_entropy_and_dlogits
+from megatron_dlm.objectives.divergence import uniform_divergence_and_dlogits
+from megatron_dlm.platform.vocab_parallel import VocabShard
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2e-2}
+"""Largest error, relative to the largest value."""
+
+
+@pytest.fixture(params=DTYPES, ids=["fp64", "fp32", "bf16"])
+def dtype(request):
+    return request.param
+
+
+def close(ours, expected, dtype):
+    scale = expected.abs().amax().item()
+    error = (ours.double() - expected.double()).abs().amax().item()
+    assert error <= DTYPES[dtype] * max(scale, 1e-6), f"{error} of {scale}"
+
+
+def random(*shape, seed=0, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    return (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(DEVICE)
+
+
+def shard(size, mask, start, stop, *, fused):
+    vocabulary = Vocabulary(size=size, mask_token_id=mask, eos_token_id=0, bos_token_id=1)
+    return VocabShard(vocabulary=vocabulary, start=start, stop=stop, group=None, fused=fused)
+
+
+def targets(rows, size, mask, alpha):
+    generator = torch.Generator().manual_seed(1)
+    clean = torch.randint(0, size - 1, (rows,), generator=generator)
+    clean += clean >= mask
+    noisy = torch.randint(0, size, (rows,), generator=generator)
+    noisy[::3] = clean[::3]
+    noisy[1] = mask
+    ones = torch.ones(rows, dtype=torch.float64)
+    return RowTargets(
+        **{
+            name: value.to(DEVICE)
+            for name, value in {
+                "clean_R": clean,
+                "noisy_R": noisy,
+                "alpha_R": alpha * ones,
+                "weight_R": ones,
+                "bound_weight_R": ones,
+            }.items()
+        }
+    )
+
+
+@pytest.mark.parametrize("mask", [3, 69])
+@pytest.mark.parametrize("width", [70, 73])
+def test_cross_entropy(dtype, mask, width):
+    """Narrow rows and those with padding; the mask token first and last."""
+    rows = targets(9, 70, mask, 0.5)
+    logits = random(9, width, scale=4.0).to(dtype)
+    expected = cross_entropy_and_dlogits(
+        logits.double(), rows.clean_R, shard(70, mask, 0, width, fused=False)
+    )
+    ours = cross_entropy_and_dlogits(logits.clone(), rows.clean_R, shard(70, mask, 0, width, fused=True))
+    assert ours[0].dtype == torch.promote_types(dtype, torch.float32)
+    assert ours[1].dtype == dtype
+    close(ours[0], expected[0], dtype)
+    close(ours[1], expected[1], dtype)
+    assert not ours[1][:, mask].any()
+    assert not ours[1][:, 70:].any()
+
+
+def test_rows_longer_than_a_block(dtype, monkeypatch):
+    from megatron_dlm.kernels import row_softmax
+
+    monkeypatch.setattr(row_softmax, "LARGEST_BLOCK", 64)
+    rows = targets(5, 1001, 1000, 0.7)
+    logits = random(5, 1001, scale=6.0).to(dtype)
+    logits[0] -= 500.0
+    for twin, arguments in (
+        (cross_entropy_and_dlogits, (rows.clean_R,)),
+        (uniform_divergence_and_dlogits, (rows,)),
+    ):
+        states = (1001,) if twin is uniform_divergence_and_dlogits else ()
+        expected = twin(logits.double(), *arguments, shard(1001, 1000, 0, 1001, fused=False), *states)
+        ours = twin(logits.clone(), *arguments, shard(1001, 1000, 0, 1001, fused=True), *states)
+        close(ours[0], expected[0], dtype)
+        close(ours[1], expected[1], dtype)
+
+
+@pytest.mark.parametrize("alpha", [0.999, 0.5, 0.001, 0.0])
+@pytest.mark.parametrize("mask", [3, 69])
+def test_uniform_divergence(dtype, alpha, mask):
+    rows = targets(12, 70, mask, alpha)
+    logits = random(12, 72, scale=3.0).to(dtype)
+    plain, fused = (shard(70, mask, 0, 72, fused=fused) for fused in (False, True))
+    expected = uniform_divergence_and_dlogits(logits.double(), rows, plain, 70)
+    ours = uniform_divergence_and_dlogits(logits.clone(), rows, fused, 70)
+    close(ours[0], expected[0], dtype)
+    close(ours[1], expected[1], dtype)
+
+
+def test_small_logarithms_do_not_vanish():
+    """Of 30,000 improbable ids each adds ln(1 + 1e-9): nothing, if 1 + 1e-9 were rounded in float32."""
+    size = 30_000
+    rows = targets(2, size, size - 1, 1e-5)
+    logits = random(2, size, scale=0.1)
+    vocab = [shard(size, size - 1, 0, size, fused=fused) for fused in (False, True)]
+    expected = uniform_divergence_and_dlogits(logits.clone(), rows, vocab[0], size)
+    ours = uniform_divergence_and_dlogits(logits.float(), rows, vocab[1], size)
+    # The divergence is a difference of such sums: 1e-5 of the sum, not of the difference.
+    assert (ours[0].double() - expected[0]).abs().max() < 1e-5 * size * 1e-5
+    close(ours[1], expected[1], torch.float32)
+
+
+def modulated_norm_twin(x, weight, shift, scale):
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], weight, None, 1e-5), 1.0 + scale)
+
+
+@pytest.mark.parametrize("length, batch", [(7, 3), (1, 2), (21, 1)])
+def test_modulated_norm(dtype, length, batch, monkeypatch):
+    """More positions than programs, and fewer."""
+    from megatron_dlm.kernels import modulated_norm as module
+    from megatron_dlm.kernels.modulated_norm import modulated_norm
+
+    monkeypatch.setattr(module, "PROGRAMS", 8)
+    width = 24
+    inputs = [random(length, batch, width, seed=1) + 0.5, random(width, seed=2)]
+    inputs += [random(batch, width, seed=3), random(batch, width, seed=4)]
+    upstream = random(length, batch, width, seed=5)
+    stream = torch.float64 if dtype == torch.float64 else torch.float32
+    results = []
+    for function, kind in ((modulated_norm_twin, torch.float64), (modulated_norm, stream)):
+        leaves = [value.detach().to(kind, copy=True).requires_grad_() for value in inputs]
+        extra = () if function is modulated_norm_twin else (1e-5, dtype)
+        out = function(*leaves, *extra)
+        out.backward(upstream.to(out.dtype))
+        results.append([out, *(leaf.grad for leaf in leaves)])
+    expected, ours = results
+    assert ours[0].dtype == dtype
+    for mine, theirs in zip(ours, expected, strict=True):
+        close(mine, theirs, dtype)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_gated_residual(dtype, biased):
+    from megatron_dlm.kernels.gated_residual import gated_residual
+
+    length, batch, width = 11, 3, 20
+    stream = torch.float64 if dtype == torch.float64 else torch.float32
+    values = [random(length, batch, width, seed=1), random(batch, width, seed=2)]
+    values += [random(length, batch, width, seed=3).to(dtype), random(width, seed=4).to(dtype)]
+    upstream = random(length, batch, width, seed=5)
+
+    def twin(stream, gate, branch, bias):
+        return torch.addcmul(stream, gate, branch if bias is None else branch + bias)
+
+    results = []
+    for function, kinds in (
+        (twin, [torch.float64] * 4),
+        (gated_residual, [stream, stream, dtype, dtype]),
+    ):
+        leaves = [
+            value.detach().to(kind, copy=True).requires_grad_()
+            for value, kind in zip(values, kinds, strict=True)
+        ]
+        out = function(*leaves[:3], leaves[3] if biased else None)
+        out.backward(upstream.to(out.dtype))
+        results.append([out, *(leaf.grad for leaf in leaves[: 4 if biased else 3])])
+    expected, ours = results
+    assert ours[0].dtype == stream
+    assert ours[3].dtype == dtype
+    for mine, theirs in zip(ours, expected, strict=True):
+        close(mine, theirs, dtype)
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_rotary_with_an_order_of_each_sample(dtype, samples):
+    """The query comes as a view of the projection, as megatron-core cuts it."""
+    from megatron_dlm.kernels.rotary import rotate
+
+    length, batch, heads, channels = 6, 3, 5, 8
+    positions = torch.stack([torch.randperm(20)[:length] for _ in range(samples)])
+    table = rotary_table(positions, channels).to(DEVICE)
+    whole = random(length, batch, heads, 3 * channels).to(dtype)
+    upstream = random(length, batch, heads, channels, seed=1)
+    results = []
+    for function, kind in ((rotate_plainly, torch.float64), (rotate, dtype)):
+        leaf = whole.detach().to(kind, copy=True).requires_grad_()
+        out = function(leaf[..., channels : 2 * channels], table.double() if kind == torch.float64 else table)
+        out.backward(upstream.to(kind))
+        results.append([out, leaf.grad])
+    for mine, theirs in zip(results[1], results[0], strict=True):
+        assert mine.dtype == dtype
+        close(mine, theirs, dtype)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_all_kernels_compile_for_gpus_that_are_not_here(capability, tmp_path, record_property):
+    """In a process of its own: here they are made for the interpreter. Nothing spills from registers."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    finished = subprocess.run(
+        [sys.executable, "-m", "tests.helpers.compile_kernels", "--capability", str(capability)],
+        cwd=Path(__file__).parents[2],
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stderr
+    rows = [line.split() for line in finished.stdout.splitlines()]
+    files = (Path(__file__).parents[2] / "megatron_dlm" / "kernels").glob("*.py")
+    entry_points = {
+        f"{path.stem}.{name}" for path in files for name in re.findall(r"(\w+)\[\(", path.read_text())
+    }
+    assert {row[0] for row in rows} == entry_points
+    for name, registers, stack in rows:
+        assert int(stack) == 0, name
+        assert int(registers) < 255, name
+        record_property("table: kernels", (name, f"sm_{capability}", registers, stack))
