@@ -133,10 +133,6 @@ def duration(seconds: float) -> str:
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
     """Entries of a run's metrics.jsonl; a last line cut short by a kill is left out."""
     path = directory / METRICS_FILE
-    entries = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            entries.append(json.loads(line))
-        except ValueError:
-            break
-    return entries
+    # What is behind the last end of a line was cut; splitlines() would also split at other characters.
+    whole = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in whole]

@@ -27,7 +27,7 @@ def test_step_benchmark_prints_both_sides_and_the_floor(precision):
     ours, naive, floor, against, _, *memory = row.replace(",", "").split("│")[4:-1]
     assert float(ours) > 0 and float(floor) > 0 and len(memory) == 4
     # The ratio printed is that of the columns before it, up to rounding.
-    assert float(against.strip(" x")) == pytest.approx(float(ours) / float(naive), rel=0.02)
+    assert float(against.strip(" x")) == pytest.approx(float(ours) / float(naive), rel=0.02, abs=0.006)
 
 
 @pytest.mark.slow
@@ -46,7 +46,7 @@ def test_sampling_benchmark_prints_both_sides():
     assert finished.returncode == 0, finished.stderr
     (row,) = (line for line in finished.stdout.splitlines() if " esolm " in line)
     ours, naive, against = row.replace(",", "").split("│")[4:7]
-    assert float(against.strip(" x")) == pytest.approx(float(ours) / float(naive), rel=0.05)
+    assert float(against.strip(" x")) == pytest.approx(float(ours) / float(naive), rel=0.05, abs=0.06)
     assert "MiB" in finished.stdout
 
 
