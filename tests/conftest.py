@@ -97,7 +97,7 @@ def corpus(tmp_path_factory):
     return tiny.make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def command():
     """Run `megatron-dlm` arguments in a process of its own; returns the finished process."""
 

@@ -187,13 +187,18 @@ def load_weights(
         parallel: this process's place; may differ from the one that saved.
 
     Returns:
-        float32 tensors by the stage's own names: of a bf16 run the optimizer's main weights.
+        float32 tensors by the stage's own names: of a bf16 run the optimizer's main weights. Buffers that
+        the checkpoint lacks are left out.
     """
     stored = dist_checkpointing.load_tensors_metadata(str(directory))
     state = _model_state(denoiser, parallel)
-    for tensor in state["model"].values():
+    parameters = {name for name, _ in denoiser.named_parameters()}
+    for name, tensor in list(state["model"].items()):
         if not isinstance(tensor, ShardedTensor):
-            # An FP8 linear's scales, or nothing at other precisions.
+            continue
+        if name not in parameters and tensor.key not in stored:
+            # Maxima of FP8's delayed scaling, of a run that had none.
+            del state["model"][name]
             continue
         main = main_weight_key(tensor.key)
         tensor.key = main if main in stored else tensor.key

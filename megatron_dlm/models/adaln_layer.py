@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_layer import BaseTransformerLayer, ge
 from torch import Tensor, nn
 
 from megatron_dlm.models.config import LAYER_NORM_EPSILON
+from megatron_dlm.models.fp8_emulation import keep_bf16_layers
 from megatron_dlm.models.recompute import Recomputable
 from megatron_dlm.models.time_embedding import linear_fp32
 
@@ -79,6 +80,7 @@ class AdaLNTransformerLayer(MegatronModule, BaseTransformerLayer):
         self.norm2 = ModulatedNorm(config, config.params_dtype)
         self.mlp = build_module(submodules.mlp, config=config, tp_group=pg_collection.tp)
         self.modulation = nn.Linear(conditioning_size, 6 * config.hidden_size)
+        keep_bf16_layers(self, config, self.layer_number)
 
     def forward(
         self,

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_dlm.interfaces import InputError
+from megatron_dlm.models.fp8 import Fp8Config
 from megatron_dlm.platform.parallel import ParallelConfig
 
 if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp8"]
+"""Of parameters and matrix products; fp8 has bf16 parameters and FP8 products in the layers."""
+TransformerImpl = Literal["local", "transformer_engine"]
+"""Whose linears and attention: megatron-core's and PyTorch's, or Transformer Engine's."""
 Recompute = Literal["none", "selective", "full"]
 """Activations made again in the backward pass: none; those that cost no matrix product; whole layers."""
 LAYER_NORM_EPSILON = 1e-5
@@ -105,15 +109,19 @@ def transformer_config(
     recompute: Recompute,
     *,
     fused_kernels: bool = False,
+    transformer_impl: TransformerImpl = "local",
+    fp8: Fp8Config | None = None,
 ) -> TransformerConfig:
     """megatron-core's configuration for `model`.
 
     Args:
         model: shape.
         parallel: sizes of the axes; checked with `ModelConfig.check_parallel` before.
-        precision: fp32, or bf16 parameters under fp32 main parameters and gradients.
+        precision: fp32, or bf16 parameters under fp32 main parameters and gradients, also for fp8.
         recompute: activations to make again instead of keeping.
         fused_kernels: take this package's Triton kernels.
+        transformer_impl: whose linears and attention; FP8 products of local ones are emulated.
+        fp8: how to multiply where the precision is fp8.
 
     Returns:
         A configuration whose residual stream and pipeline tensors are fp32 at any precision.
@@ -126,6 +134,8 @@ def transformer_config(
         return F.gelu(x, approximate="tanh")
 
     chunks = parallel.virtual_pipeline_model_parallel_size
+    low = precision != "fp32"
+    fp8 = (fp8 or Fp8Config()) if precision == "fp8" else None
     config = TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -137,8 +147,8 @@ def transformer_config(
         hidden_dropout=0.0,
         attention_dropout=0.0,
         fp32_residual_connection=True,
-        bf16=precision == "bf16",
-        params_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+        bf16=low,
+        params_dtype=torch.bfloat16 if low else torch.float32,
         pipeline_dtype=torch.float32,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
@@ -166,8 +176,32 @@ def transformer_config(
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
+        transformer_impl=transformer_impl,
+        **_fp8_fields(fp8, transformer_impl),
     )
     # Gradients of the time embedder, replicated on every stage, are summed over the pipeline.
     config.has_cond_embedder = True
     config.fused_kernels = fused_kernels
+    config.emulated_fp8 = fp8 if transformer_impl == "local" else None
     return config
+
+
+def _fp8_fields(fp8: Fp8Config | None, transformer_impl: TransformerImpl) -> dict[str, Any]:
+    """megatron-core's fields; those that make it enter Transformer Engine's contexts only with that."""
+    if fp8 is None:
+        return {}
+    fields: dict[str, Any] = {
+        "first_last_layers_bf16": fp8.has_bf16_layers,
+        "num_layers_at_start_in_bf16": fp8.layers_at_start_in_bf16,
+        "num_layers_at_end_in_bf16": fp8.layers_at_end_in_bf16,
+    }
+    if transformer_impl == "transformer_engine":
+        fields |= {
+            "fp8": fp8.format,
+            "fp8_recipe": fp8.recipe,
+            "fp8_margin": fp8.margin,
+            "fp8_amax_history_len": fp8.amax_history_len,
+            "fp8_amax_compute_algo": fp8.amax_compute_algo,
+            "fp8_param": fp8.param_gather,
+        }
+    return fields

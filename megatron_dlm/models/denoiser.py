@@ -76,7 +76,7 @@ class Denoiser(MegatronModule):
         self.time_embedder = TimeEmbedder(model.conditioning_size, first_stage=self.pre_process)
         self.block = TransformerBlock(
             config=config,
-            spec=layer_spec(model, attention),
+            spec=layer_spec(model, config, attention),
             pre_process=self.pre_process,
             post_process=self.post_process,
             # The adaLN final layer is ours.

@@ -20,7 +20,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from megatron_dlm.interfaces import RowTargets, Targets
-from megatron_dlm.models.layer_spec import allow_padding
+from megatron_dlm.models.heads_linear import allow_padding
 from megatron_dlm.platform.vocab_parallel import VocabShard
 
 RowLoss = Callable[[Tensor, RowTargets, VocabShard], tuple[Tensor, Tensor]]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer import ModuleSpec
+from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
@@ -15,6 +15,8 @@ from megatron_dlm.interfaces import AttentionPattern
 from megatron_dlm.models.adaln_layer import AdaLNLayerSubmodules, AdaLNTransformerLayer
 from megatron_dlm.models.attention import RotarySelfAttention, SdpaAttention
 from megatron_dlm.models.config import ModelConfig
+from megatron_dlm.models.fp8_emulation import EmulatedColumnParallelLinear, EmulatedRowParallelLinear
+from megatron_dlm.models.heads_linear import HeadsLinear
 from megatron_dlm.models.recompute import RecomputingMLP
 
 _MASK_TYPES = {
@@ -23,57 +25,74 @@ _MASK_TYPES = {
 }
 
 
-class QkvLinear(ColumnParallelLinear):
-    """Column-parallel linear without bias; heads padded for tensor parallelism may differ on loading."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **(kwargs | {"bias": False}))
-
-    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> ShardedStateDict:
-        """As the base class, with padded heads cut or filled with zeros on loading."""
-        return allow_padding(super().sharded_state_dict(*args, **kwargs))
+class QkvLinear(HeadsLinear, ColumnParallelLinear):
+    """Query, key and value of this rank's heads."""
 
 
-class AttentionOutputLinear(RowParallelLinear):
-    """Row-parallel linear without bias; heads padded for tensor parallelism may differ on loading."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **(kwargs | {"bias": False}))
-
-    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> ShardedStateDict:
-        """As the base class, with padded heads cut or filled with zeros on loading."""
-        return allow_padding(super().sharded_state_dict(*args, **kwargs))
+class AttentionOutputLinear(HeadsLinear, RowParallelLinear):
+    """From this rank's heads."""
 
 
-def allow_padding(state_dict: ShardedStateDict) -> ShardedStateDict:
-    """Mark tensors whose global shape carries padding that depends on the tensor parallel size."""
-    for tensor in state_dict.values():
-        if isinstance(tensor, ShardedTensor):
-            tensor.allow_shape_mismatch = True
-    return state_dict
+class EmulatedQkvLinear(HeadsLinear, EmulatedColumnParallelLinear):
+    """Query, key and value of this rank's heads, in emulated FP8."""
 
 
-def layer_spec(model: ModelConfig, attention: AttentionPattern) -> ModuleSpec:
-    """The adaLN layer on megatron-core's parallel linears and PyTorch's attention.
+class EmulatedAttentionOutputLinear(HeadsLinear, EmulatedRowParallelLinear):
+    """From this rank's heads, in emulated FP8."""
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What multiplies and attends."""
+
+    qkv: Any
+    core: Any
+    output: Any
+    up: Any
+    down: Any
+
+
+def _parts(config: TransformerConfig) -> _Parts:
+    if config.transformer_impl == "transformer_engine":
+        from megatron_dlm.models import transformer_engine as te
+
+        return _Parts(
+            te.QkvLinear, te.FusedAttention, te.AttentionOutputLinear, te.ColumnLinear, te.RowLinear
+        )
+    if config.emulated_fp8 is not None:
+        return _Parts(
+            EmulatedQkvLinear,
+            SdpaAttention,
+            EmulatedAttentionOutputLinear,
+            EmulatedColumnParallelLinear,
+            EmulatedRowParallelLinear,
+        )
+    return _Parts(QkvLinear, SdpaAttention, AttentionOutputLinear, ColumnParallelLinear, RowParallelLinear)
+
+
+def layer_spec(model: ModelConfig, config: TransformerConfig, attention: AttentionPattern) -> ModuleSpec:
+    """The adaLN layer on parallel linears and an attention core.
 
     Args:
         model: shape.
+        config: tells whose linears and attention.
         attention: pattern of every layer.
 
     Returns:
         Spec for `TransformerBlock`.
     """
+    parts = _parts(config)
     self_attention = ModuleSpec(
         module=RotarySelfAttention,
         params={"attn_mask_type": _MASK_TYPES[attention]},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=QkvLinear, core_attention=SdpaAttention, linear_proj=AttentionOutputLinear
+            linear_qkv=parts.qkv, core_attention=parts.core, linear_proj=parts.output
         ),
     )
     mlp = ModuleSpec(
         module=RecomputingMLP,
         params={"ffn_hidden_size": model.ffn_hidden_size},
-        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+        submodules=MLPSubmodules(linear_fc1=parts.up, linear_fc2=parts.down),
     )
     return ModuleSpec(
         module=AdaLNTransformerLayer,

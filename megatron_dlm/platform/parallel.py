@@ -141,6 +141,8 @@ class ParallelState:
     context_size: int
     replica_group: ProcessGroup
     """All that hold the same weights: data x context parallel ranks."""
+    stage_group: ProcessGroup
+    """All that hold parts of the same layers: tensor x data x context parallel ranks."""
     device: torch.device
 
     @property
@@ -264,6 +266,7 @@ def start_parallel(environment: ProcessEnvironment, config: ParallelConfig) -> P
         context_rank=parallel_state.get_context_parallel_rank(),
         context_size=parallel_state.get_context_parallel_world_size(),
         replica_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        stage_group=parallel_state.get_amax_reduction_group(with_context_parallel=True),
         device=device,
     )
 

@@ -99,8 +99,8 @@ def build_optimizer(
         adam_eps=config.epsilon,
         weight_decay=config.weight_decay,
         clip_grad=config.clip_grad,
-        bf16=precision == "bf16",
-        params_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+        bf16=precision != "fp32",
+        params_dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
     )
     # An empty override table: megatron-core's default exempts biases and 1-D parameters from decay.

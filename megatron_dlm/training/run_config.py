@@ -6,20 +6,24 @@ import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from megatron_dlm.checkpointing.storage import CheckpointConfig
 from megatron_dlm.data.dali import require_dali
 from megatron_dlm.data.loader import DataConfig
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.kernels.choice import Kernels
-from megatron_dlm.models.config import ModelConfig, Precision, Recompute
+from megatron_dlm.models.config import ModelConfig, Precision, Recompute, TransformerImpl
+from megatron_dlm.models.fp8 import Fp8Config
 from megatron_dlm.objectives.base import ObjectiveConfig
 from megatron_dlm.objectives.registry import OBJECTIVES
 from megatron_dlm.platform.codec import decode
 from megatron_dlm.platform.parallel import ParallelConfig
 from megatron_dlm.training.lr_schedule import LrScheduleConfig
 from megatron_dlm.training.optimizer import OptimizerConfig
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +45,11 @@ class TrainingConfig:
     seed: int = 1
     """Addresses every draw: weights, data order, noise."""
     precision: Precision = "fp32"
-    """bf16 keeps fp32 main parameters, gradients and residual stream."""
+    """bf16 keeps fp32 main parameters, gradients and residual stream; fp8 is bf16 with the layers' matrix
+    products in FP8 (see fp8), by Transformer Engine or, on a CPU, emulated."""
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Whose linears and attention: auto, Transformer Engine's on CUDA where it is installed; local,
+    megatron-core's and PyTorch's, which emulate FP8."""
     recompute: Recompute = "selective"
     """Activations made again in the backward pass: none; selective, those that cost no matrix product; full,
     whole layers, for a third more time. All give the same bits."""
@@ -183,6 +191,7 @@ class RunConfig:
     training: TrainingConfig
     schedule: LrScheduleConfig
     optimizer: OptimizerConfig = OptimizerConfig()
+    fp8: Fp8Config = Fp8Config()
     parallel: ParallelConfig = ParallelConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -212,6 +221,8 @@ def check_run(config: RunConfig, world_size: int) -> None:
     config.parallel.check_lengths(config.objective.length_multiple(config.data.seq_length))
     if config.parallel.fully_sharded:
         _check_fully_sharded(config)
+    if config.training.precision == "fp8":
+        _check_fp8(config)
     micro = config.training.micro_batch_size
     batches = [("training.global_batch_size", size) for size in config.training.batch_sizes()]
     for name, size in [*batches, ("evaluation.batch_size", config.evaluation.batch_size)]:
@@ -240,6 +251,53 @@ def _check_fully_sharded(config: RunConfig) -> None:
             "parallel.fully_sharded: needs equal numbers of forwards on all ranks, which an objective of two "
             "parts (objective.alpha_0 between 0 and 1) does not give"
         )
+
+
+def _check_fp8(config: RunConfig) -> None:
+    model, parallel, training = config.model, config.parallel, config.training
+    tensor = parallel.tensor_model_parallel_size
+    rows = training.micro_batch_size * config.objective.length_multiple(config.data.seq_length)
+    width = model.padded_heads(tensor) // tensor * model.head_dim
+    config.fp8.check_shapes(
+        {
+            "model.hidden_size": model.hidden_size,
+            "model.ffn_hidden_size of a tensor parallel rank": model.ffn_hidden_size // tensor,
+            "the width of a tensor parallel rank's heads": width,
+            "the positions of a microbatch on a rank (lengths are multiples of objective.ssl_multiple)": rows
+            // parallel.context_parallel_size
+            // (tensor if parallel.sequence_parallel else 1),
+        }
+    )
+    config.fp8.check_layers(model.stage_layers(parallel.pipeline_model_parallel_size))
+
+
+def transformer_impl(config: RunConfig, device: torch.device) -> TransformerImpl:
+    """Whose linears and attention a run takes.
+
+    Args:
+        config: of the run.
+        device: of the run.
+
+    Returns:
+        What was asked for, or by device and precision.
+
+    Raises:
+        InputError: Transformer Engine is asked for, or needed for FP8 on CUDA, and not there.
+    """
+    asked, precision = config.training.transformer_impl, config.training.precision
+    # On a CPU nothing of it may be imported, see platform/cpu.py.
+    present = device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
+    if asked == "transformer_engine" and not present:
+        raise InputError("training.transformer_impl: transformer_engine needs CUDA and megatron-dlm[gpu]")
+    if asked == "auto" and precision == "fp8" and device.type == "cuda" and not present:
+        raise InputError(
+            "training.precision: fp8 on CUDA needs Transformer Engine, megatron-dlm[gpu]; "
+            "--training.transformer-impl local emulates it, without its speed"
+        )
+    chosen: TransformerImpl = "local" if asked == "local" or not present else "transformer_engine"
+    if chosen == "local" and precision == "fp8" and config.fp8.param_gather:
+        raise InputError("fp8.param_gather: needs training.transformer_impl transformer_engine")
+    return chosen
 
 
 def load_recipe(path: Path) -> RunConfig:

@@ -16,12 +16,13 @@ from megatron_dlm.interfaces import Vocabulary
 from megatron_dlm.kernels.choice import wants_triton
 from megatron_dlm.models.config import transformer_config
 from megatron_dlm.models.denoiser import ChunkedDenoiser, Denoiser
+from megatron_dlm.models.fp8_emulation import follow_maxima
 from megatron_dlm.models.initialization import initialize
 from megatron_dlm.platform.parallel import ParallelState
 from megatron_dlm.platform.rng import NoiseSource
 from megatron_dlm.training.microbatches import BatchAddress, MicrobatchMaker, carry
 from megatron_dlm.training.optimizer import build_optimizer, wrap_data_parallel
-from megatron_dlm.training.run_config import EvaluationConfig, RunConfig
+from megatron_dlm.training.run_config import EvaluationConfig, RunConfig, transformer_impl
 from megatron_dlm.training.run_data import BlendedShards, RunData
 from megatron_dlm.training.step import BatchSums, PipelineRunner
 
@@ -37,6 +38,8 @@ def build_denoiser(
         training.precision,
         training.recompute,
         fused_kernels=wants_triton(training.kernels, parallel.device),
+        transformer_impl=transformer_impl(config, parallel.device),
+        fp8=config.fp8,
     )
     chunks = [
         Denoiser(config.model, megatron_config, vocabulary, config.objective.attention, parallel, index)
@@ -163,7 +166,9 @@ class Session:
         """
         self._forget_gradients()
         address = self._address(step, first_sample)
-        return self._runner.run(self._batches.get(address), address)
+        sums = self._runner.run(self._batches.get(address), address)
+        follow_maxima(self.denoiser, self.parallel.stage_group)
+        return sums
 
     def run_sample(self, step: int, first_sample: int, position: int) -> BatchSums:
         """Forward and backward of one sample of a training batch, on one process.

@@ -64,7 +64,8 @@ def open_checkpoint(
     training = replace(record.config.training, precision=precision)
     config = replace(record.config, parallel=parallel_config, training=training)
     (denoiser,) = build_denoiser(config, record.vocabulary, parallel).chunks
-    denoiser.load_state_dict(load_weights(record.directory, denoiser, parallel))
+    # Buffers may be missing; parameters are all there.
+    denoiser.load_state_dict(load_weights(record.directory, denoiser, parallel), strict=False)
     yield OpenedCheckpoint(record, denoiser.eval(), parallel)
     stop_parallel()
 

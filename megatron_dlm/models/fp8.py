@@ -1,0 +1,80 @@
+"""How the layers' linears multiply in 8-bit floating point, and what shapes that takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_dlm.interfaces import InputError
+
+Fp8Recipe = Literal["tensorwise", "delayed", "blockwise", "mxfp8"]
+Fp8Format = Literal["hybrid", "e4m3"]
+MULTIPLES: dict[str, int] = {"tensorwise": 16, "delayed": 16, "blockwise": 16, "mxfp8": 32}
+"""What divides rows and columns of every operand (cuBLAS; Transformer Engine's MXFP8 blocks)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp8Config:
+    """Matrix products of the layers in FP8, for training.precision fp8. The head's stay in bf16."""
+
+    recipe: Fp8Recipe = "tensorwise"
+    """What is scaled by what: tensorwise, a tensor by its own maximum; delayed, by maxima of earlier steps;
+    blockwise, 128 values in a row and 128 x 128 of a weight; mxfp8, 32 values in a row (Blackwell)."""
+    format: Fp8Format = "hybrid"
+    """hybrid: E5M2 for gradients, E4M3 for the rest; e4m3: E4M3 for all."""
+    margin: int = 0
+    """Delayed scaling leaves this many powers of two below the format's largest number."""
+    amax_history_len: int = 16
+    """Steps whose maxima delayed scaling keeps (microbatches in Transformer Engine)."""
+    amax_compute_algo: Literal["max", "most_recent"] = "max"
+    """Which of them delayed scaling takes."""
+    layers_at_start_in_bf16: int = 0
+    """First layers of the model that stay in bf16; not with delayed scaling."""
+    layers_at_end_in_bf16: int = 0
+    """Last layers of the model that stay in bf16; not with delayed scaling."""
+    param_gather: bool = False
+    """Keep the layers' weights in FP8 and gather them so after each step; Transformer Engine only."""
+
+    def __post_init__(self) -> None:
+        for name in ("margin", "layers_at_start_in_bf16", "layers_at_end_in_bf16"):
+            if getattr(self, name) < 0:
+                raise InputError(f"fp8.{name}: {getattr(self, name)} is below 0")
+        if self.amax_history_len < 1:
+            raise InputError(f"fp8.amax_history_len: {self.amax_history_len} is below 1")
+        if self.recipe == "delayed" and self.has_bf16_layers:
+            raise InputError("fp8.recipe: delayed takes no layers_at_start_in_bf16 or layers_at_end_in_bf16")
+
+    @property
+    def has_bf16_layers(self) -> bool:
+        """Whether some layers stay in bf16."""
+        return self.layers_at_start_in_bf16 + self.layers_at_end_in_bf16 > 0
+
+    def check_shapes(self, sizes: dict[str, int]) -> None:
+        """Refuse operands that FP8 products cannot take.
+
+        Args:
+            sizes: rows and columns on one process, by what they come from.
+
+        Raises:
+            InputError: one that the recipe's multiple does not divide.
+        """
+        multiple = MULTIPLES[self.recipe]
+        for name, size in sizes.items():
+            if size % multiple:
+                raise InputError(
+                    f"fp8.recipe: {self.recipe} needs multiples of {multiple}, not {name} = {size}"
+                )
+
+    def check_layers(self, stage_layers: list[int]) -> None:
+        """Refuse more bf16 layers than the pipeline's first or last stage has.
+
+        Args:
+            stage_layers: layers of each stage.
+
+        Raises:
+            InputError: more than megatron-core takes.
+        """
+        most = sum(stage_layers) // len(stage_layers)
+        for name in ("layers_at_start_in_bf16", "layers_at_end_in_bf16"):
+            if getattr(self, name) > most:
+                raise InputError(f"fp8.{name}: {getattr(self, name)} exceeds the {most} layers of a stage")

@@ -1,0 +1,133 @@
+"""Transformer Engine's linears and attention, as megatron-core wraps them; nothing else here needs them.
+
+Its LayerNorm-linears do not fit: the modulation stands between norm and linear. Norm and modulation are one
+kernel (kernels/modulated_norm.py), and so are gate, bias and residual (kernels/gated_residual.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from megatron.core.extensions.transformer_engine import (
+    TEColumnParallelLinear,
+    TEDotProductAttention,
+    TERowParallelLinear,
+)
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor, nn
+
+from megatron_dlm.models.attention import SdpaAttention
+from megatron_dlm.models.heads_linear import HeadsLinear
+
+EXTRA_STATE = "_extra_state"
+
+
+class _WithoutExtraState(nn.Module):
+    """Leaves out of checkpoints what Transformer Engine would put there: a pickle.
+
+    It is empty for all recipes but delayed scaling, whose histories begin anew at a resume.
+    """
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.pop(f"{prefix}{EXTRA_STATE}", None)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        *rest: Any,
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)
+        missing_keys[:] = [key for key in missing_keys if key != f"{prefix}{EXTRA_STATE}"]
+
+
+class ColumnLinear(_WithoutExtraState, TEColumnParallelLinear):
+    """Column-parallel linear."""
+
+
+class RowLinear(_WithoutExtraState, TERowParallelLinear):
+    """Row-parallel linear."""
+
+
+class QkvLinear(HeadsLinear, ColumnLinear):
+    """Query, key and value of this rank's heads."""
+
+
+class AttentionOutputLinear(HeadsLinear, RowLinear):
+    """From this rank's heads."""
+
+
+class FusedAttention(nn.Module):
+    """Transformer Engine's attention; PyTorch's where a mask is given that it has no kernel for.
+
+    Under context parallelism it passes keys and values around in rings, over the same zig-zag parts as
+    context_parallel.py.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__()
+        self._fused = TEDotProductAttention(**kwargs)
+        self._masked = SdpaAttention(**kwargs)
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: [s, b, n, h].
+            key: [s, b, n, h].
+            value: [s, b, n, h].
+            attention_mask: None; bool [b or 1, 1, s, S] as in `SdpaAttention`; or int32 [documents + 1], the
+                edges of documents in all samples one after the other.
+            **kwargs: of megatron-core's cores.
+
+        Returns:
+            [s, b, n * h].
+        """
+        if attention_mask is None:
+            out: Tensor = self._fused(query, key, value, None, **kwargs)
+            return out
+        if attention_mask.dim() > 1:
+            return self._masked(query, key, value, attention_mask)
+        kwargs.pop("packed_seq_params", None)
+        return attend_within(attention_mask, self._fused, query, key, value, **kwargs)
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Nothing: attention has no weights."""
+        return {}
+
+
+def attend_within(
+    edges: Tensor, core: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
+) -> Tensor:
+    """Attention that stays within documents, by a core that takes them packed.
+
+    Args:
+        edges: int32 [documents + 1], where documents begin in the samples one after the other, and their end.
+        core: of [tokens, n, h] to [tokens, n * h], with megatron-core's `packed_seq_params`.
+        query: [s, b, n, h].
+        key: [s, b, n, h].
+        value: [s, b, n, h].
+        **kwargs: for the core.
+
+    Returns:
+        [s, b, n * h].
+    """
+    length, batch = query.shape[:2]
+    packed = (x.transpose(0, 1).flatten(0, 1) for x in (query, key, value))
+    sequences = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=edges,
+        cu_seqlens_kv=edges,
+        # No document is longer than its sample.
+        max_seqlen_q=length,
+        max_seqlen_kv=length,
+    )
+    out = core(*packed, None, packed_seq_params=sequences, **kwargs)
+    return out.view(batch, length, -1).transpose(0, 1).contiguous()
