@@ -167,7 +167,7 @@ def transformer_config(
         # Whole layers one by one; what a layer leaves out by itself is in adaln_layer.py.
         recompute_method="uniform" if recompute == "full" else None,
         recompute_num_layers=1 if recompute == "full" else None,
-        recompute_modules=["layernorm"],
+        recompute_modules=[],
         deterministic_mode=parallel.deterministic,
         cuda_graph_scope=[],
         # These need GPU extensions.

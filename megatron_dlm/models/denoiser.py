@@ -33,6 +33,7 @@ from megatron_dlm.models.context_parallel import own_positions
 from megatron_dlm.models.document_mask import document_mask
 from megatron_dlm.models.head import Head
 from megatron_dlm.models.layer_spec import layer_spec
+from megatron_dlm.models.packed_documents import document_edges
 from megatron_dlm.models.time_embedding import TimeEmbedder
 from megatron_dlm.platform.parallel import ParallelState
 from megatron_dlm.platform.vocab_parallel import VocabShard, padded_vocabulary_size
@@ -121,8 +122,7 @@ class Denoiser(MegatronModule):
         c = self.time_embedder(inputs.sigma_B)
         attention_mask = inputs.attention_mask
         if inputs.document_ids_BL is not None:
-            queries = own_positions(inputs.document_ids_BL.shape[1], *self._context_place).to(c.device)
-            attention_mask = document_mask(inputs.document_ids_BL, attention_mask, self.attention, queries)
+            attention_mask = self._within_documents(inputs.document_ids_BL, attention_mask)
         hidden_states = None
         if self.pre_process:
             hidden_states = self._embed(inputs).float().contiguous()
@@ -142,6 +142,16 @@ class Denoiser(MegatronModule):
                 hidden_states, tensor_parallel_output_grad=False, group=self._tensor_group
             )
         return hidden_states
+
+    def _within_documents(self, document_ids_BL: Tensor, family_mask: Tensor | None) -> Tensor:
+        """The mask of attention inside documents, or their edges for a core that takes these instead."""
+        takes_edges = self.config.transformer_impl == "transformer_engine" and self._context_place[1] == 1
+        if takes_edges and family_mask is None:
+            edges = document_edges(document_ids_BL)
+            if edges is not None:
+                return edges
+        queries = own_positions(document_ids_BL.shape[1], *self._context_place).to(document_ids_BL.device)
+        return document_mask(document_ids_BL, family_mask, self.attention, queries)
 
     def _embed(self, inputs: ModelInputs) -> Tensor:
         """[L, B, D] embeddings of tokens or, where there is a mixture, of weighted tokens.

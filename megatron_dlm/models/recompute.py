@@ -16,7 +16,8 @@ class Recomputable:
     """A function's value that one linear layer reads; it can be dropped and made again for the gradient."""
 
     def __init__(self, config: TransformerConfig, function: Callable[..., Tensor], *inputs: Any) -> None:
-        wanted = config.recompute_granularity == "selective" and torch.is_grad_enabled()
+        # Transformer Engine's FP8 linears keep an FP8 copy of what they read, not the value itself.
+        wanted = config.recompute_granularity == "selective" and torch.is_grad_enabled() and not config.fp8
         # Not the default, False: that makes megatron-core 0.16.1 look for transformer-engine.
         self._checkpoint = CheckpointWithoutOutput(fp8=None) if wanted else None
         self.value: Tensor = (

@@ -6,7 +6,6 @@ kernel (kernels/modulated_norm.py), and so are gate, bias and residual (kernels/
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from megatron.core.extensions.transformer_engine import (
@@ -14,11 +13,11 @@ from megatron.core.extensions.transformer_engine import (
     TEDotProductAttention,
     TERowParallelLinear,
 )
-from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor, nn
 
 from megatron_dlm.models.attention import SdpaAttention
 from megatron_dlm.models.heads_linear import HeadsLinear
+from megatron_dlm.models.packed_documents import attend_within
 
 EXTRA_STATE = "_extra_state"
 
@@ -101,33 +100,3 @@ class FusedAttention(nn.Module):
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Nothing: attention has no weights."""
         return {}
-
-
-def attend_within(
-    edges: Tensor, core: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
-) -> Tensor:
-    """Attention that stays within documents, by a core that takes them packed.
-
-    Args:
-        edges: int32 [documents + 1], where documents begin in the samples one after the other, and their end.
-        core: of [tokens, n, h] to [tokens, n * h], with megatron-core's `packed_seq_params`.
-        query: [s, b, n, h].
-        key: [s, b, n, h].
-        value: [s, b, n, h].
-        **kwargs: for the core.
-
-    Returns:
-        [s, b, n * h].
-    """
-    length, batch = query.shape[:2]
-    packed = (x.transpose(0, 1).flatten(0, 1) for x in (query, key, value))
-    sequences = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=edges,
-        cu_seqlens_kv=edges,
-        # No document is longer than its sample.
-        max_seqlen_q=length,
-        max_seqlen_kv=length,
-    )
-    out = core(*packed, None, packed_seq_params=sequences, **kwargs)
-    return out.view(batch, length, -1).transpose(0, 1).contiguous()

@@ -1,6 +1,7 @@
 """Documents packed into one block give what each gives by itself."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -73,3 +74,38 @@ def test_packed_documents_equal_single_ones(corpus, objective, tensor):
     for together, alone, one_text in run_distributed(packed_and_single, tensor, config, parallel=parallel):
         assert together == pytest.approx(alone, rel=1e-4, abs=1e-5)
         assert one_text != pytest.approx(alone, rel=1e-2, abs=1e-2)
+
+
+def packed_against_masked(state, causal):
+    """Attention by edges, through a core that goes over the documents, and by the dense mask."""
+    import torch.nn.functional as F
+
+    from megatron_dlm.interfaces import AttentionPattern
+    from megatron_dlm.models.document_mask import document_mask
+    from megatron_dlm.models.packed_documents import attend_within, document_edges
+
+    ids = torch.tensor([[0, 0, 0, 1, 1, 4], [2, 2, 2, 2, 2, 2], [0, 1, 1, 1, 3, 3]])
+    edges = document_edges(ids)
+    assert edges.dtype == torch.int32 and edges.tolist() == [0, 3, 5, 6, 12, 13, 16, 18]
+    assert document_edges(torch.tensor([[0, 1, 0]])) is None
+    query, key, value = torch.randn(3, 6, 3, 2, 4, dtype=torch.float64)
+
+    def core(query, key, value, mask, packed_seq_params):
+        assert mask is None and packed_seq_params.qkv_format == "thd" and packed_seq_params.max_seqlen_q == 6
+        outs = []
+        for start, stop in pairwise(edges):
+            q, k, v = (x[start:stop].transpose(0, 1) for x in (query, key, value))
+            outs.append(F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(0, 1).flatten(1))
+        return torch.cat(outs)
+
+    pattern = AttentionPattern.CAUSAL if causal else AttentionPattern.BIDIRECTIONAL
+    mask = document_mask(ids, None, pattern, torch.arange(6))
+    heads_first = [x.permute(1, 2, 0, 3) for x in (query, key, value)]
+    expected = F.scaled_dot_product_attention(*heads_first, attn_mask=mask).permute(2, 0, 1, 3).flatten(2)
+    found = attend_within(edges, core, query, key, value)
+    return float((found - expected).abs().max())
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_edges_of_documents_say_what_the_mask_does(causal):
+    assert run_distributed(packed_against_masked, 1, causal)[0] < 1e-12

@@ -1,0 +1,63 @@
+"""Documents of a block one after the other, for attention cores that know their edges in place of a mask.
+
+Shape legend, as in megatron-core: s sequence, b batch, n heads of this rank, h channels of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+
+def document_edges(document_ids_BL: Tensor) -> Tensor | None:
+    """Where documents begin when the samples stand one after the other.
+
+    Args:
+        document_ids_BL: int64 [B, S].
+
+    Returns:
+        int32 [documents + 1] with the end of the last; None where positions are in an order that scatters
+        documents.
+    """
+    step_BL = document_ids_BL.diff(dim=1)
+    if (step_BL < 0).any():
+        return None
+    begins_BL = torch.ones_like(document_ids_BL, dtype=torch.bool)
+    begins_BL[:, 1:] = step_BL != 0
+    begins = begins_BL.flatten().nonzero()[:, 0]
+    end = begins.new_tensor([document_ids_BL.numel()])
+    return torch.cat([begins, end]).int()
+
+
+def attend_within(
+    edges: Tensor, core: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
+) -> Tensor:
+    """Attention that stays within documents, by a core that takes them packed.
+
+    Args:
+        edges: int32 [documents + 1], where documents begin in the samples one after the other, and their end.
+        core: of [tokens, n, h] to [tokens, n * h], with megatron-core's `packed_seq_params`.
+        query: [s, b, n, h].
+        key: [s, b, n, h].
+        value: [s, b, n, h].
+        **kwargs: for the core.
+
+    Returns:
+        [s, b, n * h].
+    """
+    length, batch = query.shape[:2]
+    packed = (x.transpose(0, 1).flatten(0, 1) for x in (query, key, value))
+    sequences = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=edges,
+        cu_seqlens_kv=edges,
+        # No document is longer than its sample.
+        max_seqlen_q=length,
+        max_seqlen_kv=length,
+    )
+    out = core(*packed, None, packed_seq_params=sequences, **kwargs)
+    return out.view(batch, length, -1).transpose(0, 1).contiguous()
