@@ -98,7 +98,7 @@ def _evaluate(config: NllConfig) -> tuple[Bound, bool]:
                 config.parallel,
                 size,
                 drop_long_records=drop,
-                progress=_Progress(),
+                progress=Progress(),
             )
     if config.parallel != ParallelConfig():
         raise InputError("parallel: an exported folder is evaluated on one process")
@@ -107,7 +107,7 @@ def _evaluate(config: NllConfig) -> tuple[Bound, bool]:
     data = usable.config.data
     with _data(config, data.validation or data.train[0], usable.tokenizer.path) as prefix:
         bound = bound_of_folder(
-            usable, prefix, config.bound, size, drop_long_records=drop, progress=_Progress()
+            usable, prefix, config.bound, size, drop_long_records=drop, progress=Progress()
         )
         return bound, True
 
@@ -136,13 +136,14 @@ def _data(config: NllConfig, default: str, tokenizer: Path | None) -> Iterator[s
         yield str(prefix)
 
 
-class _Progress:
+class Progress:
     """Prints sequences done and the time to go, every few seconds."""
 
     def __init__(self) -> None:
         self._start = self._last = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
+        """Told of sequences done and in all."""
         from megatron_dlm.telemetry.writers import duration
 
         now = time.monotonic()
@@ -160,8 +161,8 @@ def _report(config: NllConfig, bound: Bound) -> None:
     from megatron_dlm.platform.files import write_json
 
     print(
-        f"{config.model}: {_mean(bound.protocol)} nats/token, {bound.bits_per_byte:.4f} bits/byte, "
-        f"perplexity {bound.perplexity:.2f}; complete bound {_mean(bound.complete)}; "
+        f"{config.model}: {show_mean(bound.protocol)} nats/token, {bound.bits_per_byte:.4f} bits/byte, "
+        f"perplexity {bound.perplexity:.2f}; complete bound {show_mean(bound.complete)}; "
         f"{bound.sequences:,} sequences, {bound.tokens:,} tokens, {bound.copies} copies each"
     )
     if bound.monte_carlo_error is not None:
@@ -183,7 +184,16 @@ def _report(config: NllConfig, bound: Bound) -> None:
         plot_by_time(bands, config.plot, title=str(config.model))
 
 
-def _mean(mean: Mean) -> str:
-    if mean.low is None or mean.high is None:
-        return f"{mean.nats_per_token:.4f}"
-    return f"{mean.nats_per_token:.4f} [{mean.low:.4f}, {mean.high:.4f}]"
+def show_mean(mean: Mean, digits: int = 4) -> str:
+    """A mean with its interval.
+
+    Args:
+        mean: nats/token.
+        digits: behind the point.
+
+    Returns:
+        Text.
+    """
+    numbers = [mean.nats_per_token, *(end for end in (mean.low, mean.high) if end is not None)]
+    texts = [f"{number:.{digits}f}" for number in numbers]
+    return texts[0] if len(texts) == 1 else f"{texts[0]} [{texts[1]}, {texts[2]}]"

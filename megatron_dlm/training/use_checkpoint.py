@@ -52,22 +52,51 @@ def open_checkpoint(
     Raises:
         InputError: an interleaved or fully sharded layout.
     """
+    refuse_training_layouts(parallel_config)
+    parallel = start_parallel(detect_environment(), parallel_config)
+    training = replace(record.config.training, precision=precision)
+    config = replace(record.config, parallel=parallel_config, training=training)
+    yield OpenedCheckpoint(record, load_denoiser(record, config, parallel), parallel)
+    stop_parallel()
+
+
+def refuse_training_layouts(parallel_config: ParallelConfig) -> None:
+    """Refuse layouts that only training has.
+
+    Args:
+        parallel_config: of an evaluation.
+
+    Raises:
+        InputError: an interleaved or fully sharded layout.
+    """
     if parallel_config.virtual_pipeline_model_parallel_size > 1:
         raise InputError("parallel.virtual_pipeline_model_parallel_size: for training only")
     if parallel_config.fully_sharded:
         raise InputError("parallel.fully_sharded: for training only")
-    parallel = start_parallel(detect_environment(), parallel_config)
+
+
+def load_denoiser(record: RunRecord, config: RunConfig, parallel: ParallelState) -> Denoiser:
+    """This process's stage of a checkpoint's model, for evaluation. All processes of the job call it.
+
+    Args:
+        record: of the checkpoint.
+        config: of the run that wrote it, with the layout and the precision to load.
+        parallel: this process's place.
+
+    Returns:
+        The loaded stage.
+
+    Raises:
+        InputError: the checkpoint is damaged.
+    """
     from megatron_dlm.checkpointing.manager import load_weights, verify_on_all_ranks
     from megatron_dlm.training.session import build_denoiser
 
     verify_on_all_ranks(record.directory, parallel)
-    training = replace(record.config.training, precision=precision)
-    config = replace(record.config, parallel=parallel_config, training=training)
     (denoiser,) = build_denoiser(config, record.vocabulary, parallel).chunks
     # Buffers may be missing; parameters are all there.
     denoiser.load_state_dict(load_weights(record.directory, denoiser, parallel), strict=False)
-    yield OpenedCheckpoint(record, denoiser.eval(), parallel)
-    stop_parallel()
+    return denoiser.eval()
 
 
 def bound_of_checkpoint(
@@ -97,21 +126,8 @@ def bound_of_checkpoint(
     Raises:
         InputError: unusable checkpoint, shard or sizes.
     """
-    shard, rows, run_config = _held_out(record.config, record.tokenizer_fingerprint, data, drop_long_records)
-    run_config = replace(
-        run_config,
-        parallel=parallel_config,
-        training=replace(
-            run_config.training,
-            micro_batch_size=1,
-            global_batch_size=config.num_times,
-            ramp_start=0,
-            ramp_increment=0,
-            ramp_samples=0,
-        ),
-        evaluation=replace(run_config.evaluation, batch_size=config.num_times),
-    )
-    check_run(run_config, detect_environment().world_size)
+    shard, rows, run_config = held_out(record.config, record.tokenizer_fingerprint, data, drop_long_records)
+    run_config = scoring_config(run_config, config, parallel_config)
     with open_checkpoint(record, parallel_config, run_config.training.precision) as opened:
         from megatron_dlm.training.held_out_bound import held_out_bound, megatron_copies, share_of_rank
         from megatron_dlm.training.step import PipelineRunner
@@ -133,6 +149,37 @@ def bound_of_checkpoint(
             progress=progress if parallel.rank == 0 else lambda done, total: None,
         )
         return bound, parallel.rank == 0
+
+
+def scoring_config(run_config: RunConfig, config: BoundConfig, parallel_config: ParallelConfig) -> RunConfig:
+    """A run's configuration for scoring copies of sequences, checked.
+
+    Args:
+        run_config: of the run.
+        config: how many copies.
+        parallel_config: layout to score on.
+
+    Returns:
+        With global batches of a sequence's copies.
+
+    Raises:
+        InputError: sizes that do not divide.
+    """
+    scoring = replace(
+        run_config,
+        parallel=parallel_config,
+        training=replace(
+            run_config.training,
+            micro_batch_size=1,
+            global_batch_size=config.num_times,
+            ramp_start=0,
+            ramp_increment=0,
+            ramp_samples=0,
+        ),
+        evaluation=replace(run_config.evaluation, batch_size=config.num_times),
+    )
+    check_run(scoring, detect_environment().world_size)
+    return scoring
 
 
 def bound_of_folder(
@@ -163,7 +210,7 @@ def bound_of_folder(
     from megatron_dlm.evaluation.exported_bounds import ExportedBounds
     from megatron_dlm.training.held_out_bound import exported_copies, held_out_bound, share_of_rank
 
-    shard, rows, run_config = _held_out(usable.config, usable.tokenizer.fingerprint, data, drop_long_records)
+    shard, rows, run_config = held_out(usable.config, usable.tokenizer.fingerprint, data, drop_long_records)
     score = ExportedBounds(
         usable.model,
         usable.vocabulary,
@@ -182,10 +229,23 @@ def bound_of_folder(
     )
 
 
-def _held_out(
+def held_out(
     config: RunConfig, fingerprint: str, data: str, drop_long_records: bool
 ) -> tuple[Shard, Rows, RunConfig]:
-    """The shard, its rows, and the configuration to read them with."""
+    """The shard, its rows, and the configuration to read them with.
+
+    Args:
+        config: of the run whose model is scored.
+        fingerprint: of the model's tokenizer.
+        data: prefix or URL of the shard.
+        drop_long_records: leave out prompts with responses above the model's length.
+
+    Returns:
+        All three.
+
+    Raises:
+        InputError: an unusable shard.
+    """
     # What the run read its batches with need not be here.
     held_out = replace(config.data, loader="torch", drop_long_records=drop_long_records)
     shard, shards = open_held_out(fingerprint, data, held_out)

@@ -1,0 +1,145 @@
+"""`megatron-dlm evaluate gate A B`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from megatron_dlm.cli.arguments import check_new_file, parse
+from megatron_dlm.cli.evaluate_nll import Progress, show_mean
+from megatron_dlm.evaluation.bound import BoundConfig
+from megatron_dlm.interfaces import InputError
+from megatron_dlm.models.fp8 import Fp8Config
+from megatron_dlm.platform.parallel import ParallelConfig
+
+if TYPE_CHECKING:
+    from megatron_dlm.evaluation.bound import Bound
+    from megatron_dlm.evaluation.gate import TrainingDifference
+
+AskedPrecision = Literal["training", "fp32", "bf16", "fp8"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateConfig:
+    """Whether B is as good as A: two runs, or one checkpoint at two precisions, at equal data and noise.
+
+    Both are scored on the same noisy copies of the same sequences, and the differences are averaged. Runs are
+    compared step by step, too, where directories of two are given. Exit code 0 where B is worse by no more
+    than the tolerance, with 95% confidence, and 1 where that cannot be said.
+    """
+
+    a: Annotated[Path, tyro.conf.Positional]
+    """A run's directory (its newest checkpoint is scored) or a step-NNNNNNNN directory: the yardstick."""
+    b: Annotated[Path, tyro.conf.Positional]
+    """The other, or the same again."""
+    precision_a: AskedPrecision = "training"
+    """To score A in; training: as it was trained."""
+    precision_b: AskedPrecision = "training"
+    """To score B in."""
+    fp8: Fp8Config = Fp8Config()
+    """Where a precision is fp8."""
+    tolerance: float = 0.005
+    """Nats per token that B may be worse by."""
+    data: str | None = None
+    """Prefix or URL of the held-out shard; None: A's."""
+    bound: tyro.conf.OmitArgPrefixes[BoundConfig] = BoundConfig()
+    micro_batch_size: int = 8
+    """Sequences of one forward pass, at most."""
+    output: Path | None = None
+    """JSON file for the result."""
+    plot: Path | None = None
+    """PNG of the difference by diffusion time."""
+    parallel: ParallelConfig = ParallelConfig()
+
+    def __post_init__(self) -> None:
+        if not self.tolerance >= 0:
+            raise InputError(f"tolerance: {self.tolerance} is not 0 or above")
+        if self.micro_batch_size < 1:
+            raise InputError(f"micro_batch_size: {self.micro_batch_size} is below 1")
+        for name in ("output", "plot"):
+            check_new_file(name, getattr(self, name))
+
+
+def run(arguments: list[str]) -> int:
+    """Parse, compare, report; returns the exit code."""
+    config = parse(GateConfig, arguments, verb="evaluate gate")
+    from megatron_dlm.evaluation.gate import passes, training_difference
+    from megatron_dlm.telemetry.writers import METRICS_FILE
+    from megatron_dlm.training.gate import compare_checkpoints, logged_bounds, side
+
+    a, b = (
+        side(path, None if asked == "training" else asked, config.fp8)
+        for path, asked in ((config.a, config.precision_a), (config.b, config.precision_b))
+    )
+    first = a.record.config
+    if config.plot is not None and not first.objective.has_loss_by_time:
+        raise InputError(f"plot: {first.objective.name} as configured has no loss by diffusion time")
+    training = None
+    if config.a != config.b and all((path / METRICS_FILE).is_file() for path in (config.a, config.b)):
+        training = training_difference(logged_bounds(config.a), logged_bounds(config.b))
+    bound, difference, is_first = compare_checkpoints(
+        a,
+        b,
+        config.data or first.data.validation or first.data.train[0],
+        config.bound,
+        config.parallel,
+        config.micro_batch_size,
+        progress=Progress(),
+    )
+    means = [difference.protocol, *([] if training is None else [training.difference])]
+    passed = all(passes(mean, config.tolerance) for mean in means)
+    if is_first:
+        _report(config, [a.precision, b.precision], bound, difference, training, passed)
+    return 0 if passed else 1
+
+
+def _report(
+    config: GateConfig,
+    precisions: list[str],
+    bound: Bound,
+    difference: Bound,
+    training: TrainingDifference | None,
+    passed: bool,
+) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from megatron_dlm.platform.files import write_json
+
+    print(f"A {config.a} ({precisions[0]}): {show_mean(bound.protocol)} nats/token")
+    print(
+        f"B {config.b} ({precisions[1]}) less A: {show_mean(difference.protocol, digits=6)} nats/token; "
+        f"{difference.sequences:,} sequences, {difference.tokens:,} tokens, {difference.copies} copies each"
+    )
+    if training is not None:
+        print(
+            f"training from step {training.first_step} on, B less A: "
+            f"{show_mean(training.difference, digits=6)} nats/token; at most {training.largest:.4f} in a step"
+        )
+    if difference.by_time:
+        table = Table("t", "B less A", "standard error", title="difference by diffusion time", box=None)
+        for band in difference.by_time:
+            error = "" if band.standard_error is None else f"{band.standard_error:.6f}"
+            table.add_row(f"{band.first:.3f} to {band.last:.3f}", f"{band.nats_per_token:+.6f}", error)
+        Console(width=100).print(table)
+    verdict = "passed" if passed else "not passed"
+    print(f"{verdict}: B may be worse by {config.tolerance} nats/token, with 95% confidence")
+    if config.output is not None:
+        result = {
+            "passed": passed,
+            "tolerance": config.tolerance,
+            "precisions": precisions,
+            "a": asdict(bound.protocol),
+            "difference": asdict(difference.protocol),
+            "by_time": [asdict(band) for band in difference.by_time],
+            "training": None if training is None else asdict(training),
+        }
+        write_json(config.output, result)
+    if config.plot is not None:
+        from megatron_dlm.telemetry.plots import plot_by_time
+
+        bands = [(b.first, b.last, b.nats_per_token, b.standard_error or 0.0) for b in difference.by_time]
+        plot_by_time(bands, config.plot, title=f"{config.b} less {config.a}")

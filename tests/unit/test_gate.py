@@ -1,0 +1,56 @@
+"""Differences of two runs step by step, and the verdict."""
+
+import numpy as np
+import pytest
+
+from megatron_dlm.evaluation.bound import Mean
+from megatron_dlm.evaluation.gate import passes, training_difference
+from megatron_dlm.interfaces import InputError
+
+
+def runs(shift, noise=0.01, steps=400):
+    generator = np.random.default_rng(0)
+    a = {step: (step * 7, 5.0 + generator.normal()) for step in range(1, steps + 1)}
+    b = {step: (mark, nats + shift + noise * generator.normal()) for step, (mark, nats) in a.items()}
+    return a, b
+
+
+def test_common_noise_shows_a_difference_far_below_the_steps_own_spread():
+    found = training_difference(*runs(0.02))
+    assert found.steps == 400 and found.first_step == 201
+    assert found.difference.low < 0.02 < found.difference.high
+    assert found.difference.high - found.difference.low < 0.01
+    assert found.largest < 0.1
+
+
+def test_the_interval_covers_the_true_difference():
+    """95% of intervals do, up to what 10 blocks and 200 trials allow."""
+    covered = 0
+    for seed in range(200):
+        generator = np.random.default_rng(seed)
+        a = {step: (0, 0.0) for step in range(1, 401)}
+        b = {step: (0, float(generator.normal())) for step in a}
+        difference = training_difference(a, b).difference
+        covered += difference.low <= 0 <= difference.high
+    assert 0.86 < covered / 200 <= 1.0
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda a, b: (a, {s: v for s, v in b.items() if s < 200}), "199 logged steps in common, up to 199"),
+        (lambda a, b: (a, {s: v for s, v in b.items() if s % 40 == 0}), "10 logged steps in common"),
+        (lambda a, b: (a, {}), "0 logged steps in common, up to 0"),
+        (lambda a, b: (a, b | {300: (1, 5.0)}), "step 300 has other noise or data"),
+        (lambda a, b: (a, b | {300: (2100, float("nan"))}), "not finite"),
+    ],
+)
+def test_runs_that_cannot_be_compared(change, message):
+    with pytest.raises(InputError, match=message):
+        training_difference(*change(*runs(0.0)))
+
+
+def test_better_passes_and_worse_does_not():
+    assert passes(Mean(nats_per_token=-0.1, low=-0.2, high=0.004), 0.005)
+    assert not passes(Mean(nats_per_token=0.001, low=-0.2, high=0.006), 0.005)
+    assert not passes(Mean(nats_per_token=-0.1, low=None, high=None), 0.005)
