@@ -1,5 +1,6 @@
 """Benchmarks run end to end at toy size; their numbers are not judged."""
 
+import json
 import os
 import subprocess
 import sys
@@ -60,3 +61,39 @@ def test_an_export_takes_a_file_and_a_tensor_of_memory():
     assert [row[1].strip() for row in rows] == ["fp32", "bf16"]
     for _, _, largest, tensor, peak, *_ in rows:
         assert 0.9 * float(tensor) < float(peak) < 1.2 * float(largest) + float(tensor)
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_goes_on_where_it_stopped(tmp_path):
+    """On a CPU at toy size; what needs a GPU says so in its line."""
+    output = tmp_path / "gpu.jsonl"
+    command = [sys.executable, str(ROOT / "tools" / "bench" / "gpu.py"), "--output", str(output)]
+    command += ["--device", "cpu", "--tiny", "--families", "duo"]
+
+    def run(*more):
+        finished = subprocess.run(
+            [*command, *more], capture_output=True, text=True, timeout=240, env=os.environ
+        )
+        assert finished.returncode == 0, finished.stderr
+        return finished
+
+    assert "time is up before 'device'" in run("--time-limit", "0").stderr
+    first = run()
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [line["piece"] for line in lines] == [
+        *("device", "kernels", "step errors duo", "ours tiny duo bf16", "ours tiny duo fp8"),
+        *("compiled tiny duo bf16", "head tiny", "sampling duo"),
+    ]
+    assert [line["piece"] for line in lines if "error" in line] == ["head tiny"]
+    by_piece = {line["piece"]: line for line in lines}
+    assert by_piece["kernels"]["tests"] > 50
+    assert by_piece["step errors duo"]["fp8: gradients, median"] < 0.2
+    for piece in ("ours tiny duo bf16", "ours tiny duo fp8", "compiled tiny duo bf16", "sampling duo"):
+        assert by_piece[piece]["tokens_per_second"] > 0
+    # Cut in the last line: that piece, and the one that fails here, are done again.
+    text = output.read_text()
+    output.write_text(text[: text.rindex("sampling") + 4])
+    again = run()
+    assert again.stderr.count("done (") == 1 and "sampling duo: done" in again.stderr
+    for word in ("useful MFU", "share of device time", "tiny", "against compiled"):
+        assert word in first.stdout and word in run("--table").stdout

@@ -22,10 +22,15 @@ def naive_loss(family, hidden_sbD, weight, bias, targets, mask_token_id, tokens)
     Returns:
         A float32 scalar.
     """
-    logits = F.linear(hidden_sbD.transpose(0, 1), weight, bias).float()
-    column = torch.zeros(logits.shape[-1])
+    logits = F.linear(hidden_sbD.transpose(0, 1), weight, bias)
+    return naive_loss_of_logits(family, logits, targets, mask_token_id, tokens)
+
+
+def naive_loss_of_logits(family, logits, targets, mask_token_id, tokens):
+    """Likewise, from [b, s, V] logits of any dtype; targets on the same device."""
+    column = torch.zeros(logits.shape[-1], device=logits.device)
     column[mask_token_id] = -1e6
-    logits = logits + column
+    logits = logits.float() + column
     if family == "duo":
         nats = duo_nelbo(logits, targets)
         return (nats * targets.weight_BL.float() * logits.shape[-1]).sum() / tokens

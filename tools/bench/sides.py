@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch
 
-from megatron_dlm.interfaces import ModelInputs, TokenBatch, Vocabulary
+from megatron_dlm.interfaces import ModelInputs, Targets, TokenBatch, Vocabulary
+from megatron_dlm.kernels.choice import wants_triton
+from megatron_dlm.models.fp8 import Fp8Config
 from megatron_dlm.models.sizes import paper_model
 from megatron_dlm.objectives.base import CorruptionContext
 from megatron_dlm.objectives.registry import OBJECTIVES
@@ -38,6 +41,12 @@ class Shape:
     precision: Any
     recompute: Any
     """Of our side; the others keep every activation."""
+    kernels: Any = "auto"
+    transformer_impl: Any = "local"
+    fp8: Fp8Config = Fp8Config()
+    rows_per_chunk: int = HEAD_ROWS_PER_CHUNK
+    prepared: bool = False
+    """Corrupt batches once and use them again, as if workers had them ready."""
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -69,7 +78,15 @@ def build_denoiser(shape: Shape, parallel: ParallelState, recompute: Any = "none
     from megatron_dlm.models.denoiser import Denoiser
 
     model = paper_model(shape.size)
-    config = transformer_config(model, ParallelConfig(), shape.precision, recompute)
+    config = transformer_config(
+        model,
+        ParallelConfig(),
+        shape.precision,
+        recompute,
+        fused_kernels=wants_triton(shape.kernels, parallel.device),
+        transformer_impl=shape.transformer_impl,
+        fp8=shape.fp8,
+    )
     denoiser = Denoiser(model, config, shape.vocabulary, OBJECTIVES[shape.family].attention, parallel)
     generator = torch.Generator().manual_seed(0)
     for parameter in denoiser.parameters():
@@ -77,8 +94,8 @@ def build_denoiser(shape: Shape, parallel: ParallelState, recompute: Any = "none
     return denoiser
 
 
-def our_step(shape: Shape, parallel: ParallelState) -> Callable[[int], None]:
-    """The package's own step."""
+def our_step(shape: Shape, parallel: ParallelState) -> Callable[[int], Any]:
+    """The package's own step, which returns the batch's sums."""
     from megatron.core.distributed import finalize_model_grads
 
     from megatron_dlm.training.optimizer import build_optimizer, wrap_data_parallel
@@ -90,15 +107,21 @@ def our_step(shape: Shape, parallel: ParallelState) -> Callable[[int], None]:
     denoiser.config.finalize_model_grads_func = finalize_model_grads
     denoiser.config.grad_scale_func = optimizer.scale_loss
     objective = OBJECTIVES[shape.family]().build(shape.vocabulary)
-    runner = PipelineRunner(chunks, objective, parallel, HEAD_ROWS_PER_CHUNK)
+    runner = PipelineRunner(chunks, objective, parallel, shape.rows_per_chunk)
     set_learning_rate(optimizer, LEARNING_RATE)
 
-    def step(index: int) -> None:
+    def microbatches_of(index: int) -> Any:
+        return corrupted_parts(objective, [shape.batch(index)], shape.context(index))
+
+    if shape.prepared:
+        microbatches_of = cache(microbatches_of)
+
+    def step(index: int) -> Any:
         chunks[0].zero_grad_buffer()
         optimizer.zero_grad()
-        microbatches = corrupted_parts(objective, [shape.batch(index)], shape.context(index))
-        runner.run(microbatches, shape.address(index))
+        sums = runner.run(microbatches_of(index), shape.address(index))
         step_if_finite(optimizer)
+        return sums
 
     return step
 
@@ -165,20 +188,72 @@ def floor_step(shape: Shape, parallel: ParallelState) -> Callable[[int], None]:
     return plain_step(shape, parallel, loss_of)
 
 
+def compiled_step(shape: Shape, parallel: ParallelState) -> Callable[[int], None]:
+    """A plain PyTorch DiT with full logits and autograd losses in torch's mixed precision.
+
+    Parameters are float32 and AdamW is torch's fused one, as in the paper's repository; compiled on CUDA.
+    """
+    from tests.helpers.naive import naive_loss_of_logits
+
+    plain = plain_model(shape).to(parallel.device)
+    optimizer = torch.optim.AdamW(
+        plain.parameters(), LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
+    objective = OBJECTIVES[shape.family]().build(shape.vocabulary)
+    mask, is_low = shape.vocabulary.mask_token_id, shape.precision != "fp32"
+
+    def loss_of(inputs: ModelInputs, targets: Targets) -> torch.Tensor:
+        with torch.autocast(parallel.device.type, torch.bfloat16, enabled=is_low):
+            logits = plain(
+                inputs.token_ids_BL,
+                sigma=inputs.sigma_B,
+                position_ids=inputs.position_ids_BL,
+                visible_mask=inputs.attention_mask,
+            ).logits
+        loss: torch.Tensor = naive_loss_of_logits(shape.family, logits, targets, mask, targets.token_count)
+        return loss
+
+    if parallel.device.type == "cuda":
+        loss_of = torch.compile(loss_of)
+
+    def batch_of(index: int) -> tuple[ModelInputs, Targets]:
+        inputs, targets = objective.corrupt(shape.batch(index), shape.context(index))
+        on_device = {
+            name: value.to(parallel.device) for name, value in vars(targets).items() if name.endswith("_BL")
+        }
+        return inputs.to(parallel.device), replace(targets, **on_device)
+
+    if shape.prepared:
+        batch_of = cache(batch_of)
+
+    def step(index: int) -> None:
+        optimizer.zero_grad()
+        loss_of(*batch_of(index)).backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        optimizer.step()
+
+    return step
+
+
+def plain_model(shape: Shape) -> Any:
+    """The exported model's code with random weights."""
+    from megatron_dlm.training.use_model import exported_model
+
+    objective = OBJECTIVES[shape.family]()
+    plain = exported_model(paper_model(shape.size), shape.vocabulary, objective, shape.seq_length)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in plain.parameters():
+        parameter.data.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+    return plain
+
+
 BUILDERS = {"ours": our_step, "naive": naive_step, "floor": floor_step}
 
 
 def body_steps(shape: Shape, parallel: ParallelState) -> dict[str, Callable[[], None]]:
     """Forward and backward of the body alone: ours, and a plain PyTorch DiT without the CPU redirection."""
-    from megatron_dlm.conversion.hugging_face_model.configuration_megatron_dlm import MegatronDlmConfig
-    from megatron_dlm.conversion.hugging_face_model.modeling_megatron_dlm import MegatronDlmModel
-    from megatron_dlm.conversion.to_hugging_face import hugging_face_fields
-
     denoiser = build_denoiser(shape, parallel)
-    fields = hugging_face_fields(denoiser.model, shape.vocabulary, OBJECTIVES[shape.family]())
-    plain = MegatronDlmModel(MegatronDlmConfig(**fields)).to(denoiser.config.params_dtype)
-    for parameter in plain.parameters():
-        parameter.data.normal_(std=0.02)
+    plain = plain_model(shape).to(denoiser.config.params_dtype)
     tokens = shape.batch(0).token_ids[:, :-1]
     positions = torch.arange(shape.seq_length)[None]
     inputs = ModelInputs(

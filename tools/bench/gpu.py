@@ -1,0 +1,244 @@
+"""What one GPU does with a training step: correctness first, then speed, memory and where the time goes.
+
+    python tools/bench/gpu.py --output gpu.jsonl [--sizes 2121M 1028M 336M 113M] [--time-limit 540]
+    python tools/bench/gpu.py --output gpu.jsonl --table          what has been measured so far
+    python tools/bench/gpu.py --output tiny.jsonl --device cpu --tiny
+
+Work is done in pieces, each of which appends a line to the output when it ends; the same command goes on
+with the pieces that are missing, and begins none behind --time-limit seconds. A piece that fails says why in
+its line and is tried again next time. Utilisation is of this GPU's own matrix-product speed (bf16, squares of
+8192), by the matrix products that the family needs ("useful": no recomputation, no rows without a loss).
+"Compiled" is a plain PyTorch DiT with full logits and autograd losses under torch.compile, in mixed
+precision.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_pieces import (
+    Bench,
+    compiled_speed,
+    head_memory,
+    kernel_errors,
+    sampling_speed,
+    step_errors,
+    step_speed,
+)
+from step import show
+
+from megatron_dlm.interfaces import InputError
+from megatron_dlm.platform.json_lines import drop_cut_line, read_json_lines
+from megatron_dlm.platform.launch import detect_environment
+from megatron_dlm.platform.parallel import ParallelConfig, ParallelState, start_parallel, stop_parallel
+from megatron_dlm.platform.peak import matmul_flops_per_second
+
+FAMILIES = ("mdlm", "duo", "ar", "esolm")
+SIZES = ("2121M", "1028M", "336M", "113M")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One line of the output."""
+
+    name: str
+    run: Callable[[], dict[str, Any]]
+
+
+def pieces(bench: Bench, arguments: argparse.Namespace, parallel: ParallelState) -> list[Piece]:
+    """All pieces in the order of their use."""
+    found = [
+        Piece("device", lambda: device_of(parallel)),
+        Piece("kernels", lambda: kernel_errors(parallel.device)),
+    ]
+    found += [
+        Piece(f"step errors {family}", lambda family=family: step_errors(bench, family, parallel))
+        for family in arguments.families
+    ]
+    for size in arguments.sizes:
+        for family in arguments.families:
+            for precision in arguments.precisions:
+                found.append(
+                    Piece(
+                        f"ours {size} {family} {precision}",
+                        lambda size=size, family=family, precision=precision: step_speed(
+                            bench, size, family, precision, parallel
+                        ),
+                    )
+                )
+            found.append(
+                Piece(
+                    f"compiled {size} {family} bf16",
+                    lambda size=size, family=family: compiled_speed(bench, size, family, parallel),
+                )
+            )
+        found.append(Piece(f"head {size}", lambda size=size: head_memory(bench, size, parallel)))
+    found += [
+        Piece(f"sampling {family}", lambda family=family: sampling_speed(bench, family, parallel.device))
+        for family in arguments.families
+    ]
+    return found
+
+
+def device_of(parallel: ParallelState) -> dict[str, Any]:
+    """Name, versions and matrix-product speed of the device."""
+    import importlib.metadata as metadata
+
+    def version(name: str) -> str | None:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return None
+
+    device = parallel.device
+    return {
+        "name": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "date": time.strftime("%Y-%m-%d"),
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "transformer_engine": version("transformer-engine"),
+        "megatron_core": version("megatron-core"),
+        "matmul_flops_per_second": matmul_flops_per_second(device, torch.bfloat16),
+    }
+
+
+def measured(output: Path) -> dict[str, dict[str, Any]]:
+    """Results by piece; of a piece tried twice the later one."""
+    if not output.exists():
+        return {}
+    drop_cut_line(output)
+    return {line["piece"]: line for _, line in read_json_lines(output, "output")}
+
+
+def run_missing(todo: list[Piece], arguments: argparse.Namespace) -> None:
+    """Run pieces until all are done or the time is up."""
+    start = time.monotonic()
+    done = measured(arguments.output)
+    for piece in todo:
+        if "error" not in done.get(piece.name, {"error": "missing"}):
+            continue
+        if time.monotonic() - start > arguments.time_limit:
+            print(f"time is up before {piece.name!r}; the same command goes on", file=sys.stderr)
+            return
+        begin = time.monotonic()
+        try:
+            result = piece.run()
+        except Exception as error:
+            # One GPU's trouble with one piece must not cost the others.
+            result = {"error": f"{type(error).__name__}: {str(error)[:500]}"}
+        line = {"piece": piece.name, "seconds": round(time.monotonic() - begin, 1), **result}
+        with arguments.output.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        print(
+            f"{piece.name}: {result.get('error', 'done')} ({line['seconds']} s)", file=sys.stderr, flush=True
+        )
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def print_tables(output: Path) -> None:
+    """What has been measured."""
+    done = measured(output)
+    device = done.get("device", {})
+    print(", ".join(f"{name} {value}" for name, value in device.items() if name not in ("piece", "seconds")))
+    peak = device.get("matmul_flops_per_second", 0.0)
+    errors = [
+        [name, key, f"{value:.1e}"]
+        for name, line in done.items()
+        if name == "kernels" or name.startswith("step errors")
+        for key, value in line.items()
+        if isinstance(value, float) and key != "seconds"
+    ]
+    show("largest errors against float64, relative to the largest value", ["piece", "of", "error"], errors)
+    rows, parts = [], []
+    for name, line in done.items():
+        side, *words = name.split()
+        if side not in ("ours", "compiled"):
+            continue
+        size, family, precision = words
+        if "error" in line:
+            rows.append([size, family, precision, side, line["error"][:60], *[""] * 5])
+            continue
+        plain = done.get(f"compiled {size} {family} bf16", {}).get("tokens_per_second")
+        speed = line["tokens_per_second"]
+        rows.append(
+            [
+                *(size, family, precision, side, f"{speed:,.0f}"),
+                share(line.get("useful_flops_per_second"), peak),
+                share(line.get("hardware_flops_per_second"), peak),
+                f"{line['mib']:,.0f}",
+                str(line["micro_batch_size"]),
+                f"{speed / plain:.2f}x" if plain and side == "ours" else "",
+            ]
+        )
+        if line.get("parts"):
+            total = sum(line["parts"].values())
+            shares = ", ".join(f"{part} {seconds / total:.0%}" for part, seconds in line["parts"].items())
+            parts.append([size, family, precision, shares, f"{line['corruption_seconds'] * 1e3:.1f}"])
+    columns = ["size", "family", "precision", "side", "tokens/s", "useful MFU", "hardware MFU", "peak MiB"]
+    show("training step", [*columns, "micro-batch", "against compiled"], rows)
+    show("share of device time", ["size", "family", "precision", "parts", "ms of noise on the CPU"], parts)
+    heads = [
+        [name.split()[1], *(f"{line[key]:,.0f}" for key in ("ours_mib", "full_mib")), f"{line['ratio']:.3f}"]
+        for name, line in done.items()
+        if name.startswith("head") and "error" not in line
+    ]
+    show("memory of the head's loss and gradient", ["size", "ours MiB", "full logits MiB", "ratio"], heads)
+    sampling = [
+        [name.split()[1], f"{line['tokens_per_second']:,.0f}", str(line["batch_size"]), str(line["steps"])]
+        for name, line in done.items()
+        if name.startswith("sampling") and "error" not in line
+    ]
+    show("sampling", ["family", "tokens/s", "batch", "steps"], sampling)
+
+
+def share(flops: float | None, peak: float) -> str:
+    """Of the measured peak."""
+    return f"{flops / peak:.1%}" if flops and peak else ""
+
+
+def main() -> None:
+    """Measure what is missing, and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, required=True, help="JSON lines; grows with each piece")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), help="published sizes")
+    parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=FAMILIES)
+    parser.add_argument("--precisions", nargs="+", default=["bf16", "fp8"], choices=("fp32", "bf16", "fp8"))
+    parser.add_argument("--fp8-recipe", default="tensorwise", help="of fp8")
+    parser.add_argument("--seq-length", type=int, default=2048, help="tokens of a sample")
+    parser.add_argument("--vocabulary-size", type=int, default=32001, help="ids, mask token included")
+    parser.add_argument("--micro-batch-sizes", nargs="+", type=int, default=[4, 8, 16, 32, 64])
+    parser.add_argument("--rows-per-chunk", type=int, default=4096, help="rows whose logits exist at a time")
+    parser.add_argument("--recompute", choices=("none", "selective", "full"), default="selective")
+    parser.add_argument("--repeats", type=int, default=5, help="measured steps")
+    parser.add_argument("--time-limit", type=float, default=540.0, help="seconds; no piece begins behind it")
+    parser.add_argument("--table", action="store_true", help="print what has been measured, measure nothing")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes, for a test of the script itself")
+    arguments = parser.parse_args()
+    if arguments.tiny:
+        arguments.sizes, arguments.seq_length, arguments.vocabulary_size = ["tiny"], 32, 67
+        arguments.micro_batch_sizes, arguments.repeats, arguments.rows_per_chunk = [1, 2], 1, 32
+    if not arguments.table:
+        try:
+            config = ParallelConfig(device=arguments.device, intra_op_threads=torch.get_num_threads())
+            parallel = start_parallel(detect_environment(), config)
+        except InputError as error:
+            parser.error(str(error))
+        run_missing(pieces(Bench.of(arguments, parallel.device), arguments, parallel), arguments)
+        stop_parallel()
+    print_tables(arguments.output)
+
+
+if __name__ == "__main__":
+    main()
