@@ -202,6 +202,5 @@ def _fp8_fields(fp8: Fp8Config | None, transformer_impl: TransformerImpl) -> dic
             "fp8_margin": fp8.margin,
             "fp8_amax_history_len": fp8.amax_history_len,
             "fp8_amax_compute_algo": fp8.amax_compute_algo,
-            "fp8_param": fp8.param_gather,
         }
     return fields

@@ -32,8 +32,6 @@ class Fp8Config:
     """First layers of the model that stay in bf16; not with delayed scaling."""
     layers_at_end_in_bf16: int = 0
     """Last layers of the model that stay in bf16; not with delayed scaling."""
-    param_gather: bool = False
-    """Keep the layers' weights in FP8 and gather them so after each step; Transformer Engine only."""
 
     def __post_init__(self) -> None:
         for name in ("margin", "layers_at_start_in_bf16", "layers_at_end_in_bf16"):

@@ -33,6 +33,8 @@ class ParallelConfig:
     """Cut what tensor parallelism would replicate, norms and the residual stream, along the sequence."""
     use_distributed_optimizer: bool = True
     """Shard optimizer state over data parallel ranks (ZeRO-1)."""
+    overlap_grad_reduce: bool = False
+    """Sum gradients over data parallel ranks while earlier layers' are still being made."""
     fully_sharded: bool = False
     """Shard parameters, gradients and optimizer state over data and context parallel ranks (ZeRO-3, torch's
     FSDP2); fp32 and one pipeline stage only, and without the distributed optimizer."""
@@ -74,6 +76,10 @@ class ParallelConfig:
             raise InputError(
                 "parallel.use_distributed_optimizer: True, and parallel.fully_sharded needs False: it shards "
                 "the optimizer by itself"
+            )
+        if self.overlap_grad_reduce:
+            raise InputError(
+                "parallel.overlap_grad_reduce: True, while parallel.fully_sharded overlaps by itself"
             )
         if self.pipeline_model_parallel_size > 1:
             raise InputError(

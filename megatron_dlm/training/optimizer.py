@@ -50,6 +50,7 @@ def wrap_data_parallel(denoiser: Denoiser | ChunkedDenoiser, parallel: ParallelC
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
         # The loop stops on losses and gradient norms that are not finite, and names the samples.
         check_for_nan_in_grad=False,
     )

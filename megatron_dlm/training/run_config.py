@@ -294,10 +294,7 @@ def transformer_impl(config: RunConfig, device: torch.device) -> TransformerImpl
             "training.precision: fp8 on CUDA needs Transformer Engine, megatron-dlm[gpu]; "
             "--training.transformer-impl local emulates it, without its speed"
         )
-    chosen: TransformerImpl = "local" if asked == "local" or not present else "transformer_engine"
-    if chosen == "local" and precision == "fp8" and config.fp8.param_gather:
-        raise InputError("fp8.param_gather: needs training.transformer_impl transformer_engine")
-    return chosen
+    return "local" if asked == "local" or not present else "transformer_engine"
 
 
 def load_recipe(path: Path) -> RunConfig:

@@ -152,6 +152,10 @@ class Session:
         from megatron.core.distributed import finalize_model_grads
 
         self.denoiser.config.finalize_model_grads_func = finalize_model_grads
+        if self.config.parallel.overlap_grad_reduce:
+            # Nothing is sent before a step's last microbatch.
+            waits = [chunk.no_sync for chunk in self.chunks]
+            self.denoiser.config.no_sync_func = waits if len(waits) > 1 else waits[0]
         self.denoiser.config.grad_scale_func = self.optimizer.scale_loss
 
     def run_batch(self, step: int, first_sample: int) -> BatchSums:

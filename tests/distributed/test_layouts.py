@@ -41,7 +41,7 @@ QUICK = [
     (1, 1, 2, 4, ""),
     (1, 1, 2, 2, "plain optimizer"),
     (2, 2, 1, 2, ""),
-    (1, 2, 2, 2, ""),
+    (1, 2, 2, 2, "overlap"),
     (1, 1, 1, 4, "context 2"),
     (2, 1, 1, 8, "context 2, sequence"),
 ]
@@ -52,6 +52,9 @@ SLOW = [
     (2, 2, 1, 4, "context 2, sequence"),
     (1, 1, 2, 4, "context 2, plain optimizer"),
     (1, 3, 1, 1, ""),
+    (1, 2, 2, 2, ""),
+    (1, 1, 2, 1, "overlap, plain optimizer"),
+    (2, 1, 2, 2, "overlap, sequence"),
     (4, 1, 1, 8, "sequence"),
     (2, 2, 1, 4, "sequence"),
     (1, 3, 2, 4, "plain optimizer"),
@@ -78,6 +81,7 @@ def parallel_of(layout):
         sequence_parallel="sequence" in options,
         virtual_pipeline_model_parallel_size=2 if "interleaved" in options else 1,
         use_distributed_optimizer="plain" not in options,
+        overlap_grad_reduce="overlap" in options,
     )
 
 
@@ -182,7 +186,7 @@ def test_layout_equals_one_process(corpus, one_process, layout, record_property)
 INTERLEAVED = [
     (1, 2, 1, 2, "interleaved"),
     pytest.param((2, 2, 1, 2, "interleaved, sequence"), marks=pytest.mark.slow),
-    pytest.param((1, 2, 2, 2, "interleaved"), marks=pytest.mark.slow),
+    pytest.param((1, 2, 2, 2, "overlap, interleaved"), marks=pytest.mark.slow),
     pytest.param((1, 2, 1, 1, "context 2, interleaved"), marks=pytest.mark.slow),
 ]
 

@@ -58,7 +58,7 @@ BAD = {
     "verb": (["trian"], "verb: 'trian' is not one of"),
     "flag": (["train", RECIPE, "--training.num-stepz", "3"], "--training.num-stepz"),
     "type": (["train", RECIPE, "--training.num-steps", "many"], "many"),
-    "choice": (["train", RECIPE, "--training.precision", "fp8"], "fp8"),
+    "choice": (["train", RECIPE, "--training.precision", "fp4"], "fp4"),
     "range": (
         ["train", RECIPE, "--training.num-steps", "0"],
         "train: error: training.num_steps: 0 is below 1",
