@@ -33,12 +33,14 @@ def test_a_resumed_run_goes_on_with_the_maxima_it_had(corpus, tmp_path, command,
     assert "linear_fc1.amax_history  float32 [2, 3, 3]" in inspected
 
 
+@pytest.mark.slow
 def test_it_starts_from_a_run_without_maxima(corpus, tmp_path, command, uninterrupted):
     start = ("--checkpoint.initialize-from", uninterrupted[0] / "checkpoints" / "step-00000014")
     command(*arguments_for(corpus, tmp_path, *start, *FP8, steps=1))
     assert 1 in losses(tmp_path)
 
 
+@pytest.mark.slow
 def test_its_checkpoint_is_evaluated_exported_and_started_from(corpus, tmp_path, command, whole_run):
     checkpoint = whole_run / "checkpoints" / "step-00000014"
     counts = ("--num-sequences", 4, "--num-times", 4, "--replicates", 1)

@@ -40,6 +40,7 @@ def test_two_trainings(command, runs, tmp_path, read_json):
     assert strict.returncode == (0 if found["difference"]["high"] <= 0 else 1)
 
 
+@pytest.mark.slow
 def test_one_checkpoint_at_two_precisions(command, runs, tmp_path, read_json):
     """Against itself the difference is nothing at all, and in FP8 far below the bound's own uncertainty."""
     words = ("evaluate", "gate", runs / "bf16", runs / "bf16", *SIZES, "--output", tmp_path / "gate.json")
@@ -56,6 +57,7 @@ def test_one_checkpoint_at_two_precisions(command, runs, tmp_path, read_json):
     assert code == 0 and printed.count("passed") == 1, printed
 
 
+@pytest.mark.slow
 def test_what_cannot_be_compared(command, runs, tmp_path):
     for words, message in (
         ((runs / "bf16", tmp_path), "neither a checkpoint"),

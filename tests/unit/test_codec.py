@@ -40,7 +40,11 @@ def test_tuples_enums_and_none_round_trip():
         (("model", "num_layers"), "four", "config.model.num_layers: expected int, found 'four'"),
         (("model", "num_layers"), True, "config.model.num_layers: expected int, found True"),
         (("model", "depth"), 3, "config.model.depth: unknown field of ModelConfig"),
-        (("training", "precision"), "fp8", "config.training.precision: expected one of ('fp32', 'bf16')"),
+        (
+            ("training", "precision"),
+            "fp4",
+            "config.training.precision: expected one of ('fp32', 'bf16', 'fp8')",
+        ),
         (("objective", "class"), "Path", "config.objective: 'Path' is not a ObjectiveConfig"),
         (("schedule", "lr"), -1.0, "schedule.min_lr: 0.0001 is outside [0, schedule.lr -1.0]"),
     ],

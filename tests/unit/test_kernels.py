@@ -208,7 +208,10 @@ def test_rotary_with_an_order_of_each_sample(dtype, samples):
         close(mine, theirs, dtype)
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=SLOW), 90, pytest.param(100, marks=SLOW)])
 def test_all_kernels_compile_for_gpus_that_are_not_here(capability, tmp_path, record_property):
     """In a process of its own: here they are made for the interpreter. Nothing spills from registers."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
