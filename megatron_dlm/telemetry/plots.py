@@ -32,13 +32,16 @@ def plot_loss(directory: Path, output: Path, *, title: str, unigram_entropy: flo
     pyplot.close(figure)
 
 
-def plot_by_time(bands: Sequence[tuple[float, float, float, float]], output: Path, *, title: str) -> None:
+def plot_by_time(
+    bands: Sequence[tuple[float, float, float, float]], output: Path, *, title: str, of: str = "bound"
+) -> None:
     """Draw what the diffusion times contribute to a bound.
 
     Args:
         bands: first and last time, nats per token of the bound's integrand, and its standard error.
         output: PNG file.
         title: of the picture.
+        of: what is drawn, where it is not a bound.
     """
     pyplot, figure, axes = _canvas()
     first, last, nats, errors = zip(*bands, strict=True)
@@ -46,8 +49,8 @@ def plot_by_time(bands: Sequence[tuple[float, float, float, float]], output: Pat
     widths = [b - a for a, b in zip(first, last, strict=True)]
     axes.bar(centers, nats, widths, yerr=[1.96 * error for error in errors], capsize=2, alpha=0.6)
     mean = sum(nats) / len(nats)
-    axes.axhline(mean, linestyle="--", color="gray", label=f"bound: {mean:.4f} nats/token")
-    axes.set(title=title, xlabel="diffusion time t", ylabel="bound's integrand (nats/token), 95% interval")
+    axes.axhline(mean, linestyle="--", color="gray", label=f"{of}: {mean:.4g} nats/token")
+    axes.set(title=title, xlabel="diffusion time t", ylabel=f"{of}'s integrand (nats/token), 95% interval")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(output, dpi=120, bbox_inches="tight")

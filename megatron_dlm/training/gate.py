@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megatron_dlm.checkpointing.storage import MANIFEST, CheckpointRoot
 from megatron_dlm.interfaces import InputError
@@ -17,6 +17,7 @@ from megatron_dlm.platform.parallel import ParallelConfig, start_parallel, stop_
 from megatron_dlm.telemetry.writers import METRICS_FILE, read_metrics
 from megatron_dlm.training.run import RunRecord, read_run_record
 from megatron_dlm.training.use_checkpoint import (
+    copies_by,
     held_out,
     load_denoiser,
     refuse_training_layouts,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
     from megatron_dlm.evaluation.bound import Bound, BoundConfig
     from megatron_dlm.interfaces import TokenBatch
-    from megatron_dlm.objectives.base import CorruptionContext, Objective, ObjectiveConfig
+    from megatron_dlm.objectives.base import CorruptionContext, ObjectiveConfig
     from megatron_dlm.training.held_out_bound import Progress, RunCopies
 
 
@@ -128,20 +129,12 @@ def compare_checkpoints(
         )
         configs.append(scoring_config(as_asked, config, parallel_config))
     parallel = start_parallel(detect_environment(), parallel_config)
-    from megatron_dlm.training.held_out_bound import held_out_bound, megatron_copies, share_of_rank
-    from megatron_dlm.training.step import PipelineRunner
+    from megatron_dlm.training.held_out_bound import held_out_bound, share_of_rank
 
-    runs = []
-    for one, one_config in zip((a, b), configs, strict=True):
-        denoiser = load_denoiser(one.record, one_config, parallel)
-        rows_per_chunk = one_config.training.head_rows_per_chunk
-
-        def runner_of(
-            objective: Objective, denoiser: Any = denoiser, rows: int = rows_per_chunk
-        ) -> PipelineRunner:
-            return PipelineRunner([denoiser], objective, parallel, rows)
-
-        runs.append(megatron_copies(runner_of, record.vocabulary))
+    runs = [
+        copies_by(load_denoiser(one.record, one_config, parallel), one_config, parallel)
+        for one, one_config in zip((a, b), configs, strict=True)
+    ]
     paired = _Paired(*runs)
     bounds = [
         held_out_bound(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from megatron_dlm.evaluation.bound import Bound, BoundConfig
     from megatron_dlm.models.denoiser import Denoiser
     from megatron_dlm.objectives.base import Objective
-    from megatron_dlm.training.held_out_bound import Progress
+    from megatron_dlm.training.held_out_bound import Progress, RunCopies
     from megatron_dlm.training.run_data import BlendedShards
     from megatron_dlm.training.use_model import UsableModel
 
@@ -129,17 +129,11 @@ def bound_of_checkpoint(
     shard, rows, run_config = held_out(record.config, record.tokenizer_fingerprint, data, drop_long_records)
     run_config = scoring_config(run_config, config, parallel_config)
     with open_checkpoint(record, parallel_config, run_config.training.precision) as opened:
-        from megatron_dlm.training.held_out_bound import held_out_bound, megatron_copies, share_of_rank
-        from megatron_dlm.training.step import PipelineRunner
+        from megatron_dlm.training.held_out_bound import held_out_bound, share_of_rank
 
         parallel = opened.parallel
-        chunks, rows_per_chunk = [opened.denoiser], run_config.training.head_rows_per_chunk
-
-        def runner_of(objective: Objective) -> PipelineRunner:
-            return PipelineRunner(chunks, objective, parallel, rows_per_chunk)
-
         bound = held_out_bound(
-            megatron_copies(runner_of, record.vocabulary),
+            copies_by(opened.denoiser, run_config, parallel),
             rows,
             run_config.objective,
             record.vocabulary,
@@ -149,6 +143,26 @@ def bound_of_checkpoint(
             progress=progress if parallel.rank == 0 else lambda done, total: None,
         )
         return bound, parallel.rank == 0
+
+
+def copies_by(denoiser: Denoiser, config: RunConfig, parallel: ParallelState) -> RunCopies:
+    """Scores noisy copies by a loaded model.
+
+    Args:
+        denoiser: this process's stage.
+        config: of `scoring_config`.
+        parallel: this process's place.
+
+    Returns:
+        The function.
+    """
+    from megatron_dlm.training.held_out_bound import megatron_copies
+    from megatron_dlm.training.step import PipelineRunner
+
+    def runner_of(objective: Objective) -> PipelineRunner:
+        return PipelineRunner([denoiser], objective, parallel, config.training.head_rows_per_chunk)
+
+    return megatron_copies(runner_of, denoiser.vocabulary)
 
 
 def scoring_config(run_config: RunConfig, config: BoundConfig, parallel_config: ParallelConfig) -> RunConfig:

@@ -1,0 +1,58 @@
+"""Whose kernels, linears and attention a run takes, by device and by what is asked for."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_dlm.interfaces import InputError
+from megatron_dlm.kernels.choice import INTERPRETER, wants_triton
+from megatron_dlm.objectives.ar import ARConfig
+from megatron_dlm.training.run_config import transformer_impl
+from tests.helpers import tiny
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def test_kernels(monkeypatch):
+    pytest.importorskip("triton")
+    assert [wants_triton("auto", device) for device in (CPU, CUDA)] == [False, True]
+    assert not wants_triton("torch", CUDA)
+    monkeypatch.setenv(INTERPRETER, "1")
+    assert wants_triton("triton", CPU)
+    monkeypatch.delenv(INTERPRETER)
+    with pytest.raises(InputError, match=r"kernels: triton on a CPU .* TRITON_INTERPRET=1"):
+        wants_triton("triton", CPU)
+
+
+def test_kernels_without_triton(monkeypatch):
+    """CUDA does not fall back to slow code by itself."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="auto on cuda needs triton; or choose torch"):
+        wants_triton("auto", CUDA)
+    assert not wants_triton("torch", CUDA)
+
+
+@pytest.mark.parametrize(
+    "precision, asked, device, present, expected",
+    [
+        ("bf16", "auto", CPU, True, "local"),
+        ("fp8", "auto", CPU, False, "local"),
+        ("bf16", "auto", CUDA, False, "local"),
+        ("bf16", "auto", CUDA, True, "transformer_engine"),
+        ("fp8", "auto", CUDA, True, "transformer_engine"),
+        ("fp8", "local", CUDA, True, "local"),
+        ("fp8", "auto", CUDA, False, "training.precision: fp8 on CUDA needs Transformer Engine"),
+        ("bf16", "transformer_engine", CUDA, False, "transformer_engine needs CUDA and"),
+        ("bf16", "transformer_engine", CPU, True, "transformer_engine needs CUDA and"),
+    ],
+)
+def test_linears_and_attention(corpus, monkeypatch, precision, asked, device, present, expected):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if present else None)
+    config = tiny.run_config(corpus, corpus.directory, ARConfig())
+    config = replace(config, training=replace(config.training, precision=precision, transformer_impl=asked))
+    if expected in ("local", "transformer_engine"):
+        assert transformer_impl(config, device) == expected
+    else:
+        with pytest.raises(InputError, match=expected):
+            transformer_impl(config, device)
