@@ -142,4 +142,4 @@ def _report(
         from megatron_dlm.telemetry.plots import plot_by_time
 
         bands = [(b.first, b.last, b.nats_per_token, b.standard_error or 0.0) for b in difference.by_time]
-        plot_by_time(bands, config.plot, title=f"{config.b} less {config.a}", of="difference")
+        plot_by_time(bands, config.plot, title=f"{config.b.name} less {config.a.name}", of="difference")
