@@ -93,7 +93,7 @@ def describe_layout(config: RunConfig, processes: int) -> str:
     """What a job of that many processes would run; raises InputError where it cannot."""
     from megatron_dlm.models.sizes import parameter_count
     from megatron_dlm.training.budget import describe_flops
-    from megatron_dlm.training.run_config import check_run
+    from megatron_dlm.training.run_checks import check_run
 
     check_run(config, processes)
     parallel, training = config.parallel, config.training

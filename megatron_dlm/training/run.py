@@ -21,7 +21,8 @@ from megatron_dlm.platform.codec import decode
 from megatron_dlm.platform.launch import detect_environment
 from megatron_dlm.platform.parallel import ParallelState, on_first_rank, start_parallel, stop_parallel
 from megatron_dlm.platform.post_mortem import naming_the_rank_at_fault
-from megatron_dlm.training.run_config import RunConfig, check_run
+from megatron_dlm.training.run_checks import check_run
+from megatron_dlm.training.run_config import RunConfig
 from megatron_dlm.training.run_data import RunData, open_data
 from megatron_dlm.training.run_lock import RunLock
 from megatron_dlm.training.stop_signals import StopSignals

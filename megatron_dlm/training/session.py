@@ -22,7 +22,8 @@ from megatron_dlm.platform.parallel import ParallelState
 from megatron_dlm.platform.rng import NoiseSource
 from megatron_dlm.training.microbatches import BatchAddress, MicrobatchMaker, carry
 from megatron_dlm.training.optimizer import build_optimizer, wrap_data_parallel
-from megatron_dlm.training.run_config import EvaluationConfig, RunConfig, transformer_impl
+from megatron_dlm.training.run_checks import transformer_impl
+from megatron_dlm.training.run_config import EvaluationConfig, RunConfig
 from megatron_dlm.training.run_data import BlendedShards, RunData
 from megatron_dlm.training.step import BatchSums, PipelineRunner
 

@@ -12,7 +12,8 @@ from megatron_dlm.models.config import Precision
 from megatron_dlm.platform.launch import detect_environment
 from megatron_dlm.platform.parallel import ParallelConfig, ParallelState, start_parallel, stop_parallel
 from megatron_dlm.training.run import RunRecord
-from megatron_dlm.training.run_config import RunConfig, check_run
+from megatron_dlm.training.run_checks import check_run
+from megatron_dlm.training.run_config import RunConfig
 
 if TYPE_CHECKING:
     from megatron_dlm.data.loader import DataConfig

@@ -8,7 +8,7 @@ import torch
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.kernels.choice import INTERPRETER, wants_triton
 from megatron_dlm.objectives.ar import ARConfig
-from megatron_dlm.training.run_config import transformer_impl
+from megatron_dlm.training.run_checks import transformer_impl
 from tests.helpers import tiny
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -1,0 +1,114 @@
+"""Checks of a run's configuration that need no process: sizes that fit each other, and what is there."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING
+
+from megatron_dlm.data.dali import require_dali
+from megatron_dlm.interfaces import InputError
+from megatron_dlm.models.config import TransformerImpl
+from megatron_dlm.objectives.registry import OBJECTIVES
+from megatron_dlm.training.run_config import RunConfig
+
+if TYPE_CHECKING:
+    import torch
+
+
+def check_run(config: RunConfig, world_size: int) -> None:
+    """Refuse impossible combinations.
+
+    Args:
+        config: of the run.
+        world_size: processes of the job.
+
+    Raises:
+        InputError: sizes that do not divide, or no family chosen.
+    """
+    if type(config.objective) not in OBJECTIVES.values():
+        raise InputError(f"objective: choose a family, one of {', '.join(OBJECTIVES)}")
+    if config.data.document_mask and not config.objective.takes_document_masks:
+        raise InputError(
+            f"data.document_mask: {config.objective.name} cuts samples, not documents, into blocks"
+        )
+    if config.data.loader == "dali":
+        require_dali()
+    data_size = config.parallel.data_parallel_size(world_size)
+    config.model.check_parallel(config.parallel)
+    config.parallel.check_lengths(config.objective.length_multiple(config.data.seq_length))
+    if config.parallel.fully_sharded:
+        _check_fully_sharded(config)
+    if config.training.precision == "fp8":
+        _check_fp8(config)
+    micro = config.training.micro_batch_size
+    batches = [("training.global_batch_size", size) for size in config.training.batch_sizes()]
+    for name, size in [*batches, ("evaluation.batch_size", config.evaluation.batch_size)]:
+        config.objective.check_sizes(size, config.data.seq_length)
+        if size % (micro * data_size):
+            raise InputError(
+                f"{name}: {size} is not a multiple of training.micro_batch_size {micro} "
+                f"x data parallel size {data_size}"
+            )
+        stages, microbatches = config.parallel.pipeline_model_parallel_size, size // (micro * data_size)
+        if config.parallel.virtual_pipeline_model_parallel_size > 1 and microbatches < stages:
+            raise InputError(
+                f"{name}: {size} is {microbatches} microbatches, and interleaved chunks need as many as "
+                f"parallel.pipeline_model_parallel_size {stages}"
+            )
+
+
+def _check_fully_sharded(config: RunConfig) -> None:
+    if config.training.precision != "fp32":
+        raise InputError(
+            f"training.precision: {config.training.precision}, and parallel.fully_sharded needs fp32: it "
+            "sums gradients in the parameters' precision"
+        )
+    if config.objective.has_parts:
+        raise InputError(
+            "parallel.fully_sharded: needs equal numbers of forwards on all ranks, which an objective of two "
+            "parts (objective.alpha_0 between 0 and 1) does not give"
+        )
+
+
+def _check_fp8(config: RunConfig) -> None:
+    model, parallel, training = config.model, config.parallel, config.training
+    tensor = parallel.tensor_model_parallel_size
+    rows = training.micro_batch_size * config.objective.length_multiple(config.data.seq_length)
+    width = model.padded_heads(tensor) // tensor * model.head_dim
+    config.fp8.check_shapes(
+        {
+            "model.hidden_size": model.hidden_size,
+            "model.ffn_hidden_size of a tensor parallel rank": model.ffn_hidden_size // tensor,
+            "the width of a tensor parallel rank's heads": width,
+            "the positions of a microbatch on a rank (lengths are multiples of objective.ssl_multiple)": rows
+            // parallel.context_parallel_size
+            // (tensor if parallel.sequence_parallel else 1),
+        }
+    )
+    config.fp8.check_layers(model.stage_layers(parallel.pipeline_model_parallel_size))
+
+
+def transformer_impl(config: RunConfig, device: torch.device) -> TransformerImpl:
+    """Whose linears and attention a run takes.
+
+    Args:
+        config: of the run.
+        device: of the run.
+
+    Returns:
+        What was asked for, or by device and precision.
+
+    Raises:
+        InputError: Transformer Engine is asked for, or needed for FP8 on CUDA, and not there.
+    """
+    asked, precision = config.training.transformer_impl, config.training.precision
+    # On a CPU nothing of it may be imported, see platform/cpu.py.
+    present = device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
+    if asked == "transformer_engine" and not present:
+        raise InputError("training.transformer_impl: transformer_engine needs CUDA and megatron-dlm[gpu]")
+    if asked == "auto" and precision == "fp8" and device.type == "cuda" and not present:
+        raise InputError(
+            "training.precision: fp8 on CUDA needs Transformer Engine, megatron-dlm[gpu]; "
+            "--training.transformer-impl local emulates it, without its speed"
+        )
+    return "local" if asked == "local" or not present else "transformer_engine"
