@@ -1,5 +1,7 @@
 """Training on CUDA is training on the CPU, up to rounding."""
 
+import importlib.util
+
 import pytest
 import torch
 
@@ -29,3 +31,27 @@ def test_losses_on_cuda_are_those_on_the_cpu(command, corpus, tmp_path, family):
     for (ours, loss), (theirs, expected) in zip(*curves, strict=True):
         assert ours == theirs
         assert loss == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is None, reason="no Transformer Engine")
+@pytest.mark.parametrize("family", OBJECTIVES)
+def test_transformer_engine_trains_as_the_local_layers_do(command, corpus, tmp_path, family):
+    """bf16 up to its rounding, FP8 up to FP8's; the same noise."""
+    curves = {}
+    for name, words in {
+        "local": ("--training.precision", "bf16", "--training.transformer-impl", "local"),
+        "bf16": ("--training.precision", "bf16", "--training.transformer-impl", "transformer_engine"),
+        "fp8": ("--training.precision", "fp8", "--fp8.recipe", "tensorwise"),
+    }.items():
+        run = tmp_path / name
+        command(
+            *arguments_for(corpus, run, *words, recipe=f"examples/{family}/tiny.py", steps=4),
+            CUDA_VISIBLE_DEVICES="0",
+        )
+        curves[name] = [
+            (entry["fingerprint"], entry["loss"]) for entry in read_metrics(run) if entry["kind"] == "train"
+        ]
+    for name, tolerance in (("bf16", 1e-2), ("fp8", 5e-2)):
+        for (ours, loss), (theirs, expected) in zip(curves[name], curves["local"], strict=True):
+            assert ours == theirs
+            assert loss == pytest.approx(expected, rel=tolerance)
