@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -36,20 +37,25 @@ def parse(declared: type[T], arguments: Sequence[str], *, verb: str, default: T 
     options: dict[str, Any] = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(complaint):
-            parsed: T = tyro.cli(
-                declared,
-                args=list(arguments),
-                prog=f"megatron-dlm {verb}",
-                config=(tyro.conf.AvoidSubcommands,),
-                **options,
-            )
+            try:
+                parsed: T = tyro.cli(
+                    declared,
+                    args=list(arguments),
+                    prog=f"megatron-dlm {verb}",
+                    config=(tyro.conf.AvoidSubcommands,),
+                    **options,
+                )
+            finally:
+                sys.stdout.flush()
             return parsed
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
         raise InputError(_one_line(complaint.getvalue())) from None
-    finally:
-        sys.stdout.flush()
+    except BrokenPipeError:
+        # The help's reader has left, as `head` does; what is still in the buffer goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
 
 
 def check_new_file(name: str, path: Path | None) -> None:

@@ -19,7 +19,8 @@ def run_bench(*arguments):
     return finished.stdout
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_step_benchmark_prints_both_sides_and_the_floor(precision):
     printed = run_bench("--families", "duo", "--precision", precision)
     for word in ("ours", "naive", "floor", "MiB", "plain DiT", "redirection costs"):

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from tests.conftest import ROOT
 from tests.helpers import tiny
 
 RECIPE = "examples/mdlm/tiny.py"
@@ -263,3 +264,9 @@ def test_tokenizer_and_index_from_the_command_line(command, tmp_path, read_json)
     failed = command("index", *bad, check=False)
     assert failed.returncode == 2 and "bad.jsonl:2: not JSON" in failed.stderr
     assert sorted(path.name for path in (tmp_path / "d").iterdir()) == ["s.bin", "s.idx", "s.json"]
+
+
+def test_a_reader_of_the_help_may_leave():
+    pipe = f"{sys.executable} -m megatron_dlm train {RECIPE} --help | head -1"
+    finished = subprocess.run(pipe, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert "usage" in finished.stdout and not finished.stderr
