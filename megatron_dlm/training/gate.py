@@ -14,7 +14,7 @@ from megatron_dlm.models.config import Precision
 from megatron_dlm.models.fp8 import Fp8Config
 from megatron_dlm.platform.launch import detect_environment
 from megatron_dlm.platform.parallel import ParallelConfig, start_parallel, stop_parallel
-from megatron_dlm.telemetry.writers import METRICS_FILE, read_metrics
+from megatron_dlm.telemetry.writers import read_metrics
 from megatron_dlm.training.run import RunRecord, read_run_record
 from megatron_dlm.training.use_checkpoint import (
     copies_by,
@@ -188,12 +188,7 @@ def logged_bounds(run: Path) -> dict[int, tuple[int, float]]:
 
     Returns:
         Noise fingerprint and bound, nats/token, of each training step; of a step written twice the later one.
-
-    Raises:
-        InputError: it has logged nothing.
     """
-    if not (run / METRICS_FILE).is_file():
-        raise InputError(f"{run}: has no {METRICS_FILE}")
     return {
         entry["step"]: (entry["fingerprint"], entry["nats_per_token"])
         for entry in read_metrics(run)

@@ -103,7 +103,7 @@ def forget_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def kernel_errors(device: torch.device) -> dict[str, Any]:
+def kernel_errors() -> dict[str, Any]:
     """The kernels' own tests: on a GPU compiled, on a CPU in the interpreter."""
     import pytest
 
@@ -260,7 +260,7 @@ def head_memory(bench: Bench, size: str, parallel: ParallelState) -> dict[str, A
     if device.type != "cuda":
         raise RuntimeError("a CPU's process keeps its largest memory; tools/bench/step.py measures it there")
     shape = bench.shape(size, "mdlm", "bf16", bench.micro_batch_sizes[0])
-    head = build_denoiser(replace(shape, size=size), parallel).head
+    head = build_denoiser(shape, parallel).head
     objective = OBJECTIVES["mdlm"]().build(shape.vocabulary)
     _, targets = objective.corrupt(shape.batch(0), shape.context(0))
     hidden = torch.randn(shape.seq_length, shape.batch_size, head.weight.shape[1], device=device)
