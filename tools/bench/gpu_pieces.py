@@ -105,7 +105,7 @@ def forget_peak(device: torch.device) -> None:
 
 
 def kernel_errors() -> dict[str, Any]:
-    """The kernels' own tests: on a GPU compiled, on a CPU in the interpreter, which a process chooses once."""
+    """The kernels' own tests: on a GPU compiled, on a CPU interpreted, which a process chooses once."""
     root = Path(__file__).resolve().parents[2]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not compile"]
     finished = subprocess.run(
