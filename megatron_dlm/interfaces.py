@@ -5,10 +5,9 @@ Shape legend: B microbatch sequences, L tokens, S positions, R rows that reach t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -90,6 +89,28 @@ class TokenBatch:
         )
 
 
+Record = TypeVar("Record")
+
+
+def on_device(record: Record, device: torch.device) -> Record:
+    """A frozen dataclass whose tensors, also those of dataclasses in it, are on a device.
+
+    Args:
+        record: of tensors, dataclasses and anything else.
+        device: where to.
+
+    Returns:
+        The same, but for what was elsewhere.
+    """
+    moved: dict[str, Any] = {}
+    for name, value in vars(record).items():
+        if is_dataclass(value):
+            moved[name] = on_device(value, device)
+        elif hasattr(value, "to"):
+            moved[name] = value.to(device)
+    return replace(record, **moved)  # type: ignore[type-var]
+
+
 @dataclass(frozen=True, kw_only=True)
 class TokenMixture:
     """Soft tokens: at each position a weighted few of the vocabulary's embeddings."""
@@ -118,27 +139,9 @@ class ModelInputs:
     """int64 [B, S], of all positions also where the others are one context parallel rank's; queries look only
     at keys of their own document. None where all positions belong together."""
 
-    def tensors(self) -> list[Tensor]:
-        """All there are, in a fixed order."""
-        found: list[Tensor] = []
-        for value in vars(self).values():
-            if value is not None:
-                found += vars(value).values() if isinstance(value, TokenMixture) else [value]
-        return found
-
-    def with_tensors(self, tensors: Iterator[Tensor]) -> ModelInputs:
-        """The same inputs with others in place of `tensors()`, in that order."""
-        parts: dict[str, Any] = {}
-        for name, value in vars(self).items():
-            if isinstance(value, TokenMixture):
-                parts[name] = replace(value, **{field: next(tensors) for field in vars(value)})
-            elif value is not None:
-                parts[name] = next(tensors)
-        return replace(self, **parts)
-
     def to(self, device: torch.device) -> ModelInputs:
         """The same inputs on `device`."""
-        return self.with_tensors(tensor.to(device) for tensor in self.tensors())
+        return on_device(self, device)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from megatron_dlm.conversion.megatron_network import MegatronNetwork
 from megatron_dlm.conversion.to_hugging_face import ExportDtype, hugging_face_fields
 from megatron_dlm.interfaces import ModelInputs, Targets
 from megatron_dlm.models.denoiser import Denoiser
+from megatron_dlm.models.head import HeadRows
 from megatron_dlm.objectives.base import ObjectiveConfig
 from megatron_dlm.platform.files import write_json
 from megatron_dlm.sampling.generate import sample
@@ -71,7 +72,7 @@ def write_check(
     """
     vocabulary = denoiser.vocabulary
     row_loss = objective.build(vocabulary).loss_and_dlogits
-    losses = denoiser.head.losses(denoiser(inputs), targets, row_loss, rows_per_chunk=rows_per_chunk)
+    losses = denoiser.head(denoiser(inputs), HeadRows.of(targets), row_loss, rows_per_chunk)
     one = replace(
         inputs,
         token_ids_BL=inputs.token_ids_BL[:1],

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -37,7 +38,7 @@ def require_dali() -> None:
         )
 
 
-def carry_with_dali(batches: Iterator[Sequence[Tensor]], device_index: int | None) -> Iterator[list[Tensor]]:
+def carry_with_dali(batches: Iterator[Sequence[Tensor]], device: torch.device) -> Iterator[list[Tensor]]:
     """Bring tensors to a device while earlier ones are worked on.
 
     The tensors of a batch, whose number, shapes and types may change, travel as the bytes of one buffer: one
@@ -45,7 +46,7 @@ def carry_with_dali(batches: Iterator[Sequence[Tensor]], device_index: int | Non
 
     Args:
         batches: tensors on the CPU.
-        device_index: of the GPU; None carries them to the CPU, through the same pipeline.
+        device: a GPU, or the CPU, through the same pipeline.
 
     Yields:
         The tensors of each batch, in order.
@@ -66,10 +67,16 @@ def carry_with_dali(batches: Iterator[Sequence[Tensor]], device_index: int | Non
             waiting.append(error)
             yield [np.zeros(1, dtype=np.uint8)]
 
-    pipeline = Pipeline(batch_size=1, num_threads=1, device_id=device_index, prefetch_queue_depth=QUEUE_DEPTH)
+    on_gpu = device.type == "cuda"
+    pipeline = Pipeline(
+        batch_size=1,
+        num_threads=1,
+        device_id=device.index if on_gpu else None,
+        prefetch_queue_depth=QUEUE_DEPTH,
+    )
     with pipeline:
         buffer = fn.external_source(source=buffers(), dtype=types.UINT8, ndim=1)
-        pipeline.set_outputs(buffer if device_index is None else buffer.gpu())
+        pipeline.set_outputs(buffer.gpu() if on_gpu else buffer)
     pipeline.build()
     for (outputs,) in DALIGenericIterator(pipeline, ["buffer"], auto_reset=False):
         layout = waiting.popleft()

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from megatron_dlm.interfaces import InputError
 
+Loader = Literal["torch", "pinned", "dali"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -35,9 +37,9 @@ class DataConfig:
     workers: int = 0
     """Processes of each rank that read and corrupt batches ahead of the steps; 0: none, at each step itself.
     The samples and their noise are the same for any number."""
-    loader: Literal["torch", "dali"] = "torch"
-    """What brings batches to the device: torch, at each step; dali, NVIDIA DALI ahead of the steps, with the
-    same bits."""
+    loader: Loader = "torch"
+    """What brings batches to the device: torch, at each step; pinned, torch ahead of the steps, from pinned
+    memory on a stream of its own; dali, NVIDIA DALI likewise. All with the same bits."""
     verify_checksums: bool = False
     """Read all shards whole before the run and compare their SHA-256 with the manifests."""
 

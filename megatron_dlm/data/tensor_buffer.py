@@ -38,17 +38,18 @@ class Layout:
         return Layout(tuple(places), end)
 
 
-def pack(tensors: Sequence[Tensor], layout: Layout) -> Tensor:
+def pack(tensors: Sequence[Tensor], layout: Layout, out: Tensor | None = None) -> Tensor:
     """The bytes of some tensors.
 
     Args:
         tensors: on the CPU.
         layout: theirs.
+        out: uint8 [layout.num_bytes] to write to, whose bytes between tensors stay as they are.
 
     Returns:
         uint8 [layout.num_bytes].
     """
-    buffer = torch.zeros(layout.num_bytes, dtype=torch.uint8)
+    buffer = torch.zeros(layout.num_bytes, dtype=torch.uint8) if out is None else out
     done: set[int] = set()
     for tensor, (_, _, start) in zip(tensors, layout.places, strict=True):
         if tensor.nbytes and start not in done:

@@ -181,7 +181,7 @@ class Denoiser(MegatronModule):
         """float32 [B, L, Vp] of this rank's columns; for evaluation of small batches on one stage."""
         hidden_states = self.forward(inputs)
         length, batch_size, _ = hidden_states.shape
-        return self.head(hidden_states.flatten(0, 1)).view(length, batch_size, -1).transpose(0, 1)
+        return self.head.logits(hidden_states.flatten(0, 1)).view(length, batch_size, -1).transpose(0, 1)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

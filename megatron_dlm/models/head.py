@@ -19,7 +19,7 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
-from megatron_dlm.interfaces import RowTargets, Targets
+from megatron_dlm.interfaces import RowTargets, Targets, on_device
 from megatron_dlm.models.heads_linear import allow_padding
 from megatron_dlm.platform.vocab_parallel import VocabShard
 
@@ -27,6 +27,33 @@ RowLoss = Callable[[Tensor, RowTargets, VocabShard], tuple[Tensor, Tensor]]
 """An objective's `loss_and_dlogits`."""
 ROW_MULTIPLE = 16
 """Chunks are padded to a multiple of this, which FP8 matrix products need."""
+
+
+@dataclass(frozen=True)
+class HeadRows:
+    """The positions of one microbatch that carry a loss."""
+
+    places_R: Tensor
+    """int64 [R], in the [s, b] grid of positions."""
+    targets: RowTargets
+    """Theirs."""
+    num_sequences: int
+    """b."""
+
+    @classmethod
+    def of(cls, targets: Targets) -> HeadRows:
+        """Those whose weight is not 0; made beside the draws, so that no device is asked for their number."""
+        places_R = targets.weight_BL.t().reshape(-1).nonzero()[:, 0]
+        per_row = {
+            f"{name.removesuffix('_BL')}_R": value.t().reshape(-1)[places_R]
+            for name, value in vars(targets).items()
+            if name.endswith("_BL")
+        }
+        return cls(places_R, RowTargets(**per_row), targets.weight_BL.shape[0])
+
+    def to(self, device: torch.device) -> HeadRows:
+        """The same rows on `device`."""
+        return on_device(self, device)
 
 
 @dataclass(frozen=True)
@@ -39,18 +66,14 @@ class HeadLosses:
     """float64, the bound's sum, without gradient."""
     losses_R: Tensor
     """[R] unweighted losses of the rows that reached the head."""
-    rows_R: Tensor
-    """int64 [R] on the CPU, their places in the [s, b] grid of positions."""
+    rows: HeadRows
+    """Those, on the losses' device."""
 
-    def sample_bounds(self, targets: Targets) -> Tensor:
+    def sample_bounds(self) -> Tensor:
         """float64 [b], the bound's sum over each sequence, without gradient."""
-        num_sequences = targets.weight_BL.shape[0]
-        device = self.losses_R.device
-        weight_R = targets.bound_weight_BL.t().reshape(-1)[self.rows_R].to(device)
-        bounds_b = torch.zeros(num_sequences, dtype=torch.float64, device=device)
-        return bounds_b.index_add_(
-            0, (self.rows_R % num_sequences).to(device), self.losses_R.detach().double() * weight_R
-        )
+        bounds_b = self.losses_R.new_zeros(self.rows.num_sequences, dtype=torch.float64)
+        bounds_R = self.losses_R.detach().double() * self.rows.targets.bound_weight_R
+        return bounds_b.index_add_(0, self.rows.places_R % self.rows.num_sequences, bounds_R)
 
 
 class Head(nn.Module):
@@ -73,30 +96,27 @@ class Head(nn.Module):
         for parameter in (self.weight, self.bias):
             set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
 
-    def forward(self, hidden_RD: Tensor) -> Tensor:
+    def logits(self, hidden_RD: Tensor) -> Tensor:
         """[R, Vp] logits of this rank's columns, padding included; float32, or float64 from such weights."""
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         return _logits(hidden_RD.to(self.weight.dtype), self.weight, self.bias, dtype)
 
-    def losses(
-        self, hidden_sbD: Tensor, targets: Targets, row_loss: RowLoss, rows_per_chunk: int
+    def forward(
+        self, hidden_sbD: Tensor, rows: HeadRows, row_loss: RowLoss, rows_per_chunk: int
     ) -> HeadLosses:
         """Losses of one microbatch.
 
         Args:
             hidden_sbD: [s, b, D] output of the final layer.
-            targets: of the microbatch, on the CPU; rows of weight 0 are skipped.
+            rows: of the microbatch.
             row_loss: losses and logit gradients of a chunk.
             rows_per_chunk: most rows whose logits exist at a time.
 
         Returns:
             The sums and the losses of the rows.
         """
-        device = hidden_sbD.device
-        # Row indices come from the CPU, beside the draws: no device synchronisation.
-        rows_R = targets.weight_BL.t().reshape(-1).nonzero()[:, 0]
-        row_targets = _rows_of(targets, rows_R, device)
-        hidden_RD = hidden_sbD.flatten(0, 1).index_select(0, rows_R.to(device)).to(self.weight.dtype)
+        rows = rows.to(hidden_sbD.device)
+        hidden_RD = hidden_sbD.flatten(0, 1).index_select(0, rows.places_R).to(self.weight.dtype)
         # Inside a Function gradients always look disabled, so it is told here.
         wants_gradient = torch.is_grad_enabled()
         loss, losses_R = _ChunkedLoss.apply(
@@ -104,13 +124,13 @@ class Head(nn.Module):
             self.weight,
             self.bias,
             self.vocab,
-            row_targets,
+            rows.targets,
             row_loss,
             rows_per_chunk,
             wants_gradient,
         )
-        bound = torch.dot(losses_R.double(), row_targets.bound_weight_R)
-        return HeadLosses(loss, bound, losses_R, rows_R)
+        bound = torch.dot(losses_R.double(), rows.targets.bound_weight_R)
+        return HeadLosses(loss, bound, losses_R, rows)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
@@ -136,16 +156,6 @@ def _logits(
     if weight.dtype == dtype:
         return torch.addmm(bias, hidden_RD, weight.t(), out=None if out is None else out[: len(hidden_RD)])
     return torch.mm(hidden_RD, weight.t()).to(dtype).add_(bias.to(dtype))
-
-
-def _rows_of(targets: Targets, rows_R: Tensor, device: torch.device) -> RowTargets:
-    """The targets of some positions, in the head's order (positions outermost), on `device`."""
-    per_row = {
-        f"{name.removesuffix('_BL')}_R": value.t().reshape(-1)[rows_R].to(device)
-        for name, value in vars(targets).items()
-        if name.endswith("_BL")
-    }
-    return RowTargets(**per_row)
 
 
 class _ChunkedLoss(torch.autograd.Function):

@@ -204,7 +204,8 @@ def megatron_copies(runner_of: Callable[[Objective], PipelineRunner], vocabulary
             runners[config] = runner_of(config.build(vocabulary))
         runner = runners[config]
         address = BatchAddress(0, context.batch_start, context.global_batch_size, training=False)
-        bounds = runner.run(corrupted_parts(runner.objective, batches, context), address).sample_bounds
+        microbatches = runner.ready(corrupted_parts(runner.objective, batches, context))
+        bounds = runner.run(microbatches, address).sample_bounds
         assert bounds is not None
         return bounds
 

@@ -1,10 +1,10 @@
-"""One rank's microbatches of a global batch: read and corrupted."""
+"""One rank's microbatches of a global batch: read, corrupted, and what network and head read of them."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,8 +13,13 @@ from torch import Tensor
 
 from megatron_dlm.data.blending import SampleReader
 from megatron_dlm.data.dali import carry_with_dali
-from megatron_dlm.data.loader import microbatch_positions
-from megatron_dlm.interfaces import ModelInputs, Targets, TokenBatch
+from megatron_dlm.data.loader import Loader, microbatch_positions
+from megatron_dlm.data.pinned import carry_from_pinned_memory
+from megatron_dlm.data.tensor_buffer import with_tensors, without_tensors
+from megatron_dlm.interfaces import AttentionPattern, ModelInputs, Targets, TokenBatch
+from megatron_dlm.models.context_parallel import own_share
+from megatron_dlm.models.head import HeadRows
+from megatron_dlm.models.work import Work, work_of
 from megatron_dlm.objectives.base import CorruptionContext, Objective, corruption_fingerprint
 from megatron_dlm.objectives.documents import corrupt
 from megatron_dlm.platform.parallel import ParallelState
@@ -57,6 +62,52 @@ class Microbatch:
     """Digest of the samples' corruption."""
 
 
+@dataclass(frozen=True)
+class ReadyMicrobatch:
+    """What this rank's forward and loss read of a microbatch; all that is not counted is on some device."""
+
+    sample_indices: NDArray[np.int64]
+    """int64 [B], positions in the run."""
+    inputs: ModelInputs
+    """Of this context parallel rank's positions."""
+    rows: HeadRows
+    """Of these."""
+    token_count: int
+    """Tokens whose loss this rank answers for."""
+    work: Work
+    """What all context parallel ranks compute on."""
+    counted_tokens: int
+    """Theirs together."""
+    fingerprint: int
+    """Digest of the samples' corruption."""
+
+
+def ready(
+    microbatch: Microbatch, attention: AttentionPattern, context_rank: int, context_size: int
+) -> ReadyMicrobatch:
+    """Leave of a microbatch what is read.
+
+    Args:
+        microbatch: on the CPU.
+        attention: the family's.
+        context_rank: context parallel rank.
+        context_size: context parallel size.
+
+    Returns:
+        This rank's share, on the CPU.
+    """
+    inputs, targets = own_share(microbatch.inputs, microbatch.targets, context_rank, context_size)
+    return ReadyMicrobatch(
+        sample_indices=microbatch.sample_indices,
+        inputs=inputs,
+        rows=HeadRows.of(targets),
+        token_count=targets.token_count,
+        work=work_of(microbatch.inputs, microbatch.targets, attention),
+        counted_tokens=microbatch.targets.token_count,
+        fingerprint=microbatch.fingerprint,
+    )
+
+
 def corrupted_parts(
     objective: Objective, batches: Iterable[TokenBatch], context: CorruptionContext
 ) -> list[Microbatch]:
@@ -88,6 +139,7 @@ class MicrobatchMaker:
         objective: Objective,
         noise: NoiseSource,
         micro_batch_size: int,
+        attention: AttentionPattern,
         parallel: ParallelState,
     ) -> None:
         self.samples = samples
@@ -95,9 +147,10 @@ class MicrobatchMaker:
         self._noise = noise
         self._micro_batch_size = micro_batch_size
         self._data_rank, self._data_size = parallel.data_rank, parallel.data_size
+        self._share = attention, parallel.context_rank, parallel.context_size
 
-    def __call__(self, address: BatchAddress) -> list[Microbatch]:
-        """This rank's microbatches of a global batch."""
+    def __call__(self, address: BatchAddress) -> list[ReadyMicrobatch]:
+        """This rank's microbatches of a global batch, on the CPU."""
         positions = microbatch_positions(
             address.first_sample,
             global_batch_size=address.size,
@@ -105,7 +158,7 @@ class MicrobatchMaker:
             data_rank=self._data_rank,
             data_size=self._data_size,
         )
-        return self.at(address, positions)
+        return [ready(microbatch, *self._share) for microbatch in self.at(address, positions)]
 
     def at(self, address: BatchAddress, positions: Iterable[NDArray[np.int64]]) -> list[Microbatch]:
         """Some samples of a global batch.
@@ -121,26 +174,27 @@ class MicrobatchMaker:
         return corrupted_parts(self._objective, batches, address.context(self._noise))
 
 
-def carry(batches: Iterator[list[Microbatch]], device: torch.device) -> Iterator[list[Microbatch]]:
-    """Bring what networks read of batches to their device, with DALI, while earlier ones are worked on.
+def carry(
+    batches: Iterator[list[ReadyMicrobatch]], loader: Loader, device: torch.device
+) -> Iterator[list[ReadyMicrobatch]]:
+    """Bring batches to their device while earlier ones are worked on.
 
     Args:
         batches: on the CPU.
+        loader: what carries, of those that do.
         device: of the rank.
 
     Yields:
-        The same batches, their inputs on the device.
+        The same batches on the device; one's tensors are overwritten when the next but one is asked for.
     """
-    waiting: deque[list[Microbatch]] = deque()
+    waiting: deque[bytes] = deque()
 
-    def inputs() -> Iterator[list[Tensor]]:
+    def tensors() -> Iterator[list[Tensor]]:
         for microbatches in batches:
-            waiting.append(microbatches)
-            yield [tensor for microbatch in microbatches for tensor in microbatch.inputs.tensors()]
+            pickled, found = without_tensors(microbatches)
+            waiting.append(pickled)
+            yield found
 
-    for carried in carry_with_dali(inputs(), device.index if device.type == "cuda" else None):
-        tensors = iter(carried)
-        yield [
-            replace(microbatch, inputs=microbatch.inputs.with_tensors(tensors))
-            for microbatch in waiting.popleft()
-        ]
+    carriers = {"dali": carry_with_dali, "pinned": carry_from_pinned_memory}
+    for carried in carriers[loader](tensors(), device):
+        yield with_tensors(waiting.popleft(), carried)

@@ -69,8 +69,8 @@ def _fully_sharded(chunk: Denoiser, ddp_config: Any) -> Any:
     wrapped = FullyShardedDataParallel(
         chunk.config, ddp_config, chunk, sub_modules_to_wrap={AdaLNTransformerLayer, Head}
     )
-    # The loss calls it outside the stage's forward, so it gathers the head's weights by itself.
-    register_fsdp_forward_method(chunk.head, "losses")
+    # Called outside the head's forward, so it gathers the weights by itself.
+    register_fsdp_forward_method(chunk.head, "logits")
     return wrapped
 
 

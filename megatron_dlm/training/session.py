@@ -65,7 +65,7 @@ class Validation:
         samples = SampleReader([PlanSegment(0, shards.blend)], shards.rows, noise)
         objective, size = runner.objective, config.training.micro_batch_size
         self._runner = runner
-        self._make = MicrobatchMaker(samples, objective, noise, size, parallel)
+        self._make = MicrobatchMaker(samples, objective, noise, size, config.objective.attention, parallel)
         self._bytes_per_token = bytes_per_token
 
     def run(self, config: EvaluationConfig) -> Likelihood:
@@ -112,12 +112,15 @@ class Session:
         samples = SampleReader(self.plan, self.data.train.rows, self._noise)
         config, parallel = self.config, self.parallel
         objective, size = self._runner.objective, config.training.micro_batch_size
-        self._make = MicrobatchMaker(samples, objective, self._noise, size, parallel)
+        self._make = MicrobatchMaker(
+            samples, objective, self._noise, size, config.objective.attention, parallel
+        )
+        loader = config.data.loader
         self._batches = Prefetcher(
             self._make,
             self._following,
             workers=config.data.workers,
-            carry=partial(carry, device=parallel.device) if config.data.loader == "dali" else None,
+            carry=None if loader == "torch" else partial(carry, loader=loader, device=parallel.device),
         )
 
     def _address(self, step: int, first_sample: int) -> BatchAddress:
@@ -188,7 +191,8 @@ class Session:
         """
         self._forget_gradients()
         address = self._address(step, first_sample)
-        return self._runner.run(self._make.at(address, [np.array([position])]), address)
+        microbatches = self._make.at(address, [np.array([position])])
+        return self._runner.run(self._runner.ready(microbatches), address)
 
     def _forget_gradients(self) -> None:
         for chunk in self.chunks:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_dlm.interfaces import TrainingError
-from megatron_dlm.models.context_parallel import own_share
-from megatron_dlm.models.work import Work, work_of
+from megatron_dlm.models.work import Work
 from megatron_dlm.objectives.base import Objective
 from megatron_dlm.platform.parallel import ParallelState
-from megatron_dlm.training.microbatches import BatchAddress, Microbatch
+from megatron_dlm.training.microbatches import BatchAddress, Microbatch, ReadyMicrobatch, ready
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,15 @@ class PipelineRunner:
         self._parallel = parallel
         self._rows_per_chunk = head_rows_per_chunk
 
-    def run(self, microbatches: Sequence[Microbatch], address: BatchAddress) -> BatchSums:
+    def ready(self, microbatches: Iterable[Microbatch]) -> list[ReadyMicrobatch]:
+        """What this rank reads of microbatches that no `MicrobatchMaker` has made."""
+        attention, parallel = self._denoiser.attention, self._parallel
+        return [
+            ready(microbatch, attention, parallel.context_rank, parallel.context_size)
+            for microbatch in microbatches
+        ]
+
+    def run(self, microbatches: Sequence[ReadyMicrobatch], address: BatchAddress) -> BatchSums:
         """Forward, and backward where `address.training`, of one global batch; all ranks call it.
 
         Args:
@@ -72,7 +79,9 @@ class PipelineRunner:
             TrainingError: a loss of an evaluation is not finite.
         """
         shapes = {microbatch.inputs.token_ids_BL.shape for microbatch in microbatches}
-        batch_size, length = microbatches[0].inputs.token_ids_BL.shape
+        batch_size, own_length = microbatches[0].inputs.token_ids_BL.shape
+        # megatron-core divides it by the context parallel size.
+        length = own_length * self._parallel.context_size
         config, stages = self._denoiser.config, self._parallel.pipeline_size
         config.variable_seq_lengths = len(shapes) > 1
         # Microbatches that a chunk takes before the next one's turn; groups must come out even.
@@ -94,26 +103,29 @@ class PipelineRunner:
         return self._reduce(outputs, microbatches, address)
 
     def _forward_step(
-        self, microbatches: Iterator[Microbatch], model: Any
+        self, microbatches: Iterator[ReadyMicrobatch], model: Any
     ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]]:
-        microbatch, parallel = next(microbatches), self._parallel
-        inputs, targets = own_share(
-            microbatch.inputs, microbatch.targets, parallel.context_rank, parallel.context_size
-        )
+        microbatch = next(microbatches)
 
         def loss_of(hidden_states: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            losses = self._denoiser.head.losses(
-                hidden_states, targets, self.objective.loss_and_dlogits, self._rows_per_chunk
+            losses = self._denoiser.head(
+                hidden_states, microbatch.rows, self.objective.loss_and_dlogits, self._rows_per_chunk
             )
-            tokens = torch.tensor(targets.token_count, dtype=torch.int, device=losses.loss.device)
+            # Filled in on the device, which copying from the CPU would wait for.
+            tokens = torch.full((), microbatch.token_count, dtype=torch.int, device=hidden_states.device)
             # Cloned: the schedule may change what it was given in place.
-            sums = torch.stack([losses.loss.detach().double(), losses.bound])
-            return losses.loss, tokens, {"sums": sums, "sample_bounds": losses.sample_bounds(targets)}
+            sums = {"sums": torch.stack([losses.loss.detach().double(), losses.bound])}
+            if not model.training:
+                sums["sample_bounds"] = losses.sample_bounds()
+            return losses.loss, tokens, sums
 
-        return model(inputs.to(parallel.device)), loss_of
+        return model(microbatch.inputs.to(self._parallel.device)), loss_of
 
     def _reduce(
-        self, outputs: list[dict[str, Tensor]], microbatches: Sequence[Microbatch], address: BatchAddress
+        self,
+        outputs: list[dict[str, Tensor]],
+        microbatches: Sequence[ReadyMicrobatch],
+        address: BatchAddress,
     ) -> BatchSums:
         parallel = self._parallel
         mine = torch.zeros(len(microbatches), 2, dtype=torch.float64, device=parallel.device)
@@ -136,8 +148,8 @@ class PipelineRunner:
         fingerprint, tokens, work = 0, 0, Work()
         for microbatch in microbatches:
             fingerprint += microbatch.fingerprint
-            tokens += microbatch.targets.token_count
-            work += work_of(microbatch.inputs, microbatch.targets, self._denoiser.attention)
+            tokens += microbatch.counted_tokens
+            work += microbatch.work
         counts = torch.tensor(
             [fingerprint % 2**63, tokens, *work.numbers], dtype=torch.int64, device=parallel.device
         )
@@ -146,7 +158,10 @@ class PipelineRunner:
         return BatchSums(loss, bound, tokens, Work(*numbers), fingerprint % 2**63, bad_samples, sample_bounds)
 
     def _sample_bounds(
-        self, outputs: list[dict[str, Tensor]], microbatches: Sequence[Microbatch], address: BatchAddress
+        self,
+        outputs: list[dict[str, Tensor]],
+        microbatches: Sequence[ReadyMicrobatch],
+        address: BatchAddress,
     ) -> NDArray[np.float64]:
         """Of each sample of the batch, on all ranks; all call it."""
         parallel = self._parallel
@@ -162,7 +177,7 @@ class PipelineRunner:
         return found
 
     def _samples_at_fault(
-        self, mine: Tensor, microbatches: Sequence[Microbatch], address: BatchAddress
+        self, mine: Tensor, microbatches: Sequence[ReadyMicrobatch], address: BatchAddress
     ) -> tuple[int, ...]:
         """All ranks' samples whose microbatch has sums that are not finite; all ranks call it."""
         parallel = self._parallel

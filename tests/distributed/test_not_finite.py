@@ -30,7 +30,7 @@ def spoil(session, kind, steps):
     run_batch, current = session.run_batch, {}
     state = session.parallel
     if kind == "loss" and state.is_last_stage:
-        losses = session.denoiser.head.losses
+        losses = session.denoiser.head.forward
 
         def spoiled_losses(*arguments):
             result = losses(*arguments)
@@ -38,7 +38,7 @@ def spoil(session, kind, steps):
                 return replace(result, loss=result.loss * NAN, bound=result.bound * NAN)
             return result
 
-        session.denoiser.head.losses = spoiled_losses
+        session.denoiser.head.forward = spoiled_losses
 
     def spoiled_batch(step, first_sample):
         current["spoil"] = step in steps

@@ -97,7 +97,7 @@ def together_and_alone(state, config):
             loss_mask=loss_mask,
         )
         context = address.context(session._noise)
-        return runner.run(corrupted_parts(runner.objective, [batch], context), address)
+        return runner.run(runner.ready(corrupted_parts(runner.objective, [batch], context)), address)
 
     none = torch.zeros_like(mask)
     together = sums(mask, none)

@@ -1,17 +1,21 @@
-"""Microbatches of every family: from worker processes and through DALI bit for bit those made at once."""
+"""Microbatches of every family: however they are made and carried, bit for bit those made at once."""
 
+from dataclasses import is_dataclass
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor
 
 from megatron_dlm.data.blending import Blend, PlanSegment, SampleReader
 from megatron_dlm.data.packing import TokenBlocks
+from megatron_dlm.data.pinned import carry_from_pinned_memory
 from megatron_dlm.data.prefetch import Prefetcher
 from megatron_dlm.data.prompts import PromptRows
 from megatron_dlm.data.shard import Shard
-from megatron_dlm.interfaces import TokenMixture
+from megatron_dlm.interfaces import InputError
+from megatron_dlm.models.work import Work
 from megatron_dlm.objectives.ar import ARConfig
 from megatron_dlm.objectives.block_diffusion import BlockDiffusionConfig
 from megatron_dlm.objectives.duo import DuoConfig
@@ -20,6 +24,7 @@ from megatron_dlm.objectives.esolm import EsoLMConfig
 from megatron_dlm.objectives.mdlm import MDLMConfig
 from megatron_dlm.platform.rng import NoiseSource
 from megatron_dlm.training.microbatches import BatchAddress, MicrobatchMaker, carry
+from tests.helpers.distributed import run_distributed
 from tests.helpers.skips import needs_dali
 from tests.unit.test_prompts import LENGTH, RECORDS, index, write
 
@@ -32,81 +37,126 @@ FAMILIES = {
     "mdlm-prompts": MDLMConfig(),
     "esolm-prompts": EsoLMConfig(alpha_0=0.5, batch_split=0.5),
 }
-LOADERS = {"2 workers": (2, False), "dali": (0, True), "2 workers, dali": (2, True)}
+LOADERS = {
+    "2 workers": (2, "torch"),
+    "dali": (0, "dali"),
+    "2 workers, dali": (2, "dali"),
+    "pinned": (0, "pinned"),
+    "2 workers, pinned": (2, "pinned"),
+}
 
 
 @pytest.fixture(scope="module")
-def shards(corpus, tmp_path_factory):
-    """Blocks whose documents are kept apart, and rows of prompts."""
+def prefixes(corpus, tmp_path_factory):
+    """A shard of text, and one of prompts."""
     directory = tmp_path_factory.mktemp("microbatches")
     index(corpus, write(directory / "records.jsonl", RECORDS), directory / "shard")
-    text = Shard(corpus.train)
-    return text, TokenBlocks(text, LENGTH), PromptRows(Shard(directory / "shard"), LENGTH)
+    return corpus.train, directory / "shard"
+
+
+def opened(prefixes):
+    """Blocks whose documents are kept apart, and rows of prompts."""
+    text = Shard(prefixes[0])
+    return text, TokenBlocks(text, LENGTH), PromptRows(Shard(prefixes[1]), LENGTH)
 
 
 def maker(shards, name, micro_batch_size=2):
     text, blocks, records = shards
     rows = {r.name: r for r in ([blocks, records] if name.endswith("prompts") else [blocks])}
     plan = [PlanSegment(0, Blend.of(list(rows), [1.0] * len(rows)))]
-    noise, parallel = NoiseSource(1), SimpleNamespace(data_rank=0, data_size=1)
-    samples = SampleReader(plan, rows, noise)
-    objective = FAMILIES[name].build(text.manifest.vocabulary)
-    return MicrobatchMaker(samples, objective, noise, micro_batch_size, parallel)
+    noise = NoiseSource(1)
+    parallel = SimpleNamespace(data_rank=0, data_size=1, context_rank=0, context_size=1)
+    samples, family = SampleReader(plan, rows, noise), FAMILIES[name]
+    objective = family.build(text.manifest.vocabulary)
+    return MicrobatchMaker(samples, objective, noise, micro_batch_size, family.attention, parallel)
 
 
 def addresses():
     return [BatchAddress(step, 8 * step, 8, training=True) for step in range(3)]
 
 
-def tensors_of(microbatch):
-    targets = {name: value for name, value in vars(microbatch.targets).items() if name != "token_count"}
-    inputs = vars(microbatch.inputs)
-    found = {
-        **{f"targets/{k}": v for k, v in targets.items()},
-        **{f"inputs/{k}": v for k, v in inputs.items()},
-    }
-    for name, value in list(found.items()):
-        if isinstance(value, TokenMixture):
-            found |= {f"{name}/{k}": v for k, v in vars(value).items()}
-            del found[name]
-    return {name: value for name, value in found.items() if value is not None}
+def tensors_of(record, prefix=""):
+    found = {}
+    for name, value in vars(record).items():
+        if isinstance(value, Tensor):
+            found[f"{prefix}{name}"] = value
+        elif is_dataclass(value) and not isinstance(value, Work):
+            found |= tensors_of(value, f"{prefix}{name}/")
+    return found
 
 
-@pytest.mark.parametrize(
-    "loader", [pytest.param(name, marks=[needs_dali] if dali else []) for name, (_, dali) in LOADERS.items()]
-)
-@pytest.mark.parametrize("name", FAMILIES)
-def test_loaders_change_no_bit(shards, name, loader):
-    workers, dali = LOADERS[loader]
-    make = maker(shards, name)
+def check_loader(prefixes, name, loader):
+    workers, carrier = LOADERS[loader]
+    make = maker(opened(prefixes), name)
     source = Prefetcher(
         make,
         lambda a: BatchAddress(a.step + 1, a.first_sample + a.size, a.size, a.training),
         workers=workers,
-        carry=partial(carry, device=torch.device("cpu")) if dali else None,
+        carry=None if carrier == "torch" else partial(carry, loader=carrier, device=torch.device("cpu")),
     )
     for address in addresses():
         expected, found = make(address), source.get(address)
         assert len(expected) == len(found)
         for mine, theirs in zip(expected, found, strict=True):
             assert mine.sample_indices.tolist() == theirs.sample_indices.tolist()
-            assert (mine.fingerprint, mine.targets.token_count) == (
-                theirs.fingerprint,
-                theirs.targets.token_count,
-            )
+            counts = ("fingerprint", "token_count", "counted_tokens", "work")
+            assert all(getattr(mine, field) == getattr(theirs, field) for field in counts)
             own, other = tensors_of(mine), tensors_of(theirs)
-            assert own.keys() == other.keys()
+            assert len(own) >= 9 and own.keys() == other.keys()
             assert all(own[key].dtype == other[key].dtype for key in own)
             assert all(torch.equal(own[key], other[key]) for key in own)
     source.close()
 
 
+@pytest.mark.parametrize(
+    "loader",
+    [
+        pytest.param(name, marks=[needs_dali] if carrier == "dali" else [])
+        for name, (_, carrier) in LOADERS.items()
+        if carrier != "pinned"
+    ],
+)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_counts_do_not_depend_on_who_is_beside_whom(shards, name):
+def test_loaders_change_no_bit(prefixes, name, loader):
+    check_loader(prefixes, name, loader)
+
+
+def every_family(state, prefixes, loader):
+    for name in FAMILIES:
+        check_loader(prefixes, name, loader)
+
+
+@pytest.mark.parametrize("loader", [name for name in LOADERS if "pinned" in name])
+def test_pinned_memory_changes_no_bit(prefixes, loader):
+    """In a process whose streams are redirected, as all training on a CPU."""
+    run_distributed(every_family, 1, prefixes, loader)
+
+
+def bad_third(state):
+    def batches():
+        yield [torch.tensor([1.0])]
+        yield [torch.arange(3), torch.tensor([2.0])]
+        raise InputError("data: block 2 is bad")
+
+    arrived = []
+    try:
+        for tensors in carry_from_pinned_memory(batches(), state.device):
+            arrived.append(tensors[-1].tolist())
+    except InputError as error:
+        return arrived, str(error)
+
+
+def test_bad_data_costs_no_good_batch_before_it():
+    assert run_distributed(bad_third, 1) == [([[1.0], [2.0]], "data: block 2 is bad")]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_counts_do_not_depend_on_who_is_beside_whom(prefixes, name):
     """A block of text counts all its tokens, also where prompts are in its microbatch."""
+    shards = opened(prefixes)
     for address in addresses():
         counts = {
-            sum(microbatch.targets.token_count for microbatch in maker(shards, name, size)(address))
+            sum(microbatch.token_count for microbatch in maker(shards, name, size)(address))
             for size in (1, 2, 8)
         }
         assert len(counts) == 1, counts

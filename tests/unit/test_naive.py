@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_dlm.models.head import Head
+from megatron_dlm.models.head import Head, HeadRows
 from megatron_dlm.objectives.registry import OBJECTIVES
 from megatron_dlm.platform.vocab_parallel import VocabShard
 from tests.helpers.naive import naive_loss
@@ -31,7 +31,7 @@ def test_naive_losses_and_gradients_are_ours(family):
         if plain:
             loss = naive_loss(family, leaf, head.weight, head.bias, targets, MASK, targets.token_count)
         else:
-            losses = head.losses(leaf, targets, objective.loss_and_dlogits, 16)
+            losses = head(leaf, HeadRows.of(targets), objective.loss_and_dlogits, 16)
             loss = losses.loss / targets.token_count
         loss.backward()
         found.append([loss.detach(), leaf.grad, head.weight.grad.clone(), head.bias.grad.clone()])

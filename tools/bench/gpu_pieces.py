@@ -140,7 +140,10 @@ def _loss_and_gradients(shape: Shape, parallel: ParallelState) -> tuple[float, d
     objective = OBJECTIVES[shape.family]().build(shape.vocabulary)
     inputs, targets = objective.corrupt(shape.batch(0), shape.context(0))
     hidden = denoiser(inputs.to(parallel.device))
-    losses = denoiser.head.losses(hidden, targets, objective.loss_and_dlogits, shape.rows_per_chunk)
+    from megatron_dlm.models.head import HeadRows
+
+    rows = HeadRows.of(targets)
+    losses = denoiser.head(hidden, rows, objective.loss_and_dlogits, shape.rows_per_chunk)
     losses.loss.backward()
     gradients = {name: p.grad.float() for name, p in denoiser.named_parameters() if p.grad is not None}
     return float(losses.loss), {name: g for name, g in gradients.items() if float(g.norm()) > 0}
@@ -242,6 +245,7 @@ def _parts(step: Callable[[int], Any]) -> dict[str, float]:
 
 def head_memory(bench: Bench, size: str, parallel: ParallelState) -> dict[str, Any]:
     """MiB that the head's loss and gradient add, against full logits under autograd; on a GPU alone."""
+    from megatron_dlm.models.head import HeadRows
     from tests.helpers.naive import naive_loss_of_logits
 
     device = parallel.device
@@ -257,7 +261,7 @@ def head_memory(bench: Bench, size: str, parallel: ParallelState) -> dict[str, A
     )
 
     def ours(leaf: torch.Tensor) -> torch.Tensor:
-        losses = head.losses(leaf, targets, objective.loss_and_dlogits, shape.rows_per_chunk)
+        losses = head(leaf, HeadRows.of(targets), objective.loss_and_dlogits, shape.rows_per_chunk)
         loss: torch.Tensor = losses.loss
         return loss
 

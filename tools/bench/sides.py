@@ -111,7 +111,7 @@ def our_step(shape: Shape, parallel: ParallelState) -> Callable[[int], Any]:
     set_learning_rate(optimizer, LEARNING_RATE)
 
     def microbatches_of(index: int) -> Any:
-        return corrupted_parts(objective, [shape.batch(index)], shape.context(index))
+        return runner.ready(corrupted_parts(objective, [shape.batch(index)], shape.context(index)))
 
     if shape.prepared:
         microbatches_of = cache(microbatches_of)

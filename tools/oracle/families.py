@@ -76,7 +76,7 @@ class Case:
 
     def _losses(self, config: ObjectiveConfig, part: Any, logits: torch.Tensor, **vocabulary: int) -> Array:
         """[B, S] weighted training losses through a head that passes its input on as logits."""
-        from megatron_dlm.models.head import Head
+        from megatron_dlm.models.head import Head, HeadRows
 
         vocab = VocabShard.of_rank(self._vocabulary(**vocabulary), 0, None, 1)
         head = Head(vocab.stop, vocab, None, self._dtype, torch.device("cpu"))
@@ -87,9 +87,9 @@ class Case:
         hidden = torch.zeros(positions, batch, vocab.stop, dtype=self._dtype)
         hidden[: logits.shape[1], :, : logits.shape[2]] = logits[:batch].transpose(0, 1)
         row_loss = config.build(vocab.vocabulary).loss_and_dlogits
-        losses = head.losses(hidden, targets, row_loss, ROWS_PER_CHUNK)
+        losses = head(hidden, HeadRows.of(targets), row_loss, ROWS_PER_CHUNK)
         grid = torch.zeros(positions * batch, dtype=self._dtype)
-        grid[losses.rows_R] = losses.losses_R
+        grid[losses.rows.places_R] = losses.losses_R
         weighted = grid.view(positions, batch).t().double() * targets.weight_BL
         return weighted.numpy()
 
