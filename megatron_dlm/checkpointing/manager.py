@@ -71,6 +71,8 @@ class PendingSave:
         self._parallel = parallel
         self._records = records
         self._timeout_seconds = timeout_seconds
+        if optimizer is not None:
+            distributed_optimizer.complete_weights(optimizer)
         try:
             state = _model_state(denoiser, parallel)
             pieces: dict[str, TensorPieces] = {}

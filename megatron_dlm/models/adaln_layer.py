@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from megatron_dlm.models.config import LAYER_NORM_EPSILON
 from megatron_dlm.models.fp8_emulation import keep_bf16_layers
 from megatron_dlm.models.recompute import Recomputable
-from megatron_dlm.models.time_embedding import linear_fp32
+from megatron_dlm.models.time_embedding import Fp32Linear
 
 
 @dataclass
@@ -79,7 +79,7 @@ class AdaLNTransformerLayer(MegatronModule, BaseTransformerLayer):
         )
         self.norm2 = ModulatedNorm(config, config.params_dtype)
         self.mlp = build_module(submodules.mlp, config=config, tp_group=pg_collection.tp)
-        self.modulation = nn.Linear(conditioning_size, 6 * config.hidden_size)
+        self.modulation = Fp32Linear(conditioning_size, 6 * config.hidden_size)
         keep_bf16_layers(self, config, self.layer_number)
 
     def forward(
@@ -102,7 +102,7 @@ class AdaLNTransformerLayer(MegatronModule, BaseTransformerLayer):
         Returns:
             float32 [s, b, d], and `context` for the next layer.
         """
-        shift1, scale1, gate1, shift2, scale2, gate2 = linear_fp32(self.modulation, context).chunk(6, dim=-1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(context).chunk(6, dim=-1)
         normed = Recomputable(self.config, self.norm1, hidden_states, shift1, scale1)
         attended, _ = self.self_attention(normed.value, attention_mask, rotary_pos_emb=rotary_pos_emb)
         normed.release(attended)
@@ -127,9 +127,9 @@ class FinalLayer(nn.Module):
     def __init__(self, config: TransformerConfig, conditioning_size: int) -> None:
         super().__init__()
         self.norm = ModulatedNorm(config, torch.float32)
-        self.modulation = nn.Linear(conditioning_size, 2 * config.hidden_size)
+        self.modulation = Fp32Linear(conditioning_size, 2 * config.hidden_size)
 
     def forward(self, hidden_states: Tensor, c: Tensor) -> Tensor:
         """float32 [s, b, d] from [s, b, d] and c [b, conditioning_size]."""
-        shift, scale = linear_fp32(self.modulation, c).chunk(2, dim=-1)
+        shift, scale = self.modulation(c).chunk(2, dim=-1)
         return self.norm(hidden_states, shift, scale)

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.enums import ModelType
 from megatron.core.tensor_parallel import (
@@ -16,8 +14,6 @@ from megatron.core.tensor_parallel import (
     RowParallelLinear,
     VocabParallelEmbedding,
     gather_from_sequence_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-    reduce_scatter_to_sequence_parallel_region,
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer import TransformerConfig
@@ -31,6 +27,7 @@ from megatron_dlm.models.attention import rotary_table
 from megatron_dlm.models.config import ModelConfig
 from megatron_dlm.models.context_parallel import own_positions
 from megatron_dlm.models.document_mask import document_mask
+from megatron_dlm.models.embedding import TokenEmbedding
 from megatron_dlm.models.head import Head
 from megatron_dlm.models.layer_spec import layer_spec
 from megatron_dlm.models.packed_documents import document_edges
@@ -66,13 +63,11 @@ class Denoiser(MegatronModule):
         self._tensor_group = parallel.tensor_group
         self._context_place = parallel.context_rank, parallel.context_size
         if self.pre_process:
-            self.embedding = VocabParallelEmbedding(
+            self.embedding = TokenEmbedding(
                 padded_vocabulary_size(vocabulary.size, parallel.tensor_size),
                 model.hidden_size,
-                init_method=_leave_uninitialised,
-                config=config,
-                tp_group=parallel.tensor_group,
-                reduce_scatter_embeddings=config.sequence_parallel,
+                config,
+                parallel.tensor_group,
             )
         self.time_embedder = TimeEmbedder(model.conditioning_size, first_stage=self.pre_process)
         self.block = TransformerBlock(
@@ -125,7 +120,7 @@ class Denoiser(MegatronModule):
             attention_mask = self._within_documents(inputs.document_ids_BL, attention_mask)
         hidden_states = None
         if self.pre_process:
-            hidden_states = self._embed(inputs).float().contiguous()
+            hidden_states = self.embedding(inputs.token_ids_BL, inputs.mixture).float().contiguous()
         hidden_states = self.block(
             hidden_states=hidden_states,
             attention_mask=attention_mask,
@@ -152,30 +147,6 @@ class Denoiser(MegatronModule):
                 return edges
         queries = own_positions(document_ids_BL.shape[1], *self._context_place).to(document_ids_BL.device)
         return document_mask(document_ids_BL, family_mask, self.attention, queries)
-
-    def _embed(self, inputs: ModelInputs) -> Tensor:
-        """[L, B, D] embeddings of tokens or, where there is a mixture, of weighted tokens.
-
-        Under sequence parallelism this rank's part of the positions.
-        """
-        if inputs.mixture is None:
-            embedded: Tensor = self.embedding(inputs.token_ids_BL)
-            return embedded if self.config.sequence_parallel else embedded.transpose(0, 1)
-        ids, weights = inputs.mixture.token_ids_BLk, inputs.mixture.weights_BLk
-        table, start = self.embedding.weight, self.embedding.vocab_start_index
-        present = (ids >= start) & (ids < start + table.shape[0])
-        bags = F.embedding_bag(
-            torch.where(present, ids - start, 0).flatten(0, 1),
-            table,
-            per_sample_weights=(weights * present).to(table.dtype).flatten(0, 1),
-            mode="sum",
-        )
-        bags_LBD = bags.unflatten(0, ids.shape[:2]).transpose(0, 1).contiguous()
-        if self.config.sequence_parallel:
-            part: Tensor = reduce_scatter_to_sequence_parallel_region(bags_LBD, self._tensor_group)
-            return part
-        mixed: Tensor = reduce_from_tensor_model_parallel_region(bags_LBD, self._tensor_group)
-        return mixed
 
     def logits(self, inputs: ModelInputs) -> Tensor:
         """float32 [B, L, Vp] of this rank's columns; for evaluation of small batches on one stage."""
@@ -243,7 +214,3 @@ def _mark_sequence_parallel(model: nn.Module) -> None:
             continue
         for parameter in parameters:
             parameter.sequence_parallel = True  # type: ignore[attr-defined]
-
-
-def _leave_uninitialised(weight: Tensor) -> Tensor:
-    return weight

@@ -27,13 +27,21 @@ def sinusoid(sigma_B: Tensor) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+class Fp32Linear(nn.Linear):
+    """A linear layer that multiplies in float32 whatever its parameters' dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float32 [..., out] from float32 [..., in]."""
+        return F.linear(x, self.weight.float(), self.bias.float())
+
+
 class TimeEmbedder(nn.Module):
     """Linear, SiLU, Linear, SiLU over the sinusoid, in float32; replicated on all ranks and stages."""
 
     def __init__(self, conditioning_size: int, *, first_stage: bool) -> None:
         super().__init__()
-        self.linear_in = nn.Linear(FREQUENCY_CHANNELS, conditioning_size)
-        self.linear_out = nn.Linear(conditioning_size, conditioning_size)
+        self.linear_in = Fp32Linear(FREQUENCY_CHANNELS, conditioning_size)
+        self.linear_out = Fp32Linear(conditioning_size, conditioning_size)
         for parameter in self.parameters():
             # Gradients are summed over the stages after the data parallel reduce-scatter, so a bucket of
             # its own must give every stage the same shards; `shared` counts it once in the gradient norm.
@@ -44,10 +52,4 @@ class TimeEmbedder(nn.Module):
 
     def forward(self, sigma_B: Tensor) -> Tensor:
         """float32 [B, conditioning_size] from float32 [B]."""
-        x = linear_fp32(self.linear_in, sinusoid(sigma_B))
-        return F.silu(linear_fp32(self.linear_out, F.silu(x)))
-
-
-def linear_fp32(linear: nn.Linear, x: Tensor) -> Tensor:
-    """`linear` computed in float32 whatever its parameters' dtype."""
-    return F.linear(x, linear.weight.float(), linear.bias.float())
+        return F.silu(self.linear_out(F.silu(self.linear_in(sinusoid(sigma_B)))))

@@ -100,6 +100,18 @@ def set_step_count(optimizer: Any, step: int) -> None:
                 state_of(part, main)["step"] = torch.tensor(float(step))
 
 
+def complete_weights(optimizer: Any) -> None:
+    """Gather what the next forward pass would gather: until then each rank has new values of its part only.
+
+    Args:
+        optimizer: what `get_megatron_optimizer` returned; all ranks call it.
+    """
+    for part in _parts(optimizer):
+        if _is_distributed(part) and part.ddp_config.overlap_param_gather:
+            for chunk in part.model_chunks:
+                chunk.start_param_sync(force_sync=True)
+
+
 def set_weights(optimizer: Any, values: dict[torch.nn.Parameter, Tensor]) -> None:
     """Give parameters new values, and their fp32 main parameters the same before they are rounded.
 

@@ -35,6 +35,12 @@ class ParallelConfig:
     """Shard optimizer state over data parallel ranks (ZeRO-1)."""
     overlap_grad_reduce: bool = False
     """Sum gradients over data parallel ranks while earlier layers' are still being made."""
+    overlap_param_gather: bool = False
+    """Gather the weights that the distributed optimizer has changed while earlier layers of the next forward
+    pass are under way; needs overlap_grad_reduce."""
+    bucket_size: int = 0
+    """Parameters whose gradients, and weights, are sent together where that overlaps; 0: megatron-core's
+    choice, 40 million or, if more, 1 million a data parallel rank."""
     fully_sharded: bool = False
     """Shard parameters, gradients and optimizer state over data and context parallel ranks (ZeRO-3, torch's
     FSDP2); fp32 and one pipeline stage only, and without the distributed optimizer."""
@@ -66,9 +72,23 @@ class ParallelConfig:
             )
         if self.fully_sharded:
             self._check_fully_sharded()
+        self._check_overlap()
         if self.collective_timeout_seconds <= 0:
             raise InputError(
                 f"parallel.collective_timeout_seconds: {self.collective_timeout_seconds} is not above 0"
+            )
+
+    def _check_overlap(self) -> None:
+        if self.bucket_size < 0:
+            raise InputError(f"parallel.bucket_size: {self.bucket_size} is below 0")
+        if self.bucket_size and not self.overlap_grad_reduce:
+            raise InputError(
+                "parallel.bucket_size: nothing is cut into buckets without parallel.overlap_grad_reduce"
+            )
+        if self.overlap_param_gather and not (self.overlap_grad_reduce and self.use_distributed_optimizer):
+            raise InputError(
+                "parallel.overlap_param_gather: needs parallel.overlap_grad_reduce and "
+                "parallel.use_distributed_optimizer"
             )
 
     def _check_fully_sharded(self) -> None:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dlm.interfaces import TrainingError
+from megatron_dlm.platform.distributed_optimizer import complete_weights
 from megatron_dlm.training.session import Session
 from megatron_dlm.training.trainer import Hook, Progress, StepReport
 
@@ -54,6 +55,7 @@ class ReplicaHook(Hook):
             return
         if not every or progress.step % every or dist.get_world_size(group) == 1:
             return
+        complete_weights(session.optimizer)
         parameters = dict(session.denoiser.named_parameters())
         mine = bit_sums(list(parameters.values()))
         sums = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]

@@ -51,6 +51,8 @@ def wrap_data_parallel(denoiser: Denoiser | ChunkedDenoiser, parallel: ParallelC
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        bucket_size=parallel.bucket_size or None,
         # The loop stops on losses and gradient norms that are not finite, and names the samples.
         check_for_nan_in_grad=False,
     )
@@ -103,6 +105,7 @@ def build_optimizer(
         bf16=precision != "fp32",
         params_dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_param_gather=parallel.overlap_param_gather,
     )
     # An empty override table: megatron-core's default exempts biases and 1-D parameters from decay.
     return get_megatron_optimizer(megatron_config, chunks, config_overrides={})

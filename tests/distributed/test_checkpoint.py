@@ -26,6 +26,11 @@ LAYOUTS = {
         ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
     ),
     "cp2": (2, ParallelConfig(context_parallel_size=2)),
+    # Weights are whole only in the middle of the next forward pass.
+    "overlapping": (
+        2,
+        ParallelConfig(overlap_grad_reduce=True, overlap_param_gather=True, bucket_size=2000),
+    ),
     "tp2pp2": (4, ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)),
 }
 
@@ -123,6 +128,7 @@ RESHARDED = [
     ("cp2", "plain"),
     ("one", "pp2vpp2"),
     ("pp2vpp2", "pp3"),
+    ("overlapping", "tp2"),
 ]
 FAMILIES = [MDLMConfig, ARConfig, DuoConfig, lambda: EsoLMConfig(ssl_multiple=8)]
 

@@ -55,6 +55,24 @@ def with_a_flipped_bit(state, config, faulty_rank):
     return ""
 
 
+def differences_of_gathered_weights(state, config):
+    """What a comparison says in the middle of a run that gathers weights in its forward passes."""
+    from megatron_dlm.training.health import ReplicaHook
+    from megatron_dlm.training.trainer import Progress, train_step
+
+    session, progress, hook = build(state, config), Progress(), ReplicaHook()
+    for _ in range(3):
+        hook.after_step(session, progress, train_step(session, progress))
+    return progress.step
+
+
+def test_weights_that_wait_to_be_gathered_are_not_taken_for_damage(corpus, tmp_path):
+    config = tiny.run_config(corpus, tmp_path, MDLMConfig(), training__check_replicas_every=1)
+    parallel = ParallelConfig(overlap_grad_reduce=True, overlap_param_gather=True, bucket_size=2000)
+    config = replace(config, parallel=parallel)
+    assert run_distributed(differences_of_gathered_weights, 2, config, parallel=parallel) == [3, 3]
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_flipped_bit_is_found_and_named(corpus, tmp_path, precision):
     config = tiny.run_config(

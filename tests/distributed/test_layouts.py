@@ -41,7 +41,7 @@ QUICK = [
     (1, 1, 2, 4, ""),
     (1, 1, 2, 2, "plain optimizer"),
     (2, 2, 1, 2, ""),
-    (1, 2, 2, 2, "overlap"),
+    (1, 2, 2, 2, "overlap, gather"),
     (1, 1, 1, 4, "context 2"),
     (2, 1, 1, 8, "context 2, sequence"),
 ]
@@ -55,6 +55,10 @@ SLOW = [
     (1, 2, 2, 2, ""),
     (1, 1, 2, 1, "overlap, plain optimizer"),
     (2, 1, 2, 2, "overlap, sequence"),
+    (2, 1, 2, 2, "overlap, gather, sequence"),
+    (1, 2, 2, 2, "overlap"),
+    (1, 1, 4, 1, "overlap, gather"),
+    (1, 1, 2, 1, "overlap, gather, recompute"),
     (4, 1, 1, 8, "sequence"),
     (2, 2, 1, 4, "sequence"),
     (1, 3, 2, 4, "plain optimizer"),
@@ -82,6 +86,9 @@ def parallel_of(layout):
         virtual_pipeline_model_parallel_size=2 if "interleaved" in options else 1,
         use_distributed_optimizer="plain" not in options,
         overlap_grad_reduce="overlap" in options,
+        overlap_param_gather="gather" in options,
+        # Several buckets in so small a model.
+        bucket_size=2000 if "overlap" in options else 0,
     )
 
 
@@ -187,6 +194,7 @@ INTERLEAVED = [
     (1, 2, 1, 2, "interleaved"),
     pytest.param((2, 2, 1, 2, "interleaved, sequence"), marks=pytest.mark.slow),
     pytest.param((1, 2, 2, 2, "overlap, interleaved"), marks=pytest.mark.slow),
+    pytest.param((1, 2, 2, 2, "overlap, gather, interleaved"), marks=pytest.mark.slow),
     pytest.param((1, 2, 1, 1, "context 2, interleaved"), marks=pytest.mark.slow),
 ]
 
