@@ -5,6 +5,7 @@ Shape legend, as in megatron-core: s sequence, b batch, d hidden size, c conditi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +81,8 @@ class AdaLNTransformerLayer(MegatronModule, BaseTransformerLayer):
         self.norm2 = ModulatedNorm(config, config.params_dtype)
         self.mlp = build_module(submodules.mlp, config=config, tp_group=pg_collection.tp)
         self.modulation = Fp32Linear(conditioning_size, 6 * config.hidden_size)
+        self.replay: Callable[..., Tensor] | None = None
+        """`compute` as a recording, from `cuda_graphs.record_layers`; only for training."""
         keep_bf16_layers(self, config, self.layer_number)
 
     def forward(
@@ -102,6 +105,28 @@ class AdaLNTransformerLayer(MegatronModule, BaseTransformerLayer):
         Returns:
             float32 [s, b, d], and `context` for the next layer.
         """
+        inputs = [hidden_states, context, rotary_pos_emb]
+        if attention_mask is not None:
+            inputs.append(attention_mask)
+        if self.replay is None or not (self.training and torch.is_grad_enabled()):
+            return self.compute(*inputs), context
+        self._run_hooks()
+        return self.replay(*inputs), context
+
+    def _run_hooks(self) -> None:
+        """What megatron-core does before a module reads its weights; a replay calls no module."""
+        for module in self.modules():
+            for hook in module._forward_pre_hooks.values():
+                hook(module, ())
+
+    def compute(
+        self,
+        hidden_states: Tensor,
+        context: Tensor,
+        rotary_pos_emb: Tensor,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """float32 [s, b, d] from what `forward` takes."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(context).chunk(6, dim=-1)
         normed = Recomputable(self.config, self.norm1, hidden_states, shift1, scale1)
         attended, _ = self.self_attention(normed.value, attention_mask, rotary_pos_emb=rotary_pos_emb)
@@ -110,7 +135,7 @@ class AdaLNTransformerLayer(MegatronModule, BaseTransformerLayer):
         normed = Recomputable(self.config, self.norm2, hidden_states, shift2, scale2)
         transformed, bias = self.mlp(normed.value)
         normed.release(transformed)
-        return self._add(hidden_states, gate2, transformed, bias), context
+        return self._add(hidden_states, gate2, transformed, bias)
 
     def _add(self, stream: Tensor, gate: Tensor, branch: Tensor, bias: Tensor | None) -> Tensor:
         """Stream + gate * (branch + bias)."""

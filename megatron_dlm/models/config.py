@@ -182,6 +182,7 @@ def transformer_config(
     # Gradients of the time embedder, replicated on every stage, are summed over the pipeline.
     config.has_cond_embedder = True
     config.fused_kernels = fused_kernels
+    config.records_layers = parallel.cuda_graphs
     config.emulated_fp8 = fp8 if transformer_impl == "local" else None
     return config
 

@@ -26,6 +26,7 @@ from megatron_dlm.models.adaln_layer import AdaLNTransformerLayer, FinalLayer, M
 from megatron_dlm.models.attention import rotary_table
 from megatron_dlm.models.config import ModelConfig
 from megatron_dlm.models.context_parallel import own_positions
+from megatron_dlm.models.cuda_graphs import record_layers
 from megatron_dlm.models.document_mask import document_mask
 from megatron_dlm.models.embedding import TokenEmbedding
 from megatron_dlm.models.head import Head
@@ -62,6 +63,7 @@ class Denoiser(MegatronModule):
         self._place = chunk * parallel.pipeline_size + parallel.pipeline_rank
         self._tensor_group = parallel.tensor_group
         self._context_place = parallel.context_rank, parallel.context_size
+        self._is_to_record = config.records_layers
         if self.pre_process:
             self.embedding = TokenEmbedding(
                 padded_vocabulary_size(vocabulary.size, parallel.tensor_size),
@@ -121,12 +123,18 @@ class Denoiser(MegatronModule):
         hidden_states = None
         if self.pre_process:
             hidden_states = self.embedding(inputs.token_ids_BL, inputs.mixture).float().contiguous()
+        # A view: the layers' gradients are summed before the final layer's, recomputed or not.
+        context, rotary = c.view_as(c), rotary_table(inputs.position_ids_BL, self.model.head_dim)
+        if self._is_to_record and self.training:
+            assert hidden_states is not None
+            mask = [] if attention_mask is None else [attention_mask]
+            record_layers(list(self.block.layers), [hidden_states, context, rotary, *mask])
+            self._is_to_record = False
         hidden_states = self.block(
             hidden_states=hidden_states,
             attention_mask=attention_mask,
-            # A view: the layers' gradients are summed before the final layer's, recomputed or not.
-            context=c.view_as(c),
-            rotary_pos_emb=rotary_table(inputs.position_ids_BL, self.model.head_dim),
+            context=context,
+            rotary_pos_emb=rotary,
         )
         if not self.post_process:
             return hidden_states

@@ -41,6 +41,10 @@ class ParallelConfig:
     bucket_size: int = 0
     """Parameters whose gradients, and weights, are sent together where that overlaps; 0: megatron-core's
     choice, 40 million or, if more, 1 million a data parallel rank."""
+    cuda_graphs: bool = False
+    """On CUDA, record the kernels of each layer's passes once and replay them in every step, which spares
+    the CPU their launches; for one pipeline stage, one shape of microbatches, fp32 or bf16 and
+    training.recompute none."""
     fully_sharded: bool = False
     """Shard parameters, gradients and optimizer state over data and context parallel ranks (ZeRO-3, torch's
     FSDP2); fp32 and one pipeline stage only, and without the distributed optimizer."""

@@ -21,7 +21,7 @@ from megatron_dlm.platform.codec import decode
 from megatron_dlm.platform.launch import detect_environment
 from megatron_dlm.platform.parallel import ParallelState, on_first_rank, start_parallel, stop_parallel
 from megatron_dlm.platform.post_mortem import naming_the_rank_at_fault
-from megatron_dlm.training.run_checks import check_run
+from megatron_dlm.training.run_checks import check_device, check_run
 from megatron_dlm.training.run_config import RunConfig
 from megatron_dlm.training.run_data import RunData, open_data
 from megatron_dlm.training.run_lock import RunLock
@@ -108,6 +108,8 @@ def train(config: RunConfig) -> bool:
     data = open_data(config.data)
     # Refuses what this vocabulary is too small for.
     config.objective.build(data.vocabulary)
+    if data.has_prompts and config.parallel.cuda_graphs:
+        raise InputError("parallel.cuda_graphs: True, and rows of prompts have masks of their own")
     if data.has_prompts:
         config.objective.check_prompts(training=data.train.has_prompts)
     # What cannot be used is refused before anything starts; the lock's last holder may have saved since.
@@ -115,6 +117,7 @@ def train(config: RunConfig) -> bool:
     parallel = start_parallel(environment, config.parallel)
     signals.ranks_have_met = True
     with naming_the_rank_at_fault(parallel):
+        check_device(config, parallel.device)
         lock = RunLock(config.directory)
         on_first_rank(parallel, lambda: lock.acquire(config.checkpoint.lock_timeout_seconds))
         start = _find_start(config, data)

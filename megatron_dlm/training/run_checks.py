@@ -40,6 +40,8 @@ def check_run(config: RunConfig, world_size: int) -> None:
         _check_fully_sharded(config)
     if config.training.precision == "fp8":
         _check_fp8(config)
+    if config.parallel.cuda_graphs:
+        _check_cuda_graphs(config)
     micro = config.training.micro_batch_size
     batches = [("training.global_batch_size", size) for size in config.training.batch_sizes()]
     for name, size in [*batches, ("evaluation.batch_size", config.evaluation.batch_size)]:
@@ -68,6 +70,39 @@ def _check_fully_sharded(config: RunConfig) -> None:
             "parallel.fully_sharded: needs equal numbers of forwards on all ranks, which an objective of two "
             "parts (objective.alpha_0 between 0 and 1) does not give"
         )
+
+
+def _check_cuda_graphs(config: RunConfig) -> None:
+    objective, seq_length = config.objective, config.data.seq_length
+    refused = {
+        "parallel.pipeline_model_parallel_size": config.parallel.pipeline_model_parallel_size > 1,
+        "parallel.fully_sharded": config.parallel.fully_sharded,
+        "training.precision": config.training.precision == "fp8",
+        "training.recompute": config.training.recompute != "none",
+        "data.document_mask": config.data.document_mask,
+        "objective.batch_split": objective.has_parts,
+        "objective.ssl_ratio": objective.length_multiple(seq_length) != seq_length,
+    }
+    for field, is_refused in refused.items():
+        if is_refused:
+            raise InputError(
+                f"parallel.cuda_graphs: True, and {field} lets layers change from pass to pass; needs one "
+                "pipeline stage, fp32 or bf16, training.recompute none and microbatches of one shape"
+            )
+
+
+def check_device(config: RunConfig, device: torch.device) -> None:
+    """Refuse what the device of a run has not.
+
+    Args:
+        config: of the run.
+        device: of this process.
+
+    Raises:
+        InputError: CUDA graphs are asked for on a CPU.
+    """
+    if config.parallel.cuda_graphs and device.type != "cuda":
+        raise InputError("parallel.cuda_graphs: True, and this run is on a CPU")
 
 
 def _check_fp8(config: RunConfig) -> None:

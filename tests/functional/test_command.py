@@ -123,6 +123,25 @@ BAD = {
         ["train", RECIPE, "--parallel.tensor-model-parallel-size", "5", "--dry-run", "5"],
         "parallel.tensor_model_parallel_size: 5 does not divide model.ffn_hidden_size 896",
     ),
+    "weights gathered late": (
+        ["train", RECIPE, "--parallel.overlap-param-gather"],
+        "parallel.overlap_param_gather: needs parallel.overlap_grad_reduce and parallel.use_distributed",
+    ),
+    "buckets": (
+        ["train", RECIPE, "--parallel.bucket-size", "100"],
+        "parallel.bucket_size: nothing is cut into buckets without parallel.overlap_grad_reduce",
+    ),
+    "recorded layers": (
+        ["train", RECIPE, "--parallel.cuda-graphs", "--dry-run", "1"],
+        "parallel.cuda_graphs: True, and training.recompute lets layers change from pass to pass",
+    ),
+    "recorded lengths": (
+        [
+            *("train", RECIPE, "--parallel.cuda-graphs", "--dry-run", "1", "--training.recompute", "none"),
+            *("--objective.ssl-ratio", "0.1"),
+        ],
+        "parallel.cuda_graphs: True, and objective.ssl_ratio lets layers change from pass to pass",
+    ),
     "size": (["train", RECIPE, "--model.size", "12M"], "model.size: '12M' is not one of 6M, tiny"),
     "odd head": (["train", RECIPE, "--model.num-attention-heads", "32"], "head dimension 7 is odd"),
     "alpha_0": (
@@ -264,6 +283,15 @@ def test_tokenizer_and_index_from_the_command_line(command, tmp_path, read_json)
     failed = command("index", *bad, check=False)
     assert failed.returncode == 2 and "bad.jsonl:2: not JSON" in failed.stderr
     assert sorted(path.name for path in (tmp_path / "d").iterdir()) == ["s.bin", "s.idx", "s.json"]
+
+
+def test_cuda_graphs_on_a_cpu_are_refused(command, corpus, tmp_path):
+    words = ["--data.train", corpus.train, "--data.validation", corpus.validation, "--data.seq-length", 32]
+    more = ["--parallel.cuda-graphs", "--training.recompute", "none", "--directory", tmp_path / "run"]
+    finished = command("train", RECIPE, *words, *more, check=False)
+    assert finished.returncode == 2
+    assert "parallel.cuda_graphs: True, and this run is on a CPU" in finished.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_reader_of_the_help_may_leave():

@@ -33,6 +33,17 @@ def test_losses_on_cuda_are_those_on_the_cpu(command, corpus, tmp_path, family):
         assert loss == pytest.approx(expected, rel=1e-4)
 
 
+def test_recorded_layers_train_as_layers_that_run(command, corpus, tmp_path):
+    curves = []
+    for words in ((), ("--parallel.cuda-graphs", "--data.loader", "pinned")):
+        run = tmp_path / str(len(curves))
+        more = ("--training.recompute", "none", *words)
+        arguments = arguments_for(corpus, run, *more, recipe="examples/mdlm/tiny.py", steps=6)
+        command(*arguments, CUDA_VISIBLE_DEVICES="0")
+        curves.append([entry["loss"] for entry in read_metrics(run) if entry["kind"] == "train"])
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is None, reason="no Transformer Engine")
 @pytest.mark.parametrize("family", OBJECTIVES)
 def test_transformer_engine_trains_as_the_local_layers_do(command, corpus, tmp_path, family):
