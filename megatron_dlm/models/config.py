@@ -159,6 +159,7 @@ def transformer_config(
         batch_p2p_comm=chunks == 1,
         pipeline_model_parallel_layout=_pipeline_layout(model, parallel),
         sequence_parallel=parallel.sequence_parallel,
+        tp_comm_overlap=parallel.overlap_tensor_parallel,
         # Losses are summed and divided once by the tokens of the global batch.
         calculate_per_token_loss=True,
         # Weights are drawn by models/initialization.py.

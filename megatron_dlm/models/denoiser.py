@@ -116,6 +116,8 @@ class Denoiser(MegatronModule):
         Returns:
             float32 [L, B, D]; on the last stage after the final layer, ready for `head`.
         """
+        if self.config.tp_comm_overlap:
+            self._share_buffers(inputs.token_ids_BL.numel())
         c = self.time_embedder(inputs.sigma_B)
         attention_mask = inputs.attention_mask
         if inputs.document_ids_BL is not None:
@@ -145,6 +147,12 @@ class Denoiser(MegatronModule):
                 hidden_states, tensor_parallel_output_grad=False, group=self._tensor_group
             )
         return hidden_states
+
+    def _share_buffers(self, rows: int) -> None:
+        from megatron_dlm.models.transformer_engine import share_buffers
+
+        tensor_size, has_fp8 = self.config.tensor_model_parallel_size, self.config.fp8 is not None
+        share_buffers(rows, self.config.hidden_size, tensor_size, fp8=has_fp8)
 
     def _within_documents(self, document_ids_BL: Tensor, family_mask: Tensor | None) -> Tensor:
         """The mask of attention inside documents, or their edges for a core that takes these instead."""

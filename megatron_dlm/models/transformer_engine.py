@@ -6,6 +6,7 @@ kernel (kernels/modulated_norm.py), and so are gate, bias and residual (kernels/
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from megatron.core.extensions.transformer_engine import (
@@ -14,12 +15,34 @@ from megatron.core.extensions.transformer_engine import (
     TERowParallelLinear,
 )
 from torch import Tensor, nn
+from transformer_engine.pytorch.module.base import UserBufferQuantizationMode, destroy_ub, initialize_ub
 
 from megatron_dlm.models.attention import SdpaAttention
 from megatron_dlm.models.heads_linear import HeadsLinear
 from megatron_dlm.models.packed_documents import attend_within
 
 EXTRA_STATE = "_extra_state"
+
+
+@cache
+def share_buffers(rows: int, hidden_size: int, tensor_size: int, *, fp8: bool) -> None:
+    """Make the buffers through which tensor parallel ranks exchange pieces of what products read or make.
+
+    Args:
+        rows: of hidden states in a forward pass, all tensor parallel ranks' together.
+        hidden_size: columns.
+        tensor_size: tensor parallel ranks.
+        fp8: whether the products are FP8.
+    """
+    quantization = UserBufferQuantizationMode.FP8 if fp8 else UserBufferQuantizationMode.NONE
+    # Of a model before this one.
+    destroy_ub()
+    initialize_ub(
+        shape=[rows, hidden_size],
+        tp_size=tensor_size,
+        quantization_modes=[quantization],
+        bootstrap_backend="nccl",
+    )
 
 
 class _WithoutExtraState(nn.Module):

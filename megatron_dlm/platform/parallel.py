@@ -38,6 +38,9 @@ class ParallelConfig:
     overlap_param_gather: bool = False
     """Gather the weights that the distributed optimizer has changed while earlier layers of the next forward
     pass are under way; needs overlap_grad_reduce."""
+    overlap_tensor_parallel: bool = False
+    """Pass what tensor parallel ranks exchange in pieces while matrix products are under way; Transformer
+    Engine's user buffers, on CUDA with sequence_parallel and microbatches of one shape."""
     bucket_size: int = 0
     """Parameters whose gradients, and weights, are sent together where that overlaps; 0: megatron-core's
     choice, 40 million or, if more, 1 million a data parallel rank."""
@@ -83,6 +86,8 @@ class ParallelConfig:
             )
 
     def _check_overlap(self) -> None:
+        if self.overlap_tensor_parallel and not self.sequence_parallel:
+            raise InputError("parallel.overlap_tensor_parallel: needs parallel.sequence_parallel")
         if self.bucket_size < 0:
             raise InputError(f"parallel.bucket_size: {self.bucket_size} is below 0")
         if self.bucket_size and not self.overlap_grad_reduce:

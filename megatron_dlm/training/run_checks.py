@@ -40,6 +40,10 @@ def check_run(config: RunConfig, world_size: int) -> None:
         _check_fully_sharded(config)
     if config.training.precision == "fp8":
         _check_fp8(config)
+    if config.parallel.overlap_tensor_parallel and not _has_one_shape(config):
+        raise InputError(
+            "parallel.overlap_tensor_parallel: True, and the objective makes microbatches of several lengths"
+        )
     if config.parallel.cuda_graphs:
         _check_cuda_graphs(config)
     micro = config.training.micro_batch_size
@@ -72,16 +76,20 @@ def _check_fully_sharded(config: RunConfig) -> None:
         )
 
 
-def _check_cuda_graphs(config: RunConfig) -> None:
+def _has_one_shape(config: RunConfig) -> bool:
+    """Whether all microbatches have equally many positions."""
     objective, seq_length = config.objective, config.data.seq_length
+    return not objective.has_parts and objective.length_multiple(seq_length) == seq_length
+
+
+def _check_cuda_graphs(config: RunConfig) -> None:
     refused = {
         "parallel.pipeline_model_parallel_size": config.parallel.pipeline_model_parallel_size > 1,
         "parallel.fully_sharded": config.parallel.fully_sharded,
         "training.precision": config.training.precision == "fp8",
         "training.recompute": config.training.recompute != "none",
         "data.document_mask": config.data.document_mask,
-        "objective.batch_split": objective.has_parts,
-        "objective.ssl_ratio": objective.length_multiple(seq_length) != seq_length,
+        "objective": not _has_one_shape(config),
     }
     for field, is_refused in refused.items():
         if is_refused:
@@ -99,10 +107,15 @@ def check_device(config: RunConfig, device: torch.device) -> None:
         device: of this process.
 
     Raises:
-        InputError: CUDA graphs are asked for on a CPU.
+        InputError: CUDA graphs are asked for on a CPU, or what only Transformer Engine can do without it.
     """
     if config.parallel.cuda_graphs and device.type != "cuda":
         raise InputError("parallel.cuda_graphs: True, and this run is on a CPU")
+    if config.parallel.overlap_tensor_parallel and transformer_impl(config, device) == "local":
+        raise InputError(
+            "parallel.overlap_tensor_parallel: True, and training.transformer_impl is local, or Transformer "
+            "Engine or CUDA is not there"
+        )
 
 
 def _check_fp8(config: RunConfig) -> None:

@@ -68,12 +68,18 @@ def refuse_training_layouts(parallel_config: ParallelConfig) -> None:
         parallel_config: of an evaluation.
 
     Raises:
-        InputError: an interleaved or fully sharded layout.
+        InputError: an interleaved or fully sharded layout, recorded layers, or overlap.
     """
-    if parallel_config.virtual_pipeline_model_parallel_size > 1:
-        raise InputError("parallel.virtual_pipeline_model_parallel_size: for training only")
-    if parallel_config.fully_sharded:
-        raise InputError("parallel.fully_sharded: for training only")
+    for name in (
+        "virtual_pipeline_model_parallel_size",
+        "fully_sharded",
+        "cuda_graphs",
+        "overlap_grad_reduce",
+        "overlap_param_gather",
+        "overlap_tensor_parallel",
+    ):
+        if getattr(parallel_config, name) != getattr(ParallelConfig, name):
+            raise InputError(f"parallel.{name}: for training only")
 
 
 def load_denoiser(record: RunRecord, config: RunConfig, parallel: ParallelState) -> Denoiser:

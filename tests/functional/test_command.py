@@ -127,6 +127,21 @@ BAD = {
         ["train", RECIPE, "--parallel.overlap-param-gather"],
         "parallel.overlap_param_gather: needs parallel.overlap_grad_reduce and parallel.use_distributed",
     ),
+    "tensor parallel overlap": (
+        [
+            *("train", RECIPE, "--dry-run", "2", "--parallel.tensor-model-parallel-size", "2"),
+            "--parallel.overlap-tensor-parallel",
+        ],
+        "parallel.overlap_tensor_parallel: needs parallel.sequence_parallel",
+    ),
+    "tensor parallel overlap of lengths": (
+        [
+            *("train", RECIPE, "--dry-run", "2", "--parallel.tensor-model-parallel-size", "2"),
+            *("--parallel.overlap-tensor-parallel", "--parallel.sequence-parallel"),
+            *("--objective.ssl-ratio", "0.1", "--objective.ssl-multiple", "2"),
+        ],
+        "parallel.overlap_tensor_parallel: True, and the objective makes microbatches of several lengths",
+    ),
     "buckets": (
         ["train", RECIPE, "--parallel.bucket-size", "100"],
         "parallel.bucket_size: nothing is cut into buckets without parallel.overlap_grad_reduce",
@@ -140,7 +155,7 @@ BAD = {
             *("train", RECIPE, "--parallel.cuda-graphs", "--dry-run", "1", "--training.recompute", "none"),
             *("--objective.ssl-ratio", "0.1"),
         ],
-        "parallel.cuda_graphs: True, and objective.ssl_ratio lets layers change from pass to pass",
+        "parallel.cuda_graphs: True, and objective lets layers change from pass to pass",
     ),
     "size": (["train", RECIPE, "--model.size", "12M"], "model.size: '12M' is not one of 6M, tiny"),
     "odd head": (["train", RECIPE, "--model.num-attention-heads", "32"], "head dimension 7 is odd"),
