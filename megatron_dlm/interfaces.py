@@ -176,3 +176,30 @@ class Targets:
     """float64 [B, S], weight that makes the sum the NELBO (NLL for AR) in nats; same zeros as weight_BL."""
     token_count: int
     """Tokens the sum is divided by: all of the data, not only those with a loss."""
+
+
+@dataclass(frozen=True)
+class HeadRows:
+    """The positions of one microbatch that carry a loss."""
+
+    places_R: Tensor
+    """int64 [R], in the [s, b] grid of positions."""
+    targets: RowTargets
+    """Theirs."""
+    num_sequences: int
+    """b."""
+
+    @classmethod
+    def of(cls, targets: Targets) -> HeadRows:
+        """Those whose weight is not 0; made beside the draws, so that no device is asked for their number."""
+        places_R = targets.weight_BL.t().reshape(-1).nonzero()[:, 0]
+        per_row = {
+            f"{name.removesuffix('_BL')}_R": value.t().reshape(-1)[places_R]
+            for name, value in vars(targets).items()
+            if name.endswith("_BL")
+        }
+        return cls(places_R, RowTargets(**per_row), targets.weight_BL.shape[0])
+
+    def to(self, device: torch.device) -> HeadRows:
+        """The same rows on `device`."""
+        return on_device(self, device)

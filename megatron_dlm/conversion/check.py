@@ -14,9 +14,8 @@ from megatron_dlm.conversion.hugging_face_model.configuration_megatron_dlm impor
 from megatron_dlm.conversion.hugging_face_model.generation_megatron_dlm import process_of
 from megatron_dlm.conversion.megatron_network import MegatronNetwork
 from megatron_dlm.conversion.to_hugging_face import ExportDtype, hugging_face_fields
-from megatron_dlm.interfaces import ModelInputs, Targets
+from megatron_dlm.interfaces import HeadRows, ModelInputs, Targets
 from megatron_dlm.models.denoiser import Denoiser
-from megatron_dlm.models.head import HeadRows
 from megatron_dlm.objectives.base import ObjectiveConfig
 from megatron_dlm.platform.files import write_json
 from megatron_dlm.sampling.generate import sample

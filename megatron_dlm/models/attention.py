@@ -10,12 +10,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from megatron_dlm.models.config import ROTARY_BASE
-from megatron_dlm.models.context_parallel import gather_positions, own_parts
+from megatron_dlm.models.context_parallel import own_parts
 
 
 def rotary_table(position_ids_BL: Tensor, head_dim: int) -> Tensor:
@@ -48,6 +50,21 @@ def rotate_plainly(x: Tensor, table: Tensor) -> Tensor:
     cos, sin = table.to(x.dtype).chunk(2, dim=-1)
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def gather_positions(own: Tensor, group: ProcessGroup) -> Tensor:
+    """All ranks' positions in their order; the gradient is summed over the ranks.
+
+    Args:
+        own: [S / n, ...], this rank's positions.
+        group: of the n context parallel ranks.
+
+    Returns:
+        [S, ...].
+    """
+    gathered = gather_from_sequence_parallel_region(own, group=group)
+    parts = gathered.chunk(2 * group.size())
+    return torch.cat([*parts[0::2], *reversed(parts[1::2])])
 
 
 class RotarySelfAttention(SelfAttention):

@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-import torch.distributed as dist
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from megatron_dlm.interfaces import ModelInputs, Targets, TokenMixture
@@ -67,18 +65,3 @@ def own_share(inputs: ModelInputs, targets: Targets, rank: int, size: int) -> tu
     )
     per_position = {name: value[:, own] for name, value in vars(targets).items() if name.endswith("_BL")}
     return inputs, replace(targets, **per_position, token_count=0 if rank else targets.token_count)
-
-
-def gather_positions(own: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """All ranks' positions in their order; the gradient is summed over the ranks.
-
-    Args:
-        own: [S / n, ...], this rank's positions.
-        group: of the n context parallel ranks.
-
-    Returns:
-        [S, ...].
-    """
-    gathered = gather_from_sequence_parallel_region(own, group=group)
-    parts = gathered.chunk(2 * group.size())
-    return torch.cat([*parts[0::2], *reversed(parts[1::2])])

@@ -19,7 +19,7 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
-from megatron_dlm.interfaces import RowTargets, Targets, on_device
+from megatron_dlm.interfaces import HeadRows, RowTargets
 from megatron_dlm.models.heads_linear import allow_padding
 from megatron_dlm.platform.vocab_parallel import VocabShard
 
@@ -27,33 +27,6 @@ RowLoss = Callable[[Tensor, RowTargets, VocabShard], tuple[Tensor, Tensor]]
 """An objective's `loss_and_dlogits`."""
 ROW_MULTIPLE = 16
 """Chunks are padded to a multiple of this, which FP8 matrix products need."""
-
-
-@dataclass(frozen=True)
-class HeadRows:
-    """The positions of one microbatch that carry a loss."""
-
-    places_R: Tensor
-    """int64 [R], in the [s, b] grid of positions."""
-    targets: RowTargets
-    """Theirs."""
-    num_sequences: int
-    """b."""
-
-    @classmethod
-    def of(cls, targets: Targets) -> HeadRows:
-        """Those whose weight is not 0; made beside the draws, so that no device is asked for their number."""
-        places_R = targets.weight_BL.t().reshape(-1).nonzero()[:, 0]
-        per_row = {
-            f"{name.removesuffix('_BL')}_R": value.t().reshape(-1)[places_R]
-            for name, value in vars(targets).items()
-            if name.endswith("_BL")
-        }
-        return cls(places_R, RowTargets(**per_row), targets.weight_BL.shape[0])
-
-    def to(self, device: torch.device) -> HeadRows:
-        """The same rows on `device`."""
-        return on_device(self, device)
 
 
 @dataclass(frozen=True)

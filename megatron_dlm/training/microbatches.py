@@ -16,9 +16,8 @@ from megatron_dlm.data.dali import carry_with_dali
 from megatron_dlm.data.loader import Loader, microbatch_positions
 from megatron_dlm.data.pinned import carry_from_pinned_memory
 from megatron_dlm.data.tensor_buffer import with_tensors, without_tensors
-from megatron_dlm.interfaces import AttentionPattern, ModelInputs, Targets, TokenBatch
+from megatron_dlm.interfaces import AttentionPattern, HeadRows, ModelInputs, Targets, TokenBatch
 from megatron_dlm.models.context_parallel import own_share
-from megatron_dlm.models.head import HeadRows
 from megatron_dlm.models.work import Work, work_of
 from megatron_dlm.objectives.base import CorruptionContext, Objective, corruption_fingerprint
 from megatron_dlm.objectives.documents import corrupt

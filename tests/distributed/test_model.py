@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_dlm.interfaces import AttentionPattern, ModelInputs, RowTargets, Targets, Vocabulary
+from megatron_dlm.interfaces import AttentionPattern, HeadRows, ModelInputs, RowTargets, Targets, Vocabulary
 from megatron_dlm.models.config import ModelConfig, transformer_config
 from megatron_dlm.objectives.cross_entropy import cross_entropy_and_dlogits
 from megatron_dlm.objectives.duo import DuoConfig
@@ -106,12 +106,6 @@ def head_case(tensor_rank, tensor_group, tensor_size, dtype=torch.float32, fused
     return head, hidden, targets, weight, bias
 
 
-def rows_of(targets):
-    from megatron_dlm.models.head import HeadRows
-
-    return HeadRows.of(targets)
-
-
 def full_logits_loss(hidden, targets, weight, bias):
     hidden, weight, bias = (x.double().requires_grad_() for x in (hidden, weight, bias))
     logits = hidden @ weight.t() + bias
@@ -128,7 +122,7 @@ def chunked_head(state, rows_per_chunk, fused):
     head, hidden, targets, weight, bias = head_case(*place, fused=fused)
     objective = MDLMConfig().build(head.vocab.vocabulary)
     hidden.requires_grad_()
-    losses = head(hidden, rows_of(targets), objective.loss_and_dlogits, rows_per_chunk)
+    losses = head(hidden, HeadRows.of(targets), objective.loss_and_dlogits, rows_per_chunk)
     loss, bound = losses.loss, losses.bound
     (3.0 * loss).backward()
     expected, (dhidden, dweight, dbias) = full_logits_loss(hidden.detach(), targets, weight, bias)
@@ -159,7 +153,7 @@ def low_precision_head(state, fused):
     head, hidden, targets, weight, bias = head_case(0, state.tensor_group, 1, torch.bfloat16, fused)
     hidden.requires_grad_()
     objective = MDLMConfig().build(head.vocab.vocabulary)
-    losses = head(hidden, rows_of(targets), objective.loss_and_dlogits, 4)
+    losses = head(hidden, HeadRows.of(targets), objective.loss_and_dlogits, 4)
     losses.loss.backward()
     expected, gradients = full_logits_loss(
         hidden.detach().bfloat16(), targets, weight.bfloat16(), bias.bfloat16()
@@ -185,7 +179,7 @@ def chunked_duo_head(state, rows_per_chunk, fused):
     head, hidden, targets, weight, bias = head_case(*place, fused=fused)
     objective = DuoConfig().build(head.vocab.vocabulary)
     hidden.requires_grad_()
-    losses = head(hidden, rows_of(targets), objective.loss_and_dlogits, rows_per_chunk)
+    losses = head(hidden, HeadRows.of(targets), objective.loss_and_dlogits, rows_per_chunk)
     losses.loss.backward()
     full = [x.detach().double().requires_grad_() for x in (hidden, weight, bias)]
     whole = VocabShard.of_rank(head.vocab.vocabulary, 0, None, 1)
@@ -256,7 +250,7 @@ def no_rows(state):
     empty = replace(targets, weight_BL=nothing, bound_weight_BL=nothing)
     hidden.requires_grad_()
     objective = MDLMConfig().build(head.vocab.vocabulary)
-    losses = head(hidden, rows_of(empty), objective.loss_and_dlogits, 4)
+    losses = head(hidden, HeadRows.of(empty), objective.loss_and_dlogits, 4)
     loss, bound = losses.loss, losses.bound
     loss.backward()
     return loss.item(), bound.item(), hidden.grad.abs().max().item(), head.weight.grad.abs().max().item()
@@ -276,7 +270,7 @@ def rows_seen(state):
         chunks.append((int((row_targets.weight_R > 0).sum()), logits.shape[0]))
         return objective.loss_and_dlogits(logits, row_targets, vocab)
 
-    head(hidden, rows_of(targets), spy, 3)
+    head(hidden, HeadRows.of(targets), spy, 3)
     return chunks, int((targets.weight_BL > 0).sum())
 
 

@@ -2,6 +2,7 @@
 
     python tools/bench/gpu.py --output gpu.jsonl [--sizes 2121M 1028M 336M 113M] [--time-limit 540]
     python tools/bench/gpu.py --output gpu.jsonl --table          what has been measured so far
+    python tools/bench/gpu.py --output gpu.jsonl --isoflop-budgets 1e17 --isoflop-sizes 19M 66M --data PREFIX
     python tools/bench/gpu.py --output tiny.jsonl --device cpu --tiny
 
 Work is done in pieces, each of which appends a line to the output when it ends; the same command goes on
@@ -9,7 +10,8 @@ with the pieces that are missing, and begins none behind --time-limit seconds. A
 its line and is tried again next time. Utilisation is of this GPU's own matrix-product speed (bf16, squares of
 8192), by the matrix products that the family needs ("useful": no recomputation, no rows without a loss).
 "Compiled" is a plain PyTorch DiT with full logits and autograd losses under torch.compile, in mixed
-precision.
+precision. What an option buys is a whole training's speed with it over that without; options for several
+processes need as many GPUs. Text is that of the installed Python packages, or a shard's.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from gpu_pieces import (
     step_errors,
     step_speed,
 )
+from gpu_runs import OPTIONS, Runs, bought, isoflop_point
 from step import show
 
 from megatron_dlm.interfaces import InputError
@@ -53,7 +56,7 @@ class Piece:
     run: Callable[[], dict[str, Any]]
 
 
-def pieces(bench: Bench, arguments: argparse.Namespace, parallel: ParallelState) -> list[Piece]:
+def pieces(bench: Bench, runs: Runs, arguments: argparse.Namespace, parallel: ParallelState) -> list[Piece]:
     """All pieces in the order of their use."""
     found = [
         Piece("device", lambda: device_of(parallel)),
@@ -85,6 +88,20 @@ def pieces(bench: Bench, arguments: argparse.Namespace, parallel: ParallelState)
         Piece(f"sampling {family}", lambda family=family: sampling_speed(bench, family, parallel.device))
         for family in arguments.families
     ]
+    found += [
+        Piece(f"option {option.name}", lambda option=option: bought(runs, option)) for option in OPTIONS
+    ]
+    for budget in arguments.isoflop_budgets:
+        for size in arguments.isoflop_sizes:
+            for family in arguments.families:
+                found.append(
+                    Piece(
+                        f"isoflop {budget:g} {size} {family}",
+                        lambda budget=budget, size=size, family=family: isoflop_point(
+                            runs, family, size, budget
+                        ),
+                    )
+                )
     return found
 
 
@@ -198,6 +215,52 @@ def print_tables(output: Path) -> None:
         if name.startswith("sampling") and "error" not in line
     ]
     show("sampling", ["family", "tokens/s", "batch", "steps"], sampling)
+    options = [
+        [
+            name.removeprefix("option "),
+            *([f"{line['without']:,.0f}", f"{line['with']:,.0f}", f"{line['ratio']:.2f}x"]),
+            str(line["processes"]),
+        ]
+        if "error" not in line
+        else [name.removeprefix("option "), line["error"][:70], "", "", ""]
+        for name, line in done.items()
+        if name.startswith("option")
+    ]
+    show("what an option buys", ["option", "tokens/s without", "with", "ratio", "processes"], options)
+    points = [
+        [*name.split()[1:], str(line["steps"]), f"{line['nats_per_token']:.4f}"]
+        for name, line in done.items()
+        if name.startswith("isoflop") and "error" not in line
+    ]
+    show("IsoFLOP points", ["FLOPs", "size", "family", "steps", "held-out nats/token"], points)
+
+
+def runs_of(arguments: argparse.Namespace, parallel: ParallelState) -> Runs:
+    """Trainings of 113M, or of a toy."""
+    tiny = arguments.tiny
+    batch = 4 if tiny else 64
+    words = {
+        "--data.seq-length": arguments.seq_length,
+        "--training.global-batch-size": batch,
+        "--training.micro-batch-size": batch // 4,
+        "--training.precision": "fp32" if tiny else "bf16",
+        "--training.head-rows-per-chunk": arguments.rows_per_chunk,
+        "--evaluation.num-batches": 1 if tiny else 8,
+        "--evaluation.batch-size": batch,
+        "--schedule.warmup-steps": 1,
+    }
+    return Runs(
+        directory=arguments.output.with_suffix(".runs").resolve(),
+        device=parallel.device.type,
+        shape=tuple(str(word) for pair in words.items() for word in pair),
+        size="tiny" if tiny else "113M",
+        steps=6 if tiny else 40,
+        vocabulary_size=300 if tiny else arguments.vocabulary_size,
+        megabytes=1 if tiny else 200,
+        data=arguments.data,
+        rounds=1 if tiny else 3,
+        minutes=arguments.time_limit / 60,
+    )
 
 
 def share(flops: float | None, peak: float) -> str:
@@ -222,6 +285,9 @@ def main() -> None:
     parser.add_argument("--rows-per-chunk", type=int, default=4096, help="rows whose logits exist at a time")
     parser.add_argument("--recompute", choices=("none", "selective", "full"), default="selective")
     parser.add_argument("--repeats", type=int, default=5, help="measured steps")
+    parser.add_argument("--data", help="prefix of a shard for trainings; otherwise made of installed text")
+    parser.add_argument("--isoflop-budgets", nargs="*", type=float, default=[], help="FLOPs of a training")
+    parser.add_argument("--isoflop-sizes", nargs="+", default=["19M", "34M", "66M", "113M"])
     parser.add_argument("--time-limit", type=float, default=540.0, help="seconds; no piece begins behind it")
     parser.add_argument("--table", action="store_true", help="print what has been measured, measure nothing")
     parser.add_argument("--tiny", action="store_true", help="toy sizes, for a test of the script itself")
@@ -235,7 +301,8 @@ def main() -> None:
             parallel = start_parallel(detect_environment(), config)
         except InputError as error:
             parser.error(str(error))
-        run_missing(pieces(Bench.of(arguments, parallel.device), arguments, parallel), arguments)
+        bench, runs = Bench.of(arguments, parallel.device), runs_of(arguments, parallel)
+        run_missing(pieces(bench, runs, arguments, parallel), arguments)
         stop_parallel()
     print_tables(arguments.output)
 

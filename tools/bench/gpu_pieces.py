@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from sides import Shape, build_denoiser, compiled_step, our_step, plain_model
 
+from megatron_dlm.interfaces import HeadRows
 from megatron_dlm.models.fp8 import Fp8Config
 from megatron_dlm.models.sizes import paper_model
 from megatron_dlm.objectives.registry import OBJECTIVES
@@ -140,8 +141,6 @@ def _loss_and_gradients(shape: Shape, parallel: ParallelState) -> tuple[float, d
     objective = OBJECTIVES[shape.family]().build(shape.vocabulary)
     inputs, targets = objective.corrupt(shape.batch(0), shape.context(0))
     hidden = denoiser(inputs.to(parallel.device))
-    from megatron_dlm.models.head import HeadRows
-
     rows = HeadRows.of(targets)
     losses = denoiser.head(hidden, rows, objective.loss_and_dlogits, shape.rows_per_chunk)
     losses.loss.backward()
@@ -245,7 +244,6 @@ def _parts(step: Callable[[int], Any]) -> dict[str, float]:
 
 def head_memory(bench: Bench, size: str, parallel: ParallelState) -> dict[str, Any]:
     """MiB that the head's loss and gradient add, against full logits under autograd; on a GPU alone."""
-    from megatron_dlm.models.head import HeadRows
     from tests.helpers.naive import naive_loss_of_logits
 
     device = parallel.device

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from megatron_dlm.interfaces import TokenBatch, Vocabulary
+from megatron_dlm.interfaces import HeadRows, TokenBatch, Vocabulary
 from megatron_dlm.objectives.ar import ARConfig
 from megatron_dlm.objectives.base import CorruptionContext, ObjectiveConfig
 from megatron_dlm.objectives.duo import DuoConfig
@@ -76,7 +76,7 @@ class Case:
 
     def _losses(self, config: ObjectiveConfig, part: Any, logits: torch.Tensor, **vocabulary: int) -> Array:
         """[B, S] weighted training losses through a head that passes its input on as logits."""
-        from megatron_dlm.models.head import Head, HeadRows
+        from megatron_dlm.models.head import Head
 
         vocab = VocabShard.of_rank(self._vocabulary(**vocabulary), 0, None, 1)
         head = Head(vocab.stop, vocab, None, self._dtype, torch.device("cpu"))
