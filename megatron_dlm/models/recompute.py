@@ -42,5 +42,9 @@ class RecomputingMLP(MLP):
         return output, bias
 
     def _activate(self, wide: Tensor, bias: Tensor) -> Tensor:
+        if self.config.fused_kernels:
+            from megatron_dlm.kernels.biased_gelu import biased_gelu
+
+            return biased_gelu(wide, bias)
         activated: Tensor = self.activation_func(wide + bias)
         return activated

@@ -14,11 +14,12 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_dlm.kernels import gated_residual, modulated_norm, rotary, row_softmax
+from megatron_dlm.kernels import biased_gelu, gated_residual, modulated_norm, rotary, row_softmax
 
 LOW, WIDE, IDS = "*bf16", "*fp32", "*i64"
 WIDTHS = {"BLOCK": 4096, "WIDE": tl.float32}
 """For the hidden size of the largest published model, 2176, and 32,001 ids."""
+MLP = {"BLOCK": 1024, "WIDE": tl.float32}
 KERNELS = [
     (row_softmax._statistics, {"logits": LOW, "ids": IDS}, WIDTHS),
     (row_softmax._cross_entropy_gradient, {"logits": LOW, "ids": IDS}, WIDTHS),
@@ -28,6 +29,8 @@ KERNELS = [
     (modulated_norm._backward, {"dy": LOW, "weight": LOW}, WIDTHS),
     (gated_residual._forward, {"branch": LOW, "bias": LOW}, WIDTHS | {"BIASED": True}),
     (gated_residual._backward, {"branch": LOW, "bias": LOW, "dbranch": LOW}, WIDTHS | {"BIASED": True}),
+    (biased_gelu._forward, {"x": LOW, "bias": LOW, "y": LOW}, MLP),
+    (biased_gelu._backward, {"dy": LOW, "x": LOW, "bias": LOW, "dx": LOW}, MLP),
     (rotary._rotate, {"x": LOW, "out": LOW}, {"WIDE": tl.float32, "HEADS": 32, "HALF": 64}),
 ]
 """Kernel, pointers that are not to float32, and what is fixed when it is compiled."""
@@ -51,7 +54,7 @@ def compiled(kernel, pointers, constants, capability):
         name: "constexpr" if name in constants else kind_of(name, pointers) for name in kernel.arg_names
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    warps = 4 if kernel is rotary._rotate else 8
+    warps = 4 if constants.get("BLOCK", 0) < 4096 else 8
     target = GPUTarget("cuda", capability, 32)
     return triton.compile(source, target=target, options={"num_warps": warps}).asm["cubin"]
 

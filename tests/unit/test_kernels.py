@@ -187,6 +187,31 @@ def test_gated_residual(dtype, biased):
         close(mine, theirs, dtype)
 
 
+@pytest.mark.parametrize("length, width", [(7, 70), (1, 64), (40, 9)])
+def test_biased_gelu(dtype, length, width, monkeypatch):
+    """Several blocks of columns, more rows than programs; values where the function is flat."""
+    from megatron_dlm.kernels import biased_gelu as module
+
+    monkeypatch.setattr(module, "LARGEST_BLOCK", 32)
+    monkeypatch.setattr(module, "PROGRAMS", 8)
+    values = [random(length, 3, width, seed=1, scale=2.0).to(dtype), random(width, seed=2).to(dtype)]
+    values[0][0, 0, :4] = torch.tensor([-30.0, 30.0, 0.0, -3.0])
+    upstream = random(length, 3, width, seed=3)
+
+    def twin(x, bias):
+        return F.gelu(x + bias, approximate="tanh")
+
+    results = []
+    for function, kind in ((twin, torch.float64), (module.biased_gelu, dtype)):
+        leaves = [value.detach().to(kind, copy=True).requires_grad_() for value in values]
+        out = function(*leaves)
+        out.backward(upstream.to(kind))
+        results.append([out, *(leaf.grad for leaf in leaves)])
+    for mine, theirs in zip(results[1], results[0], strict=True):
+        assert mine.dtype == dtype
+        close(mine, theirs, dtype)
+
+
 @pytest.mark.parametrize("samples", [1, 3])
 def test_rotary_with_an_order_of_each_sample(dtype, samples):
     """The query comes as a view of the projection, as megatron-core cuts it."""
