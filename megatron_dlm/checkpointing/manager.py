@@ -27,6 +27,7 @@ from megatron_dlm.interfaces import InputError, SaveError
 from megatron_dlm.models.denoiser import ChunkedDenoiser, Denoiser
 from megatron_dlm.platform import distributed_optimizer
 from megatron_dlm.platform.files import write_json
+from megatron_dlm.platform.fp8_weights import plain
 from megatron_dlm.platform.fully_sharded import sharded_names, stand_ins
 from megatron_dlm.platform.parallel import ParallelState, on_first_rank
 
@@ -175,6 +176,7 @@ def load(
     for chunk in denoiser.chunks:
         # One by one: chunks of one process have copies of the time embedder.
         load_state(directory, optimizer, _places(chunk, _model_state(chunk, parallel)))
+    distributed_optimizer.weights_from_main(optimizer)
     distributed_optimizer.set_step_count(optimizer, loaded[OPTIMIZER_STEP])
 
 
@@ -238,7 +240,11 @@ def verify_on_all_ranks(directory: Path, parallel: ParallelState) -> None:
 
 def _model_state(denoiser: Denoiser | ChunkedDenoiser, parallel: ParallelState) -> dict[str, Any]:
     with stand_ins(denoiser):
-        return {"model": denoiser.sharded_state_dict(metadata=_metadata(parallel))}
+        state = denoiser.sharded_state_dict(metadata=_metadata(parallel))
+    for tensor in state.values():
+        if isinstance(tensor, ShardedTensor):
+            tensor.data = plain(tensor.data)
+    return {"model": state}
 
 
 def _without_sharded(denoiser: Denoiser | ChunkedDenoiser, state: dict[str, Any]) -> dict[str, Any]:

@@ -201,6 +201,7 @@ def _fp8_fields(fp8: Fp8Config | None, transformer_impl: TransformerImpl) -> dic
         fields |= {
             "fp8": fp8.format,
             "fp8_recipe": fp8.recipe,
+            "fp8_param": fp8.weights,
             "fp8_margin": fp8.margin,
             "fp8_amax_history_len": fp8.amax_history_len,
             "fp8_amax_compute_algo": fp8.amax_compute_algo,

@@ -28,6 +28,10 @@ class Fp8Config:
     """Steps whose maxima delayed scaling keeps (microbatches in Transformer Engine)."""
     amax_compute_algo: Literal["max", "most_recent"] = "max"
     """Which of them delayed scaling takes."""
+    weights: bool = False
+    """Keep the layers' weights in FP8 beside the fp32 main weights, and gather them so: half the bytes of
+    bf16, and no cast before each product. Transformer Engine's, with parallel.use_distributed_optimizer; not
+    for mxfp8."""
     layers_at_start_in_bf16: int = 0
     """First layers of the model that stay in bf16; not with delayed scaling."""
     layers_at_end_in_bf16: int = 0
@@ -39,6 +43,8 @@ class Fp8Config:
                 raise InputError(f"fp8.{name}: {getattr(self, name)} is below 0")
         if self.amax_history_len < 1:
             raise InputError(f"fp8.amax_history_len: {self.amax_history_len} is below 1")
+        if self.weights and self.recipe == "mxfp8":
+            raise InputError("fp8.weights: True, and mxfp8 keeps bf16 weights")
         if self.recipe == "delayed" and self.has_bf16_layers:
             raise InputError("fp8.recipe: delayed takes no layers_at_start_in_bf16 or layers_at_end_in_bf16")
 

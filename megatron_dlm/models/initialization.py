@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_dlm.models.denoiser import ChunkedDenoiser, Denoiser
 from megatron_dlm.models.weight_layout import public_shapes, weight_places
+from megatron_dlm.platform.fp8_weights import set_first_value
 from megatron_dlm.platform.parallel import ParallelState
 from megatron_dlm.platform.rng import NoiseSource
 
@@ -29,7 +30,7 @@ def initialize(denoiser: Denoiser | ChunkedDenoiser, parallel: ParallelState, se
         # A bias follows its weight's fan-in.
         fan_in = shapes.get(place.name.removesuffix(".bias") + ".weight", place.shape)[-1]
         full = initial_tensor(place.name, place.shape, fan_in, noise)
-        place.parameter.copy_(place.cut(full))
+        set_first_value(place.parameter, place.cut(full))
 
 
 def initial_tensor(name: str, shape: tuple[int, ...], fan_in: int, noise: NoiseSource) -> Tensor:

@@ -84,6 +84,10 @@ class AttentionOutputLinear(HeadsLinear, RowLinear):
     """From this rank's heads."""
 
 
+class _AttentionCore(_WithoutExtraState, TEDotProductAttention):
+    """Attention that is causal or without a mask."""
+
+
 class FusedAttention(nn.Module):
     """Transformer Engine's attention; PyTorch's where a mask is given that it has no kernel for.
 
@@ -93,7 +97,7 @@ class FusedAttention(nn.Module):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__()
-        self._fused = TEDotProductAttention(**kwargs)
+        self._fused = _AttentionCore(**kwargs)
         self._masked = SdpaAttention(**kwargs)
 
     def forward(

@@ -6,9 +6,11 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
+from megatron.core.fp8_utils import post_all_gather_processing
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from megatron_dlm.platform.fp8_weights import is_fp8
 from megatron_dlm.platform.fully_sharded import local, own_range
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -108,8 +110,29 @@ def complete_weights(optimizer: Any) -> None:
     """
     for part in _parts(optimizer):
         if _is_distributed(part) and part.ddp_config.overlap_param_gather:
-            for chunk in part.model_chunks:
-                chunk.start_param_sync(force_sync=True)
+            _gather(part)
+
+
+def _gather(part: Any) -> None:
+    for chunk in part.model_chunks:
+        chunk.start_param_sync(force_sync=True)
+        if chunk.ddp_config.overlap_param_gather:
+            # What megatron-core leaves to the next forward pass, which then thinks that all is done.
+            fp8 = [parameter for parameter in chunk.parameters() if is_fp8(parameter)]
+            if fp8:
+                post_all_gather_processing(fp8)
+
+
+def weights_from_main(optimizer: Any) -> None:
+    """Make FP8 weights of the main weights again, as each step does; others are what was loaded.
+
+    Args:
+        optimizer: what `get_megatron_optimizer` returned; all ranks call it.
+    """
+    for part in _parts(optimizer):
+        if _is_distributed(part) and any(map(is_fp8, part.model_param_group_index_map)):
+            part._copy_main_params_to_model_params()
+            _gather(part)
 
 
 def set_weights(optimizer: Any, values: dict[torch.nn.Parameter, Tensor]) -> None:
@@ -121,6 +144,9 @@ def set_weights(optimizer: Any, values: dict[torch.nn.Parameter, Tensor]) -> Non
     """
     with torch.no_grad():
         for param, value in values.items():
+            if is_fp8(param):
+                param.copy_(value)
+                continue
             start, end = own_range(param)
             local(param).view(-1).copy_(value.reshape(-1)[start:end])
     optimizer.reload_model_params()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_dlm.interfaces import TrainingError
 from megatron_dlm.platform.distributed_optimizer import complete_weights
+from megatron_dlm.platform.fp8_weights import bits
 from megatron_dlm.training.session import Session
 from megatron_dlm.training.trainer import Hook, Progress, StepReport
 
@@ -57,7 +58,7 @@ class ReplicaHook(Hook):
             return
         complete_weights(session.optimizer)
         parameters = dict(session.denoiser.named_parameters())
-        mine = bit_sums(list(parameters.values()))
+        mine = bit_sums([bits(parameter) for parameter in parameters.values()])
         sums = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
         dist.all_gather(sums, mine, group=group)
         found = torch.stack(sums)
@@ -82,10 +83,10 @@ def bit_sums(tensors: list[Tensor]) -> Tensor:
     """A number for each tensor that any single changed bit changes.
 
     Args:
-        tensors: contiguous, of 2 or 4 byte elements.
+        tensors: contiguous, of 1, 2 or 4 byte elements.
 
     Returns:
         int64 [len(tensors)]: sums of the bit patterns taken as integers.
     """
-    integers = {2: torch.int16, 4: torch.int32}
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
     return torch.stack([t.detach().view(integers[t.element_size()]).sum(dtype=torch.int64) for t in tensors])

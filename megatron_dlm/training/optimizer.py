@@ -53,6 +53,7 @@ def wrap_data_parallel(denoiser: Denoiser | ChunkedDenoiser, parallel: ParallelC
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         bucket_size=parallel.bucket_size or None,
+        fp8_param_gather=denoiser.config.fp8_param,
         # The loop stops on losses and gradient norms that are not finite, and names the samples.
         check_for_nan_in_grad=False,
     )
@@ -106,6 +107,7 @@ def build_optimizer(
         params_dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_param_gather=parallel.overlap_param_gather,
+        fp8_recipe=chunks[0].config.fp8_recipe if chunks[0].config.fp8_param else None,
     )
     # An empty override table: megatron-core's default exempts biases and 1-D parameters from decay.
     return get_megatron_optimizer(megatron_config, chunks, config_overrides={})

@@ -111,6 +111,11 @@ def check_device(config: RunConfig, device: torch.device) -> None:
     """
     if config.parallel.cuda_graphs and device.type != "cuda":
         raise InputError("parallel.cuda_graphs: True, and this run is on a CPU")
+    is_fp8 = config.training.precision == "fp8"
+    if is_fp8 and config.fp8.weights and transformer_impl(config, device) == "local":
+        raise InputError(
+            "fp8.weights: True, and FP8 is emulated here, which Transformer Engine's weights are not"
+        )
     if config.parallel.overlap_tensor_parallel and transformer_impl(config, device) == "local":
         raise InputError(
             "parallel.overlap_tensor_parallel: True, and training.transformer_impl is local, or Transformer "
@@ -120,6 +125,8 @@ def check_device(config: RunConfig, device: torch.device) -> None:
 
 def _check_fp8(config: RunConfig) -> None:
     model, parallel, training = config.model, config.parallel, config.training
+    if config.fp8.weights and not parallel.use_distributed_optimizer:
+        raise InputError("fp8.weights: True, and parallel.use_distributed_optimizer is False")
     tensor = parallel.tensor_model_parallel_size
     rows = training.micro_batch_size * config.objective.length_multiple(config.data.seq_length)
     width = model.padded_heads(tensor) // tensor * model.head_dim

@@ -123,6 +123,17 @@ BAD = {
         ["train", RECIPE, "--parallel.tensor-model-parallel-size", "5", "--dry-run", "5"],
         "parallel.tensor_model_parallel_size: 5 does not divide model.ffn_hidden_size 896",
     ),
+    "fp8 weights of mxfp8": (
+        ["train", RECIPE, "--training.precision", "fp8", "--fp8.weights", "--fp8.recipe", "mxfp8"],
+        "fp8.weights: True, and mxfp8 keeps bf16 weights",
+    ),
+    "fp8 weights without shards": (
+        [
+            *("train", RECIPE, "--training.precision", "fp8", "--fp8.weights", "--dry-run", "1"),
+            "--parallel.no-use-distributed-optimizer",
+        ],
+        "fp8.weights: True, and parallel.use_distributed_optimizer is False",
+    ),
     "weights gathered late": (
         ["train", RECIPE, "--parallel.overlap-param-gather"],
         "parallel.overlap_param_gather: needs parallel.overlap_grad_reduce and parallel.use_distributed",
@@ -300,12 +311,21 @@ def test_tokenizer_and_index_from_the_command_line(command, tmp_path, read_json)
     assert sorted(path.name for path in (tmp_path / "d").iterdir()) == ["s.bin", "s.idx", "s.json"]
 
 
-def test_cuda_graphs_on_a_cpu_are_refused(command, corpus, tmp_path):
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            ["--parallel.cuda-graphs", "--training.recompute", "none"],
+            "parallel.cuda_graphs: True, and this run is on a CPU",
+        ),
+        (["--training.precision", "fp8", "--fp8.weights"], "fp8.weights: True, and FP8 is emulated here"),
+    ],
+)
+def test_what_only_a_gpu_has_is_refused_on_a_cpu(command, corpus, tmp_path, more, message):
     words = ["--data.train", corpus.train, "--data.validation", corpus.validation, "--data.seq-length", 32]
-    more = ["--parallel.cuda-graphs", "--training.recompute", "none", "--directory", tmp_path / "run"]
-    finished = command("train", RECIPE, *words, *more, check=False)
+    finished = command("train", RECIPE, *words, *more, "--directory", tmp_path / "run", check=False)
     assert finished.returncode == 2
-    assert "parallel.cuda_graphs: True, and this run is on a CPU" in finished.stderr
+    assert message in finished.stderr
     assert not (tmp_path / "run").exists()
 
 

@@ -66,3 +66,16 @@ def test_transformer_engine_trains_as_the_local_layers_do(command, corpus, tmp_p
         for (ours, loss), (theirs, expected) in zip(curves[name], curves["local"], strict=True):
             assert ours == theirs
             assert loss == pytest.approx(expected, rel=tolerance)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is None, reason="no Transformer Engine")
+@pytest.mark.parametrize("words", [(), ("--fp8.weights",)], ids=["bf16 weights", "fp8 weights"])
+def test_fp8_goes_on_where_it_stopped(command, corpus, tmp_path, words):
+    more = ("--training.precision", "fp8", "--parallel.deterministic", *words)
+    for run, steps in (("whole", 8), ("parts", 4), ("parts", 8)):
+        command(*arguments_for(corpus, tmp_path / run, *more, steps=steps), CUDA_VISIBLE_DEVICES="0")
+    whole, parts = (
+        [entry["loss"] for entry in read_metrics(tmp_path / run) if entry["kind"] == "train"]
+        for run in ("whole", "parts")
+    )
+    assert len(whole) == 8 and parts == whole

@@ -46,6 +46,7 @@ OPTIONS = (
         ("--training.transformer-impl", "local"),
     ),
     Option("CUDA graphs", ("--parallel.cuda-graphs",), ("--training.recompute", "none")),
+    Option("FP8 weights", ("--fp8.weights",), ("--training.precision", "fp8"), processes=2),
     Option("gradient overlap", ("--parallel.overlap-grad-reduce",), processes=2),
     Option(
         "weight gather overlap",
