@@ -24,7 +24,7 @@ def carry_from_pinned_memory(
         device: a GPU; on a CPU, with platform/cpu.py installed, copies are made at once.
 
     Yields:
-        The tensors of each batch, in order. Their memory is overwritten when the next but one is asked for.
+        The tensors of each batch, in order. Their memory is overwritten once the next is asked for.
     """
     stream = torch.cuda.Stream(device)
     buffers = itertools.cycle([_Buffer(device, stream), _Buffer(device, stream)])

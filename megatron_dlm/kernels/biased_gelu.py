@@ -27,7 +27,7 @@ def _twice_u(x):
 
 
 @triton.jit
-def _forward(x, bias, y, rows, width, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+def _forward(x, bias, y, width, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
@@ -66,7 +66,7 @@ class _BiasedGelu(torch.autograd.Function):
         ctx.options = {"WIDE": wide_dtype(x), "BLOCK": block}
         ctx.sizes = rows, width, triton.cdiv(width, block)
         y = torch.empty_like(x)
-        _forward[(rows, ctx.sizes[2])](x, bias, y, rows, width, **ctx.options)
+        _forward[(rows, ctx.sizes[2])](x, bias, y, width, **ctx.options)
         ctx.save_for_backward(x, bias)
         return y
 

@@ -6,6 +6,7 @@ is made.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -27,27 +28,36 @@ class _Computation(nn.Module):
         return self.layer.compute(*tensors)
 
 
-def record_layers(layers: Sequence[AdaLNTransformerLayer], inputs: Sequence[Tensor]) -> None:
+def record_layers(
+    layers: Sequence[AdaLNTransformerLayer], inputs: Sequence[Tensor], constants: Sequence[Tensor]
+) -> None:
     """Record forward and backward passes, which the layers replay from then on wherever they are trained.
 
     Args:
         layers: of one stage, in order.
-        inputs: of the first one's `compute`; all later ones have the same shapes.
+        inputs: with gradients, of the first one's `compute`; all later ones have the same shapes.
+        constants: what `compute` takes behind them, the same for all layers. A replay reads this very memory.
     """
-    # What a replay reads is copied to these; what has no gradient is the same for all layers.
-    constant = [None if tensor.requires_grad else tensor.clone() for tensor in inputs]
     samples = tuple(
-        tuple(
-            tensor.detach().clone().requires_grad_() if same is None else same
-            for tensor, same in zip(inputs, constant, strict=True)
-        )
-        for _ in layers
+        (*(tensor.detach().clone().requires_grad_() for tensor in inputs), *constants) for _ in layers
     )
     computations = tuple(_Computation(layer) for layer in layers)
     with _hooks_at_rest():
         torch.cuda.make_graphed_callables(computations, samples)
     for layer, computation in zip(layers, computations, strict=True):
         layer.replay = computation.forward
+
+
+def forget_layers(layers: Sequence[AdaLNTransformerLayer]) -> None:
+    """Give recordings up; a communicator does not end while a recording holds its kernels.
+
+    Args:
+        layers: that compute from then on.
+    """
+    for layer in layers:
+        layer.replay = None
+    # They are parts of circles.
+    gc.collect()
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from megatron_dlm.models.adaln_layer import AdaLNTransformerLayer, FinalLayer, M
 from megatron_dlm.models.attention import rotary_table
 from megatron_dlm.models.config import ModelConfig
 from megatron_dlm.models.context_parallel import own_positions
-from megatron_dlm.models.cuda_graphs import record_layers
+from megatron_dlm.models.cuda_graphs import forget_layers, record_layers
 from megatron_dlm.models.document_mask import document_mask
 from megatron_dlm.models.embedding import TokenEmbedding
 from megatron_dlm.models.head import Head
@@ -63,7 +63,8 @@ class Denoiser(MegatronModule):
         self._place = chunk * parallel.pipeline_size + parallel.pipeline_rank
         self._tensor_group = parallel.tensor_group
         self._context_place = parallel.context_rank, parallel.context_size
-        self._is_to_record = config.records_layers
+        self._is_to_share_buffers = config.tp_comm_overlap
+        self._recorded_constants: list[Tensor] | None = None
         if self.pre_process:
             self.embedding = TokenEmbedding(
                 padded_vocabulary_size(vocabulary.size, parallel.tensor_size),
@@ -116,7 +117,7 @@ class Denoiser(MegatronModule):
         Returns:
             float32 [L, B, D]; on the last stage after the final layer, ready for `head`.
         """
-        if self.config.tp_comm_overlap:
+        if self._is_to_share_buffers:
             self._share_buffers(inputs.token_ids_BL.numel())
         c = self.time_embedder(inputs.sigma_B)
         attention_mask = inputs.attention_mask
@@ -127,11 +128,9 @@ class Denoiser(MegatronModule):
             hidden_states = self.embedding(inputs.token_ids_BL, inputs.mixture).float().contiguous()
         # A view: the layers' gradients are summed before the final layer's, recomputed or not.
         context, rotary = c.view_as(c), rotary_table(inputs.position_ids_BL, self.model.head_dim)
-        if self._is_to_record and self.training:
+        if self.config.records_layers and self.training:
             assert hidden_states is not None
-            mask = [] if attention_mask is None else [attention_mask]
-            record_layers(list(self.block.layers), [hidden_states, context, rotary, *mask])
-            self._is_to_record = False
+            rotary, attention_mask = self._in_recorded_memory(hidden_states, context, rotary, attention_mask)
         hidden_states = self.block(
             hidden_states=hidden_states,
             attention_mask=attention_mask,
@@ -153,6 +152,26 @@ class Denoiser(MegatronModule):
 
         tensor_size, has_fp8 = self.config.tensor_model_parallel_size, self.config.fp8 is not None
         share_buffers(rows, self.config.hidden_size, tensor_size, fp8=has_fp8)
+        self._is_to_share_buffers = False
+
+    def _in_recorded_memory(
+        self, hidden_states: Tensor, context: Tensor, rotary: Tensor, attention_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Rotary table and mask where the layers' recordings read them; the first call records."""
+        given = [rotary] if attention_mask is None else [rotary, attention_mask]
+        if self._recorded_constants is None:
+            self._recorded_constants = [tensor.clone() for tensor in given]
+            record_layers(list(self.block.layers), [hidden_states, context], self._recorded_constants)
+        for memory, tensor in zip(self._recorded_constants, given, strict=True):
+            memory.copy_(tensor)
+        found = self._recorded_constants
+        return found[0], found[1] if len(found) > 1 else None
+
+    def forget_recordings(self) -> None:
+        """Give up what has been recorded, before process groups end."""
+        if self._recorded_constants is not None:
+            forget_layers(list(self.block.layers))
+            self._recorded_constants = None
 
     def _within_documents(self, document_ids_BL: Tensor, family_mask: Tensor | None) -> Tensor:
         """The mask of attention inside documents, or their edges for a core that takes these instead."""

@@ -6,7 +6,7 @@ kernel (kernels/modulated_norm.py), and so are gate, bias and residual (kernels/
 
 from __future__ import annotations
 
-from functools import cache
+from contextlib import nullcontext
 from typing import Any
 
 from megatron.core.extensions.transformer_engine import (
@@ -24,7 +24,6 @@ from megatron_dlm.models.packed_documents import attend_within
 EXTRA_STATE = "_extra_state"
 
 
-@cache
 def share_buffers(rows: int, hidden_size: int, tensor_size: int, *, fp8: bool) -> None:
     """Make the buffers through which tensor parallel ranks exchange pieces of what products read or make.
 
@@ -35,7 +34,7 @@ def share_buffers(rows: int, hidden_size: int, tensor_size: int, *, fp8: bool) -
         fp8: whether the products are FP8.
     """
     quantization = UserBufferQuantizationMode.FP8 if fp8 else UserBufferQuantizationMode.NONE
-    # Of a model before this one.
+    # Those of a model before this one.
     destroy_ub()
     initialize_ub(
         shape=[rows, hidden_size],
@@ -85,7 +84,14 @@ class AttentionOutputLinear(HeadsLinear, RowLinear):
 
 
 class _AttentionCore(_WithoutExtraState, TEDotProductAttention):
-    """Attention that is causal or without a mask."""
+    """Attention that is causal or without a mask, and without dropout."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        cores: list[Any] = [self.flash_attention, self.fused_attention, self.unfused_attention]
+        for core in cores:
+            # It would set the generator of a dropout that is not there, which no CUDA graph can record.
+            core.attention_dropout_ctx = nullcontext
 
 
 class FusedAttention(nn.Module):

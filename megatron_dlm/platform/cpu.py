@@ -1,6 +1,6 @@
 """Lets megatron-core run on a CPU: the `torch.cuda` calls it makes unconditionally go to the CPU.
 
-The only patching here, but for what stands beside it in its own files. Installed when there is
+The only patching here. Installed when there is
 no CUDA device or the CPU is asked for; a CUDA run never imports this file.
 Each redirection can go once megatron-core asks for a device instead of assuming CUDA (NVIDIA/Megatron-LM).
 """

@@ -40,10 +40,12 @@ class ParallelConfig:
     pass are under way; needs overlap_grad_reduce."""
     overlap_tensor_parallel: bool = False
     """Pass what tensor parallel ranks exchange in pieces while matrix products are under way; Transformer
-    Engine's user buffers, on CUDA with sequence_parallel and microbatches of one shape."""
+    Engine's user buffers, on CUDA with sequence_parallel, one pipeline stage, bf16 or fp8 and microbatches of
+    one shape."""
     bucket_size: int = 0
     """Parameters whose gradients, and weights, are sent together where that overlaps; 0: megatron-core's
-    choice, 40 million or, if more, 1 million a data parallel rank."""
+    choice, 40 million or, if more, 1 million a data parallel rank. On the first pipeline stage; later ones
+    have one bucket."""
     cuda_graphs: bool = False
     """On CUDA, record the kernels of each layer's passes once and replay them in every step, which spares
     the CPU their launches; for one pipeline stage, one shape of microbatches, fp32 or bf16 and

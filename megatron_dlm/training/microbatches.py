@@ -184,7 +184,7 @@ def carry(
         device: of the rank.
 
     Yields:
-        The same batches on the device; one's tensors are overwritten when the next but one is asked for.
+        The same batches on the device; one's tensors are overwritten once the next is asked for.
     """
     waiting: deque[bytes] = deque()
 

@@ -63,18 +63,13 @@ def wrap_data_parallel(denoiser: Denoiser | ChunkedDenoiser, parallel: ParallelC
 
 
 def _fully_sharded(chunk: Denoiser, ddp_config: Any) -> Any:
-    from torch.distributed.fsdp import register_fsdp_forward_method
-
     from megatron_dlm.models.adaln_layer import AdaLNTransformerLayer
     from megatron_dlm.models.head import Head
     from megatron_dlm.platform.fully_sharded import FullyShardedDataParallel
 
-    wrapped = FullyShardedDataParallel(
+    return FullyShardedDataParallel(
         chunk.config, ddp_config, chunk, sub_modules_to_wrap={AdaLNTransformerLayer, Head}
     )
-    # Called outside the head's forward, so it gathers the weights by itself.
-    register_fsdp_forward_method(chunk.head, "logits")
-    return wrapped
 
 
 def build_optimizer(

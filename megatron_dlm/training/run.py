@@ -127,6 +127,8 @@ def train(config: RunConfig) -> bool:
         session = Session(config, data, parallel)
         progress = _restore(session, start)
         go_on(session, progress, signals)
+        for chunk in session.denoiser.chunks:
+            chunk.forget_recordings()
         # Not after an error: the other ranks may never arrive.
         stop_parallel()
     return progress.step >= config.training.num_steps

@@ -40,10 +40,8 @@ def check_run(config: RunConfig, world_size: int) -> None:
         _check_fully_sharded(config)
     if config.training.precision == "fp8":
         _check_fp8(config)
-    if config.parallel.overlap_tensor_parallel and not _has_one_shape(config):
-        raise InputError(
-            "parallel.overlap_tensor_parallel: True, and the objective makes microbatches of several lengths"
-        )
+    if config.parallel.overlap_tensor_parallel:
+        _check_tensor_overlap(config)
     if config.parallel.cuda_graphs:
         _check_cuda_graphs(config)
     micro = config.training.micro_batch_size
@@ -82,21 +80,43 @@ def _has_one_shape(config: RunConfig) -> bool:
     return not objective.has_parts and objective.length_multiple(seq_length) == seq_length
 
 
+def _check_tensor_overlap(config: RunConfig) -> None:
+    parallel, training, fp8 = config.parallel, config.training, config.fp8
+    needs = "parallel.overlap_tensor_parallel: True needs"
+    stages = parallel.pipeline_model_parallel_size
+    if stages > 1:
+        raise InputError(f"{needs} parallel.pipeline_model_parallel_size 1, not {stages}")
+    if training.precision == "fp32":
+        raise InputError(f"{needs} training.precision bf16 or fp8, not fp32")
+    if training.precision == "fp8" and fp8.recipe not in ("tensorwise", "delayed"):
+        raise InputError(f"{needs} fp8.recipe tensorwise or delayed, not {fp8.recipe}")
+    if training.precision == "fp8" and fp8.has_bf16_layers:
+        raise InputError(
+            f"{needs} all layers in FP8; fp8.layers_at_start_in_bf16 or ..._at_end_... is above 0"
+        )
+    if not _has_one_shape(config):
+        raise InputError(f"{needs} microbatches of one length, which {config.objective.name} here has not")
+
+
 def _check_cuda_graphs(config: RunConfig) -> None:
-    refused = {
-        "parallel.pipeline_model_parallel_size": config.parallel.pipeline_model_parallel_size > 1,
-        "parallel.fully_sharded": config.parallel.fully_sharded,
-        "training.precision": config.training.precision == "fp8",
-        "training.recompute": config.training.recompute != "none",
-        "data.document_mask": config.data.document_mask,
-        "objective": not _has_one_shape(config),
-    }
-    for field, is_refused in refused.items():
-        if is_refused:
-            raise InputError(
-                f"parallel.cuda_graphs: True, and {field} lets layers change from pass to pass; needs one "
-                "pipeline stage, fp32 or bf16, training.recompute none and microbatches of one shape"
-            )
+    parallel, training, needs = config.parallel, config.training, "parallel.cuda_graphs: True needs"
+    stages = parallel.pipeline_model_parallel_size
+    if stages > 1:
+        raise InputError(f"{needs} parallel.pipeline_model_parallel_size 1, not {stages}")
+    if parallel.fully_sharded:
+        raise InputError(f"{needs} parallel.fully_sharded False")
+    if training.precision == "fp8":
+        raise InputError(f"{needs} training.precision fp32 or bf16, not fp8")
+    if training.recompute != "none":
+        raise InputError(f"{needs} training.recompute none, not {training.recompute}")
+    if config.data.document_mask:
+        raise InputError(f"{needs} data.document_mask False: each microbatch has a mask of its own")
+    if config.data.loader == "dali":
+        raise InputError(
+            f"{needs} data.loader torch or pinned: DALI's threads may not work while layers are recorded"
+        )
+    if not _has_one_shape(config):
+        raise InputError(f"{needs} microbatches of one length, which {config.objective.name} here has not")
 
 
 def check_device(config: RunConfig, device: torch.device) -> None:
@@ -117,10 +137,9 @@ def check_device(config: RunConfig, device: torch.device) -> None:
             "fp8.weights: True, and FP8 is emulated here, which Transformer Engine's weights are not"
         )
     if config.parallel.overlap_tensor_parallel and transformer_impl(config, device) == "local":
-        raise InputError(
-            "parallel.overlap_tensor_parallel: True, and training.transformer_impl is local, or Transformer "
-            "Engine or CUDA is not there"
-        )
+        asked = config.training.transformer_impl
+        why = "is local" if asked == "local" else "found no Transformer Engine, or no CUDA"
+        raise InputError(f"parallel.overlap_tensor_parallel: True, and training.transformer_impl {why}")
 
 
 def _check_fp8(config: RunConfig) -> None:

@@ -69,8 +69,8 @@ class TrainingConfig:
     head_rows_per_chunk: int = 128
     """Most rows whose logits exist at a time: what a CPU's cache holds; GPUs want 1,024 and more."""
     kernels: Kernels = "auto"
-    """What computes losses, norms, gates and rotary positions: auto, Triton on CUDA and PyTorch on a CPU;
-    torch; triton, on a CPU in Triton's interpreter (TRITON_INTERPRET=1), slowly, for tests."""
+    """What computes losses, norms, gates, GELU and rotary positions: auto, Triton on CUDA and PyTorch on a
+    CPU; torch; triton, on a CPU in Triton's interpreter (TRITON_INTERPRET=1), slowly, for tests."""
 
     def __post_init__(self) -> None:
         for name in (

@@ -51,7 +51,7 @@ def open_checkpoint(
         The loaded stage.
 
     Raises:
-        InputError: an interleaved or fully sharded layout.
+        InputError: an interleaved or fully sharded layout, recorded layers, or overlap.
     """
     refuse_training_layouts(parallel_config)
     parallel = start_parallel(detect_environment(), parallel_config)

@@ -42,6 +42,8 @@ def train(state, config, records):
     found = []
     for first in (0, 2):
         found += [session.validation.run(config.evaluation).nats_per_token, *steps(session, first, 2)]
+    session.denoiser.forget_recordings()
+    assert all(layer.replay is None for layer in session.denoiser.block.layers)
     return found, [tape.replays for tape in graph_tape.tapes]
 
 

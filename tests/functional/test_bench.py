@@ -9,6 +9,11 @@ import pytest
 
 from tests.conftest import ROOT
 
+OPTIONS = [
+    *("2 loader processes", "pinned memory", "DALI", "Triton kernels", "Transformer Engine", "CUDA graphs"),
+    *("FP8 weights", "gradient overlap", "weight gather overlap", "tensor parallel overlap"),
+]
+
 
 def run_bench(*arguments):
     command = [sys.executable, str(ROOT / "tools" / "bench" / "step.py"), "--sizes", "tiny"]
@@ -86,27 +91,27 @@ def test_the_gpu_benchmark_goes_on_where_it_stopped(tmp_path):
     assert [line["piece"] for line in lines] == [
         *("device", "kernels", "step errors duo", "ours tiny duo bf16", "ours tiny duo fp8"),
         *("compiled tiny duo bf16", "head tiny", "sampling duo"),
-        *("option 2 loader processes", "option pinned memory", "option DALI", "option Triton kernels"),
-        *("option Transformer Engine", "option CUDA graphs", "option FP8 weights", "option gradient overlap"),
-        *("option weight gather overlap", "option tensor parallel overlap", "isoflop 1.5e+12 tiny duo"),
+        *(f"option {option}, {side}" for option in OPTIONS for side in ("with", "without")),
+        "isoflop 1.5e+12 tiny duo",
     ]
     errors = {line["piece"]: line["error"] for line in lines if "error" in line}
     for piece, reason in {
         "head tiny": "a CPU's process keeps its largest memory",
-        "option Triton kernels": "runs in its interpreter only",
-        "option Transformer Engine": "needs CUDA",
-        "option CUDA graphs": "this run is on a CPU",
-        "option FP8 weights": "FP8 is emulated here",
-        "option tensor parallel overlap": "Transformer Engine or CUDA is not there",
+        "option Triton kernels, with": "runs in its interpreter only",
+        "option Transformer Engine, with": "needs CUDA",
+        "option CUDA graphs, with": "this run is on a CPU",
+        "option FP8 weights, with": "FP8 is emulated here",
+        "option tensor parallel overlap, with": "found no Transformer Engine, or no CUDA",
     }.items():
         assert reason in errors.pop(piece)
-    assert errors.keys() <= {"option DALI"}
+    assert errors.keys() <= {"option DALI, with"}
     by_piece = {line["piece"]: line for line in lines}
     assert by_piece["kernels"]["tests"] > 50
     assert by_piece["step errors duo"]["fp8: gradients, median"] < 0.2
-    for piece in ("option pinned memory", "option gradient overlap", "option weight gather overlap"):
-        line = by_piece[piece]
-        assert line["ratio"] == pytest.approx(line["with"] / line["without"])
+    for option in ("pinned memory", "gradient overlap", "weight gather overlap"):
+        assert all(
+            by_piece[f"option {option}, {side}"]["tokens_per_second"] > 0 for side in ("with", "without")
+        )
     assert by_piece["isoflop 1.5e+12 tiny duo"]["steps"] == 134
     for piece in ("ours tiny duo bf16", "ours tiny duo fp8", "compiled tiny duo bf16", "sampling duo"):
         assert by_piece[piece]["tokens_per_second"] > 0

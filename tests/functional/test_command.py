@@ -150,8 +150,16 @@ BAD = {
             *("train", RECIPE, "--dry-run", "2", "--parallel.tensor-model-parallel-size", "2"),
             *("--parallel.overlap-tensor-parallel", "--parallel.sequence-parallel"),
             *("--objective.ssl-ratio", "0.1", "--objective.ssl-multiple", "2"),
+            *("--training.precision", "bf16"),
         ],
-        "parallel.overlap_tensor_parallel: True, and the objective makes microbatches of several lengths",
+        "parallel.overlap_tensor_parallel: True needs microbatches of one length, which mdlm here has not",
+    ),
+    "tensor parallel overlap of fp32": (
+        [
+            *("train", RECIPE, "--dry-run", "2", "--parallel.tensor-model-parallel-size", "2"),
+            *("--parallel.overlap-tensor-parallel", "--parallel.sequence-parallel"),
+        ],
+        "parallel.overlap_tensor_parallel: True needs training.precision bf16 or fp8, not fp32",
     ),
     "buckets": (
         ["train", RECIPE, "--parallel.bucket-size", "100"],
@@ -159,14 +167,14 @@ BAD = {
     ),
     "recorded layers": (
         ["train", RECIPE, "--parallel.cuda-graphs", "--dry-run", "1"],
-        "parallel.cuda_graphs: True, and training.recompute lets layers change from pass to pass",
+        "parallel.cuda_graphs: True needs training.recompute none, not selective",
     ),
     "recorded lengths": (
         [
             *("train", RECIPE, "--parallel.cuda-graphs", "--dry-run", "1", "--training.recompute", "none"),
             *("--objective.ssl-ratio", "0.1"),
         ],
-        "parallel.cuda_graphs: True, and objective lets layers change from pass to pass",
+        "parallel.cuda_graphs: True needs microbatches of one length, which mdlm here has not",
     ),
     "size": (["train", RECIPE, "--model.size", "12M"], "model.size: '12M' is not one of 6M, tiny"),
     "odd head": (["train", RECIPE, "--model.num-attention-heads", "32"], "head dimension 7 is odd"),

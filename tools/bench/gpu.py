@@ -35,7 +35,7 @@ from gpu_pieces import (
     step_errors,
     step_speed,
 )
-from gpu_runs import OPTIONS, Runs, bought, isoflop_point
+from gpu_runs import OPTIONS, Runs, isoflop_point, option_speed
 from step import show
 
 from megatron_dlm.interfaces import InputError
@@ -88,8 +88,14 @@ def pieces(bench: Bench, runs: Runs, arguments: argparse.Namespace, parallel: Pa
         Piece(f"sampling {family}", lambda family=family: sampling_speed(bench, family, parallel.device))
         for family in arguments.families
     ]
+    # An option that this machine has not fails before the other side is measured.
     found += [
-        Piece(f"option {option.name}", lambda option=option: bought(runs, option)) for option in OPTIONS
+        Piece(
+            f"option {option.name}, {'with' if is_on else 'without'}",
+            lambda option=option, is_on=is_on: option_speed(runs, option, is_on=is_on),
+        )
+        for option in OPTIONS
+        for is_on in (True, False)
     ]
     for budget in arguments.isoflop_budgets:
         for size in arguments.isoflop_sizes:
@@ -215,51 +221,63 @@ def print_tables(output: Path) -> None:
         if name.startswith("sampling") and "error" not in line
     ]
     show("sampling", ["family", "tokens/s", "batch", "steps"], sampling)
-    options = [
-        [
-            name.removeprefix("option "),
-            *([f"{line['without']:,.0f}", f"{line['with']:,.0f}", f"{line['ratio']:.2f}x"]),
-            str(line["processes"]),
-        ]
-        if "error" not in line
-        else [name.removeprefix("option "), line["error"][:70], "", "", ""]
-        for name, line in done.items()
-        if name.startswith("option")
-    ]
-    show("what an option buys", ["option", "tokens/s without", "with", "ratio", "processes"], options)
+    show(
+        "what an option buys", ["option", "processes", "tokens/s without", "with", "ratio"], options_of(done)
+    )
     points = [
-        [*name.split()[1:], str(line["steps"]), f"{line['nats_per_token']:.4f}"]
+        [*name.split()[1:], str(line["steps"]), str(line["batch_size"]), f"{line['nats_per_token']:.4f}"]
         for name, line in done.items()
         if name.startswith("isoflop") and "error" not in line
     ]
-    show("IsoFLOP points", ["FLOPs", "size", "family", "steps", "held-out nats/token"], points)
+    columns = ["FLOPs", "size", "family", "steps", "batch", "held-out nats/token"]
+    show("IsoFLOP points", columns, points)
+
+
+def options_of(done: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """A row for each option that has been tried."""
+    rows = []
+    for option in OPTIONS:
+        with_it, without = (done.get(f"option {option.name}, {side}", {}) for side in ("with", "without"))
+        if not with_it:
+            continue
+        row = [option.name, str(option.processes)]
+        if "error" in with_it or "tokens_per_second" not in without:
+            rows.append([*row, with_it.get("error", without.get("error", "not yet"))[:70], "", ""])
+            continue
+        speeds = [side["tokens_per_second"] for side in (without, with_it)]
+        rows.append([*row, *(f"{speed:,.0f}" for speed in speeds), f"{speeds[1] / speeds[0]:.2f}x"])
+    return rows
 
 
 def runs_of(arguments: argparse.Namespace, parallel: ParallelState) -> Runs:
     """Trainings of 113M, or of a toy."""
     tiny = arguments.tiny
-    batch = 4 if tiny else 64
-    words = {
-        "--data.seq-length": arguments.seq_length,
-        "--training.global-batch-size": batch,
-        "--training.micro-batch-size": batch // 4,
-        "--training.precision": "fp32" if tiny else "bf16",
-        "--training.head-rows-per-chunk": arguments.rows_per_chunk,
-        "--evaluation.num-batches": 1 if tiny else 8,
-        "--evaluation.batch-size": batch,
-        "--schedule.warmup-steps": 1,
-    }
+    size = 4 if tiny else 64
+
+    def words(**values: Any) -> tuple[str, ...]:
+        pairs = ((f"--{name.replace('__', '.').replace('_', '-')}", value) for name, value in values.items())
+        return tuple(str(word) for pair in pairs for word in pair)
+
+    batch = words(training__global_batch_size=size, training__micro_batch_size=size // 4)
     return Runs(
         directory=arguments.output.with_suffix(".runs").resolve(),
         device=parallel.device.type,
-        shape=tuple(str(word) for pair in words.items() for word in pair),
+        shape=words(
+            data__seq_length=arguments.seq_length,
+            training__precision="fp32" if tiny else "bf16",
+            training__head_rows_per_chunk=arguments.rows_per_chunk,
+            evaluation__num_batches=1 if tiny else 8,
+            evaluation__batch_size=size,
+        ),
+        batch=(*batch, *words(schedule__warmup_steps=1)),
+        isoflop_batch=batch if tiny else (),
         size="tiny" if tiny else "113M",
         steps=6 if tiny else 40,
         vocabulary_size=300 if tiny else arguments.vocabulary_size,
         megabytes=1 if tiny else 200,
         data=arguments.data,
         rounds=1 if tiny else 3,
-        minutes=arguments.time_limit / 60,
+        deadline=time.monotonic() + arguments.time_limit,
     )
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from text import texts_of, write_text
 
 from megatron_dlm.data.tokenizer import train_tokenizer
@@ -19,6 +22,7 @@ from megatron_dlm.kernels.choice import INTERPRETER
 from megatron_dlm.telemetry.writers import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
+START_AND_SAVE_MINUTES = 1.5
 PREEMPTED = 3
 """Exit code of a training that has saved and goes on when it is started again."""
 
@@ -66,7 +70,11 @@ class Runs:
     """Of data and runs; kept from call to call."""
     device: str
     shape: tuple[str, ...]
-    """Words for length and batch."""
+    """Words for length, precision and evaluation."""
+    batch: tuple[str, ...]
+    """Words for the batch where speed is measured."""
+    isoflop_batch: tuple[str, ...]
+    """Where a budget is spent; nothing for the published 256 samples."""
     size: str
     """Of the model whose speed is measured."""
     steps: int
@@ -77,8 +85,8 @@ class Runs:
     data: str | None
     """Prefix of a shard."""
     rounds: int
-    minutes: float
-    """Longest part of an IsoFLOP point that one call makes."""
+    deadline: float
+    """On the monotonic clock; what an IsoFLOP point has not done by then is left to the next call."""
 
     def prefix(self) -> str:
         """Of the shard; made of the installed packages' text where none is given."""
@@ -93,6 +101,7 @@ class Runs:
             train_tokenizer(texts_of(text, 20 * 10**6), self.vocabulary_size - 1, tokenizer)
             words = ["index", "--input", text, "--output", prefix, "--tokenizer", tokenizer]
             finish(["-m", "megatron_dlm", *words])
+            text.unlink()
         return str(prefix)
 
     def train(self, recipe: str, run: Path, words: list[str], processes: int = 1) -> list[dict[str, Any]]:
@@ -111,61 +120,73 @@ class Runs:
         return read_metrics(run)
 
 
-def finish(words: list[Any]) -> None:
-    """Run a Python process to its end.
+def finish(words: list[Any], seconds: float = 3600.0) -> None:
+    """Run a Python process, and what it starts, to its end.
 
     Raises:
-        RuntimeError: its last line, where it fails.
+        RuntimeError: what it says of itself, where it fails or takes too long.
     """
     # Trainings are measured as they are: kernels in their interpreter say nothing.
     environment = {name: value for name, value in os.environ.items() if name != INTERPRETER}
-    finished = subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, *map(str, words)],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
         env=environment | {"PYTHONWARNINGS": "ignore"},
+        start_new_session=True,
     )
-    if finished.returncode == PREEMPTED:
+    try:
+        _, printed = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired as error:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise RuntimeError(f"no end within {seconds:.0f} s") from error
+    if process.returncode == PREEMPTED:
         raise RuntimeError("saved in the middle; goes on at the next call")
-    if finished.returncode:
-        lines = finished.stderr.splitlines() or ["no output"]
+    if process.returncode:
+        lines = printed.splitlines() or ["no output"]
         # Of the program itself, before what a launcher says of that.
         told = [line for line in lines if re.match(r"megatron-dlm .*error", line)] or lines[-1:]
         raise RuntimeError(told[0].strip())
 
 
-def bought(runs: Runs, option: Option) -> dict[str, Any]:
-    """Tokens/s of trainings without and with an option, in turn."""
-    # An option that this machine has not fails first.
-    sides: dict[str, list[float]] = {"with": [], "without": []}
+def option_speed(runs: Runs, option: Option, *, is_on: bool) -> dict[str, Any]:
+    """Tokens/s of a training with or without an option, of its second half."""
+    if runs.device == "cuda" and torch.cuda.device_count() < option.processes:
+        raise RuntimeError(f"needs {option.processes} GPUs")
+    words = [*runs.shape, *runs.batch, "--model.size", runs.size, "--training.num-steps", str(runs.steps)]
+    words += [*option.besides, *(option.words if is_on else ())]
+    speeds, run = [], runs.directory / "option"
     for _ in range(runs.rounds):
-        for side, speeds in sides.items():
-            run = runs.directory / "option"
-            shutil.rmtree(run, ignore_errors=True)
-            words = [*runs.shape, "--model.size", runs.size, "--training.num-steps", str(runs.steps)]
-            words += [*option.besides, *(option.words if side == "with" else ())]
+        shutil.rmtree(run, ignore_errors=True)
+        try:
             entries = runs.train("examples/mdlm/113m.py", run, words, option.processes)
-            steps = [entry["tokens_per_second"] for entry in entries if entry["kind"] == "train"]
-            speeds.append(statistics.median(steps[len(steps) // 2 :]))
-            shutil.rmtree(run)
-    with_it, without = (statistics.median(speeds) for speeds in sides.values())
-    return {"without": without, "with": with_it, "ratio": with_it / without, "processes": option.processes}
+        finally:
+            shutil.rmtree(run, ignore_errors=True)
+        steps = [entry["tokens_per_second"] for entry in entries if entry["kind"] == "train"]
+        # Tokens over seconds: a step that waits for its batch counts.
+        speeds.append(statistics.harmonic_mean(steps[len(steps) // 2 :]))
+    return {"tokens_per_second": statistics.median(speeds), "processes": option.processes}
 
 
 def isoflop_point(runs: Runs, family: str, size: str, budget: float) -> dict[str, Any]:
     """Held-out nats a token of a model trained with a budget, by the published count."""
+    minutes = (runs.deadline - time.monotonic()) / 60 - START_AND_SAVE_MINUTES
+    if minutes <= 0:
+        raise RuntimeError("too little time is left to begin")
     run = runs.directory / f"isoflop-{family}-{size}-{budget:g}"
-    words = [*runs.shape, "--model.size", size, "--budget-flops", f"{budget:g}"]
-    words += ["--checkpoint.stop-after-minutes", str(runs.minutes), "--checkpoint.save-every", "1000000"]
+    words = [*runs.shape, *runs.isoflop_batch, "--model.size", size, "--budget-flops", f"{budget:g}"]
+    words += ["--checkpoint.stop-after-minutes", f"{minutes:.2f}"]
     entries = runs.train(f"examples/{family}/113m.py", run, words)
+    shutil.rmtree(run)
     trained = [entry for entry in entries if entry["kind"] == "train"]
     last = [entry for entry in entries if entry["kind"] == "validation"][-1]
-    shutil.rmtree(run)
     return {
         "nats_per_token": last["nats_per_token"],
         "standard_error": last.get("standard_error"),
         "steps": trained[-1]["step"],
-        "tokens_per_second": statistics.median(entry["tokens_per_second"] for entry in trained),
+        "batch_size": trained[-1]["batch_size"],
+        "tokens_per_second": statistics.harmonic_mean([entry["tokens_per_second"] for entry in trained]),
     }
