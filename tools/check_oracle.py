@@ -28,7 +28,8 @@ from oracle.tables import table_method
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.objectives.esolm import sequential_mask
 from megatron_dlm.platform.launch import detect_environment
-from megatron_dlm.platform.parallel import ParallelConfig, prepare_device
+from megatron_dlm.platform.parallel import prepare_device
+from megatron_dlm.platform.parallel_config import ParallelConfig
 
 MASK_LOGIT = -1e5
 """Recorded log-probabilities of the mask lie below this; here they are -inf."""

@@ -114,7 +114,7 @@ def _inspect(arguments: list[str]) -> None:
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     from megatron_dlm.checkpointing.safe_metadata import check_metadata
-    from megatron_dlm.training.run import read_run_record
+    from megatron_dlm.training.run_start import read_run_record
 
     record = read_run_record(config.checkpoint)
     check_metadata(config.checkpoint)

@@ -13,7 +13,7 @@ from megatron_dlm.cli.evaluate_nll import Progress, show_mean
 from megatron_dlm.evaluation.bound import BoundConfig
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.models.fp8 import Fp8Config
-from megatron_dlm.platform.parallel import ParallelConfig
+from megatron_dlm.platform.parallel_config import ParallelConfig
 
 if TYPE_CHECKING:
     from megatron_dlm.evaluation.bound import Bound

@@ -16,7 +16,7 @@ import tyro
 from megatron_dlm.cli.arguments import check_new_file, parse
 from megatron_dlm.evaluation.bound import BoundConfig
 from megatron_dlm.interfaces import InputError
-from megatron_dlm.platform.parallel import ParallelConfig
+from megatron_dlm.platform.parallel_config import ParallelConfig
 
 if TYPE_CHECKING:
     from megatron_dlm.evaluation.bound import Bound, Mean
@@ -74,7 +74,7 @@ def run(arguments: list[str]) -> int:
 
 def _evaluate(config: NllConfig) -> tuple[Bound, bool]:
     from megatron_dlm.checkpointing.storage import MANIFEST
-    from megatron_dlm.training.run import read_run_record
+    from megatron_dlm.training.run_start import read_run_record
     from megatron_dlm.training.use_checkpoint import bound_of_checkpoint, bound_of_folder
     from megatron_dlm.training.use_model import open_model, tokenizer_of_data
 

@@ -54,7 +54,7 @@ def run(arguments: list[str]) -> int:
     """Parse, export, report; returns the exit code."""
     config = parse(ExportConfig, arguments, verb="export")
     from megatron_dlm.training.export import export_checkpoint, export_reference_checkpoint
-    from megatron_dlm.training.run import read_run_record
+    from megatron_dlm.training.run_start import read_run_record
 
     record = read_run_record(config.checkpoint)
     if config.output.suffix == REFERENCE_SUFFIX:

@@ -17,8 +17,8 @@ from megatron_dlm.interfaces import InputError, TokenBatch, TrainingError
 from megatron_dlm.models.config import Precision
 from megatron_dlm.platform.files import check_new
 from megatron_dlm.platform.launch import detect_environment
-from megatron_dlm.platform.parallel import ParallelConfig
-from megatron_dlm.training.run import RunRecord
+from megatron_dlm.platform.parallel_config import ParallelConfig
+from megatron_dlm.training.run_start import RunRecord
 from megatron_dlm.training.use_checkpoint import open_checkpoint, open_held_out
 
 if TYPE_CHECKING:

@@ -13,9 +13,10 @@ from megatron_dlm.interfaces import InputError
 from megatron_dlm.models.config import Precision
 from megatron_dlm.models.fp8 import Fp8Config
 from megatron_dlm.platform.launch import detect_environment
-from megatron_dlm.platform.parallel import ParallelConfig, start_parallel, stop_parallel
+from megatron_dlm.platform.parallel import start_parallel, stop_parallel
+from megatron_dlm.platform.parallel_config import ParallelConfig
 from megatron_dlm.telemetry.writers import read_metrics
-from megatron_dlm.training.run import RunRecord, read_run_record
+from megatron_dlm.training.run_start import RunRecord, read_run_record
 from megatron_dlm.training.use_checkpoint import (
     copies_by,
     held_out,

@@ -11,9 +11,10 @@ from megatron_dlm.interfaces import InputError, Vocabulary
 from megatron_dlm.platform.codec import decode, encode
 from megatron_dlm.platform.files import check_new
 from megatron_dlm.platform.launch import detect_environment
-from megatron_dlm.platform.parallel import ParallelConfig, start_parallel, stop_parallel
-from megatron_dlm.training.run import OutsideStart
+from megatron_dlm.platform.parallel import start_parallel, stop_parallel
+from megatron_dlm.platform.parallel_config import ParallelConfig
 from megatron_dlm.training.run_config import RunConfig
+from megatron_dlm.training.run_start import OutsideStart
 
 SAVE_SECONDS = 3600.0
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.models.config import Precision
-from megatron_dlm.platform.parallel import ParallelConfig
+from megatron_dlm.platform.parallel_config import ParallelConfig
 
 if TYPE_CHECKING:
     from megatron_dlm.models.denoiser import ChunkedDenoiser, Denoiser

@@ -19,7 +19,7 @@ from megatron_dlm.models.fp8 import Fp8Config
 from megatron_dlm.objectives import registry as registry
 from megatron_dlm.objectives.base import ObjectiveConfig
 from megatron_dlm.platform.codec import decode
-from megatron_dlm.platform.parallel import ParallelConfig
+from megatron_dlm.platform.parallel_config import ParallelConfig
 from megatron_dlm.training.lr_schedule import LrScheduleConfig
 from megatron_dlm.training.optimizer import OptimizerConfig
 

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.models.config import Precision
 from megatron_dlm.platform.launch import detect_environment
-from megatron_dlm.platform.parallel import ParallelConfig, ParallelState, start_parallel, stop_parallel
-from megatron_dlm.training.run import RunRecord
+from megatron_dlm.platform.parallel import ParallelState, start_parallel, stop_parallel
+from megatron_dlm.platform.parallel_config import ParallelConfig
 from megatron_dlm.training.run_checks import check_run
 from megatron_dlm.training.run_config import RunConfig
+from megatron_dlm.training.run_start import RunRecord
 
 if TYPE_CHECKING:
     from megatron_dlm.data.loader import DataConfig

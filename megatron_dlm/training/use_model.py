@@ -21,8 +21,8 @@ from megatron_dlm.models.config import ModelConfig
 from megatron_dlm.objectives.base import ObjectiveConfig
 from megatron_dlm.platform.codec import decode
 from megatron_dlm.platform.launch import detect_environment
-from megatron_dlm.training.run import EXPORT_CONFIG, RunRecord, read_run_record
 from megatron_dlm.training.run_config import RunConfig
+from megatron_dlm.training.run_start import EXPORT_CONFIG, RunRecord, read_run_record
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,7 @@ from megatron_dlm.objectives.ar import ARConfig
 from megatron_dlm.objectives.duo import DuoConfig
 from megatron_dlm.objectives.esolm import EsoLMConfig
 from megatron_dlm.objectives.mdlm import MDLMConfig
-from megatron_dlm.platform.parallel import ParallelConfig
+from megatron_dlm.platform.parallel_config import ParallelConfig
 from tests.distributed.test_layouts import toy_model
 from tests.helpers import tiny, weights
 from tests.helpers.distributed import run_distributed

@@ -8,7 +8,7 @@ import torch
 
 from megatron_dlm.objectives.ar import ARConfig
 from megatron_dlm.objectives.mdlm import MDLMConfig
-from megatron_dlm.platform.parallel import ParallelConfig
+from megatron_dlm.platform.parallel_config import ParallelConfig
 from tests.distributed.test_layouts import toy_model
 from tests.helpers import tiny, weights
 from tests.helpers.distributed import run_distributed

@@ -9,7 +9,7 @@ from megatron_dlm.interfaces import InputError
 from megatron_dlm.models.fp8 import Fp8Config
 from megatron_dlm.objectives.ar import ARConfig
 from megatron_dlm.objectives.mdlm import MDLMConfig
-from megatron_dlm.platform.parallel import ParallelConfig
+from megatron_dlm.platform.parallel_config import ParallelConfig
 from megatron_dlm.training.run_checks import check_run
 from tests.distributed.test_layouts import three_steps
 from tests.helpers import tiny

@@ -8,7 +8,7 @@ import torch
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.objectives.esolm import EsoLMConfig
 from megatron_dlm.objectives.mdlm import MDLMConfig
-from megatron_dlm.platform.parallel import ParallelConfig
+from megatron_dlm.platform.parallel_config import ParallelConfig
 from megatron_dlm.training.run_checks import check_run
 from tests.distributed.test_checkpoint import build, config_for, load_and_go_on, save_at_two
 from tests.distributed.test_layouts import all_families, assert_equal_runs, configs_for

@@ -8,7 +8,7 @@ import torch
 
 from megatron_dlm.interfaces import TrainingError
 from megatron_dlm.objectives.mdlm import MDLMConfig
-from megatron_dlm.platform.parallel import ParallelConfig
+from megatron_dlm.platform.parallel_config import ParallelConfig
 from tests.distributed.test_checkpoint import build
 from tests.helpers import faulty, tiny
 from tests.helpers.distributed import run_distributed

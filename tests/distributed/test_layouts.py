@@ -13,7 +13,7 @@ from megatron_dlm.objectives.duo import DuoConfig
 from megatron_dlm.objectives.duo_curriculum import CurriculumConfig
 from megatron_dlm.objectives.esolm import EsoLMConfig
 from megatron_dlm.objectives.mdlm import MDLMConfig
-from megatron_dlm.platform.parallel import ParallelConfig
+from megatron_dlm.platform.parallel_config import ParallelConfig
 from tests.helpers import tiny, weights
 from tests.helpers.distributed import run_distributed
 

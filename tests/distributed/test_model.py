@@ -12,7 +12,7 @@ from megatron_dlm.models.config import ModelConfig, transformer_config
 from megatron_dlm.objectives.cross_entropy import cross_entropy_and_dlogits
 from megatron_dlm.objectives.duo import DuoConfig
 from megatron_dlm.objectives.mdlm import MDLMConfig
-from megatron_dlm.platform.parallel import ParallelConfig
+from megatron_dlm.platform.parallel_config import ParallelConfig
 from megatron_dlm.platform.vocab_parallel import VocabShard
 from tests.helpers import weights
 from tests.helpers.distributed import run_distributed

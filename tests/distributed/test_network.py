@@ -7,7 +7,7 @@ import psutil
 import pytest
 
 from megatron_dlm.interfaces import TrainingError
-from megatron_dlm.platform.parallel import ParallelConfig
+from megatron_dlm.platform.parallel_config import ParallelConfig
 from tests.helpers.distributed import run_distributed
 
 

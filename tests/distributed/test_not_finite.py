@@ -11,7 +11,7 @@ from megatron_dlm.interfaces import TrainingError
 from megatron_dlm.objectives.ar import ARConfig
 from megatron_dlm.objectives.esolm import EsoLMConfig
 from megatron_dlm.objectives.mdlm import MDLMConfig
-from megatron_dlm.platform.parallel import ParallelConfig
+from megatron_dlm.platform.parallel_config import ParallelConfig
 from tests.helpers import tiny
 from tests.helpers.distributed import run_distributed
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_dlm.platform.launch import ProcessEnvironment
-from megatron_dlm.platform.parallel import ParallelConfig
+from megatron_dlm.platform.parallel_config import ParallelConfig
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.helpers.preload"])

@@ -162,7 +162,7 @@ def signal_at(place, *, again=False):
         stop_signals.REPEATED_SIGNAL_SECONDS = 0.2
     owner, name, number = {
         "the start": (run, "detect_environment", 1),
-        "the resume": (run, "_agree_on_start", 1),
+        "the resume": (run, "agree_on_start", 1),
         "reading data": (blending.SampleReader, "read", 14),
         "an evaluation": (session.Validation, "run", 2),
         "a save": (ShareWriter, "start", 1),

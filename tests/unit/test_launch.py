@@ -2,7 +2,7 @@ import pytest
 
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.platform.launch import detect_environment
-from megatron_dlm.platform.parallel import ParallelConfig
+from megatron_dlm.platform.parallel_config import ParallelConfig
 
 TORCHRUN = {
     "RANK": "5",

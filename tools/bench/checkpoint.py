@@ -24,7 +24,8 @@ from sides import LEARNING_RATE, Shape, build_denoiser
 from step import show
 
 from megatron_dlm.platform.launch import detect_environment
-from megatron_dlm.platform.parallel import ParallelConfig, ParallelState, on_first_rank, start_parallel
+from megatron_dlm.platform.parallel import ParallelState, on_first_rank, start_parallel
+from megatron_dlm.platform.parallel_config import ParallelConfig
 
 TIMEOUT_SECONDS = 600.0
 

@@ -71,7 +71,8 @@ def main() -> None:
 def write_checkpoint(arguments: argparse.Namespace, directory: Path) -> Path:
     """Weights alone, on one process."""
     from megatron_dlm.platform.launch import detect_environment
-    from megatron_dlm.platform.parallel import ParallelConfig, start_parallel, stop_parallel
+    from megatron_dlm.platform.parallel import start_parallel, stop_parallel
+    from megatron_dlm.platform.parallel_config import ParallelConfig
 
     parallel = start_parallel(detect_environment(), ParallelConfig(device="cpu"))
     from megatron_dlm.checkpointing.manager import PendingSave

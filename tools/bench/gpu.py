@@ -41,7 +41,8 @@ from step import show
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.platform.json_lines import drop_cut_line, read_json_lines
 from megatron_dlm.platform.launch import detect_environment
-from megatron_dlm.platform.parallel import ParallelConfig, ParallelState, start_parallel, stop_parallel
+from megatron_dlm.platform.parallel import ParallelState, start_parallel, stop_parallel
+from megatron_dlm.platform.parallel_config import ParallelConfig
 from megatron_dlm.platform.peak import matmul_flops_per_second
 
 FAMILIES = ("mdlm", "duo", "ar", "esolm")

@@ -20,7 +20,8 @@ from megatron_dlm.models.fp8 import Fp8Config
 from megatron_dlm.models.sizes import paper_model
 from megatron_dlm.objectives.base import CorruptionContext
 from megatron_dlm.objectives.registry import OBJECTIVES
-from megatron_dlm.platform.parallel import ParallelConfig, ParallelState
+from megatron_dlm.platform.parallel import ParallelState
+from megatron_dlm.platform.parallel_config import ParallelConfig
 from megatron_dlm.platform.rng import NoiseSource
 from megatron_dlm.training.microbatches import BatchAddress, corrupted_parts
 from megatron_dlm.training.optimizer import OptimizerConfig, set_learning_rate, step_if_finite

@@ -31,7 +31,8 @@ from megatron_dlm.models.sizes import paper_model
 from megatron_dlm.models.work import Work
 from megatron_dlm.objectives.registry import OBJECTIVES
 from megatron_dlm.platform.launch import detect_environment
-from megatron_dlm.platform.parallel import ParallelConfig, ParallelState, start_parallel, stop_parallel
+from megatron_dlm.platform.parallel import ParallelState, start_parallel, stop_parallel
+from megatron_dlm.platform.parallel_config import ParallelConfig
 from megatron_dlm.platform.peak import matmul_flops_per_second
 
 FAMILIES = ("mdlm", "duo", "ar", "esolm")

@@ -11,7 +11,8 @@ from megatron_dlm.interfaces import AttentionPattern, ModelInputs, TokenBatch, V
 from megatron_dlm.objectives.base import CorruptionContext
 from megatron_dlm.objectives.esolm import EsoLMConfig
 from megatron_dlm.platform.launch import detect_environment
-from megatron_dlm.platform.parallel import ParallelConfig, start_parallel, stop_parallel
+from megatron_dlm.platform.parallel import start_parallel, stop_parallel
+from megatron_dlm.platform.parallel_config import ParallelConfig
 from oracle.noise import Array, RecordedNoise
 
 
