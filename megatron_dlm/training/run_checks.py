@@ -133,9 +133,7 @@ def check_device(config: RunConfig, device: torch.device) -> None:
         raise InputError("parallel.cuda_graphs: True, and this run is on a CPU")
     is_fp8 = config.training.precision == "fp8"
     if is_fp8 and config.fp8.weights and transformer_impl(config, device) == "local":
-        raise InputError(
-            "fp8.weights: True, and FP8 is emulated here, which Transformer Engine's weights are not"
-        )
+        raise InputError("fp8.weights: True, and FP8 is emulated here; they are Transformer Engine's")
     if config.parallel.overlap_tensor_parallel and transformer_impl(config, device) == "local":
         asked = config.training.transformer_impl
         why = "is local" if asked == "local" else "found no Transformer Engine, or no CUDA"

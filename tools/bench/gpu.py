@@ -96,6 +96,7 @@ def pieces(bench: Bench, runs: Runs, arguments: argparse.Namespace, parallel: Pa
             lambda option=option, is_on=is_on: option_speed(runs, option, is_on=is_on),
         )
         for option in OPTIONS
+        if option.name in arguments.options
         for is_on in (True, False)
     ]
     for budget in arguments.isoflop_budgets:
@@ -265,7 +266,7 @@ def runs_of(arguments: argparse.Namespace, parallel: ParallelState) -> Runs:
         device=parallel.device.type,
         shape=words(
             data__seq_length=arguments.seq_length,
-            training__precision="fp32" if tiny else "bf16",
+            training__precision="bf16",
             training__head_rows_per_chunk=arguments.rows_per_chunk,
             evaluation__num_batches=1 if tiny else 8,
             evaluation__batch_size=size,
@@ -305,6 +306,8 @@ def main() -> None:
     parser.add_argument("--recompute", choices=("none", "selective", "full"), default="selective")
     parser.add_argument("--repeats", type=int, default=5, help="measured steps")
     parser.add_argument("--data", help="prefix of a shard for trainings; otherwise made of installed text")
+    names = [option.name for option in OPTIONS]
+    parser.add_argument("--options", nargs="*", default=names, choices=names, help="whose speed to compare")
     parser.add_argument("--isoflop-budgets", nargs="*", type=float, default=[], help="FLOPs of a training")
     parser.add_argument("--isoflop-sizes", nargs="+", default=["19M", "34M", "66M", "113M"])
     parser.add_argument("--time-limit", type=float, default=540.0, help="seconds; no piece begins behind it")
