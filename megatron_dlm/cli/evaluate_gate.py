@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from megatron_dlm.cli.arguments import check_new_file, parse
-from megatron_dlm.cli.evaluate_nll import Progress, show_mean
+from megatron_dlm.cli.evaluate_nll import Progress, draw_by_time, print_by_time, show_mean
 from megatron_dlm.evaluation.bound import BoundConfig
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.models.fp8 import Fp8Config
@@ -104,9 +104,6 @@ def _report(
     training: TrainingDifference | None,
     passed: bool,
 ) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     from megatron_dlm.platform.files import write_json
 
     print(f"A {config.a} ({precisions[0]}): {show_mean(bound.protocol)} nats/token")
@@ -119,12 +116,7 @@ def _report(
             f"training from step {training.first_step} on, B less A: "
             f"{show_mean(training.difference, digits=6)} nats/token; at most {training.largest:.4f} in a step"
         )
-    if difference.by_time:
-        table = Table("t", "B less A", "standard error", title="difference by diffusion time", box=None)
-        for band in difference.by_time:
-            error = "" if band.standard_error is None else f"{band.standard_error:.6f}"
-            table.add_row(f"{band.first:.3f} to {band.last:.3f}", f"{band.nats_per_token:+.6f}", error)
-        Console(width=100).print(table)
+    print_by_time(difference, "B less A", title="difference by diffusion time", number="+.6f")
     verdict = "passed" if passed else "not passed"
     print(f"{verdict}: B may be worse by {config.tolerance} nats/token, with 95% confidence")
     if config.output is not None:
@@ -139,7 +131,5 @@ def _report(
         }
         write_json(config.output, result)
     if config.plot is not None:
-        from megatron_dlm.telemetry.plots import plot_by_time
-
-        bands = [(b.first, b.last, b.nats_per_token, b.standard_error or 0.0) for b in difference.by_time]
-        plot_by_time(bands, config.plot, title=f"{config.b.name} less {config.a.name}", of="difference")
+        title = f"{config.b.name} less {config.a.name}"
+        draw_by_time(difference, config.plot, title=title, of="difference")

@@ -155,9 +155,6 @@ class Progress:
 
 
 def _report(config: NllConfig, bound: Bound) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     from megatron_dlm.platform.files import write_json
 
     print(
@@ -167,21 +164,47 @@ def _report(config: NllConfig, bound: Bound) -> None:
     )
     if bound.monte_carlo_error is not None:
         print(f"standard error from noise alone: {bound.monte_carlo_error:.1e} nats/token")
-    if bound.by_time:
-        table = Table("t", "nats/token", "standard error", title="loss by diffusion time", box=None)
-        for band in bound.by_time:
-            error = "" if band.standard_error is None else f"{band.standard_error:.4f}"
-            table.add_row(f"{band.first:.3f} to {band.last:.3f}", f"{band.nats_per_token:.4f}", error)
-        Console(width=100).print(table)
+    print_by_time(bound, "nats/token", title="loss by diffusion time", number=".4f")
     if config.output is not None:
         write_json(config.output, asdict(bound))
     if config.plot is not None:
-        from megatron_dlm.telemetry.plots import plot_by_time
+        draw_by_time(bound, config.plot, title=str(config.model))
 
-        bands = [
-            (band.first, band.last, band.nats_per_token, band.standard_error or 0.0) for band in bound.by_time
-        ]
-        plot_by_time(bands, config.plot, title=str(config.model))
+
+def print_by_time(bound: Bound, column: str, *, title: str, number: str) -> None:
+    """Print a table of a bound, or of a difference of two, by diffusion time, where it has times.
+
+    Args:
+        bound: what to print.
+        column: what its nats are.
+        title: of the table.
+        number: format of the nats; the error's is without its sign.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    if not bound.by_time:
+        return
+    table = Table("t", column, "standard error", title=title, box=None)
+    for band in bound.by_time:
+        error = "" if band.standard_error is None else format(band.standard_error, number.lstrip("+"))
+        table.add_row(f"{band.first:.3f} to {band.last:.3f}", format(band.nats_per_token, number), error)
+    Console(width=100).print(table)
+
+
+def draw_by_time(bound: Bound, output: Path, *, title: str, of: str = "bound") -> None:
+    """Draw a bound, or a difference of two, by diffusion time.
+
+    Args:
+        bound: what to draw.
+        output: PNG file.
+        title: of the picture.
+        of: what is drawn.
+    """
+    from megatron_dlm.telemetry.plots import plot_by_time
+
+    bands = [(b.first, b.last, b.nats_per_token, b.standard_error or 0.0) for b in bound.by_time]
+    plot_by_time(bands, output, title=title, of=of)
 
 
 def show_mean(mean: Mean, digits: int = 4) -> str:

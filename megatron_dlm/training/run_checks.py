@@ -74,18 +74,18 @@ def _check_fully_sharded(config: RunConfig) -> None:
         )
 
 
-def _has_one_shape(config: RunConfig) -> bool:
-    """Whether all microbatches have equally many positions."""
+def _check_passes_are_alike(config: RunConfig, needs: str) -> None:
+    """One stage, and microbatches of equally many positions, for what is made once and used in every pass."""
+    stages = config.parallel.pipeline_model_parallel_size
+    if stages > 1:
+        raise InputError(f"{needs} parallel.pipeline_model_parallel_size 1, not {stages}")
     objective, seq_length = config.objective, config.data.seq_length
-    return not objective.has_parts and objective.length_multiple(seq_length) == seq_length
+    if objective.has_parts or objective.length_multiple(seq_length) != seq_length:
+        raise InputError(f"{needs} microbatches of one length, which {objective.name} here has not")
 
 
 def _check_tensor_overlap(config: RunConfig) -> None:
-    parallel, training, fp8 = config.parallel, config.training, config.fp8
-    needs = "parallel.overlap_tensor_parallel: True needs"
-    stages = parallel.pipeline_model_parallel_size
-    if stages > 1:
-        raise InputError(f"{needs} parallel.pipeline_model_parallel_size 1, not {stages}")
+    training, fp8, needs = config.training, config.fp8, "parallel.overlap_tensor_parallel: True needs"
     if training.precision == "fp32":
         raise InputError(f"{needs} training.precision bf16 or fp8, not fp32")
     if training.precision == "fp8" and fp8.recipe not in ("tensorwise", "delayed"):
@@ -94,16 +94,12 @@ def _check_tensor_overlap(config: RunConfig) -> None:
         raise InputError(
             f"{needs} all layers in FP8; fp8.layers_at_start_in_bf16 or ..._at_end_... is above 0"
         )
-    if not _has_one_shape(config):
-        raise InputError(f"{needs} microbatches of one length, which {config.objective.name} here has not")
+    _check_passes_are_alike(config, needs)
 
 
 def _check_cuda_graphs(config: RunConfig) -> None:
-    parallel, training, needs = config.parallel, config.training, "parallel.cuda_graphs: True needs"
-    stages = parallel.pipeline_model_parallel_size
-    if stages > 1:
-        raise InputError(f"{needs} parallel.pipeline_model_parallel_size 1, not {stages}")
-    if parallel.fully_sharded:
+    training, needs = config.training, "parallel.cuda_graphs: True needs"
+    if config.parallel.fully_sharded:
         raise InputError(f"{needs} parallel.fully_sharded False")
     if training.precision == "fp8":
         raise InputError(f"{needs} training.precision fp32 or bf16, not fp8")
@@ -115,8 +111,7 @@ def _check_cuda_graphs(config: RunConfig) -> None:
         raise InputError(
             f"{needs} data.loader torch or pinned: DALI's threads may not work while layers are recorded"
         )
-    if not _has_one_shape(config):
-        raise InputError(f"{needs} microbatches of one length, which {config.objective.name} here has not")
+    _check_passes_are_alike(config, needs)
 
 
 def check_device(config: RunConfig, device: torch.device) -> None:
