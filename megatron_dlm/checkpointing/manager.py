@@ -89,6 +89,8 @@ class PendingSave:
             self._share = ShareWriter(root.temporary(step), weights, pieces, plans, parallel)
             self._require_space()
         except SaveError:
+            # No child has been started.
+            plans.memory.release()
             self._discard()
             raise
         self._share.start()
@@ -101,9 +103,13 @@ class PendingSave:
             except OSError:
                 # The storage is not to be had: as good as full, and all ranks must hear of it.
                 free = -1
-        sums = torch.tensor([self._share.num_bytes, free], device=self._parallel.device)
+        has_failed = int(bool(self._share.error))
+        sums = torch.tensor([self._share.num_bytes, free, has_failed], device=self._parallel.device)
         dist.all_reduce(sums)
-        needed, free = sums.tolist()
+        needed, free, failures = sums.tolist()
+        if failures:
+            # Who has seen it says what, the others that it was not them.
+            raise SaveError(self._share.error or f"{failures} other ranks have no memory for their copies")
         if free < needed:
             raise SaveError(f"{self._root.path}: {needed:,} bytes needed, {free:,} free")
 

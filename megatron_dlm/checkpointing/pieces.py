@@ -43,10 +43,14 @@ class TensorPieces:
         """
         self._pieces[offset] = piece
 
-    def to_host(self) -> int:
-        """Copy the pieces from the GPU; returns their bytes."""
-        self._pieces = {offset: piece.cpu() for offset, piece in self._pieces.items()}
-        return sum(piece.nbytes for piece in self._pieces.values())
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The pieces, in the order they were added."""
+        return list(self._pieces.values())
+
+    def replace(self, tensors: Sequence[Tensor]) -> None:
+        """Take other tensors of the same shapes, in the order of `tensors`."""
+        self._pieces = dict(zip(self._pieces, tensors, strict=True))
 
     def __create_write_items__(self, name: str, pieces: TensorPieces) -> list[WriteItem]:
         return [

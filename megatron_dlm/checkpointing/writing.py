@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import time
-import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
@@ -21,12 +18,14 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
+from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter, Metadata, SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.checkpoint.utils import _DistWrapper
 
+from megatron_dlm.checkpointing.host_memory import HostMemory
 from megatron_dlm.checkpointing.optimizer_state import SavePlanner, TensorPieces
-from megatron_dlm.platform.children import die_with, leave_job_signals_to_the_parent
+from megatron_dlm.platform.children import fork
 from megatron_dlm.platform.files import sha256_of
 from megatron_dlm.platform.parallel import ParallelState
 
@@ -53,7 +52,10 @@ class _PathlessWriter(FileSystemWriter):
 
 
 class SavePlans:
-    """Which process writes what: agreed at a run's first save, since nothing of it changes later."""
+    """What a run keeps from save to save: which process writes what, and memory to copy it to.
+
+    Who writes what is agreed at the first save, since nothing of it changes later.
+    """
 
     def __init__(self, parallel: ParallelState) -> None:
         self.distribution = FullyParallelSaveStrategyWrapper(
@@ -61,6 +63,7 @@ class SavePlans:
         )
         self.agreed: tuple[SavePlan, Metadata] | None = None
         """This process's share, and on rank 0 where all tensors are."""
+        self.memory = HostMemory()
 
 
 class ShareWriter:
@@ -91,14 +94,21 @@ class ShareWriter:
         self._is_first = parallel.rank == 0
         plans.distribution.apply_saving_parallelization(weights)
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(weights, True)
-        self.num_bytes = sum(tensor.to_host() for tensor in pieces.values())
-        for tensor in nested_values(by_key):
-            if isinstance(tensor, ShardedTensor):
-                tensor.data = tensor.data.cpu()
-                self.num_bytes += tensor.data.nbytes
+        sharded = [value for value in nested_values(by_key) if isinstance(value, ShardedTensor)]
+        tensors = [tensor.data for tensor in sharded]
+        tensors += [piece for each in pieces.values() for piece in each.tensors]
+        self.num_bytes = sum(tensor.nbytes for tensor in tensors)
+        self.error = ""
+        """Why nothing can be written, of this process."""
+        self._memory = plans.memory
+        if parallel.device.type == "cuda":
+            self._copy(tensors, sharded, pieces)
         self._planner = SavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
-        # Files are flushed to disk when written.
-        self._writer = _PathlessWriter(directory, single_file_per_rank=True, thread_count=1)
+        # Files are flushed to disk when written. Nothing is copied from a GPU while writing, which the child
+        # has not: torch would open a stream for that wherever CUDA is available.
+        self._writer = _PathlessWriter(
+            directory, single_file_per_rank=True, thread_count=1, per_thread_copy_ahead=0
+        )
         state = mcore_to_pyt_state_dict(by_key, False) | pieces
         self._planner.set_up_planner(state, is_coordinator=self._is_first)
         self._writer.set_up_storage_writer(self._is_first)
@@ -109,6 +119,20 @@ class ShareWriter:
         self._process: Any = None
         self._outcome: Connection | None = None
         self._started_at = 0.0
+
+    def _copy(
+        self, tensors: Sequence[Tensor], sharded: Sequence[ShardedTensor], pieces: Mapping[str, TensorPieces]
+    ) -> None:
+        try:
+            copies = iter(self._memory.hold(tensors))
+        except MemoryError as error:
+            # The other ranks must hear of it; until then the tensors stay where they are.
+            self.error = str(error)
+            return
+        for tensor in sharded:
+            tensor.data = next(copies)
+        for each in pieces.values():
+            each.replace([next(copies) for _ in each.tensors])
 
     def _agree(self) -> tuple[SavePlan, Metadata]:
         metadata = Metadata({})
@@ -125,21 +149,12 @@ class ShareWriter:
 
     def start(self) -> None:
         """Write from a child process, which sees memory as it is now."""
-        context = multiprocessing.get_context("fork")
-        self._outcome, child_end = context.Pipe(duplex=False)
-        self._process = context.Process(target=self._write, args=(os.getpid(), child_end), daemon=True)
-        with warnings.catch_warnings():
-            # Of threads in the parent: the child touches none of their locks.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            self._process.start()
+        self._outcome, child_end = multiprocessing.Pipe(duplex=False)
+        self._process = fork(self._write, child_end)
         child_end.close()
         self._started_at = time.monotonic()
 
-    def _write(self, parent: int, outcome: Connection) -> None:
-        # Launchers signal all processes of a rank; the save they ask for needs this one.
-        leave_job_signals_to_the_parent()
-        die_with(parent)
-        torch.set_num_threads(1)
+    def _write(self, outcome: Connection) -> None:
         try:
             results = self._writer.write_data(self._plan, self._planner).wait()
             names = {result.storage_data.relative_path for result in results}
@@ -173,9 +188,11 @@ class ShareWriter:
                 error = f"the writing process ended with exit code {self._process.exitcode}"
             else:
                 # Not joined: it has done its work, and freeing its memory takes a while.
+                self._memory.release(self._process)
                 return written
         self._process.kill()
         self._process.join()
+        self._memory.release(self._process)
         return Written(error=f"{self._directory}: {error}")
 
     def write_index(self, shares: list[Written]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import multiprocessing
-import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -17,7 +16,7 @@ from megatron_dlm.data.sources import Source
 from megatron_dlm.data.units import Unit
 from megatron_dlm.data.workspace import Workspace
 from megatron_dlm.interfaces import InputError, TrainingError
-from megatron_dlm.platform.children import die_with
+from megatron_dlm.platform.children import fork
 
 REPORT_SECONDS = 2.0
 
@@ -170,15 +169,12 @@ def encode_in_children(job: Job, space: Workspace, workers: int, first: int, pro
         OSError: what a child could not write.
         TrainingError: a child has died.
     """
-    context = multiprocessing.get_context("fork")
-    counters = [context.Array("q", 3, lock=False) for _ in range(workers)]
+    counters = [multiprocessing.RawArray("q", 3) for _ in range(workers)]
     children: dict[Any, Connection] = {}
     for index in range(workers):
-        receiver, sender = context.Pipe(duplex=False)
+        receiver, sender = multiprocessing.Pipe(duplex=False)
         begin = (first + index * len(job.units) // workers) % len(job.units)
-        arguments = (os.getpid(), job, space, begin, counters[index], sender)
-        child = context.Process(target=_encode_as_child, args=arguments, daemon=True)
-        child.start()
+        child = fork(_encode_as_child, job, space, begin, counters[index], sender)
         sender.close()
         children[child] = receiver
     try:
@@ -195,11 +191,7 @@ def encode_in_children(job: Job, space: Workspace, workers: int, first: int, pro
             child.join()
 
 
-def _encode_as_child(
-    parent: int, job: Job, space: Workspace, first: int, counters: Any, outcome: Connection
-) -> None:
-    die_with(parent)
-
+def _encode_as_child(job: Job, space: Workspace, first: int, counters: Any, outcome: Connection) -> None:
     def on_batch(record: PartRecord | None) -> None:
         record = record or PartRecord()
         counters[:] = [record.num_bytes, sum(record.num_documents), sum(record.num_tokens)]

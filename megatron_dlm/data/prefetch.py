@@ -8,8 +8,6 @@ SIGCHLD raises in the middle of whatever the program does, and it sends each ten
 from __future__ import annotations
 
 import multiprocessing
-import os
-import signal
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -21,7 +19,7 @@ import torch
 
 from megatron_dlm.data.tensor_buffer import Layout, pack, unpack, with_tensors, without_tensors
 from megatron_dlm.interfaces import InputError, TrainingError
-from megatron_dlm.platform.children import JOB_SIGNALS, die_with, leave_job_signals_to_the_parent
+from megatron_dlm.platform.children import fork
 
 Request = TypeVar("Request")
 Made = TypeVar("Made")
@@ -114,15 +112,8 @@ class _Worker:
 
     def __init__(self, make: Callable[[Any], Any]) -> None:
         # Forked: nothing is pickled on the way there, and open files stay open.
-        context = multiprocessing.get_context("fork")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_work, args=(theirs, make, os.getpid()), daemon=True)
-        # A signal before the worker ignores it would end it.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
-        try:
-            self._process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        self._connection, theirs = multiprocessing.Pipe()
+        self._process = fork(_work, theirs, make)
         # Its end of the pipe is then in no other process, and a read ends with the worker.
         theirs.close()
         # Before the interpreter, at its own end, waits for children.
@@ -157,12 +148,8 @@ def _end(process: Any, connection: Connection) -> None:
     connection.close()
 
 
-def _work(connection: Connection, make: Callable[[Any], Any], parent: int) -> None:
+def _work(connection: Connection, make: Callable[[Any], Any]) -> None:
     """The worker's life: requests in, what belongs to them out, until it is killed."""
-    die_with(parent)
-    leave_job_signals_to_the_parent()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, JOB_SIGNALS)
-    torch.set_num_threads(1)
     while True:
         request = connection.recv()
         try:

@@ -1,10 +1,17 @@
-"""Child processes that do not outlive their parent."""
+"""Child processes that do not outlive their parent, and never touch its GPU."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
+import multiprocessing
 import os
 import signal
+import sys
+import warnings
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from typing import Any
 
 JOB_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """They ask a job to save and stop, and come to all its processes; its ranks decide what they mean."""
@@ -12,18 +19,67 @@ _SET_PARENT_DEATH_SIGNAL = 1
 """PR_SET_PDEATHSIG of prctl(2)."""
 
 
-def die_with(parent: int) -> None:
-    """End this process where its parent ends, however that ends.
+def fork(body: Callable[..., None], *arguments: Any) -> BaseProcess:
+    """Start a child process, which sees memory as it is now.
+
+    The child ends when its parent does, leaves the job's signals to it, runs PyTorch on one thread and has
+    no GPU: CUDA cannot be used in a fork of a process that has used it, and libraries that find it
+    available use it.
 
     Args:
-        parent: process id, from before the fork.
+        body: what the child does; its end is the child's.
+        *arguments: of `body`; nothing is pickled.
+
+    Returns:
+        The started child. Open connections that it alone should hold are to be closed by the caller.
     """
+    process = multiprocessing.get_context("fork").Process(
+        target=_live, args=(os.getpid(), body, arguments), daemon=True
+    )
+    # A signal before the child ignores it would end it.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
+    try:
+        with warnings.catch_warnings():
+            # Of threads in the parent: the child touches none of their locks.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return process
+
+
+def _live(parent: int, body: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    _die_with(parent)
+    _leave_job_signals_to_the_parent()
+    _see_no_gpu()
+    body(*arguments)
+
+
+def _die_with(parent: int) -> None:
+    """End this process where its parent, known from before the fork, ends, however that ends."""
     ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
 
 
-def leave_job_signals_to_the_parent() -> None:
+def _leave_job_signals_to_the_parent() -> None:
     """Ignore what asks the job to stop; this process ends when its parent says so, or with it."""
     for number in JOB_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, JOB_SIGNALS)
+
+
+def _see_no_gpu() -> None:
+    """Let whoever asks in this process hear that there is no GPU."""
+    # The parent's objects are the parent's to free: some hold streams, events and recordings of its GPU.
+    gc.freeze()
+    # Where CUDA has not been started before the fork, a child could start it.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return
+    torch.set_num_threads(1)
+    for module in (torch.cuda, torch.accelerator):
+        module.is_available = lambda: False
+        module.device_count = lambda: 0
+    torch.accelerator.current_accelerator = lambda check_available=False: None
