@@ -10,7 +10,9 @@ ROOT = Path(__file__).parent
 # the `apex` on PyPI is an unrelated project and must never be listed here.
 EXTRAS = {
     "cpu": ["torch==2.13.0"],
-    "gpu": ["transformer-engine[pytorch]"],
+    # megatron-core 0.16.1 calls what Transformer Engine 2.12 and later have renamed or removed.
+    "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
+    "gpu-cu12": ["transformer-engine[core_cu12,pytorch]>=2.9,<2.12"],
     # For CUDA 12: nvidia-dali-cuda120.
     "dali": ["nvidia-dali-cuda130"],
     "mpi": ["mpi4py"],
@@ -35,10 +37,13 @@ setup(
     packages=find_packages(include=["megatron_dlm", "megatron_dlm.*"]),
     package_data={"megatron_dlm.evaluation": ["*.html"]},
     install_requires=[
-        "torch>=2.6",
+        # CVE-2026-24747 is in the weights_only loading of older ones. The a0 keeps the 2.10.0a0 builds of
+        # NVIDIA's images.
+        "torch>=2.10.0a0",
         "megatron-core==0.16.1",
         "filelock>=3.12",
         "numpy>=1.26",
+        "packaging>=23",
         "safetensors>=0.4",
         "huggingface-hub>=0.25",
         "tokenizers>=0.20",

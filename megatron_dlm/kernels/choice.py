@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from typing import TYPE_CHECKING, Literal
 
 from megatron_dlm.interfaces import InputError
+from megatron_dlm.platform.gpu import capability, name_of
+from megatron_dlm.platform.launch import detect_environment
 
 if TYPE_CHECKING:
     import torch
 
 Kernels = Literal["auto", "torch", "triton"]
-"""auto: Triton on CUDA, PyTorch on a CPU. triton on a CPU runs in Triton's interpreter, slowly, for tests."""
+"""auto: Triton on CUDA from compute capability 8.0 on, else PyTorch. triton on a CPU runs in Triton's
+interpreter, slowly, for tests."""
 INTERPRETER = "TRITON_INTERPRET"
+LEAST_CAPABILITY = (8, 0)
+"""Of GPUs that the kernels are compiled for in the tests."""
 
 
 def wants_triton(kernels: Kernels, device: torch.device) -> bool:
@@ -30,6 +36,14 @@ def wants_triton(kernels: Kernels, device: torch.device) -> bool:
         InputError: Triton is asked for, or needed on CUDA, and not there.
     """
     if kernels == "torch" or (kernels == "auto" and device.type == "cpu"):
+        return False
+    if kernels == "auto" and capability(device) < LEAST_CAPABILITY:
+        if detect_environment().rank == 0:
+            print(
+                f"warning: training.kernels: auto takes PyTorch's on {name_of(device)}; Triton's need 8.0",
+                file=sys.stderr,
+                flush=True,
+            )
         return False
     if importlib.util.find_spec("triton") is None:
         raise InputError(f"training.kernels: {kernels} on {device.type} needs triton; or choose torch")

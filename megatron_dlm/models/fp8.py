@@ -11,6 +11,13 @@ Fp8Recipe = Literal["tensorwise", "delayed", "blockwise", "mxfp8"]
 Fp8Format = Literal["hybrid", "e4m3"]
 MULTIPLES: dict[str, int] = {"tensorwise": 16, "delayed": 16, "blockwise": 16, "mxfp8": 32}
 """What divides rows and columns of every operand (cuBLAS; Transformer Engine's MXFP8 blocks)."""
+CAPABILITIES: dict[str, tuple[int, int]] = {
+    "tensorwise": (8, 9),
+    "delayed": (8, 9),
+    "blockwise": (9, 0),
+    "mxfp8": (10, 0),
+}
+"""Least CUDA compute capability that multiplies so (Transformer Engine 2.11, quantization.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +54,24 @@ class Fp8Config:
             raise InputError("fp8.weights: True, and mxfp8 keeps bf16 weights")
         if self.recipe == "delayed" and self.has_bf16_layers:
             raise InputError("fp8.recipe: delayed takes no layers_at_start_in_bf16 or layers_at_end_in_bf16")
+
+    def check_capability(self, capability: tuple[int, int], gpu: str) -> None:
+        """Refuse a GPU without FP8 products of this recipe.
+
+        Args:
+            capability: CUDA compute capability.
+            gpu: its name, for the message.
+
+        Raises:
+            InputError: it has none.
+        """
+        least = CAPABILITIES[self.recipe]
+        if capability < least:
+            raise InputError(
+                f"training.precision: fp8 with fp8.recipe {self.recipe} needs compute capability "
+                f"{least[0]}.{least[1]} or above, and this is {gpu}; --training.transformer-impl local "
+                "emulates it"
+            )
 
     @property
     def has_bf16_layers(self) -> bool:

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from megatron_dlm.interfaces import InputError, TrainingError
+from megatron_dlm.platform.gpu import own_gpu, refuse_shared_gpus, start_cuda, why_no_cuda
 from megatron_dlm.platform.launch import ProcessEnvironment, start_process_group
 from megatron_dlm.platform.parallel_config import ParallelConfig
+from megatron_dlm.platform.versions import check_megatron_core
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +67,8 @@ def prepare_device(environment: ProcessEnvironment, config: ParallelConfig) -> t
         The CUDA device of this local rank (the only visible one where a launcher shows one each), or cpu.
 
     Raises:
-        InputError: CUDA is asked for and absent, or this local rank is beyond the several devices visible.
+        InputError: CUDA is asked for and cannot be used, the machine has GPUs that do not work, or this local
+            rank is beyond the several devices visible.
     """
     import torch
 
@@ -80,18 +83,22 @@ def prepare_device(environment: ProcessEnvironment, config: ParallelConfig) -> t
         os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
         torch.use_deterministic_algorithms(True)
     _silence_megatron()
-    present = torch.cuda.is_available()
-    if config.device == "cuda" and not present:
-        raise InputError("parallel.device: cuda is asked for, and this machine has no usable CUDA device")
-    if present and config.device != "cpu":
+    if config.device != "cpu" and torch.cuda.is_available():
         count = torch.cuda.device_count()
         if count > 1 and environment.local_rank >= count:
             raise InputError(
                 f"parallel.device: {environment.local_world_size} processes on a machine with {count} devices"
             )
         device = torch.device("cuda", environment.local_rank if count > 1 else 0)
-        torch.cuda.set_device(device)
+        start_cuda(device)
         return device
+    if config.device != "cpu":
+        reason, is_unexpected = why_no_cuda()
+        if config.device == "cuda" or is_unexpected:
+            raise InputError(
+                f"parallel.device: {config.device}, and CUDA cannot be used: {reason}"
+                + ("" if config.device == "cuda" else "; --parallel.device cpu runs without GPUs")
+            )
     from megatron_dlm.platform import cpu
 
     cpu.install()
@@ -125,14 +132,21 @@ def start_parallel(environment: ProcessEnvironment, config: ParallelConfig) -> P
 
     Returns:
         This process's place.
+
+    Raises:
+        InputError: the axes do not fit the world, the device cannot be used, or megatron-core is another
+            version.
     """
     config.data_parallel_size(environment.world_size)
+    check_megatron_core()
     device = prepare_device(environment, config)
     start_process_group(
         environment,
         backend="nccl" if device.type == "cuda" else "gloo",
         timeout_seconds=config.collective_timeout_seconds,
     )
+    if device.type == "cuda":
+        refuse_shared_gpus(environment.rank, environment.world_size, own_gpu(device))
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 

@@ -9,6 +9,8 @@ from megatron_dlm.data.dali import require_dali
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.models.config import TransformerImpl
 from megatron_dlm.objectives.registry import OBJECTIVES
+from megatron_dlm.platform.gpu import capability, name_of
+from megatron_dlm.platform.versions import check_transformer_engine
 from megatron_dlm.training.run_config import RunConfig
 
 if TYPE_CHECKING:
@@ -166,7 +168,8 @@ def transformer_impl(config: RunConfig, device: torch.device) -> TransformerImpl
         What was asked for, or by device and precision.
 
     Raises:
-        InputError: Transformer Engine is asked for, or needed for FP8 on CUDA, and not there.
+        InputError: Transformer Engine is asked for, or needed for FP8 on CUDA, and not there, of a version
+            that does not fit or without its PyTorch part; or the GPU has no FP8 of this recipe.
     """
     asked, precision = config.training.transformer_impl, config.training.precision
     # On a CPU nothing of it may be imported, see platform/cpu.py.
@@ -178,4 +181,9 @@ def transformer_impl(config: RunConfig, device: torch.device) -> TransformerImpl
             "training.precision: fp8 on CUDA needs Transformer Engine, megatron-dlm[gpu]; "
             "--training.transformer-impl local emulates it, without its speed"
         )
-    return "local" if asked == "local" or not present else "transformer_engine"
+    if asked == "local" or not present:
+        return "local"
+    check_transformer_engine()
+    if precision == "fp8":
+        config.fp8.check_capability(capability(device), name_of(device))
+    return "transformer_engine"

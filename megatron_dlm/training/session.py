@@ -18,6 +18,7 @@ from megatron_dlm.models.config import transformer_config
 from megatron_dlm.models.denoiser import ChunkedDenoiser, Denoiser
 from megatron_dlm.models.fp8_emulation import follow_maxima
 from megatron_dlm.models.initialization import initialize
+from megatron_dlm.platform.gpu import STATE_CURES, allocating
 from megatron_dlm.platform.parallel import ParallelState
 from megatron_dlm.platform.rng import NoiseSource
 from megatron_dlm.training.microbatches import BatchAddress, MicrobatchMaker, carry
@@ -87,12 +88,15 @@ class Session:
         self.config = config
         self.data = data
         self.parallel = parallel
-        self.denoiser = build_denoiser(config, data.vocabulary, parallel)
-        initialize(self.denoiser, parallel, config.training.seed)
-        self.chunks = wrap_data_parallel(self.denoiser, config.parallel)
-        self.optimizer = build_optimizer(
-            config.optimizer, config.parallel, config.training.precision, self.chunks
-        )
+        with allocating("the model's weights", STATE_CURES):
+            self.denoiser = build_denoiser(config, data.vocabulary, parallel)
+            initialize(self.denoiser, parallel, config.training.seed)
+        with allocating("the gradients", STATE_CURES):
+            self.chunks = wrap_data_parallel(self.denoiser, config.parallel)
+        with allocating("the optimizer's main weights", STATE_CURES):
+            self.optimizer = build_optimizer(
+                config.optimizer, config.parallel, config.training.precision, self.chunks
+            )
         self._runner = PipelineRunner(
             self.chunks,
             config.objective.build(data.vocabulary),

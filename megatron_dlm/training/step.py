@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_dlm.interfaces import TrainingError
 from megatron_dlm.models.work import Work
 from megatron_dlm.objectives.base import Objective
+from megatron_dlm.platform.gpu import ACTIVATION_CURES, allocating
 from megatron_dlm.platform.parallel import ParallelState
 from megatron_dlm.training.microbatches import BatchAddress, Microbatch, ReadyMicrobatch, ready
 
@@ -89,7 +90,10 @@ class PipelineRunner:
         config.microbatch_group_size_per_vp_stage = stages if even else len(microbatches)
         for chunk in self._chunks:
             chunk.train(address.training)
-        with torch.set_grad_enabled(address.training):
+        with (
+            torch.set_grad_enabled(address.training),
+            allocating("the activations of a microbatch", ACTIVATION_CURES),
+        ):
             outputs = get_forward_backward_func()(
                 forward_step_func=self._forward_step,
                 # Every chunk reads every microbatch; without chunks megatron-core takes the one iterator.
@@ -108,9 +112,13 @@ class PipelineRunner:
         microbatch = next(microbatches)
 
         def loss_of(hidden_states: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            losses = self._denoiser.head(
-                hidden_states, microbatch.rows, self.objective.loss_and_dlogits, self._rows_per_chunk
-            )
+            with allocating(
+                f"the logits of {self._rows_per_chunk:,} rows",
+                "lower training.head_rows_per_chunk or training.micro_batch_size",
+            ):
+                losses = self._denoiser.head(
+                    hidden_states, microbatch.rows, self.objective.loss_and_dlogits, self._rows_per_chunk
+                )
             # Filled in on the device, which copying from the CPU would wait for.
             tokens = torch.full((), microbatch.token_count, dtype=torch.int, device=hidden_states.device)
             # Cloned: the schedule may change what it was given in place.

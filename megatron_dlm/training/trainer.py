@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_dlm.models.work import Work
+from megatron_dlm.platform.gpu import STATE_CURES, allocating
 from megatron_dlm.training.optimizer import set_learning_rate, step_if_finite
 from megatron_dlm.training.session import Session
 from megatron_dlm.training.spikes import extended, spike_limit
@@ -102,7 +103,8 @@ def train_step(session: Session, progress: Progress) -> StepReport:
         fault, bad_samples = f"loss: {loss:.4g} is above {limit:.4g}", whole_batch
     if not bad_samples:
         limit = spike_limit(progress.recent_grad_norms, sigmas)
-        grad_norm = step_if_finite(session.optimizer, limit)
+        with allocating("the optimizer's moments", STATE_CURES):
+            grad_norm = step_if_finite(session.optimizer, limit)
         if not math.isfinite(grad_norm):
             fault, bad_samples = "gradient norm: not finite", whole_batch
         elif grad_norm > limit:

@@ -1,7 +1,7 @@
 """CUDA that claims to be there in forks of this process, on any machine, and answers to none of them.
 
-So it is in a fork of a process that uses CUDA: it is said to be available, and whoever starts it is refused by
-the driver.
+So it is in a fork of a process that uses CUDA: CUDA is said to be available, and the driver refuses whoever
+starts it.
 """
 
 import os

@@ -8,10 +8,19 @@ import torch
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.kernels.choice import INTERPRETER, wants_triton
 from megatron_dlm.objectives.ar import ARConfig
+from megatron_dlm.training import run_checks
 from megatron_dlm.training.run_checks import transformer_impl
 from tests.helpers import tiny
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch):
+    """What the choices ask of a GPU, as an H100 and a Transformer Engine that fits answer."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(run_checks, "check_transformer_engine", lambda: None)
 
 
 def test_kernels(monkeypatch):

@@ -1,0 +1,159 @@
+"""What a process's GPU can do, and one clear line where it cannot."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_dlm.interfaces import InputError, TrainingError
+
+if TYPE_CHECKING:
+    import torch
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+ACTIVATION_CURES = (
+    "lower training.micro_batch_size, set training.recompute full or raise "
+    "parallel.tensor_model_parallel_size"
+)
+"""What makes the activations of a pass smaller."""
+STATE_CURES = (
+    "raise parallel.tensor_model_parallel_size or parallel.pipeline_model_parallel_size, shard over more "
+    "data parallel ranks (parallel.use_distributed_optimizer), or take a smaller model"
+)
+"""What makes weights, gradients and optimizer state of a rank smaller."""
+
+
+def why_no_cuda(environ: Mapping[str, str] = os.environ) -> tuple[str, bool]:
+    """Why PyTorch says that CUDA is not available.
+
+    Args:
+        environ: variables of this process.
+
+    Returns:
+        The reason, and whether the machine has GPUs that somebody expects to be used: they are neither
+        hidden nor left out by this build of PyTorch.
+    """
+    import torch
+
+    if environ.get(VISIBLE, "0").strip() in ("", "-1"):
+        return f"{VISIBLE} is {environ[VISIBLE]!r}, which hides all GPUs", False
+    if torch.version.cuda is None:
+        return f"this PyTorch, {torch.__version__}, is built without CUDA", False
+    if not _gpu_files():
+        return "this machine has no NVIDIA GPU", False
+    return f"the driver does not work: {_driver_error()}", True
+
+
+def _gpu_files() -> list[Path]:
+    return sorted(Path("/dev").glob("nvidia[0-9]*"))
+
+
+def _driver_error() -> str:
+    import torch
+
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return str(error).split("\n")[0].rstrip(".")
+    return "PyTorch finds no device (nvidia-smi may say why)"
+
+
+def start_cuda(device: torch.device) -> None:
+    """Make a GPU this process's own.
+
+    Args:
+        device: the GPU.
+
+    Raises:
+        InputError: the driver refuses it.
+    """
+    import torch
+
+    try:
+        torch.cuda.set_device(device)
+        torch.empty(1, device=device)
+    except RuntimeError as error:
+        reason = str(error).split("\n")[0].rstrip(".")
+        raise InputError(f"parallel.device: {device} cannot be used: {reason}") from error
+
+
+def own_gpu(device: torch.device) -> str:
+    """Which GPU of which host a device is, the same in every process that has it."""
+    import torch
+
+    return f"{socket.gethostname()}, GPU-{torch.cuda.get_device_properties(device).uuid}"
+
+
+def refuse_shared_gpus(rank: int, world_size: int, gpu: str) -> None:
+    """Refuse two ranks on one GPU, which NCCL answers with an error of its own internals; all ranks call it.
+
+    Args:
+        rank: of this process.
+        world_size: processes of the job.
+        gpu: from `own_gpu`.
+
+    Raises:
+        InputError: some ranks share one; on every rank.
+    """
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    # Through the store: the first collective would be the one that fails.
+    store = _get_default_store()
+    first = int(store.compare_set(f"gpu/{gpu}", "", str(rank)))
+    if first != rank:
+        store.set("gpu/shared", f"ranks {first} and {rank} have the same one ({gpu})")
+    if store.add("gpu/ranks", 1) == world_size:
+        store.set("gpu/all", "")
+    store.wait(["gpu/all"])
+    if store.check(["gpu/shared"]):
+        shared = store.get("gpu/shared").decode()
+        raise InputError(
+            f"parallel.device: {shared}, and NCCL needs a GPU for each rank: start as many processes on a "
+            "node as it has GPUs"
+        )
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """CUDA compute capability of a GPU, such as (9, 0) for an H100."""
+    import torch
+
+    major, minor = torch.cuda.get_device_capability(device)
+    return major, minor
+
+
+def name_of(device: torch.device) -> str:
+    """A GPU's name with its compute capability."""
+    import torch
+
+    major, minor = capability(device)
+    return f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor})"
+
+
+@contextmanager
+def allocating(what: str, cures: str) -> Iterator[None]:
+    """Say what did not fit, and what to change, where the GPU's memory is full.
+
+    Args:
+        what: is being allocated.
+        cures: settings that make it smaller.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        TrainingError: the memory is full; of nested ones the innermost speaks.
+    """
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        # "CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has a total capacity of ... is free. ..."
+        sizes = " ".join(
+            str(error).split("Including")[0].split("Process ")[0].split("Of the alloc")[0].split()
+        )
+        raise TrainingError(f"GPU memory: {what}: {sizes.rstrip('. ')}; {cures}") from error
