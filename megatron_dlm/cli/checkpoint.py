@@ -114,6 +114,7 @@ def _inspect(arguments: list[str]) -> None:
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     from megatron_dlm.checkpointing.safe_metadata import check_metadata
+    from megatron_dlm.models.weight_layout import unpadded_size
     from megatron_dlm.training.run_start import read_run_record
 
     record = read_run_record(config.checkpoint)
@@ -139,7 +140,9 @@ def _inspect(arguments: list[str]) -> None:
     for name, entry in sorted(entries.items()):
         if isinstance(entry, TensorStorageMetadata):
             dtype = str(entry.properties.dtype).removeprefix("torch.")
-            print(f"  {name}  {dtype} {list(entry.size)}")
+            size, stored = unpadded_size(name, entry.size, record.vocabulary.size), list(entry.size)
+            padding = "" if size == stored else f", with padding {stored}"
+            print(f"  {name}  {dtype} {size}{padding}")
 
 
 def _verify(arguments: list[str]) -> None:

@@ -45,7 +45,8 @@ class MegatronNetwork:
 
     def head(self, hidden_RD: Tensor) -> Tensor:
         """[R, V] logits."""
-        return self._denoiser.head.vocab.exclude_(self._denoiser.head.logits(hidden_RD))
+        head = self._denoiser.head
+        return head.vocab.exclude_(head.logits(hidden_RD))[:, : head.vocab.vocabulary.size]
 
     def start_cache(self, batch_size: int) -> RereadingCache:
         """A cache that keeps tokens instead of keys and values."""

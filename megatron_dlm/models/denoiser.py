@@ -67,7 +67,7 @@ class Denoiser(MegatronModule):
         self._recorded_constants: list[Tensor] | None = None
         if self.pre_process:
             self.embedding = TokenEmbedding(
-                padded_vocabulary_size(vocabulary.size, parallel.tensor_size),
+                padded_vocabulary_size(vocabulary.size, parallel.tensor_size, parallel.vocabulary_multiple),
                 model.hidden_size,
                 config,
                 parallel.tensor_group,
@@ -88,6 +88,7 @@ class Denoiser(MegatronModule):
                 parallel.tensor_rank,
                 parallel.tensor_group,
                 parallel.tensor_size,
+                multiple=parallel.vocabulary_multiple,
                 fused=config.fused_kernels,
             )
             self.final_layer = FinalLayer(config, model.conditioning_size)

@@ -57,9 +57,7 @@ def weight_places(denoiser: Denoiser | ChunkedDenoiser, parallel: ParallelState)
     for chunk in denoiser.chunks:
         for local_name, parameter in chunk.named_parameters():
             name = _public_name(local_name, chunk)
-            cut, join = _transfer(
-                name, model, denoiser.vocabulary.size, parallel.tensor_rank, parallel.tensor_size
-            )
+            cut, join = _transfer(name, model, denoiser.vocabulary.size, parallel)
             yield WeightPlace(parameter, name, full_shapes[name], cut, join)
 
 
@@ -165,13 +163,34 @@ def stored_place(name: str) -> tuple[str, int | None]:
     return f"block.layers.{local}.{kind}", int(index)
 
 
+def unpadded_size(key: str, size: Sequence[int], vocabulary_size: int) -> list[int]:
+    """The size of a stored tensor without the rows that pad the vocabulary.
+
+    Args:
+        key: of a checkpoint's tensor, a weight or optimizer state of one.
+        size: as stored.
+        vocabulary_size: ids.
+
+    Returns:
+        `size`, or with `vocabulary_size` rows.
+    """
+    names = ("vocab_embed.embedding", "output_layer.linear.weight", "output_layer.linear.bias")
+    has_rows_of_ids = any(
+        key == stored or key.endswith(f".{stored}") for stored, _ in map(stored_place, names)
+    )
+    return [vocabulary_size, *size[1:]] if has_rows_of_ids else list(size)
+
+
 def from_stored(name: str, tensor: Tensor, num_attention_heads: int) -> Tensor:
     """A public tensor from the unpadded part of what a checkpoint has, whose heads lie one by one."""
     return _qkv_by_kind(tensor, num_attention_heads) if name.endswith("attn_qkv.weight") else tensor
 
 
-def _transfer(name: str, model: ModelConfig, vocabulary_size: int, rank: int, size: int) -> tuple[Cut, Join]:
-    """How the tensor called `name` is cut for tensor parallel rank `rank` of `size`, and put together."""
+def _transfer(
+    name: str, model: ModelConfig, vocabulary_size: int, parallel: ParallelState
+) -> tuple[Cut, Join]:
+    """How the tensor called `name` is cut for a tensor parallel rank, and put together."""
+    rank, size = parallel.tensor_rank, parallel.tensor_size
     heads, padded_heads = model.num_attention_heads, model.padded_heads(size)
     if name.endswith("attn_qkv.weight"):
         to_heads = partial(_qkv_by_head, heads=heads)
@@ -187,7 +206,8 @@ def _transfer(name: str, model: ModelConfig, vocabulary_size: int, rank: int, si
     elif ".mlp.0." in name and name.startswith("blocks."):
         dim, length, padded = 0, model.ffn_hidden_size, model.ffn_hidden_size
     elif name in ("vocab_embed.embedding", "output_layer.linear.weight", "output_layer.linear.bias"):
-        dim, length, padded = 0, vocabulary_size, padded_vocabulary_size(vocabulary_size, size)
+        dim, length = 0, vocabulary_size
+        padded = padded_vocabulary_size(vocabulary_size, size, parallel.vocabulary_multiple)
     else:
         return (lambda full: full), (lambda parts: parts[0])
     return (

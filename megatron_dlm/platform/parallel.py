@@ -42,6 +42,8 @@ class ParallelState:
     stage_group: ProcessGroup
     """All that hold parts of the same layers: tensor x data x context parallel ranks."""
     device: torch.device
+    vocabulary_multiple: int = 1
+    """What divides the columns of embedding and head that a tensor parallel rank holds."""
 
     @property
     def is_first_stage(self) -> bool:
@@ -178,6 +180,7 @@ def start_parallel(environment: ProcessEnvironment, config: ParallelConfig) -> P
         replica_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         stage_group=parallel_state.get_amax_reduction_group(with_context_parallel=True),
         device=device,
+        vocabulary_multiple=config.vocabulary_multiple(device.type),
     )
 
 

@@ -7,6 +7,9 @@ from typing import Literal
 
 from megatron_dlm.interfaces import InputError
 
+CUDA_VOCABULARY_MULTIPLE = 128
+"""Columns that cuBLAS's fastest kernels take; at 32,001 it falls back to those of an old architecture."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
@@ -44,6 +47,10 @@ class ParallelConfig:
     fully_sharded: bool = False
     """Shard parameters, gradients and optimizer state over data and context parallel ranks (ZeRO-3, torch's
     FSDP2); fp32 and one pipeline stage only, and without the distributed optimizer."""
+    pad_vocabulary_to: int = 0
+    """Pad the rows of embedding and head with zeros to a multiple of this times tensor_model_parallel_size,
+    which GPU matrix products need to be fast (Megatron-LM's --make-vocab-size-divisible-by); 0: 128 on CUDA,
+    1 on a CPU. No checkpoint depends on it, and no loss up to rounding."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA where the machine has it; the others refuse to run on anything else."""
     deterministic: bool = False
@@ -63,6 +70,8 @@ class ParallelConfig:
         ):
             if getattr(self, name) < 1:
                 raise InputError(f"parallel.{name}: {getattr(self, name)} is below 1")
+        if self.pad_vocabulary_to < 0:
+            raise InputError(f"parallel.pad_vocabulary_to: {self.pad_vocabulary_to} is below 0")
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise InputError("parallel.sequence_parallel: needs parallel.tensor_model_parallel_size above 1")
         if self.virtual_pipeline_model_parallel_size > 1 and self.pipeline_model_parallel_size == 1:
@@ -108,6 +117,10 @@ class ParallelConfig:
                 f"parallel.pipeline_model_parallel_size: {self.pipeline_model_parallel_size}, and "
                 "parallel.fully_sharded needs 1"
             )
+
+    def vocabulary_multiple(self, device_type: str) -> int:
+        """What divides the columns of embedding and head on a rank, by what is asked for or the device."""
+        return self.pad_vocabulary_to or (CUDA_VOCABULARY_MULTIPLE if device_type == "cuda" else 1)
 
     def data_parallel_size(self, world_size: int) -> int:
         """Replicas of the model in a world of `world_size` processes.

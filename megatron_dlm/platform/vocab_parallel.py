@@ -15,9 +15,19 @@ from torch import Tensor
 from megatron_dlm.interfaces import Vocabulary
 
 
-def padded_vocabulary_size(size: int, tensor_size: int) -> int:
-    """Smallest multiple of the tensor parallel size that holds `size` ids."""
-    return -(-size // tensor_size) * tensor_size
+def padded_vocabulary_size(size: int, tensor_size: int, multiple: int = 1) -> int:
+    """Columns of embedding and head over all tensor parallel ranks.
+
+    Args:
+        size: ids of the vocabulary.
+        tensor_size: tensor parallel size.
+        multiple: what divides each rank's columns, see `ParallelConfig.pad_vocabulary_to`.
+
+    Returns:
+        The smallest multiple of `tensor_size` x `multiple` that holds `size` ids.
+    """
+    unit = tensor_size * multiple
+    return -(-size // unit) * unit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +50,11 @@ class VocabShard:
         group: dist.ProcessGroup | None,
         size: int,
         *,
+        multiple: int = 1,
         fused: bool = False,
     ) -> VocabShard:
-        """The share of tensor parallel rank `rank` of `size`."""
-        width = padded_vocabulary_size(vocabulary.size, size) // size
+        """The share of tensor parallel rank `rank` of `size`, a multiple of `multiple` columns."""
+        width = padded_vocabulary_size(vocabulary.size, size, multiple) // size
         return cls(
             vocabulary=vocabulary,
             start=rank * width,

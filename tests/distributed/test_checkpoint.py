@@ -31,6 +31,8 @@ LAYOUTS = {
         2,
         ParallelConfig(overlap_grad_reduce=True, overlap_param_gather=True, bucket_size=2000),
     ),
+    "padded": (1, ParallelConfig(pad_vocabulary_to=128)),
+    "tp2padded": (2, ParallelConfig(tensor_model_parallel_size=2, pad_vocabulary_to=64)),
     "tp2pp2": (4, ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)),
 }
 
@@ -129,6 +131,11 @@ RESHARDED = [
     ("one", "pp2vpp2"),
     ("pp2vpp2", "pp3"),
     ("overlapping", "tp2"),
+    ("one", "tp2padded"),
+    ("tp2padded", "padded"),
+    ("padded", "one"),
+    ("padded", "tp2"),
+    ("plain", "padded"),
 ]
 FAMILIES = [MDLMConfig, ARConfig, DuoConfig, lambda: EsoLMConfig(ssl_multiple=8)]
 

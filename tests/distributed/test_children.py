@@ -173,9 +173,9 @@ def save_late_from_a_claimed_gpu(state, config):
 
     claim_cuda()
     faulty.slow_down_writers(0.5)
+    session = build_random(state, config)
     # Tensors on this device are copied before the child starts, which platform/cpu.py lays on the CPU.
     state = replace(state, device=torch.device("cuda"))
-    session = build_random(state, config)
     plans, root = SavePlans(state), CheckpointRoot(config.directory)
     first = [p.detach().clone() for p in session.denoiser.parameters()]
     for step in (1, 2):
@@ -211,8 +211,9 @@ def no_memory_on_one_rank(state, config):
     def hold(tensors):
         raise MemoryError("4,096 bytes of host memory: Cannot allocate memory")
 
+    session = build_random(state, config)
     state = replace(state, device=torch.device("cuda"))
-    session, plans = build_random(state, config), SavePlans(state)
+    plans = SavePlans(state)
     original, root = plans.memory.hold, CheckpointRoot(config.directory)
     if state.rank == 1:
         plans.memory.hold = hold

@@ -44,6 +44,7 @@ QUICK = [
     (1, 2, 2, 2, "overlap, gather"),
     (1, 1, 1, 4, "context 2"),
     (2, 1, 1, 8, "context 2, sequence"),
+    (2, 1, 1, 4, "sequence, padded"),
 ]
 SLOW = [
     (2, 1, 1, 4, ""),
@@ -68,6 +69,9 @@ SLOW = [
     (2, 1, 1, 4, "sequence, recompute"),
     (2, 2, 1, 4, "context 2, sequence, recompute"),
     (1, 2, 2, 2, "recompute"),
+    (1, 1, 1, 8, "padded"),
+    (4, 1, 1, 4, "padded"),
+    (1, 2, 2, 2, "overlap, gather, padded"),
 ]
 LAYOUTS = [*QUICK, *(pytest.param(layout, marks=pytest.mark.slow) for layout in SLOW)]
 
@@ -85,6 +89,8 @@ def parallel_of(layout):
         sequence_parallel="sequence" in options,
         virtual_pipeline_model_parallel_size=2 if "interleaved" in options else 1,
         use_distributed_optimizer="plain" not in options,
+        # 301 ids in 384 columns on one rank, in 512 on two and on four, the last of which has padding alone.
+        pad_vocabulary_to=128 if "padded" in options else 0,
         overlap_grad_reduce="overlap" in options,
         overlap_param_gather="gather" in options,
         # Several buckets in so small a model.

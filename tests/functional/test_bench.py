@@ -42,6 +42,16 @@ def test_step_benchmark_prints_its_scaling():
 
 
 @pytest.mark.slow
+def test_step_benchmark_prints_what_padding_does():
+    printed = run_bench("--families", "mdlm", "duo", "--padding")
+    for family in ("mdlm", "duo"):
+        (row,) = (line for line in printed.splitlines() if f" {family} " in line)
+        plain, padded, ratio, loss = row.replace(",", "").split("│")[4:8]
+        assert float(ratio.strip(" x")) == pytest.approx(float(padded) / float(plain), rel=0.02, abs=0.006)
+        assert "same bits" in loss or float(loss.split()[2]) < 1e-6
+
+
+@pytest.mark.slow
 def test_sampling_benchmark_prints_both_sides():
     command = [sys.executable, str(ROOT / "tools" / "bench" / "sample.py"), "--size", "tiny"]
     command += ["--families", "esolm", "--steps", "4", "--length", "16", "--batch-size", "1"]

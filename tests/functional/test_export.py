@@ -23,6 +23,7 @@ STEPS = 4
 TENSOR_AND_PIPELINE = [
     *("--parallel.tensor-model-parallel-size", "2"),
     *("--parallel.pipeline-model-parallel-size", "2"),
+    *("--parallel.pad-vocabulary-to", "128"),
 ]
 VARIANTS = {
     "mdlm": [],
@@ -420,3 +421,11 @@ def test_another_tokenizer_is_refused(command, checkpoint_of, tmp_path):
     words = ["export", checkpoint_of("mdlm"), tmp_path / "f", "--tokenizer", tmp_path / "tok"]
     finished = command(*words, check=False)
     assert finished.returncode == 2 and "is not the one the model was trained with" in finished.stderr
+
+
+def test_no_shape_that_a_user_sees_has_the_padding(command, checkpoint_of, mdlm_export):
+    inspected = command("checkpoint", "inspect", checkpoint_of("mdlm")).stdout
+    for name in ("head.weight", "optimizer.state.exp_avg.embedding.weight"):
+        assert f"  {name}  float32 [301, 32], with padding [512, 32]\n" in inspected
+    shapes = {name: tensor.shape for name, tensor in weights_of(mdlm_export).items()}
+    assert shapes["vocab_embed.embedding"] == shapes["output_layer.linear.weight"] == (301, 32)

@@ -43,6 +43,7 @@ def test_checkpoints_are_listed_inspected_verified_and_pruned(corpus, tmp_path, 
     inspected = command("checkpoint", "inspect", newest).stdout
     assert "step 14 of 14, 112 samples" in inspected and "MDLMConfig(" in inspected
     assert "  block.layers.mlp.linear_fc1.weight  float32 [2, 64, 32]" in inspected
+    assert "  head.weight  float32 [301, 32]\n" in inspected
     assert "all as in the manifest" in command("checkpoint", "verify", newest).stdout
     (newest / "progress.json").write_text("{}")
     finished = command("checkpoint", "verify", newest, check=False)

@@ -74,9 +74,10 @@ class Shape:
 
 
 def build_denoiser(shape: Shape, parallel: ParallelState, recompute: Any = "none") -> Any:
-    """A denoiser with random head and gates, so that every gradient is real."""
+    """A denoiser with random head and gates, so that every gradient is real; padding stays zero."""
     from megatron_dlm.models.config import transformer_config
     from megatron_dlm.models.denoiser import Denoiser
+    from megatron_dlm.models.weight_layout import weight_places
 
     model = paper_model(shape.size)
     config = transformer_config(
@@ -90,8 +91,8 @@ def build_denoiser(shape: Shape, parallel: ParallelState, recompute: Any = "none
     )
     denoiser = Denoiser(model, config, shape.vocabulary, OBJECTIVES[shape.family].attention, parallel)
     generator = torch.Generator().manual_seed(0)
-    for parameter in denoiser.parameters():
-        parameter.data.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+    for place in weight_places(denoiser, parallel):
+        place.parameter.data.copy_(place.cut(0.02 * torch.randn(place.shape, generator=generator)))
     return denoiser
 
 

@@ -2,6 +2,7 @@
 
     python tools/bench/step.py [--sizes 6M 19M] [--families mdlm duo ar esolm] [--precision fp32]
     python tools/bench/step.py --scaling        cost against length, vocabulary and batch
+    python tools/bench/step.py --padding        parallel.pad_vocabulary_to 128 against 1
 
 A step is corruption, forward, backward and optimizer over one microbatch. The plain way has the same
 denoiser, full logits of all rows and losses under autograd; "floor" is the same step without any loss: the
@@ -32,7 +33,7 @@ from megatron_dlm.models.work import Work
 from megatron_dlm.objectives.registry import OBJECTIVES
 from megatron_dlm.platform.launch import detect_environment
 from megatron_dlm.platform.parallel import ParallelState, start_parallel, stop_parallel
-from megatron_dlm.platform.parallel_config import ParallelConfig
+from megatron_dlm.platform.parallel_config import CUDA_VOCABULARY_MULTIPLE, ParallelConfig
 from megatron_dlm.platform.peak import matmul_flops_per_second
 
 FAMILIES = ("mdlm", "duo", "ar", "esolm")
@@ -174,6 +175,38 @@ def scaling(base: Shape, arguments: argparse.Namespace, parallel: ParallelState)
     show(f"cost of a {base.size} step", ["family", "varied", "", "", ""], rows)
 
 
+def padding(shapes: list[Shape], arguments: argparse.Namespace, parallel: ParallelState) -> None:
+    """Our step with the vocabulary as it is and padded, and whether the first losses are the same bits."""
+    rows, padded = [], replace(parallel, vocabulary_multiple=CUDA_VOCABULARY_MULTIPLE)
+    for shape in shapes:
+        tokens = shape.batch_size * shape.seq_length
+        steps = {"plain": our_step(shape, parallel), "padded": our_step(shape, padded)}
+        losses = [step(0).loss for step in steps.values()]
+        seconds = interleaved(steps, arguments.repeats)
+        rows.append(
+            [
+                shape.size,
+                shape.family,
+                shape.precision,
+                *(f"{tokens / seconds[side]:,.0f}" for side in steps),
+                f"{seconds['plain'] / seconds['padded']:.3f}x",
+                "same bits" if losses[0] == losses[1] else f"differ by {abs(losses[1] / losses[0] - 1):.1e}",
+            ]
+        )
+    columns = [
+        "size",
+        "family",
+        "precision",
+        "plain tokens/s",
+        "padded tokens/s",
+        "padded/plain",
+        "first loss",
+    ]
+    show(
+        f"{arguments.vocabulary_size:,} ids padded to a multiple of {CUDA_VOCABULARY_MULTIPLE}", columns, rows
+    )
+
+
 def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """Print one table."""
     from rich.console import Console
@@ -205,6 +238,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="measured steps of each side")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--scaling", action="store_true", help="cost against length, vocabulary and batch")
+    parser.add_argument("--padding", action="store_true", help="the vocabulary as it is and padded")
     parser.add_argument("--memory-of", choices=SIDES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     os.environ.pop("WORLD_SIZE", None)
@@ -226,6 +260,8 @@ def main() -> None:
     ]
     if arguments.memory_of:
         print_memory(shapes[0], arguments.memory_of, parallel)
+    elif arguments.padding:
+        padding(shapes, arguments, parallel)
     elif arguments.scaling:
         scaling(shapes[0], arguments, parallel)
     else:
