@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, is_dataclass, replace
 from enum import Enum
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -122,6 +122,71 @@ class TokenMixture:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AttentionMask:
+    """Which keys each query sees, by three numbers of each position instead of a number for each pair.
+
+    A query sees a key of its document whose order is at most the query's reach, or whose group is its own.
+    Keys with a group have the order NEVER. B is 1 where all sequences have one mask.
+    """
+
+    NEVER: ClassVar[int] = 2**31 - 1
+    """Order of keys that are seen by their group alone."""
+
+    queries: Tensor
+    """int32 [B, 3, s]: reach, group and document."""
+    keys: Tensor
+    """int32 [B, 3, S]: order, group and document."""
+    edges: Tensor | None = None
+    """int32 [documents + 1], for attention that takes documents packed: where they begin in the samples one
+    after the other, and the end; where the mask says nothing else beside the family's pattern."""
+    table: Tensor | None = None
+    """int32 [B, numbers], from models/block_table.py, for attention that passes over blocks."""
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        reach: Tensor,
+        order: Tensor,
+        query_group: Tensor | None = None,
+        key_group: Tensor | None = None,
+    ) -> AttentionMask:
+        """One mask for all sequences, whose positions are in one document.
+
+        Args:
+            reach: int32 [s].
+            order: int32 [S].
+            query_group: int32 [s], below 0 for none; None: no query has one.
+            key_group: int32 [S]; likewise.
+
+        Returns:
+            The mask.
+        """
+        # Queries without a group and keys without one are not of the same.
+        without = (reach.new_full(reach.shape, -2), order.new_full(order.shape, -1))
+        query_group = without[0] if query_group is None else query_group
+        key_group = without[1] if key_group is None else key_group
+        return cls(
+            queries=_stacked(reach, query_group, reach.new_zeros(reach.shape)),
+            keys=_stacked(order, key_group, order.new_zeros(order.shape)),
+        )
+
+    def dense(self) -> Tensor:
+        """Bool [B, 1, s, S], True where a query (row) sees a key."""
+        reach, group, document = (numbers[:, :, None] for numbers in self.queries.unbind(1))
+        order, key_group, key_document = (numbers[:, None] for numbers in self.keys.unbind(1))
+        return ((document == key_document) & ((order <= reach) | (group == key_group)))[:, None]
+
+
+def _stacked(*rows: Tensor) -> Tensor:
+    """[1, rows, positions], in the dtype of the first."""
+    whole = rows[0].new_empty(1, len(rows), rows[0].shape[0])
+    for number, row in enumerate(rows):
+        whole[0, number] = row
+    return whole
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelInputs:
     """What the denoiser reads; S positions of the network, L or, where a clean copy is appended, 2 L."""
 
@@ -131,8 +196,9 @@ class ModelInputs:
     """int64 [B, S] or [1, S]; rotary positions."""
     sigma_B: Tensor
     """float32 [B]; noise level -ln(alpha) fed to the time embedder, zeros for families without it."""
-    attention_mask: Tensor | None = None
-    """bool [1, 1, S, S], True where a query (row) may look at a key; None for the family's own pattern."""
+    attention_mask: AttentionMask | None = None
+    """Of the S positions as queries, one context parallel rank's where it holds a part, and all as keys; None
+    for the family's own pattern."""
     mixture: TokenMixture | None = None
     """Embedded in place of `token_ids_BL` where present."""
     document_ids_BL: Tensor | None = None

@@ -26,7 +26,7 @@ from oracle.noise import Array
 from oracle.tables import table_method
 
 from megatron_dlm.interfaces import InputError
-from megatron_dlm.objectives.esolm import sequential_mask
+from megatron_dlm.objectives.diffusion import noisy_then_clean_mask
 from megatron_dlm.platform.launch import detect_environment
 from megatron_dlm.platform.parallel import prepare_device
 from megatron_dlm.platform.parallel_config import ParallelConfig
@@ -136,7 +136,7 @@ class Checker:
             dtype = torch.float64 if precision == "f64" else torch.float32
             return _method(Case(self._below(f"{prefix}/in/"), dtype), name)
         if found := re.fullmatch(r"net/seq_mask_L(\d+)", key):
-            return lambda: sequential_mask(int(found[1])).numpy()
+            return lambda: noisy_then_clean_mask(int(found[1]), 1).dense()[0, 0].numpy()
         if key.startswith("net/"):
             return self._network_method(key.removeprefix("net/"))
         return table_method(key, self._below(f"{key.partition('/')[0]}/"))

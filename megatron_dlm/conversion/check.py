@@ -87,7 +87,7 @@ def write_check(
         "logits": denoiser.logits(one)[:, :LOGIT_POSITIONS, : vocabulary.size].contiguous(),
     }
     if inputs.attention_mask is not None:
-        tensors["visible_mask"] = inputs.attention_mask[0, 0].contiguous()
+        tensors["visible_mask"] = inputs.attention_mask.dense()[0, 0]
     trace, trace_record = _greedy_trace(denoiser, objective, min(TRACE_LENGTH, targets.clean_BL.shape[1]))
     save_file(tensors | {"trace": trace}, directory / CHECK_TENSORS)
     nats_per_token = float(losses.bound) / targets.token_count

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_dlm.interfaces import ModelInputs
+from megatron_dlm.interfaces import AttentionMask, ModelInputs
 from megatron_dlm.models.denoiser import Denoiser
 
 
@@ -33,12 +33,12 @@ class MegatronNetwork:
         sigma_B: Tensor | None = None,
         visible_LL: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states in front of the head, [B, L, D]."""
+        """Hidden states in front of the head, [B, L, D]; rows of `visible_LL` see beginnings of the text."""
         inputs = ModelInputs(
             token_ids_BL=ids_BL,
             position_ids_BL=positions_BL,
             sigma_B=torch.zeros(len(ids_BL), device=ids_BL.device) if sigma_B is None else sigma_B,
-            attention_mask=None if visible_LL is None else visible_LL[None, None],
+            attention_mask=None if visible_LL is None else _beginnings(visible_LL),
         )
         hidden_LBD: Tensor = self._denoiser(inputs)
         return hidden_LBD.transpose(0, 1)
@@ -51,6 +51,12 @@ class MegatronNetwork:
     def start_cache(self, batch_size: int) -> RereadingCache:
         """A cache that keeps tokens instead of keys and values."""
         return RereadingCache(self, batch_size)
+
+
+def _beginnings(visible_LL: Tensor) -> AttentionMask:
+    """The mask of rows that see the first columns, each its number of them."""
+    columns = torch.arange(len(visible_LL), dtype=torch.int32, device=visible_LL.device)
+    return AttentionMask.of(reach=visible_LL.sum(1, dtype=torch.int32) - 1, order=columns)
 
 
 class RereadingCache:

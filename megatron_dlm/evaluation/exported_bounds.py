@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_dlm.interfaces import AttentionPattern, ModelInputs, RowTargets, Targets, Vocabulary
-from megatron_dlm.models.document_mask import document_mask
+from megatron_dlm.models.visibility import visibility
 from megatron_dlm.objectives.base import Objective
 from megatron_dlm.platform.vocab_parallel import VocabShard
 
@@ -73,8 +73,5 @@ class ExportedBounds:
 
     def _visible(self, inputs: ModelInputs) -> torch.Tensor | None:
         """What each position looks at, where it is not the family's own pattern."""
-        mask = inputs.attention_mask
-        if inputs.document_ids_BL is None:
-            return mask
-        queries = torch.arange(inputs.token_ids_BL.shape[1], device=inputs.token_ids_BL.device)
-        return document_mask(inputs.document_ids_BL, mask, self._attention, queries)
+        mask = visibility(inputs, self._attention)
+        return None if mask is None else mask.dense()

@@ -16,8 +16,10 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from megatron_dlm.models.block_table import TABLE_DIM
 from megatron_dlm.models.config import ROTARY_BASE
 from megatron_dlm.models.context_parallel import own_parts
+from megatron_dlm.models.flex_attention import attend_by_table
 
 
 def rotary_table(position_ids_BL: Tensor, head_dim: int) -> Tensor:
@@ -88,8 +90,9 @@ class RotarySelfAttention(SelfAttention):
 class SdpaAttention(nn.Module):
     """PyTorch's scaled dot product attention as a megatron-core attention core.
 
-    Causal or unmasked by its specification; a mask given with the tensors takes the place of both. Under
-    context parallelism keys and values are gathered and the queries stay where they are.
+    Causal or unmasked by its specification; a mask given with the tensors takes the place of both, dense or
+    as a table of blocks. Under context parallelism keys and values are gathered and the queries stay where
+    they are.
     """
 
     def __init__(
@@ -110,8 +113,8 @@ class SdpaAttention(nn.Module):
             query: [s, b, n, h].
             key: [s, b, n, h].
             value: [s, b, n, h].
-            attention_mask: bool [b or 1, 1, s, S], True where a query (row) may look at a key, all ranks' S
-                keys in order; or None.
+            attention_mask: None; bool [b or 1, 1, s, S], True where a query (row) may look at a key, all
+                ranks' S keys in order; or int32 [b or 1, numbers], the same as a table of blocks.
             **unused: arguments of megatron-core for other cores.
 
         Returns:
@@ -125,7 +128,9 @@ class SdpaAttention(nn.Module):
             both = gather_positions(torch.cat([key, value], dim=-1), self._context_group)
             key, value = both.chunk(2, dim=-1)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        if causal and self._context_group.size() > 1:
+        if attention_mask is not None and attention_mask.dim() == TABLE_DIM:
+            out = attend_by_table(q, k, v, attention_mask)
+        elif causal and self._context_group.size() > 1:
             out = self._attend_causally_across(q, k, v)
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, is_causal=causal)

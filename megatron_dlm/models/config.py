@@ -111,6 +111,7 @@ def transformer_config(
     fused_kernels: bool = False,
     transformer_impl: TransformerImpl = "local",
     fp8: Fp8Config | None = None,
+    flex_attention: bool = False,
 ) -> TransformerConfig:
     """megatron-core's configuration for `model`.
 
@@ -122,6 +123,7 @@ def transformer_config(
         fused_kernels: take this package's Triton kernels.
         transformer_impl: whose linears and attention; FP8 products of local ones are emulated.
         fp8: how to multiply where the precision is fp8.
+        flex_attention: give masks to attention as tables of blocks, not dense.
 
     Returns:
         A configuration whose residual stream and pipeline tensors are fp32 at any precision.
@@ -129,6 +131,8 @@ def transformer_config(
     import torch
     import torch.nn.functional as F
     from megatron.core.transformer import TransformerConfig
+
+    from megatron_dlm.models.visibility import MaskForms
 
     def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
         return F.gelu(x, approximate="tanh")
@@ -184,6 +188,10 @@ def transformer_config(
     config.has_cond_embedder = True
     config.fused_kernels = fused_kernels
     config.records_layers = parallel.cuda_graphs
+    config.mask_forms = MaskForms(
+        edges=transformer_impl == "transformer_engine" and parallel.context_parallel_size == 1,
+        table=flex_attention,
+    )
     config.emulated_fp8 = fp8 if transformer_impl == "local" else None
     return config
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_dlm.interfaces import ModelInputs, Targets, TokenMixture
+from megatron_dlm.models.visibility import own_queries
 
 
 def own_parts(rank: int, size: int) -> tuple[int, int]:
@@ -45,8 +46,8 @@ def own_share(inputs: ModelInputs, targets: Targets, rank: int, size: int) -> tu
         size: context parallel size; 1 gives back what came in.
 
     Returns:
-        Inputs and targets of S / size positions; a mask keeps all columns, documents
-        all positions. Rank 0 counts all the tokens.
+        Inputs and targets of S / size positions; a mask keeps all keys, documents all positions. Rank 0
+        counts all the tokens.
     """
     if size == 1:
         return inputs, targets
@@ -60,7 +61,7 @@ def own_share(inputs: ModelInputs, targets: Targets, rank: int, size: int) -> tu
         inputs,
         token_ids_BL=inputs.token_ids_BL[:, own],
         position_ids_BL=inputs.position_ids_BL[:, own],
-        attention_mask=None if mask is None else mask[:, :, own],
+        attention_mask=None if mask is None else own_queries(mask, own),
         mixture=mixture,
     )
     per_position = {name: value[:, own] for name, value in vars(targets).items() if name.endswith("_BL")}

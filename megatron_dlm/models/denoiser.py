@@ -25,14 +25,12 @@ from megatron_dlm.interfaces import AttentionPattern, ModelInputs, Vocabulary
 from megatron_dlm.models.adaln_layer import AdaLNTransformerLayer, FinalLayer, ModulatedNorm
 from megatron_dlm.models.attention import rotary_table
 from megatron_dlm.models.config import ModelConfig
-from megatron_dlm.models.context_parallel import own_positions
 from megatron_dlm.models.cuda_graphs import forget_layers, record_layers
-from megatron_dlm.models.document_mask import document_mask
 from megatron_dlm.models.embedding import TokenEmbedding
 from megatron_dlm.models.head import Head
 from megatron_dlm.models.layer_spec import layer_spec
-from megatron_dlm.models.packed_documents import document_edges
 from megatron_dlm.models.time_embedding import TimeEmbedder
+from megatron_dlm.models.visibility import visibility
 from megatron_dlm.platform.parallel import ParallelState
 from megatron_dlm.platform.vocab_parallel import VocabShard, padded_vocabulary_size
 
@@ -62,7 +60,6 @@ class Denoiser(MegatronModule):
         self.post_process = parallel.is_last_stage and chunk == num_chunks - 1
         self._place = chunk * parallel.pipeline_size + parallel.pipeline_rank
         self._tensor_group = parallel.tensor_group
-        self._context_place = parallel.context_rank, parallel.context_size
         self._is_to_share_buffers = config.tp_comm_overlap
         self._recorded_constants: list[Tensor] | None = None
         if self.pre_process:
@@ -121,9 +118,7 @@ class Denoiser(MegatronModule):
         if self._is_to_share_buffers:
             self._share_buffers(inputs.token_ids_BL.numel())
         c = self.time_embedder(inputs.sigma_B)
-        attention_mask = inputs.attention_mask
-        if inputs.document_ids_BL is not None:
-            attention_mask = self._within_documents(inputs.document_ids_BL, attention_mask)
+        attention_mask = self._mask_for_attention(inputs)
         hidden_states = None
         if self.pre_process:
             hidden_states = self.embedding(inputs.token_ids_BL, inputs.mixture).float().contiguous()
@@ -174,15 +169,14 @@ class Denoiser(MegatronModule):
             forget_layers(list(self.block.layers))
             self._recorded_constants = None
 
-    def _within_documents(self, document_ids_BL: Tensor, family_mask: Tensor | None) -> Tensor:
-        """The mask of attention inside documents, or their edges for a core that takes these instead."""
-        takes_edges = self.config.transformer_impl == "transformer_engine" and self._context_place[1] == 1
-        if takes_edges and family_mask is None:
-            edges = document_edges(document_ids_BL)
-            if edges is not None:
-                return edges
-        queries = own_positions(document_ids_BL.shape[1], *self._context_place).to(document_ids_BL.device)
-        return document_mask(document_ids_BL, family_mask, self.attention, queries)
+    def _mask_for_attention(self, inputs: ModelInputs) -> Tensor | None:
+        """What the layers' attention is given in place of the family's pattern: one tensor, as it travels."""
+        mask = visibility(inputs, self.attention)
+        if mask is None:
+            return None
+        # Inputs that no `MicrobatchMaker` has prepared are few: a dense mask will do.
+        prepared = mask.table if mask.edges is None else mask.edges
+        return mask.dense() if prepared is None else prepared
 
     def logits(self, inputs: ModelInputs) -> Tensor:
         """float32 [B, L, Vp] of this rank's columns; for evaluation of small batches on one stage."""

@@ -8,29 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
-
-
-def document_edges(document_ids_BL: Tensor) -> Tensor | None:
-    """Where documents begin when the samples stand one after the other.
-
-    Args:
-        document_ids_BL: int64 [B, S].
-
-    Returns:
-        int32 [documents + 1] with the end of the last; None where positions are in an order that scatters
-        documents.
-    """
-    step_BL = document_ids_BL.diff(dim=1)
-    if (step_BL < 0).any():
-        return None
-    begins_BL = torch.ones_like(document_ids_BL, dtype=torch.bool)
-    begins_BL[:, 1:] = step_BL != 0
-    begins = begins_BL.flatten().nonzero()[:, 0]
-    end = begins.new_tensor([document_ids_BL.numel()])
-    return torch.cat([begins, end]).int()
 
 
 def attend_within(

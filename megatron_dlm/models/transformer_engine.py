@@ -95,7 +95,7 @@ class _AttentionCore(_WithoutExtraState, TEDotProductAttention):
 
 
 class FusedAttention(nn.Module):
-    """Transformer Engine's attention; PyTorch's where a mask is given that it has no kernel for.
+    """Transformer Engine's attention; PyTorch's or FlexAttention where a mask has no kernel there.
 
     Under context parallelism it passes keys and values around in rings, over the same zig-zag parts as
     context_parallel.py.
@@ -115,8 +115,8 @@ class FusedAttention(nn.Module):
             query: [s, b, n, h].
             key: [s, b, n, h].
             value: [s, b, n, h].
-            attention_mask: None; bool [b or 1, 1, s, S] as in `SdpaAttention`; or int32 [documents + 1], the
-                edges of documents in all samples one after the other.
+            attention_mask: None; as in `SdpaAttention`; or int32 [documents + 1], the edges of documents in
+                all samples one after the other.
             **kwargs: of megatron-core's cores.
 
         Returns:

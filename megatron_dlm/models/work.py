@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-import torch
-
 from megatron_dlm.interfaces import AttentionPattern, ModelInputs, Targets
 from megatron_dlm.models.config import ModelConfig
-from megatron_dlm.models.document_mask import document_mask
 from megatron_dlm.models.flops import TRAINING_PASSES
 from megatron_dlm.models.time_embedding import FREQUENCY_CHANNELS
+from megatron_dlm.models.visibility import visibility, visible_pairs
 
 
 @dataclass(frozen=True)
@@ -73,13 +71,7 @@ def work_of(inputs: ModelInputs, targets: Targets, attention: AttentionPattern) 
 
 def _attention_pairs(inputs: ModelInputs, attention: AttentionPattern) -> int:
     batch_size, length = inputs.token_ids_BL.shape
-    documents_BL, mask = inputs.document_ids_BL, inputs.attention_mask
+    mask = visibility(inputs, attention)
     if mask is not None:
-        if documents_BL is None:
-            return batch_size * int(mask.sum())
-        return int(document_mask(documents_BL, mask, attention, torch.arange(length)).sum())
-    lengths = torch.full((batch_size,), length)
-    if documents_BL is not None:
-        lengths = torch.cat([row.unique(return_counts=True)[1] for row in documents_BL])
-    causal = attention == AttentionPattern.CAUSAL
-    return int((lengths * (lengths + 1) // 2 if causal else lengths * lengths).sum())
+        return visible_pairs(mask) * (batch_size // len(mask.queries))
+    return batch_size * (length * (length + 1) // 2 if attention == AttentionPattern.CAUSAL else length**2)

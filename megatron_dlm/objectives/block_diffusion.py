@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar
 
 import numpy as np
@@ -100,24 +99,4 @@ class BlockDiffusion(CrossEntropyObjective):
             token_count=int(noised_tokens(batch, length).sum()),
             low_variance=low_variance,
         )
-        return append_clean(targets, torch.arange(length)[None], block_mask(length, config.block_size))
-
-
-@lru_cache(maxsize=4)
-def block_mask(length: int, block_size: int) -> torch.Tensor:
-    """Who may look at whom in [x_t ; x_0].
-
-    A noisy position sees its own noisy block and the clean blocks before it; a clean one those up to its own.
-
-    Args:
-        length: L, positions of one half.
-        block_size: tokens of a block.
-
-    Returns:
-        bool [2 L, 2 L], rows look at columns.
-    """
-    block = torch.arange(length) // block_size
-    same, earlier = block[:, None] == block[None], block[:, None] > block[None]
-    noisy = torch.cat([same, earlier], dim=1)
-    clean = torch.cat([torch.zeros_like(same), same | earlier], dim=1)
-    return torch.cat([noisy, clean])
+        return append_clean(targets, torch.arange(length)[None], block_size=config.block_size)

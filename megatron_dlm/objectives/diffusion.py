@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_dlm.interfaces import InputError, ModelInputs, Targets, TokenBatch, Vocabulary
+from megatron_dlm.interfaces import AttentionMask, InputError, ModelInputs, Targets, TokenBatch, Vocabulary
 from megatron_dlm.objectives.base import CorruptionContext, ObjectiveConfig
 from megatron_dlm.objectives.schedules import Schedule, alpha_and_slope
 from megatron_dlm.objectives.time_sampling import TimeOrder
@@ -178,13 +179,13 @@ def scaled(targets: Targets, factor: float) -> Targets:
     )
 
 
-def append_clean(targets: Targets, position_ids: Tensor, mask: Tensor) -> tuple[ModelInputs, Targets]:
+def append_clean(targets: Targets, position_ids: Tensor, *, block_size: int) -> tuple[ModelInputs, Targets]:
     """Inputs [noisy ; clean] and targets of the same 2 L positions; the clean half carries no loss.
 
     Args:
         targets: over the L positions of the noisy half.
         position_ids: int64 [B, L] or [1, L], of each half.
-        mask: bool [2 L, 2 L], who may look at whom.
+        block_size: tokens that are noised together and see each other.
 
     Returns:
         Inputs and targets of one microbatch.
@@ -195,7 +196,7 @@ def append_clean(targets: Targets, position_ids: Tensor, mask: Tensor) -> tuple[
         token_ids_BL=torch.cat([targets.noisy_BL, clean_BL], dim=1),
         position_ids_BL=torch.cat([position_ids, position_ids], dim=1),
         sigma_B=torch.zeros(len(clean_BL)),
-        attention_mask=mask[None, None],
+        attention_mask=noisy_then_clean_mask(clean_BL.shape[1], block_size),
     )
     doubled = Targets(
         clean_BL=torch.cat([clean_BL, clean_BL], dim=1),
@@ -206,3 +207,25 @@ def append_clean(targets: Targets, position_ids: Tensor, mask: Tensor) -> tuple[
         token_count=targets.token_count,
     )
     return inputs, doubled
+
+
+@lru_cache(maxsize=8)
+def noisy_then_clean_mask(length: int, block_size: int) -> AttentionMask:
+    """Who may look at whom in [noisy ; clean], cut into blocks alike.
+
+    A noisy position sees its own noisy block and the clean blocks before it; a clean one those up to its own.
+
+    Args:
+        length: L, positions of one half.
+        block_size: tokens of a block.
+
+    Returns:
+        Of 2 L positions.
+    """
+    block = torch.arange(length, dtype=torch.int32) // block_size
+    return AttentionMask.of(
+        reach=torch.cat([block - 1, block]),
+        query_group=torch.cat([block, torch.full_like(block, -2)]),
+        order=torch.cat([torch.full_like(block, AttentionMask.NEVER), block]),
+        key_group=torch.cat([block, torch.full_like(block, -1)]),
+    )

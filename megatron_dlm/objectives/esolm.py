@@ -8,7 +8,6 @@ network reads [z_0 ; x] and each masked token sees the clean tokens before it in
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar
 
 import numpy as np
@@ -189,23 +188,4 @@ class EsoLM(CrossEntropyObjective):
         )
         num_sequential = context.global_batch_size - config.num_diffusion(context.global_batch_size)
         targets = scaled(reordered(targets, order_BL), context.global_batch_size / num_sequential)
-        return append_clean(targets, torch.from_numpy(order_BL), sequential_mask(length))
-
-
-@lru_cache(maxsize=4)
-def sequential_mask(length: int) -> torch.Tensor:
-    """Who may look at whom in [z ; x], both halves in the same order.
-
-    A z position sees itself and the x positions strictly before it; an x position those up to itself.
-
-    Args:
-        length: L, positions of one half.
-
-    Returns:
-        bool [2 L, 2 L], rows look at columns.
-    """
-    earlier = torch.ones(length, length, dtype=torch.bool).tril(-1)
-    itself = torch.eye(length, dtype=torch.bool)
-    noisy = torch.cat([itself, earlier], dim=1)
-    clean = torch.cat([torch.zeros_like(earlier), earlier | itself], dim=1)
-    return torch.cat([noisy, clean])
+        return append_clean(targets, torch.from_numpy(order_BL), block_size=1)

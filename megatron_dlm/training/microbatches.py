@@ -18,6 +18,7 @@ from megatron_dlm.data.pinned import carry_from_pinned_memory
 from megatron_dlm.data.tensor_buffer import with_tensors, without_tensors
 from megatron_dlm.interfaces import AttentionPattern, HeadRows, ModelInputs, Targets, TokenBatch
 from megatron_dlm.models.context_parallel import own_share
+from megatron_dlm.models.visibility import MaskForms, with_one_mask, with_table
 from megatron_dlm.models.work import Work, work_of
 from megatron_dlm.objectives.base import CorruptionContext, Objective, corruption_fingerprint
 from megatron_dlm.objectives.documents import corrupt
@@ -82,26 +83,34 @@ class ReadyMicrobatch:
 
 
 def ready(
-    microbatch: Microbatch, attention: AttentionPattern, context_rank: int, context_size: int
+    microbatch: Microbatch,
+    attention: AttentionPattern,
+    forms: MaskForms,
+    context_rank: int,
+    context_size: int,
 ) -> ReadyMicrobatch:
     """Leave of a microbatch what is read.
 
     Args:
         microbatch: on the CPU.
         attention: the family's.
+        forms: of masks, that the layers' attention takes.
         context_rank: context parallel rank.
         context_size: context parallel size.
 
     Returns:
         This rank's share, on the CPU.
     """
-    inputs, targets = own_share(microbatch.inputs, microbatch.targets, context_rank, context_size)
+    whole = with_one_mask(microbatch.inputs, attention, forms)
+    inputs, targets = own_share(whole, microbatch.targets, context_rank, context_size)
+    if forms.table:
+        inputs = with_table(inputs)
     return ReadyMicrobatch(
         sample_indices=microbatch.sample_indices,
         inputs=inputs,
         rows=HeadRows.of(targets),
         token_count=targets.token_count,
-        work=work_of(microbatch.inputs, microbatch.targets, attention),
+        work=work_of(whole, microbatch.targets, attention),
         counted_tokens=microbatch.targets.token_count,
         fingerprint=microbatch.fingerprint,
     )
@@ -139,6 +148,7 @@ class MicrobatchMaker:
         noise: NoiseSource,
         micro_batch_size: int,
         attention: AttentionPattern,
+        forms: MaskForms,
         parallel: ParallelState,
     ) -> None:
         self.samples = samples
@@ -146,7 +156,7 @@ class MicrobatchMaker:
         self._noise = noise
         self._micro_batch_size = micro_batch_size
         self._data_rank, self._data_size = parallel.data_rank, parallel.data_size
-        self._share = attention, parallel.context_rank, parallel.context_size
+        self._share = attention, forms, parallel.context_rank, parallel.context_size
 
     def __call__(self, address: BatchAddress) -> list[ReadyMicrobatch]:
         """This rank's microbatches of a global batch, on the CPU."""

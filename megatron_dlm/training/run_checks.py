@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from megatron_dlm.data.dali import require_dali
 from megatron_dlm.interfaces import InputError
+from megatron_dlm.kernels.choice import wants_triton
 from megatron_dlm.models.config import TransformerImpl
 from megatron_dlm.objectives.registry import OBJECTIVES
 from megatron_dlm.platform.gpu import capability, name_of
@@ -187,3 +188,26 @@ def transformer_impl(config: RunConfig, device: torch.device) -> TransformerImpl
     if precision == "fp8":
         config.fp8.check_capability(capability(device), name_of(device))
     return "transformer_engine"
+
+
+def wants_flex_attention(config: RunConfig, device: torch.device) -> bool:
+    """Whether masks go to attention as tables of blocks.
+
+    Args:
+        config: of the run.
+        device: of the run.
+
+    Returns:
+        What was asked for, or by device.
+
+    Raises:
+        InputError: asked for on a CPU, where FlexAttention has no gradient, or with CUDA graphs.
+    """
+    asked, has_graphs = config.training.masked_attention, config.parallel.cuda_graphs
+    if asked == "flex" and device.type != "cuda":
+        raise InputError("training.masked_attention: flex needs CUDA: FlexAttention has no gradient on a CPU")
+    if asked == "flex" and has_graphs:
+        raise InputError("training.masked_attention: flex, and parallel.cuda_graphs needs dense")
+    if asked != "auto":
+        return asked == "flex"
+    return device.type == "cuda" and not has_graphs and wants_triton(config.training.kernels, device)

@@ -48,6 +48,11 @@ class TrainingConfig:
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Whose linears and attention: auto, Transformer Engine's on CUDA where it is installed; local,
     megatron-core's and PyTorch's, which emulate FP8."""
+    masked_attention: Literal["auto", "dense", "flex"] = "auto"
+    """How attention takes masks beyond causal ones (block diffusion, Eso-LM's sequential part, documents
+    where Transformer Engine does not take them): dense, a bool for each pair of positions; flex, torch's
+    FlexAttention, on CUDA, which passes over blocks without visible pairs and is compiled in the first step;
+    auto, flex on CUDA with Triton's kernels and without parallel.cuda_graphs."""
     recompute: Recompute = "selective"
     """Activations made again in the backward pass: none; selective, those that cost no matrix product; full,
     whole layers, for a third more time. All give the same bits."""

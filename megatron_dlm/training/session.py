@@ -23,7 +23,7 @@ from megatron_dlm.platform.parallel import ParallelState
 from megatron_dlm.platform.rng import NoiseSource
 from megatron_dlm.training.microbatches import BatchAddress, MicrobatchMaker, carry
 from megatron_dlm.training.optimizer import build_optimizer, wrap_data_parallel
-from megatron_dlm.training.run_checks import transformer_impl
+from megatron_dlm.training.run_checks import transformer_impl, wants_flex_attention
 from megatron_dlm.training.run_config import EvaluationConfig, RunConfig
 from megatron_dlm.training.run_data import BlendedShards, RunData
 from megatron_dlm.training.step import BatchSums, PipelineRunner
@@ -42,6 +42,7 @@ def build_denoiser(
         fused_kernels=wants_triton(training.kernels, parallel.device),
         transformer_impl=transformer_impl(config, parallel.device),
         fp8=config.fp8,
+        flex_attention=wants_flex_attention(config, parallel.device),
     )
     chunks = [
         Denoiser(config.model, megatron_config, vocabulary, config.objective.attention, parallel, index)
@@ -66,7 +67,9 @@ class Validation:
         samples = SampleReader([PlanSegment(0, shards.blend)], shards.rows, noise)
         objective, size = runner.objective, config.training.micro_batch_size
         self._runner = runner
-        self._make = MicrobatchMaker(samples, objective, noise, size, config.objective.attention, parallel)
+        self._make = MicrobatchMaker(
+            samples, objective, noise, size, config.objective.attention, runner.mask_forms, parallel
+        )
         self._bytes_per_token = bytes_per_token
 
     def run(self, config: EvaluationConfig) -> Likelihood:
@@ -116,8 +119,9 @@ class Session:
         samples = SampleReader(self.plan, self.data.train.rows, self._noise)
         config, parallel = self.config, self.parallel
         objective, size = self._runner.objective, config.training.micro_batch_size
+        forms = self.denoiser.config.mask_forms
         self._make = MicrobatchMaker(
-            samples, objective, self._noise, size, config.objective.attention, parallel
+            samples, objective, self._noise, size, config.objective.attention, forms, parallel
         )
         loader = config.data.loader
         self._batches = Prefetcher(

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_dlm.interfaces import TrainingError
+from megatron_dlm.models.visibility import MaskForms
 from megatron_dlm.models.work import Work
 from megatron_dlm.objectives.base import Objective
 from megatron_dlm.platform.gpu import ACTIVATION_CURES, allocating
@@ -58,11 +59,17 @@ class PipelineRunner:
         self._parallel = parallel
         self._rows_per_chunk = head_rows_per_chunk
 
+    @property
+    def mask_forms(self) -> MaskForms:
+        """Forms of masks that the layers' attention takes."""
+        forms: MaskForms = self._denoiser.config.mask_forms
+        return forms
+
     def ready(self, microbatches: Iterable[Microbatch]) -> list[ReadyMicrobatch]:
         """What this rank reads of microbatches that no `MicrobatchMaker` has made."""
         attention, parallel = self._denoiser.attention, self._parallel
         return [
-            ready(microbatch, attention, parallel.context_rank, parallel.context_size)
+            ready(microbatch, attention, self.mask_forms, parallel.context_rank, parallel.context_size)
             for microbatch in microbatches
         ]
 

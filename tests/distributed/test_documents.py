@@ -81,8 +81,8 @@ def packed_against_masked(state, causal):
     import torch.nn.functional as F
 
     from megatron_dlm.interfaces import AttentionPattern
-    from megatron_dlm.models.document_mask import document_mask
-    from megatron_dlm.models.packed_documents import attend_within, document_edges
+    from megatron_dlm.models.packed_documents import attend_within
+    from megatron_dlm.models.visibility import document_edges, pattern_mask, within_documents
 
     ids = torch.tensor([[0, 0, 0, 1, 1, 4], [2, 2, 2, 2, 2, 2], [0, 1, 1, 1, 3, 3]])
     edges = document_edges(ids)
@@ -99,7 +99,7 @@ def packed_against_masked(state, causal):
         return torch.cat(outs)
 
     pattern = AttentionPattern.CAUSAL if causal else AttentionPattern.BIDIRECTIONAL
-    mask = document_mask(ids, None, pattern, torch.arange(6))
+    mask = within_documents(pattern_mask(pattern, 6), ids).dense()
     heads_first = [x.permute(1, 2, 0, 3) for x in (query, key, value)]
     expected = F.scaled_dot_product_attention(*heads_first, attn_mask=mask).permute(2, 0, 1, 3).flatten(2)
     found = attend_within(edges, core, query, key, value)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_dlm.models.config import ModelConfig
-from megatron_dlm.models.document_mask import document_mask
+from megatron_dlm.models.visibility import visibility
 from megatron_dlm.objectives.ar import ARConfig
 from megatron_dlm.objectives.block_diffusion import BlockDiffusionConfig
 from megatron_dlm.objectives.duo import DuoConfig
@@ -282,15 +282,12 @@ def test_gradients_are_those_of_an_independent_model(corpus, one_process, name):
     plain.load_state_dict(weights.random_state(config.model, data.vocabulary.size))
     loss, tokens = 0.0, 0
     for inputs, targets in first_batch(config, data):
-        mask, documents = inputs.attention_mask, inputs.document_ids_BL
-        if documents is not None:
-            queries = torch.arange(documents.shape[1])
-            mask = document_mask(documents, mask, config.objective.attention, queries)
+        mask = visibility(inputs, config.objective.attention)
         logits = plain(
             inputs.token_ids_BL,
             sigma=inputs.sigma_B,
             position_ids=inputs.position_ids_BL,
-            visible_mask=mask,
+            visible_mask=None if mask is None else mask.dense(),
         ).logits
         nats = token_nats(plain.config, logits, inputs.token_ids_BL, targets.clean_BL, inputs.sigma_B)
         seen = targets.weight_BL > 0

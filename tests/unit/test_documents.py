@@ -7,12 +7,13 @@ import torch
 from megatron_dlm.data.packing import TokenBlocks
 from megatron_dlm.data.shard import Shard
 from megatron_dlm.interfaces import AttentionPattern, TokenBatch, Vocabulary
-from megatron_dlm.models.document_mask import document_mask
+from megatron_dlm.models.visibility import own_queries, pattern_mask, visibility, within_documents
 from megatron_dlm.models.work import work_of
 from megatron_dlm.objectives.ar import ARConfig
 from megatron_dlm.objectives.block_diffusion import BlockDiffusionConfig
+from megatron_dlm.objectives.diffusion import noisy_then_clean_mask
 from megatron_dlm.objectives.documents import corrupt, document_starts
-from megatron_dlm.objectives.esolm import EsoLMConfig, sequential_mask
+from megatron_dlm.objectives.esolm import EsoLMConfig
 from megatron_dlm.objectives.mdlm import MDLMConfig
 from tests.unit.test_objectives import context
 
@@ -43,21 +44,22 @@ def test_documents_start_where_they_change():
 
 @pytest.mark.parametrize("pattern", AttentionPattern)
 def test_the_mask_is_the_pattern_inside_documents(pattern):
-    mask = document_mask(DOCUMENTS, None, pattern, torch.arange(17))
+    mask = within_documents(pattern_mask(pattern, 17), DOCUMENTS).dense()
     for sample, ids in enumerate(DOCUMENTS.tolist()):
         for query in range(17):
             for key in range(17):
                 allowed = key <= query or pattern == AttentionPattern.BIDIRECTIONAL
                 assert mask[sample, 0, query, key] == (allowed and ids[query] == ids[key])
     some = torch.tensor([0, 1, 15, 16])
-    assert torch.equal(document_mask(DOCUMENTS, None, pattern, some), mask[:, :, some])
+    part = own_queries(within_documents(pattern_mask(pattern, 17), DOCUMENTS), some)
+    assert torch.equal(part.dense(), mask[:, :, some])
 
 
 def test_a_family_s_own_mask_is_kept():
     doubled = torch.cat([DOCUMENTS[:, :16], DOCUMENTS[:, :16]], dim=1)
-    own = sequential_mask(16)[None, None]
-    mask = document_mask(doubled, own, AttentionPattern.CAUSAL, torch.arange(32))
-    assert torch.equal(mask, own & (doubled[:, None, :, None] == doubled[:, None, None]))
+    own = noisy_then_clean_mask(16, 1)
+    mask = within_documents(own, doubled).dense()
+    assert torch.equal(mask, own.dense() & (doubled[:, None, :, None] == doubled[:, None, None]))
 
 
 FAMILIES = {
@@ -87,8 +89,7 @@ def test_only_positions_and_visibility_change(name):
 def test_pairs_of_other_documents_are_no_work(name):
     config = FAMILIES[name]
     inputs, targets = corrupt(config.build(VOCABULARY), batch(), context(0, 2))
-    queries = torch.arange(inputs.token_ids_BL.shape[1])
-    mask = document_mask(inputs.document_ids_BL, inputs.attention_mask, config.attention, queries)
+    mask = visibility(inputs, config.attention).dense()
     assert work_of(inputs, targets, config.attention).attention_pairs == int(mask.sum())
 
 

@@ -183,7 +183,7 @@ def eso_sequential(config, predict, x):
         masking = 1 - config.alpha_0
         probability = math.prod(masking if m else 1 - masking for m in masked)
         order = inputs.position_ids_BL[0, : len(x)].tolist()
-        mask = inputs.attention_mask[0, 0]
+        mask = inputs.attention_mask.dense()[0, 0]
         rows = []
         for row in range(2 * len(x)):
             # What the row may see of the clean half, by the objective's own mask.
@@ -279,7 +279,7 @@ def block_nelbo(config, predict, x):
             inputs, targets = corrupt(config, x, draws)
             alphas = targets.alpha_BL[0, :length].tolist()
             probability = math.prod(1 - a if m else a for m, a in zip(masked, alphas, strict=True))
-            mask, ids = inputs.attention_mask[0, 0], inputs.token_ids_BL[0].tolist()
+            mask, ids = inputs.attention_mask.dense()[0, 0], inputs.token_ids_BL[0].tolist()
             rows = []
             for row in range(2 * length):
                 seen = {(j % length, ids[j]) for j in range(2 * length) if mask[row, j] and ids[j] != MASK}

@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from megatron_dlm.interfaces import InputError, Vocabulary
-from megatron_dlm.objectives.block_diffusion import BlockDiffusionConfig, block_mask
+from megatron_dlm.objectives.block_diffusion import BlockDiffusionConfig
+from megatron_dlm.objectives.diffusion import noisy_then_clean_mask
 from megatron_dlm.objectives.duo import DuoConfig, UniformStates
 from megatron_dlm.objectives.duo_curriculum import CurriculumConfig, signal_probability
-from megatron_dlm.objectives.esolm import EsoLMConfig, sequential_mask
+from megatron_dlm.objectives.esolm import EsoLMConfig
 from megatron_dlm.objectives.mdlm import MDLMConfig
 from megatron_dlm.objectives.time_sampling import stratified_times
 from megatron_dlm.platform.rng import NoiseSource, Permutation
@@ -148,12 +149,17 @@ def test_eso_lm_sequential_part_appends_the_clean_copy():
     assert (targets.weight_BL[:, :12] == 1).all() and (targets.weight_BL[:, 12:] == 0).all()
 
 
-def test_sequential_mask_is_block_diffusion_s_with_blocks_of_one():
-    assert torch.equal(sequential_mask(7), block_mask(7, 1))
+def test_a_sequential_mask_has_blocks_of_one():
+    earlier = torch.ones(7, 7, dtype=torch.bool).tril(-1)
+    itself = torch.eye(7, dtype=torch.bool)
+    expected = torch.cat(
+        [torch.cat([itself, earlier], dim=1), torch.cat([earlier & False, earlier | itself], dim=1)]
+    )
+    assert torch.equal(noisy_then_clean_mask(7, 1).dense()[0, 0], expected)
 
 
 def test_block_mask():
-    mask = block_mask(4, 2)
+    mask = noisy_then_clean_mask(4, 2).dense()[0, 0]
     noisy, clean = mask[:4], mask[4:]
     assert noisy[2].int().tolist() == [0, 0, 1, 1, 1, 1, 0, 0]
     assert noisy[0].int().tolist() == [1, 1, 0, 0, 0, 0, 0, 0]
@@ -167,7 +173,8 @@ def test_blocks_of_the_whole_length_are_mdlm():
     ((plain, plain_targets),) = corrupt(MDLMConfig(loss="elbo"), batch)
     assert torch.equal(inputs.token_ids_BL[:, :32], plain.token_ids_BL)
     assert torch.equal(targets.weight_BL[:, :32], plain_targets.weight_BL)
-    assert inputs.attention_mask[0, 0, :32, :32].all() and not inputs.attention_mask[0, 0, :32, 32:].any()
+    mask = inputs.attention_mask.dense()[0, 0]
+    assert mask[:32, :32].all() and not mask[:32, 32:].any()
 
 
 def test_each_block_has_its_own_time():

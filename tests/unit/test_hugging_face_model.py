@@ -59,7 +59,7 @@ def package_bound(model, objective, ids, batches):
                     inputs.token_ids_BL,
                     sigma=inputs.sigma_B,
                     position_ids=inputs.position_ids_BL,
-                    visible_mask=None if mask is None else mask[0, 0],
+                    visible_mask=None if mask is None else mask.dense()[0, 0],
                 ).logits
             nats = token_nats(model.config, logits, inputs.token_ids_BL, targets.clean_BL, inputs.sigma_B)
             seen = targets.bound_weight_BL > 0

@@ -15,6 +15,7 @@ from megatron_dlm.data.prefetch import Prefetcher
 from megatron_dlm.data.prompts import PromptRows
 from megatron_dlm.data.shard import Shard
 from megatron_dlm.interfaces import InputError
+from megatron_dlm.models.visibility import MaskForms
 from megatron_dlm.models.work import Work
 from megatron_dlm.objectives.ar import ARConfig
 from megatron_dlm.objectives.block_diffusion import BlockDiffusionConfig
@@ -68,7 +69,9 @@ def maker(shards, name, micro_batch_size=2):
     parallel = SimpleNamespace(data_rank=0, data_size=1, context_rank=0, context_size=1)
     samples, family = SampleReader(plan, rows, noise), FAMILIES[name]
     objective = family.build(text.manifest.vocabulary)
-    return MicrobatchMaker(samples, objective, noise, micro_batch_size, family.attention, parallel)
+    return MicrobatchMaker(
+        samples, objective, noise, micro_batch_size, family.attention, MaskForms(), parallel
+    )
 
 
 def addresses():

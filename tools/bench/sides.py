@@ -210,7 +210,7 @@ def compiled_step(shape: Shape, parallel: ParallelState) -> Callable[[int], None
                 inputs.token_ids_BL,
                 sigma=inputs.sigma_B,
                 position_ids=inputs.position_ids_BL,
-                visible_mask=inputs.attention_mask,
+                visible_mask=None if inputs.attention_mask is None else inputs.attention_mask.dense(),
             ).logits
         loss: torch.Tensor = naive_loss_of_logits(shape.family, logits, targets, mask, targets.token_count)
         return loss
