@@ -52,6 +52,18 @@ def test_step_benchmark_prints_what_padding_does():
 
 
 @pytest.mark.slow
+def test_corruption_benchmark_prints_both_sides():
+    command = [sys.executable, str(ROOT / "tools" / "bench" / "corruption.py"), "--seq-length", "64"]
+    command += ["--families", "esolm", "block-diffusion", "--repeats", "1"]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ)
+    assert finished.returncode == 0, finished.stderr
+    for name in ("esolm", "esolm, sequential", "block-diffusion"):
+        (row,) = (line for line in finished.stdout.splitlines() if f"│ {name} " in line)
+        tables, dense, ratio = row.split("│")[2:5]
+        assert float(ratio.strip(" x")) == pytest.approx(float(tables) / float(dense), rel=0.2, abs=0.1)
+
+
+@pytest.mark.slow
 def test_sampling_benchmark_prints_both_sides():
     command = [sys.executable, str(ROOT / "tools" / "bench" / "sample.py"), "--size", "tiny"]
     command += ["--families", "esolm", "--steps", "4", "--length", "16", "--batch-size", "1"]
