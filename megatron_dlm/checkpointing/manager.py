@@ -114,12 +114,8 @@ class PendingSave:
             raise SaveError(f"{self._root.path}: {needed:,} bytes needed, {free:,} free")
 
     def is_done(self) -> bool:
-        """Whether `finish` has nothing to wait for; all ranks call it."""
-        waiting = torch.tensor(
-            int(not self._share.is_done(self._timeout_seconds)), device=self._parallel.device
-        )
-        dist.all_reduce(waiting, op=dist.ReduceOp.MAX)
-        return not waiting
+        """Whether `finish` has nothing to wait for on this rank."""
+        return self._share.is_done(self._timeout_seconds)
 
     def finish(self) -> None:
         """Wait until all is written and make it visible; all ranks call it.

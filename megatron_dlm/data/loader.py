@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from megatron_dlm.interfaces import InputError
 
-Loader = Literal["torch", "pinned", "dali"]
+Loader = Literal["auto", "torch", "pinned", "dali"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +37,10 @@ class DataConfig:
     workers: int = 0
     """Processes of each rank that read and corrupt batches ahead of the steps; 0: none, at each step itself.
     The samples and their noise are the same for any number."""
-    loader: Loader = "torch"
+    loader: Loader = "auto"
     """What brings batches to the device: torch, at each step; pinned, torch ahead of the steps, from pinned
-    memory on a stream of its own; dali, NVIDIA DALI likewise. All with the same bits."""
+    memory on a stream of its own; dali, NVIDIA DALI likewise; auto, pinned on CUDA and torch on a CPU. All
+    with the same bits."""
     verify_checksums: bool = False
     """Read all shards whole before the run and compare their SHA-256 with the manifests."""
 
@@ -58,6 +59,12 @@ class DataConfig:
         ):
             shares = " ".join(map(str, self.split))
             raise InputError(f"data.split: {shares}: not three shares, the first two above 0")
+
+    def loader_for(self, device_type: str) -> Loader:
+        """What brings batches to a device of this type."""
+        if self.loader != "auto":
+            return self.loader
+        return "pinned" if device_type == "cuda" else "torch"
 
     def blend(self) -> list[tuple[float, str]]:
         """Weights and prefixes of the training shards.

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from megatron.core.fp8_utils import post_all_gather_processing
+from megatron.core.optimizer import clip_grads
+from megatron.core.utils import local_multi_tensor_l2_norm
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -31,6 +33,26 @@ def is_sharded(optimizer: Any) -> bool:
 
 def _is_distributed(part: Any) -> bool:
     return hasattr(part, "model_param_group_index_map")
+
+
+def keep_norms_on_device() -> None:
+    """Let megatron-core's gradient norm read one number from the GPU, not one of each tensor.
+
+    Its own way, where neither Transformer Engine nor apex is installed (0.16.1); the bits are the same.
+    """
+    if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = _l2_norm
+
+
+def _l2_norm(chunk_size: int, noop_flag: Tensor, tensor_lists: list[list[Tensor]], *unused: Any) -> Any:
+    """As `local_multi_tensor_l2_norm`: float32 [1], and nothing."""
+    norms = torch.stack([torch.norm(tensor) for tensors in tensor_lists for tensor in tensors])
+    return torch.norm(norms)[None], None
+
+
+def has_one_norm(optimizer: Any) -> bool:
+    """Whether the gradient's norm is summed over all ranks, replicas too, so that none can have another."""
+    return all(map(_is_distributed, _parts(optimizer)))
 
 
 def main_pieces(

@@ -13,6 +13,7 @@ from megatron_dlm.interfaces import InputError, TrainingError
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 ACTIVATION_CURES = (
@@ -115,6 +116,40 @@ def refuse_shared_gpus(rank: int, world_size: int, gpu: str) -> None:
             f"parallel.device: {shared}, and NCCL needs a GPU for each rank: start as many processes on a "
             "node as it has GPUs"
         )
+
+
+waits: list[str] = []
+"""Places of the kind below that the process is in."""
+
+
+@contextmanager
+def waiting_for_gpu(what: str) -> Iterator[None]:
+    """Mark a place where the CPU waits for the GPU on purpose; a step has few of them.
+
+    Args:
+        what: the CPU wants to know.
+
+    Yields:
+        Nothing.
+    """
+    waits.append(what)
+    try:
+        yield
+    finally:
+        waits.pop()
+
+
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on a device, without a wait for what the GPU is doing.
+
+    Args:
+        values: on the CPU.
+        device: where to.
+
+    Returns:
+        The tensor, from pinned memory where it goes to a GPU.
+    """
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def capability(device: torch.device) -> tuple[int, int]:

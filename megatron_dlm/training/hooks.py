@@ -167,9 +167,13 @@ class CheckpointHook(Hook):
         self._pending: PendingSave | None = None
         self._failures = 0
 
+    def on_start(self, session: Session, progress: Progress) -> None:
+        """Ask in each step whether a save is still being written."""
+        session.votes["writing"] = lambda: self._pending is not None and not self._pending.is_done()
+
     def after_step(self, session: Session, progress: Progress, report: StepReport) -> None:
         """Save when due or asked to."""
-        if self._pending and self._pending.is_done():
+        if self._pending and not session.agreed["writing"]:
             self.finish(session)
         if progress.save_requested or progress.step % session.config.checkpoint.save_every == 0:
             self._save(session, progress)
@@ -262,17 +266,21 @@ class RequestHook(Hook):
 
     def on_start(self, session: Session, progress: Progress) -> None:
         """Make no step where a signal has come before the first; the time limit lets each start make one."""
-        self._agree(session, progress, late=False)
+        config, is_first = session.config, session.parallel.rank == 0
+        limit_seconds = 60 * config.checkpoint.stop_after_minutes
+        begun = torch.tensor(int(self._signals.received), device=session.parallel.device)
+        dist.all_reduce(begun, op=dist.ReduceOp.MAX)
+        progress.stop_requested = bool(begun)
+
+        def must_stop() -> bool:
+            late = bool(limit_seconds) and time.monotonic() - self._started_at > limit_seconds
+            return self._signals.received or late
+
+        # Among all ranks, so that none waits for one that has left.
+        session.votes["stop"] = must_stop
+        session.votes["save"] = lambda: is_first and os.path.exists(config.directory / SAVE_REQUEST)
 
     def after_step(self, session: Session, progress: Progress, report: StepReport) -> None:
-        """Stop or save after this step."""
-        limit = session.config.checkpoint.stop_after_minutes
-        late = bool(limit) and time.monotonic() - self._started_at > 60 * limit
-        self._agree(session, progress, late=late)
-
-    def _agree(self, session: Session, progress: Progress, *, late: bool) -> None:
-        """Among all ranks, so that none waits for one that has left."""
-        asked = session.parallel.rank == 0 and os.path.exists(session.config.directory / SAVE_REQUEST)
-        requests = torch.tensor([self._signals.received or late, asked], device=session.parallel.device).int()
-        dist.all_reduce(requests, op=dist.ReduceOp.MAX)
-        progress.stop_requested, progress.save_requested = map(bool, requests.tolist())
+        """Stop or save after this step, or where asked late in it, after the next."""
+        progress.stop_requested = session.agreed["stop"]
+        progress.save_requested = session.agreed["save"]

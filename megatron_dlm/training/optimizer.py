@@ -8,9 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.models.config import Precision
+from megatron_dlm.platform.gpu import sent, waiting_for_gpu
 from megatron_dlm.platform.parallel_config import ParallelConfig
 
 if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from torch import Tensor
+
     from megatron_dlm.models.denoiser import ChunkedDenoiser, Denoiser
 
 
@@ -90,6 +94,8 @@ def build_optimizer(
     from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
     from megatron.core.optimizer import get_megatron_optimizer
 
+    from megatron_dlm.platform.distributed_optimizer import keep_norms_on_device
+
     megatron_config = MegatronOptimizerConfig(
         optimizer="adam",
         lr=0.0,
@@ -104,8 +110,42 @@ def build_optimizer(
         overlap_param_gather=parallel.overlap_param_gather,
         fp8_recipe=chunks[0].config.fp8_recipe if chunks[0].config.fp8_param else None,
     )
+    keep_norms_on_device()
     # An empty override table: megatron-core's default exempts biases and 1-D parameters from decay.
     return get_megatron_optimizer(megatron_config, chunks, config_overrides={})
+
+
+def finish_gradients(
+    model: list[Any],
+    num_tokens: Tensor | None = None,
+    pg_collection: ProcessGroupCollection | None = None,
+    **kwargs: Any,
+) -> None:
+    """Sum gradients over ranks and divide by the tokens of the batch; megatron-core's schedules call it.
+
+    As its own `finalize_model_grads`, which asks the GPU whether there are any tokens before it divides.
+
+    Args:
+        model: wrapped chunks of this stage.
+        num_tokens: int [], of this rank's microbatches on the last stage; None divides by nothing.
+        pg_collection: groups of this process, from the schedule.
+        **kwargs: of megatron-core's function.
+    """
+    import torch
+    import torch.distributed as dist
+    from megatron.core.distributed import finalize_model_grads
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    finalize_model_grads(model, None, pg_collection=pg_collection, **kwargs)
+    if num_tokens is None:
+        return
+    groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+    last_stage = dist.get_global_rank(groups.pp, groups.pp.size() - 1)
+    dist.broadcast(num_tokens, src=last_stage, group=groups.pp)
+    dist.all_reduce(num_tokens, group=groups.dp_cp)
+    scaling = torch.where(num_tokens > 0, 1.0 / num_tokens, 1.0)
+    for chunk in model:
+        chunk.scale_gradients(scaling)
 
 
 def step_if_finite(optimizer: Any, largest_norm: float = math.inf) -> float:
@@ -118,18 +158,14 @@ def step_if_finite(optimizer: Any, largest_norm: float = math.inf) -> float:
     Returns:
         The gradient's norm before clipping; NaN where some rank's is not finite: nothing has changed then.
     """
-    import torch
-    import torch.distributed as dist
     from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
     norm = gradient_norm(optimizer)
-    # Without the distributed optimizer each replica has a norm of its own, and one may be damaged.
-    largest = torch.tensor(norm if math.isfinite(norm) else math.inf, device=torch.cuda.current_device())
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    if not torch.isfinite(largest):
+    largest = _largest_of_replicas(optimizer, norm if math.isfinite(norm) else math.inf)
+    if not math.isfinite(largest):
         return math.nan
     if largest > largest_norm:
-        return float(largest)
+        return largest
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         parameters = part.get_parameters()
         if parameters and part.config.clip_grad > 0:
@@ -141,7 +177,24 @@ def step_if_finite(optimizer: Any, largest_norm: float = math.inf) -> float:
 def gradient_norm(optimizer: Any) -> float:
     """Norm of the last pass's gradients over all ranks, which then wait for a step."""
     optimizer.prepare_grads()
-    return float(optimizer.get_grad_norm())
+    with waiting_for_gpu("the gradient's norm"):
+        return float(optimizer.get_grad_norm())
+
+
+def _largest_of_replicas(optimizer: Any, norm: float) -> float:
+    """A norm that all ranks agree on: without the distributed optimizer one replica's may be damaged."""
+    import torch
+    import torch.distributed as dist
+
+    from megatron_dlm.platform.distributed_optimizer import has_one_norm
+
+    if dist.get_world_size() == 1 or has_one_norm(optimizer):
+        return norm
+    device = torch.device(torch.cuda.current_device())
+    largest = sent(torch.tensor(norm), device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    with waiting_for_gpu("the replicas' norms"):
+        return float(largest)
 
 
 def set_learning_rate(optimizer: Any, lr: float) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from megatron_dlm.platform.gpu import STATE_CURES, allocating
 from megatron_dlm.platform.parallel import ParallelState
 from megatron_dlm.platform.rng import NoiseSource
 from megatron_dlm.training.microbatches import BatchAddress, MicrobatchMaker, carry
-from megatron_dlm.training.optimizer import build_optimizer, wrap_data_parallel
+from megatron_dlm.training.optimizer import build_optimizer, finish_gradients, wrap_data_parallel
 from megatron_dlm.training.run_checks import transformer_impl, wants_flex_attention
 from megatron_dlm.training.run_config import EvaluationConfig, RunConfig
 from megatron_dlm.training.run_data import BlendedShards, RunData
@@ -110,6 +110,10 @@ class Session:
             self._runner, data.validation, data.validation_bytes_per_token, config, parallel
         )
         self._noise = NoiseSource(config.training.seed)
+        self.votes: dict[str, Callable[[], bool]] = {}
+        """What ranks have to agree on in each training batch; the same names on all ranks."""
+        self.agreed: dict[str, bool] = {}
+        """Which votes of the last training batch any rank has cast."""
         self.plan = (PlanSegment(0, data.train.blend),)
         """Which blend is read from which sample on."""
         self._read_by_plan()
@@ -123,7 +127,7 @@ class Session:
         self._make = MicrobatchMaker(
             samples, objective, self._noise, size, config.objective.attention, forms, parallel
         )
-        loader = config.data.loader
+        loader = config.data.loader_for(parallel.device.type)
         self._batches = Prefetcher(
             self._make,
             self._following,
@@ -161,9 +165,7 @@ class Session:
 
     def _connect(self) -> None:
         """Tell megatron-core's schedules how gradients are finished and scaled."""
-        from megatron.core.distributed import finalize_model_grads
-
-        self.denoiser.config.finalize_model_grads_func = finalize_model_grads
+        self.denoiser.config.finalize_model_grads_func = finish_gradients
         if self.config.parallel.overlap_grad_reduce:
             # Nothing is sent before a step's last microbatch.
             waits = [chunk.no_sync for chunk in self.chunks]
@@ -182,7 +184,9 @@ class Session:
         """
         self._forget_gradients()
         address = self._address(step, first_sample)
-        sums = self._runner.run(self._batches.get(address), address)
+        votes = [vote() for vote in self.votes.values()]
+        sums = self._runner.run(self._batches.get(address), address, votes)
+        self.agreed = dict(zip(self.votes, sums.votes, strict=True))
         follow_maxima(self.denoiser, self.parallel.stage_group)
         return sums
 

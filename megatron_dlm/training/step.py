@@ -18,7 +18,7 @@ from megatron_dlm.interfaces import TrainingError
 from megatron_dlm.models.visibility import MaskForms
 from megatron_dlm.models.work import Work
 from megatron_dlm.objectives.base import Objective
-from megatron_dlm.platform.gpu import ACTIVATION_CURES, allocating
+from megatron_dlm.platform.gpu import ACTIVATION_CURES, allocating, sent, waiting_for_gpu
 from megatron_dlm.platform.parallel import ParallelState
 from megatron_dlm.training.microbatches import BatchAddress, Microbatch, ReadyMicrobatch, ready
 
@@ -40,6 +40,8 @@ class BatchSums:
     """Positions in the run of samples whose microbatch has a loss that is not finite."""
     sample_bounds: NDArray[np.float64] | None = None
     """float64 [samples of the batch], the NELBO's sum of each in nats; of evaluations."""
+    votes: tuple[bool, ...] = ()
+    """Of each vote whether any rank has cast it."""
 
 
 class PipelineRunner:
@@ -73,12 +75,15 @@ class PipelineRunner:
             for microbatch in microbatches
         ]
 
-    def run(self, microbatches: Sequence[ReadyMicrobatch], address: BatchAddress) -> BatchSums:
+    def run(
+        self, microbatches: Sequence[ReadyMicrobatch], address: BatchAddress, votes: Sequence[bool] = ()
+    ) -> BatchSums:
         """Forward, and backward where `address.training`, of one global batch; all ranks call it.
 
         Args:
             microbatches: this rank's of the global batch.
             address: of the batch.
+            votes: of this rank; they travel with the sums, as many on each rank.
 
         Returns:
             Sums over the global batch.
@@ -111,7 +116,7 @@ class PipelineRunner:
                 micro_batch_size=batch_size,
                 forward_only=not address.training,
             )
-        return self._reduce(outputs, microbatches, address)
+        return self._reduce(outputs, microbatches, address, votes)
 
     def _forward_step(
         self, microbatches: Iterator[ReadyMicrobatch], model: Any
@@ -141,8 +146,10 @@ class PipelineRunner:
         outputs: list[dict[str, Tensor]],
         microbatches: Sequence[ReadyMicrobatch],
         address: BatchAddress,
+        votes: Sequence[bool],
     ) -> BatchSums:
         parallel = self._parallel
+        counts = self._counts(microbatches, votes)
         mine = torch.zeros(len(microbatches), 2, dtype=torch.float64, device=parallel.device)
         if parallel.is_last_stage:
             mine += torch.stack([output["sums"] for output in outputs])
@@ -151,7 +158,12 @@ class PipelineRunner:
             dist.all_reduce(sums, group=parallel.replica_group)
         last_stage = dist.get_global_rank(parallel.pipeline_group, parallel.pipeline_size - 1)
         dist.broadcast(sums, src=last_stage, group=parallel.pipeline_group)
-        loss, bound = sums.tolist()
+        with waiting_for_gpu("the sums of a batch"):
+            # The bits of all numbers at once.
+            loss_bits, bound_bits, fingerprint, tokens, *numbers = torch.cat(
+                [sums.view(torch.int64), counts]
+            ).tolist()
+        loss, bound = np.array([loss_bits, bound_bits]).view(np.float64).tolist()
         bad_samples: tuple[int, ...] = ()
         if not (math.isfinite(loss) and math.isfinite(bound)):
             bad_samples = self._samples_at_fault(mine, microbatches, address)
@@ -160,17 +172,24 @@ class PipelineRunner:
                     f"loss: not finite in validation batch {address.step + 1}, samples {list(bad_samples)}"
                 )
         sample_bounds = None if address.training else self._sample_bounds(outputs, microbatches, address)
+        cast = tuple(map(bool, numbers[len(numbers) - len(votes) :]))
+        work = Work(*numbers[: len(numbers) - len(votes)])
+        return BatchSums(loss, bound, tokens, work, fingerprint % 2**63, bad_samples, sample_bounds, cast)
+
+    def _counts(self, microbatches: Sequence[ReadyMicrobatch], votes: Sequence[bool]) -> Tensor:
+        """int64: fingerprint, tokens and work of the global batch, and how many ranks have cast each vote."""
+        parallel = self._parallel
         fingerprint, tokens, work = 0, 0, Work()
-        for microbatch in microbatches:
-            fingerprint += microbatch.fingerprint
-            tokens += microbatch.counted_tokens
-            work += microbatch.work
-        counts = torch.tensor(
-            [fingerprint % 2**63, tokens, *work.numbers], dtype=torch.int64, device=parallel.device
-        )
-        dist.all_reduce(counts, group=parallel.data_group)
-        fingerprint, tokens, *numbers = counts.tolist()
-        return BatchSums(loss, bound, tokens, Work(*numbers), fingerprint % 2**63, bad_samples, sample_bounds)
+        if parallel.tensor_rank == parallel.pipeline_rank == parallel.context_rank == 0:
+            # Ranks that share its samples have the same.
+            for microbatch in microbatches:
+                fingerprint += microbatch.fingerprint
+                tokens += microbatch.counted_tokens
+                work += microbatch.work
+        numbers = [fingerprint % 2**63, tokens, *work.numbers, *map(int, votes)]
+        counts = sent(torch.tensor(numbers, dtype=torch.int64), parallel.device)
+        dist.all_reduce(counts)
+        return counts
 
     def _sample_bounds(
         self,

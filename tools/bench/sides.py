@@ -98,15 +98,13 @@ def build_denoiser(shape: Shape, parallel: ParallelState, recompute: Any = "none
 
 def our_step(shape: Shape, parallel: ParallelState) -> Callable[[int], Any]:
     """The package's own step, which returns the batch's sums."""
-    from megatron.core.distributed import finalize_model_grads
-
-    from megatron_dlm.training.optimizer import build_optimizer, wrap_data_parallel
+    from megatron_dlm.training.optimizer import build_optimizer, finish_gradients, wrap_data_parallel
     from megatron_dlm.training.step import PipelineRunner
 
     denoiser = build_denoiser(shape, parallel, shape.recompute)
     chunks = wrap_data_parallel(denoiser, ParallelConfig())
     optimizer = build_optimizer(OptimizerConfig(), ParallelConfig(), shape.precision, chunks)
-    denoiser.config.finalize_model_grads_func = finalize_model_grads
+    denoiser.config.finalize_model_grads_func = finish_gradients
     denoiser.config.grad_scale_func = optimizer.scale_loss
     objective = OBJECTIVES[shape.family]().build(shape.vocabulary)
     runner = PipelineRunner(chunks, objective, parallel, shape.rows_per_chunk)
