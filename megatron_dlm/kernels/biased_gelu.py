@@ -14,9 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_dlm.kernels.launch import PROGRAMS, block_of, wide_dtype
+from megatron_dlm.kernels.launch import block_of, programs_of, wide_dtype
 
 LARGEST_BLOCK = 1024
+WARPS = 4
+"""Of a program, which has one block of columns."""
 SLOPE = tl.constexpr(2.0 * math.sqrt(2.0 / math.pi))
 CUBIC = tl.constexpr(0.044715)
 
@@ -63,7 +65,7 @@ class _BiasedGelu(torch.autograd.Function):
         x = x.contiguous()
         width = x.shape[-1]
         rows, block = x.numel() // width, block_of(width, LARGEST_BLOCK)
-        ctx.options = {"WIDE": wide_dtype(x), "BLOCK": block}
+        ctx.options = {"WIDE": wide_dtype(x), "BLOCK": block, "num_warps": WARPS}
         ctx.sizes = rows, width, triton.cdiv(width, block)
         y = torch.empty_like(x)
         _forward[(rows, ctx.sizes[2])](x, bias, y, width, **ctx.options)
@@ -74,7 +76,7 @@ class _BiasedGelu(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
         x, bias = ctx.saved_tensors
         rows, width, blocks = ctx.sizes
-        groups = min(rows, triton.cdiv(PROGRAMS, blocks))
+        groups = min(rows, triton.cdiv(programs_of(x.device, WARPS), blocks))
         dx = torch.empty_like(x)
         dtype = torch.promote_types(x.dtype, torch.float32)
         sums_Gw = torch.empty(groups, width, dtype=dtype, device=x.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -9,8 +10,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PROGRAMS = 512
-"""Several for each multiprocessor of a large GPU; backward passes leave as many partial sums."""
+WARPS_OF_A_PROCESSOR = 16
+"""What the registers of a GPU's multiprocessor hold of programs that keep sums while they go over rows."""
+PROGRAMS_WITHOUT_GPU = 8
+
+
+@cache
+def programs_of(device: torch.device, warps: int) -> int:
+    """Programs of a kernel that go over several rows each; so many that all run at once and end together.
+
+    Args:
+        device: of the kernel.
+        warps: of a program.
+
+    Returns:
+        Their number; backward passes leave as many partial sums.
+    """
+    if device.type != "cuda":
+        return PROGRAMS_WITHOUT_GPU
+    count = torch.cuda.get_device_properties(device).multi_processor_count
+    return int(count) * max(1, WARPS_OF_A_PROCESSOR // warps)
 
 
 def wide_dtype(tensor: Tensor) -> Any:
@@ -21,3 +40,11 @@ def wide_dtype(tensor: Tensor) -> Any:
 def block_of(width: int, largest: int) -> int:
     """A power of two that holds `width`, or `largest`."""
     return min(largest, triton.next_power_of_2(width))
+
+
+def tiles_of(width: int) -> tuple[int, int]:
+    """Two powers of two that hold `width` together with the fewest lanes idle; the second may be 0."""
+    whole: int = triton.next_power_of_2(width)
+    main = whole if whole == width else whole // 2
+    tail: int = triton.next_power_of_2(width - main) if main < width else 0
+    return (main, tail) if main + tail < whole else (whole, 0)

@@ -42,13 +42,8 @@ def _log1p(x):
 
 
 @triton.jit
-def _statistics(
-    logits, ids, maxima, sums, picked, stride, width, first, mask_id, size,
-    WIDE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Of each row its maximum, the sum of exp(logit - maximum), and the logit of an id (0 where not here)."""
-    row = tl.program_id(0).to(tl.int64)
-    logits += row * stride
+def _largest_and_sum(logits, width, first, mask_id, size, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """A row's maximum, and the sum of exp(logit - maximum)."""
     highest = tl.full([BLOCK], LOWEST, WIDE)
     total = tl.zeros([BLOCK], WIDE)
     for start in range(0, width, BLOCK):
@@ -58,11 +53,23 @@ def _statistics(
         total = total * tl.exp(highest - higher) + tl.where(value > LOWEST, tl.exp(value - higher), 0.0)
         highest = higher
     maximum = tl.max(highest, axis=0)
+    return maximum, tl.sum(total * tl.exp(highest - maximum), axis=0)
+
+
+@triton.jit
+def _statistics(
+    logits, ids, maxima, sums, picked, stride, width, first, mask_id, size,
+    WIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of each row its maximum, the sum of exp(logit - maximum), and the logit of an id (0 where not here)."""
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * stride
+    maximum, total = _largest_and_sum(logits, width, first, mask_id, size, WIDE, BLOCK)
     column = tl.load(ids + row) - first
     here = (column >= 0) & (column < width)
     target = tl.load(logits + column, mask=here, other=0.0).to(WIDE)
     tl.store(maxima + row, maximum)
-    tl.store(sums + row, tl.sum(total * tl.exp(highest - maximum), axis=0))
+    tl.store(sums + row, total)
     tl.store(picked + row, target)
 
 
@@ -72,9 +79,32 @@ def _cross_entropy_gradient(
 ):  # fmt: skip
     """The softmax less one_hot(id), over the logits."""
     row = tl.program_id(0).to(tl.int64)
-    logits += row * stride
-    log_sum = tl.load(log_sums + row)
     column = tl.load(ids + row) - first
+    _subtract_one_hot(
+        logits + row * stride, column, tl.load(log_sums + row), width, first, mask_id, size, WIDE, BLOCK
+    )
+
+
+@triton.jit
+def _cross_entropy(
+    logits, ids, losses, stride, width, first, mask_id, size, WIDE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Loss and gradient of each row that is the whole vocabulary, by one program: the row stays in cache."""
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * stride
+    maximum, total = _largest_and_sum(logits, width, first, mask_id, size, WIDE, BLOCK)
+    log_sum = maximum + tl.log(total)
+    column = tl.load(ids + row) - first
+    tl.store(losses + row, log_sum - tl.load(logits + column).to(WIDE))
+    # The row's own logit has been read by all before any is overwritten.
+    tl.debug_barrier()
+    _subtract_one_hot(logits, column, log_sum, width, first, mask_id, size, WIDE, BLOCK)
+
+
+@triton.jit
+def _subtract_one_hot(
+    logits, column, log_sum, width, first, mask_id, size, WIDE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         value = _load(logits, columns, width, first, mask_id, size, WIDE)
@@ -93,12 +123,21 @@ def _probability(logits, token, log_sum, width, first, mask_id, WIDE: tl.constex
 @triton.jit
 def _divergence_sums(
     logits, log_sums, ratios, noisy, clean, out, rows, stride, width, first, mask_id, size,
-    WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of each row sum ln(1 + r p), sum r p / (1 + r p), p at the noisy and at the clean id."""
+    """Of each row sum ln(1 + r p), sum r p / (1 + r p), p at the noisy and at the clean id.
+
+    Where a row is the WHOLE vocabulary its log-sum-exp is taken here, and written.
+    """
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
-    log_sum, r = tl.load(log_sums + row), tl.load(ratios + row)
+    r = tl.load(ratios + row)
+    if WHOLE:
+        maximum, total = _largest_and_sum(logits, width, first, mask_id, size, WIDE, BLOCK)
+        log_sum = maximum + tl.log(total)
+        tl.store(log_sums + row, log_sum)
+    else:
+        log_sum = tl.load(log_sums + row)
     logs = tl.zeros([BLOCK], WIDE)
     shares = tl.zeros([BLOCK], WIDE)
     for start in range(0, width, BLOCK):
@@ -178,8 +217,14 @@ def cross_entropy_(logits_RVp: Tensor, clean_R: Tensor, vocab: VocabShard) -> tu
     Returns:
         [R] losses, at least float32; [R, Vp] the gradient, in the logits' memory and dtype.
     """
-    log_sum_R, target_R = log_sum_exp(logits_RVp, clean_R, vocab)
     sizes, options = _geometry(logits_RVp, vocab)
+    if vocab.group is None:
+        loss_R = logits_RVp.new_empty(
+            len(logits_RVp), dtype=torch.promote_types(logits_RVp.dtype, torch.float32)
+        )
+        _cross_entropy[(len(logits_RVp),)](logits_RVp, clean_R, loss_R, *sizes, **options)
+        return loss_R, logits_RVp
+    log_sum_R, target_R = log_sum_exp(logits_RVp, clean_R, vocab)
     _cross_entropy_gradient[(len(logits_RVp),)](logits_RVp, clean_R, log_sum_R, *sizes, **options)
     return log_sum_R - target_R, logits_RVp
 
@@ -192,7 +237,12 @@ class UniformDivergence:
     ) -> None:
         """`ratio_R`: r of objectives/divergence.py, float64 [R]."""
         self._logits_RVp, self._vocab = logits_RVp, vocab
-        log_sum_R, _ = log_sum_exp(logits_RVp, clean_R, vocab)
+        if vocab.group is None:
+            # Taken in the same pass as the sums.
+            dtype = torch.promote_types(logits_RVp.dtype, torch.float32)
+            log_sum_R = logits_RVp.new_empty(len(logits_RVp), dtype=dtype)
+        else:
+            log_sum_R, _ = log_sum_exp(logits_RVp, clean_R, vocab)
         self._rows = log_sum_R, ratio_R.to(log_sum_R.dtype), noisy_R, clean_R
 
     def sums(self) -> Tensor:
@@ -200,7 +250,9 @@ class UniformDivergence:
         count = len(self._logits_RVp)
         out = self._rows[0].new_empty(4, count)
         sizes, options = _geometry(self._logits_RVp, self._vocab)
-        _divergence_sums[(count,)](self._logits_RVp, *self._rows, out, count, *sizes, **options)
+        _divergence_sums[(count,)](
+            self._logits_RVp, *self._rows, out, count, *sizes, WHOLE=self._vocab.group is None, **options
+        )
         return out
 
     def gradient_(self, c_R: Tensor, mean_R: Tensor, at_noisy_R: Tensor, at_clean_R: Tensor) -> Tensor:

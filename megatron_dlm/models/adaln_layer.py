@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from megatron_dlm.models.config import LAYER_NORM_EPSILON
 from megatron_dlm.models.fp8_emulation import keep_bf16_layers
-from megatron_dlm.models.recompute import Recomputable
+from megatron_dlm.models.recompute import Recomputable, not_keeping
 from megatron_dlm.models.time_embedding import Fp32Linear
 
 
@@ -38,17 +39,38 @@ class ModulatedNorm(nn.Module):
     def __init__(self, config: TransformerConfig, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(config.hidden_size))
-        self._dtype = dtype
-        self._fused = config.fused_kernels
+        self.dtype = dtype
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         """[s, b, d] of the layer's dtype from x [s, b, d] and shift, scale [b, d]."""
-        if self._fused:
-            from megatron_dlm.kernels.modulated_norm import modulated_norm
-
-            return modulated_norm(x, self.weight, shift, scale, LAYER_NORM_EPSILON, self._dtype)
         normed = F.layer_norm(x.float(), (x.shape[-1],), self.weight.float(), None, LAYER_NORM_EPSILON)
-        return torch.addcmul(shift, normed, 1.0 + scale).to(self._dtype)
+        return torch.addcmul(shift, normed, 1.0 + scale).to(self.dtype)
+
+
+class FusedModulatedNorm(ModulatedNorm):
+    """The same in one kernel with the gated branch that is added to the stream before, if any."""
+
+    def forward(  # type: ignore[override]
+        self,
+        stream: Tensor,
+        shift: Tensor,
+        scale: Tensor,
+        gate: Tensor | None = None,
+        branch: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The stream + gate * branch, both as in `gated_residual_norm`, and its modulated norm."""
+        from megatron_dlm.kernels.residual_norm import gated_residual_norm, modulated_norm
+
+        options = self.weight, shift, scale, LAYER_NORM_EPSILON, self.dtype
+        if gate is None or branch is None:
+            return modulated_norm(stream, *options)
+        return gated_residual_norm(stream, gate, branch, *options)
+
+    def again(self, stream: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """The modulated norm once more, without a gradient."""
+        from megatron_dlm.kernels.residual_norm import normed_again
+
+        return normed_again(stream, self.weight, shift, scale, LAYER_NORM_EPSILON, self.dtype)
 
 
 class AdaLNTransformerLayer(MegatronModule, BaseTransformerLayer):
@@ -71,14 +93,15 @@ class AdaLNTransformerLayer(MegatronModule, BaseTransformerLayer):
         self.layer_number = layer_number + get_transformer_layer_offset(
             config, vp_stage, pg_collection.pp.rank()
         )
-        self.norm1 = ModulatedNorm(config, config.params_dtype)
+        norm = FusedModulatedNorm if config.fused_kernels else ModulatedNorm
+        self.norm1: ModulatedNorm = norm(config, config.params_dtype)
         self.self_attention = build_module(
             submodules.self_attention,
             config=config,
             layer_number=self.layer_number,
             pg_collection=pg_collection,
         )
-        self.norm2 = ModulatedNorm(config, config.params_dtype)
+        self.norm2: ModulatedNorm = norm(config, config.params_dtype)
         self.mlp = build_module(submodules.mlp, config=config, tp_group=pg_collection.tp)
         self.modulation = Fp32Linear(conditioning_size, 6 * config.hidden_size)
         self.replay: Callable[..., Tensor] | None = None
@@ -127,23 +150,33 @@ class AdaLNTransformerLayer(MegatronModule, BaseTransformerLayer):
         attention_mask: Tensor | None = None,
     ) -> Tensor:
         """float32 [s, b, d] from what `forward` takes."""
+        if self.config.fused_kernels:
+            return self._compute_fused(hidden_states, context, rotary_pos_emb, attention_mask)
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(context).chunk(6, dim=-1)
         normed = Recomputable(self.config, self.norm1, hidden_states, shift1, scale1)
         attended, _ = self.self_attention(normed.value, attention_mask, rotary_pos_emb=rotary_pos_emb)
         normed.release(attended)
-        hidden_states = self._add(hidden_states, gate1, attended, None)
+        hidden_states = torch.addcmul(hidden_states, gate1, attended.float())
         normed = Recomputable(self.config, self.norm2, hidden_states, shift2, scale2)
         transformed, bias = self.mlp(normed.value)
         normed.release(transformed)
-        return self._add(hidden_states, gate2, transformed, bias)
+        return torch.addcmul(hidden_states, gate2, (transformed + bias).float())
 
-    def _add(self, stream: Tensor, gate: Tensor, branch: Tensor, bias: Tensor | None) -> Tensor:
-        """Stream + gate * (branch + bias)."""
-        if self.config.fused_kernels:
-            from megatron_dlm.kernels.gated_residual import gated_residual
+    def _compute_fused(
+        self, stream: Tensor, context: Tensor, rotary_pos_emb: Tensor, attention_mask: Tensor | None
+    ) -> Tensor:
+        """The same; all that is between two products is one kernel each way."""
+        from megatron_dlm.kernels.residual_norm import gated_residual
 
-            return gated_residual(stream, gate, branch, bias)
-        return torch.addcmul(stream, gate, (branch if bias is None else branch + bias).float())
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(context).chunk(6, dim=-1)
+        norm1, norm2 = cast(FusedModulatedNorm, self.norm1), cast(FusedModulatedNorm, self.norm2)
+        stream, normed = norm1(stream, shift1, scale1)
+        with not_keeping(normed, self.config, partial(norm1.again, stream.detach(), shift1, scale1)):
+            attended, _ = self.self_attention(normed, attention_mask, rotary_pos_emb=rotary_pos_emb)
+        stream, normed = norm2(stream, shift2, scale2, gate1, attended)
+        with not_keeping(normed, self.config, partial(norm2.again, stream.detach(), shift2, scale2)):
+            transformed, bias = self.mlp(normed)
+        return gated_residual(stream, gate2, transformed, bias)
 
 
 class FinalLayer(nn.Module):
@@ -151,10 +184,12 @@ class FinalLayer(nn.Module):
 
     def __init__(self, config: TransformerConfig, conditioning_size: int) -> None:
         super().__init__()
-        self.norm = ModulatedNorm(config, torch.float32)
+        norm = FusedModulatedNorm if config.fused_kernels else ModulatedNorm
+        self.norm = norm(config, torch.float32)
         self.modulation = Fp32Linear(conditioning_size, 2 * config.hidden_size)
 
     def forward(self, hidden_states: Tensor, c: Tensor) -> Tensor:
         """float32 [s, b, d] from [s, b, d] and c [b, conditioning_size]."""
         shift, scale = self.modulation(c).chunk(2, dim=-1)
-        return self.norm(hidden_states, shift, scale)
+        normed = self.norm(hidden_states, shift, scale)
+        return normed[1] if isinstance(normed, tuple) else normed

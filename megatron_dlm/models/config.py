@@ -16,8 +16,9 @@ Precision = Literal["fp32", "bf16", "fp8"]
 """Of parameters and matrix products; fp8 has bf16 parameters and FP8 products in the layers."""
 TransformerImpl = Literal["local", "transformer_engine"]
 """Whose linears and attention: megatron-core's and PyTorch's, or Transformer Engine's."""
-Recompute = Literal["none", "selective", "full"]
-"""Activations made again in the backward pass: none; those that cost no matrix product; whole layers."""
+Recompute = Literal["none", "norms", "selective", "full"]
+"""Activations made again in the backward pass: none; modulated norms; these and GELU, which cost no matrix
+product; whole layers."""
 LAYER_NORM_EPSILON = 1e-5
 ROTARY_BASE = 10000.0
 
@@ -168,7 +169,7 @@ def transformer_config(
         calculate_per_token_loss=True,
         # Weights are drawn by models/initialization.py.
         perform_initialization=False,
-        recompute_granularity=None if recompute == "none" else recompute,
+        recompute_granularity={"none": None, "norms": "selective"}.get(recompute, recompute),
         # Whole layers one by one; what a layer leaves out by itself is in adaln_layer.py.
         recompute_method="uniform" if recompute == "full" else None,
         recompute_num_layers=1 if recompute == "full" else None,
@@ -187,6 +188,7 @@ def transformer_config(
     # Gradients of the time embedder, replicated on every stage, are summed over the pipeline.
     config.has_cond_embedder = True
     config.fused_kernels = fused_kernels
+    config.remakes_gelu = recompute == "selective"
     config.records_layers = parallel.cuda_graphs
     config.mask_forms = MaskForms(
         edges=transformer_impl == "transformer_engine" and parallel.context_parallel_size == 1,

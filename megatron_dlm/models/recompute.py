@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,12 +13,45 @@ from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
 
+def recomputes_cheap_ones(config: TransformerConfig) -> bool:
+    """Whether values that cost no matrix product are to be made again in the backward pass that follows."""
+    # Transformer Engine's FP8 linears keep an FP8 copy of what they read, not the value itself.
+    return config.recompute_granularity == "selective" and torch.is_grad_enabled() and not config.fp8
+
+
+@contextmanager
+def not_keeping(value: Tensor, config: TransformerConfig, again: Callable[[], Tensor]) -> Iterator[None]:
+    """Let what reads a value keep the way to make it again, not the value, for the backward pass.
+
+    Args:
+        value: what is read meanwhile; of no use to anyone afterwards.
+        config: tells whether anything is made again.
+        again: makes the same bits.
+
+    Yields:
+        Nothing.
+    """
+    if not recomputes_cheap_ones(config):
+        yield
+        return
+    memory, count = value.data_ptr(), value.numel()
+
+    def pack(saved: Tensor) -> Tensor | torch.Size:
+        is_value = saved.data_ptr() == memory and saved.numel() == count
+        return saved.shape if is_value else saved
+
+    def unpack(kept: Tensor | torch.Size) -> Tensor:
+        return again().view(kept) if isinstance(kept, torch.Size) else kept
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
 class Recomputable:
     """A function's value that one linear layer reads; it can be dropped and made again for the gradient."""
 
     def __init__(self, config: TransformerConfig, function: Callable[..., Tensor], *inputs: Any) -> None:
-        # Transformer Engine's FP8 linears keep an FP8 copy of what they read, not the value itself.
-        wanted = config.recompute_granularity == "selective" and torch.is_grad_enabled() and not config.fp8
+        wanted = recomputes_cheap_ones(config)
         # Not the default, False: that makes megatron-core 0.16.1 look for transformer-engine.
         self._checkpoint = CheckpointWithoutOutput(fp8=None) if wanted else None
         self.value: Tensor = (
@@ -36,6 +70,9 @@ class RecomputingMLP(MLP):
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """[s, b, d] before the bias, and the bias [d]."""
         wide, wide_bias = self.linear_fc1(hidden_states)
+        if not self.config.remakes_gelu:
+            whole: tuple[Tensor, Tensor] = self.linear_fc2(self._activate(wide, wide_bias))
+            return whole
         activated = Recomputable(self.config, self._activate, wide, wide_bias)
         output, bias = self.linear_fc2(activated.value)
         activated.release(output)

@@ -54,8 +54,8 @@ class TrainingConfig:
     FlexAttention, on CUDA, which passes over blocks without visible pairs and is compiled in the first step;
     auto, flex on CUDA with Triton's kernels and without parallel.cuda_graphs."""
     recompute: Recompute = "selective"
-    """Activations made again in the backward pass: none; selective, those that cost no matrix product; full,
-    whole layers, for a third more time. All give the same bits."""
+    """Activations made again in the backward pass: none; norms, what norms give to products; selective, GELU
+    too, all that costs no matrix product; full, whole layers, for a third more time. The same bits in all."""
     on_non_finite: Literal["skip", "stop", "rollback"] = "skip"
     """A loss or gradient norm that is not finite changes no parameter; then skip the step, stop, or load the
     newest checkpoint and go on with the samples behind the step's."""

@@ -234,7 +234,7 @@ def test_seventeen_heads_equal_one_process(corpus, record_property):
             record_property("table: layout", (*layout, name, *(f"{d:.1e}" for d in differences)))
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("recompute", ["none", "norms", "full"])
 def test_recomputed_activations_change_no_bit(corpus, one_process, recompute):
     """The reference runs have the default, selective."""
     configs = {

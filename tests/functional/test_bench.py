@@ -64,6 +64,21 @@ def test_corruption_benchmark_prints_both_sides():
 
 
 @pytest.mark.slow
+def test_kernel_benchmark_counts_bytes():
+    command = [sys.executable, str(ROOT / "tools" / "bench" / "kernels.py"), "--widths", "40"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    assert finished.returncode == 0, finished.stderr
+    rows = [line.split("│")[1:-1] for line in finished.stdout.splitlines() if "│ 40" in line]
+    assert len(rows) == 4
+    for _, _, forward, touched_forward, backward, touched_backward, _ in rows:
+        assert float(touched_forward) >= float(forward) and float(touched_backward) >= float(backward)
+    (both,) = (row for row in rows if "gate, residual, norm" in row[0])
+    # The stream in and out in fp32, branch and y in bf16; gate, shift and scale in fp32, weight in bf16.
+    assert float(both[2]) == 12 and float(both[3]) == pytest.approx(12 + 14, rel=0.01)
+
+
+@pytest.mark.slow
 def test_sampling_benchmark_prints_both_sides():
     command = [sys.executable, str(ROOT / "tools" / "bench" / "sample.py"), "--size", "tiny"]
     command += ["--families", "esolm", "--steps", "4", "--length", "16", "--batch-size", "1"]

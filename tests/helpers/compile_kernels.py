@@ -14,21 +14,32 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_dlm.kernels import biased_gelu, gated_residual, modulated_norm, rotary, row_softmax
+from megatron_dlm.kernels import biased_gelu, residual_norm, rotary, row_softmax
+from megatron_dlm.kernels.launch import tiles_of
 
 LOW, WIDE, IDS = "*bf16", "*fp32", "*i64"
 WIDTHS = {"BLOCK": 4096, "WIDE": tl.float32}
 """For the hidden size of the largest published model, 2176, and 32,001 ids."""
 MLP = {"BLOCK": 1024, "WIDE": tl.float32}
+ROW = {"branch": LOW, "bias": LOW, "weight": LOW, "y": LOW, "dy": LOW, "dbranch": LOW}
 KERNELS = [
     (row_softmax._statistics, {"logits": LOW, "ids": IDS}, WIDTHS),
     (row_softmax._cross_entropy_gradient, {"logits": LOW, "ids": IDS}, WIDTHS),
-    (row_softmax._divergence_sums, {"logits": LOW, "noisy": IDS, "clean": IDS}, WIDTHS),
+    (row_softmax._cross_entropy, {"logits": LOW, "ids": IDS}, WIDTHS),
+    (row_softmax._divergence_sums, {"logits": LOW, "noisy": IDS, "clean": IDS}, WIDTHS | {"WHOLE": True}),
+    (row_softmax._divergence_sums, {"logits": LOW, "noisy": IDS, "clean": IDS}, WIDTHS | {"WHOLE": False}),
     (row_softmax._divergence_gradient, {"logits": LOW, "noisy": IDS, "clean": IDS}, WIDTHS),
-    (modulated_norm._forward, {"y": LOW, "weight": LOW}, WIDTHS),
-    (modulated_norm._backward, {"dy": LOW, "weight": LOW}, WIDTHS),
-    (gated_residual._forward, {"branch": LOW, "bias": LOW}, WIDTHS | {"BIASED": True}),
-    (gated_residual._backward, {"branch": LOW, "bias": LOW, "dbranch": LOW}, WIDTHS | {"BIASED": True}),
+    *(
+        (kernel, ROW, {"WIDE": tl.float32, **tiles, **which})
+        for width in (768, 2176)
+        for tiles in [dict(zip(("MAIN", "TAIL"), tiles_of(width), strict=True))]
+        for which in (
+            {"BRANCH": False, "BIASED": False, "NORM": True},
+            {"BRANCH": True, "BIASED": False, "NORM": True},
+            {"BRANCH": True, "BIASED": True, "NORM": False},
+        )
+        for kernel in (residual_norm._forward, residual_norm._backward)
+    ),
     (biased_gelu._forward, {"x": LOW, "bias": LOW, "y": LOW}, MLP),
     (biased_gelu._backward, {"dy": LOW, "x": LOW, "bias": LOW, "dx": LOW}, MLP),
     (rotary._rotate, {"x": LOW, "out": LOW}, {"WIDE": tl.float32, "HEADS": 32, "HALF": 64}),
@@ -37,6 +48,7 @@ KERNELS = [
 INTEGERS = (
     *("stride", "width", "first", "mask_id", "size", "rows", "length", "batch", "heads", "half"),
     *("sequence_stride", "batch_stride", "head_stride", "table_batch"),
+    *("gate_stride", "shift_stride", "scale_stride"),
 )
 FLOATS = ("epsilon", "sign")
 
@@ -50,11 +62,12 @@ def kind_of(name, pointers):
 
 def compiled(kernel, pointers, constants, capability):
     """The machine code of one kernel."""
+    constants = {"STREAM": True, **constants} if "STREAM" in kernel.arg_names else constants
     signature = {
         name: "constexpr" if name in constants else kind_of(name, pointers) for name in kernel.arg_names
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    warps = 4 if constants.get("BLOCK", 0) < 4096 else 8
+    warps = 16 if constants.get("MAIN", 0) > 1024 else 8 if constants.get("BLOCK", 0) >= 4096 else 4
     target = GPUTarget("cuda", capability, 32)
     return triton.compile(source, target=target, options={"num_warps": warps}).asm["cubin"]
 
@@ -79,7 +92,12 @@ def main():
     parser.add_argument("--capability", type=int, default=90, help="compute capability, 90 for Hopper")
     arguments = parser.parse_args()
     for kernel, pointers, constants in KERNELS:
+        parts = "+".join(
+            part.lower() for part in ("BRANCH", "BIASED", "NORM", "WHOLE") if constants.get(part)
+        )
         name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"
+        name += f":{parts}" if parts else ""
+        name += f":{constants['MAIN']}+{constants['TAIL']}" if "MAIN" in constants else ""
         print(name, *resources(compiled(kernel, pointers, constants, arguments.capability)), flush=True)
 
 

@@ -126,65 +126,129 @@ def test_small_logarithms_do_not_vanish():
     close(ours[1], expected[1], torch.float32)
 
 
-def modulated_norm_twin(x, weight, shift, scale):
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], weight, None, 1e-5), 1.0 + scale)
+def norm_twin(stream, weight, shift, scale):
+    return torch.addcmul(shift, F.layer_norm(stream, stream.shape[-1:], weight, None, 1e-5), 1.0 + scale)
 
 
-@pytest.mark.parametrize("length, batch", [(7, 3), (1, 2), (21, 1)])
-def test_modulated_norm(dtype, length, batch, monkeypatch):
-    """More positions than programs, and fewer."""
-    from megatron_dlm.kernels import modulated_norm as module
-    from megatron_dlm.kernels.modulated_norm import modulated_norm
+def gate_twin(stream, gate, branch, bias=None):
+    return torch.addcmul(stream, gate, branch if bias is None else branch + bias)
 
-    monkeypatch.setattr(module, "PROGRAMS", 8)
-    width = 24
-    inputs = [random(length, batch, width, seed=1) + 0.5, random(width, seed=2)]
-    inputs += [random(batch, width, seed=3), random(batch, width, seed=4)]
-    upstream = random(length, batch, width, seed=5)
-    stream = torch.float64 if dtype == torch.float64 else torch.float32
+
+def compare(twin, kernel, values, kinds, dtype, used=(True, True)):
+    """Results and gradients of both; `used` says which of two results have a gradient."""
     results = []
-    for function, kind in ((modulated_norm_twin, torch.float64), (modulated_norm, stream)):
-        leaves = [value.detach().to(kind, copy=True).requires_grad_() for value in inputs]
-        extra = () if function is modulated_norm_twin else (1e-5, dtype)
-        out = function(*leaves, *extra)
-        out.backward(upstream.to(out.dtype))
-        results.append([out, *(leaf.grad for leaf in leaves)])
-    expected, ours = results
-    assert ours[0].dtype == dtype
-    for mine, theirs in zip(ours, expected, strict=True):
-        close(mine, theirs, dtype)
+    for function, types in ((twin, [torch.float64] * len(values)), (kernel, kinds)):
+        leaves = [v.detach().to(k, copy=True).requires_grad_() for v, k in zip(values, types, strict=True)]
+        found = function(*leaves)
+        outs = found if isinstance(found, tuple) else (found,)
+        upstream = [random(*out.shape, seed=9 + i).to(out.dtype) for i, out in enumerate(outs)]
+        parts = [(o, u) for o, u, is_used in zip(outs, upstream, used, strict=False) if is_used]
+        torch.autograd.backward(*map(list, zip(*parts, strict=True)))
+        results.append([*outs, *(leaf.grad for leaf in leaves)])
+    for mine, theirs, kind in zip(results[1], results[0], [None] * len(outs) + kinds, strict=True):
+        assert (mine is None) == (theirs is None)
+        if mine is not None:
+            assert kind is None or mine.dtype == kind
+            close(mine, theirs, dtype)
+    return results[1]
+
+
+# A width of one tile, of two, and of two whose second is not filled; positions more and fewer than programs.
+SHAPES = [(7, 3, 32), (1, 2, 24), (21, 1, 43)]
+
+
+@pytest.fixture
+def few_programs(monkeypatch):
+    from megatron_dlm.kernels import residual_norm
+
+    monkeypatch.setattr(residual_norm, "programs_of", lambda device, warps: 8)
+
+
+@pytest.mark.parametrize("used", [(True, True), (False, True), (True, False)])
+@pytest.mark.parametrize("length, batch, width", SHAPES)
+def test_modulated_norm(dtype, length, batch, width, used, few_programs):
+    """The stream is given on, and what comes back by it is added to the norm's own gradient."""
+    from megatron_dlm.kernels.residual_norm import modulated_norm
+
+    stream = torch.float64 if dtype == torch.float64 else torch.float32
+    values = [random(length, batch, width, seed=1) + 0.5, random(width, seed=2)]
+    values += [random(batch, width, seed=3), random(batch, width, seed=4)]
+    found = compare(
+        lambda x, *rest: (x, norm_twin(x, *rest)),
+        lambda *leaves: modulated_norm(*leaves, 1e-5, dtype),
+        values,
+        [stream] * 4,
+        dtype,
+        used,
+    )
+    assert found[1].dtype == dtype
 
 
 @pytest.mark.parametrize("biased", [True, False])
-def test_gated_residual(dtype, biased):
-    from megatron_dlm.kernels.gated_residual import gated_residual
+@pytest.mark.parametrize("length, batch, width", SHAPES)
+def test_gated_residual(dtype, length, batch, width, biased, few_programs):
+    from megatron_dlm.kernels.residual_norm import gated_residual
 
-    length, batch, width = 11, 3, 20
     stream = torch.float64 if dtype == torch.float64 else torch.float32
     values = [random(length, batch, width, seed=1), random(batch, width, seed=2)]
     values += [random(length, batch, width, seed=3).to(dtype), random(width, seed=4).to(dtype)]
-    upstream = random(length, batch, width, seed=5)
+    count = 4 if biased else 3
+    kernel = gated_residual if biased else lambda *leaves: gated_residual(*leaves, None)
+    compare(gate_twin, kernel, values[:count], [stream, stream, dtype, dtype][:count], dtype)
 
-    def twin(stream, gate, branch, bias):
-        return torch.addcmul(stream, gate, branch if bias is None else branch + bias)
 
-    results = []
-    for function, kinds in (
-        (twin, [torch.float64] * 4),
-        (gated_residual, [stream, stream, dtype, dtype]),
-    ):
-        leaves = [
-            value.detach().to(kind, copy=True).requires_grad_()
-            for value, kind in zip(values, kinds, strict=True)
-        ]
-        out = function(*leaves[:3], leaves[3] if biased else None)
-        out.backward(upstream.to(out.dtype))
-        results.append([out, *(leaf.grad for leaf in leaves[: 4 if biased else 3])])
-    expected, ours = results
-    assert ours[0].dtype == stream
-    assert ours[3].dtype == dtype
-    for mine, theirs in zip(ours, expected, strict=True):
-        close(mine, theirs, dtype)
+@pytest.mark.parametrize("used", [(True, True), (False, True), (True, False)])
+@pytest.mark.parametrize("length, batch, width", SHAPES)
+def test_gated_residual_and_norm_in_one(dtype, length, batch, width, used, few_programs):
+    from megatron_dlm.kernels.residual_norm import gated_residual_norm
+
+    stream = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def twin(stream, gate, branch, *norm):
+        out = gate_twin(stream, gate, branch)
+        return out, norm_twin(out, *norm)
+
+    values = [random(length, batch, width, seed=1), random(batch, width, seed=2)]
+    values += [random(length, batch, width, seed=3).to(dtype), random(width, seed=4) + 1.0]
+    values += [random(batch, width, seed=5), random(batch, width, seed=6)]
+    compare(
+        twin,
+        lambda *leaves: gated_residual_norm(*leaves, 1e-5, dtype),
+        values,
+        [stream, stream, dtype, *[stream] * 3],
+        dtype,
+        used,
+    )
+
+
+def test_parts_of_a_modulation_are_read_where_they_lie(few_programs):
+    """Gate, shift and scale as columns of one tensor, which no copy is made of."""
+    from megatron_dlm.kernels import residual_norm
+
+    modulation = random(3, 6 * 40, seed=1).float().requires_grad_()
+    stream, branch = random(5, 3, 40, seed=2).float(), random(5, 3, 40, seed=3).float()
+    weight = random(40, seed=4).float()
+    gradients = []
+    for copied in (False, True):
+        _, _, gate, shift, scale, _ = modulation.chunk(6, dim=-1)
+        parts = [part.contiguous() if copied else part for part in (gate, shift, scale)]
+        out, y = residual_norm.gated_residual_norm(
+            stream, parts[0], branch, weight, *parts[1:], 1e-5, torch.float32
+        )
+        gradients.append(torch.autograd.grad((out * y).sum(), modulation)[0])
+        again = residual_norm.normed_again(out, weight, *parts[1:], 1e-5, torch.float32)
+        assert torch.equal(again, y)
+    assert torch.equal(*gradients)
+
+
+def test_lanes_of_the_published_widths():
+    from megatron_dlm.kernels.launch import tiles_of
+
+    found = {width: tiles_of(width) for width in (768, 1792, 2048, 2176)}
+    assert found == {768: (512, 256), 1792: (2048, 0), 2048: (2048, 0), 2176: (2048, 128)}
+    for width in range(1, 5000, 7):
+        main, tail = tiles_of(width)
+        assert main + tail >= width and (main + tail < 1.34 * width or width < 4)
 
 
 @pytest.mark.parametrize("length, width", [(7, 70), (1, 64), (40, 9)])
@@ -193,7 +257,7 @@ def test_biased_gelu(dtype, length, width, monkeypatch):
     from megatron_dlm.kernels import biased_gelu as module
 
     monkeypatch.setattr(module, "LARGEST_BLOCK", 32)
-    monkeypatch.setattr(module, "PROGRAMS", 8)
+    monkeypatch.setattr(module, "programs_of", lambda device, warps: 8)
     values = [random(length, 3, width, seed=1, scale=2.0).to(dtype), random(width, seed=2).to(dtype)]
     values[0][0, 0, :4] = torch.tensor([-30.0, 30.0, 0.0, -3.0])
     upstream = random(length, 3, width, seed=3)
@@ -253,7 +317,7 @@ def test_all_kernels_compile_for_gpus_that_are_not_here(capability, tmp_path, re
     entry_points = {
         f"{path.stem}.{name}" for path in files for name in re.findall(r"(\w+)\[\(", path.read_text())
     }
-    assert {row[0] for row in rows} == entry_points
+    assert {row[0].partition(":")[0] for row in rows} == entry_points
     for name, registers, stack in rows:
         assert int(stack) == 0, name
         assert int(registers) < 255, name
