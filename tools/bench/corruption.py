@@ -2,8 +2,8 @@
 
     python tools/bench/corruption.py [--families mdlm duo ar esolm block-diffusion] [--seq-length 2048]
 
-Corruption, the rows that carry a loss, the count of visible pairs, and the mask in the form that attention takes.
-Both sides in turn; medians.
+Corruption, the rows that carry a loss, the count of visible pairs, and the mask in the form that attention
+takes. Both sides in turn; medians.
 """
 
 from __future__ import annotations
