@@ -241,7 +241,7 @@ def verify_on_all_ranks(directory: Path, parallel: ParallelState) -> None:
 
 
 def _model_state(denoiser: Denoiser | ChunkedDenoiser, parallel: ParallelState) -> dict[str, Any]:
-    with stand_ins(denoiser):
+    with stand_ins(denoiser, denoiser.config.params_dtype):
         state = denoiser.sharded_state_dict(metadata=_metadata(parallel))
     for tensor in state.values():
         if isinstance(tensor, ShardedTensor):

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.tensor import DTensor
 
-from megatron_dlm.checkpointing.pieces import MAIN_WEIGHT, PREFIX, LoadPlanner, TensorPieces
+from megatron_dlm.checkpointing.pieces import PREFIX, LoadPlanner, TensorPieces, main_weight_key
 from megatron_dlm.platform import distributed_optimizer
 from megatron_dlm.platform.fully_sharded import local
 
@@ -70,18 +70,19 @@ class SavePlanner(MCoreSavePlanner):
 def state_to_save(
     optimizer: Any, sharded: Mapping[torch.nn.Parameter, ShardedTensor]
 ) -> dict[str, TensorPieces]:
-    """What of Adam's state this rank has to save: moments, and fp32 weights where parameters are not.
+    """What of Adam's state this rank has to save: moments, and fp32 weights where modules see others.
 
-    Of sharded parameters the weights as well.
+    Of sharded parameters also the weights as modules see them.
 
     Args:
         optimizer: megatron-core's.
         sharded: where each parameter of this process's stage lies in the whole model.
 
     Returns:
-        Pieces by key; other ranks have other pieces of the same keys. They share memory with the optimizer.
+        Pieces by key; other ranks have other pieces of the same keys. They share memory with the optimizer,
+        but for rounded weights.
     """
-    return _collect(optimizer, sharded, skip_replicas=True)
+    return _collect(optimizer, sharded, to_save=True)
 
 
 def load_state(directory: Path, optimizer: Any, sharded: Mapping[torch.nn.Parameter, ShardedTensor]) -> None:
@@ -92,7 +93,7 @@ def load_state(directory: Path, optimizer: Any, sharded: Mapping[torch.nn.Parame
         optimizer: megatron-core's; changed in place.
         sharded: where each parameter to load for lies in the whole model, none twice.
     """
-    wanted = _collect(optimizer, sharded, skip_replicas=False)
+    wanted = _collect(optimizer, sharded, to_save=False)
     # What the checkpoint has not is padding that another layout did without.
     for pieces in wanted.values():
         pieces.fill_with_zeros()
@@ -100,7 +101,7 @@ def load_state(directory: Path, optimizer: Any, sharded: Mapping[torch.nn.Parame
 
 
 def _collect(
-    optimizer: Any, sharded: Mapping[torch.nn.Parameter, ShardedTensor], *, skip_replicas: bool
+    optimizer: Any, sharded: Mapping[torch.nn.Parameter, ShardedTensor], *, to_save: bool
 ) -> dict[str, TensorPieces]:
     found: dict[str, TensorPieces] = {}
     cut = distributed_optimizer.is_sharded(optimizer)
@@ -108,11 +109,12 @@ def _collect(
         place = sharded[parameter]
         # Replicas along the data axis have different ranges where the optimizer is distributed.
         replica = place.replica_id[:-1] if cut else place.replica_id
-        if skip_replicas and any(replica):
+        if to_save and any(replica):
             continue
-        tensors = {f"{PREFIX}{n}.{place.key}": t for n, t in _tensors(part, parameter, main).items()}
-        if isinstance(parameter, DTensor):
-            tensors[place.key] = parameter
+        tensors = _state(part, main, place)
+        if isinstance(parameter, DTensor) and (to_save or place.dtype == parameter.dtype):
+            # Rounded ones are made of the main weights, so nobody reads them.
+            tensors[place.key] = parameter.to(place.dtype)
         for key, tensor in tensors.items():
             pieces = found.setdefault(key, TensorPieces(place.global_shape))
             for offset, piece in _cut(place, local(tensor.detach()).view(-1), start, end):
@@ -120,10 +122,11 @@ def _collect(
     return found
 
 
-def _tensors(part: Any, parameter: torch.nn.Parameter, main: Tensor) -> dict[str, Tensor]:
+def _state(part: Any, main: Tensor, place: ShardedTensor) -> dict[str, Tensor]:
+    """Moments by key, and the main weights of what modules see in lower precision."""
     state = distributed_optimizer.state_of(part, main)
-    tensors = {name: state[name] for name in distributed_optimizer.MOMENTS}
-    return tensors if parameter.dtype == torch.float32 else tensors | {MAIN_WEIGHT: main}
+    tensors = {f"{PREFIX}{name}.{place.key}": state[name] for name in distributed_optimizer.MOMENTS}
+    return tensors if place.dtype == torch.float32 else tensors | {main_weight_key(place.key): main}
 
 
 def _cut(

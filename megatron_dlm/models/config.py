@@ -187,6 +187,8 @@ def transformer_config(
     )
     # Gradients of the time embedder, replicated on every stage, are summed over the pipeline.
     config.has_cond_embedder = True
+    # What weights are kept in; modules see them in params_dtype, to which fully sharded ones are gathered.
+    config.weights_dtype = torch.float32 if parallel.fully_sharded else config.params_dtype
     config.fused_kernels = fused_kernels
     config.remakes_gelu = recompute == "selective"
     config.records_layers = parallel.cuda_graphs

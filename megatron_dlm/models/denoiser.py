@@ -95,7 +95,7 @@ class Denoiser(MegatronModule):
         _mark_tensor_parallel(self)
         if config.sequence_parallel:
             _mark_sequence_parallel(self)
-        self.to(device=parallel.device, dtype=config.params_dtype)
+        self.to(device=parallel.device, dtype=config.weights_dtype)
 
     @property
     def chunks(self) -> list[Denoiser]:

@@ -10,11 +10,9 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
 import torch
-from torch.distributed import DeviceMesh
 from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
@@ -34,16 +32,9 @@ def install() -> None:
     _hide_gpu_extras()
     for name, replacement in _REPLACEMENTS.items():
         setattr(torch.cuda, name, replacement)
-    DeviceMesh.from_group = staticmethod(partial(_mesh_on_cpu, DeviceMesh.from_group))  # type: ignore[method-assign]
     # Recomputation asks for the state by this name.
     torch.cuda.random.get_rng_state = _REPLACEMENTS["get_rng_state"]
     _CudaToCpu().__enter__()
-
-
-def _mesh_on_cpu(
-    from_group: Callable[..., DeviceMesh], group: Any, device_type: str, **kwargs: Any
-) -> DeviceMesh:
-    return from_group(group, "cpu" if device_type == "cuda" else device_type, **kwargs)
 
 
 def _hide_gpu_extras() -> None:

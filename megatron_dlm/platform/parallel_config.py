@@ -46,7 +46,8 @@ class ParallelConfig:
     training.recompute none."""
     fully_sharded: bool = False
     """Shard parameters, gradients and optimizer state over data and context parallel ranks (ZeRO-3, torch's
-    FSDP2); fp32 and one pipeline stage only, and without the distributed optimizer."""
+    FSDP2), in fp32, or with weights gathered in bf16 from their fp32 shards; one pipeline stage only, and
+    without the distributed optimizer."""
     pad_vocabulary_to: int = 0
     """Pad the rows of embedding and head with zeros to a multiple of this times tensor_model_parallel_size,
     which GPU matrix products need to be fast (Megatron-LM's --make-vocab-size-divisible-by); 0: 128 on CUDA,

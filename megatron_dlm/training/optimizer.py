@@ -71,9 +71,7 @@ def _fully_sharded(chunk: Denoiser, ddp_config: Any) -> Any:
     from megatron_dlm.models.head import Head
     from megatron_dlm.platform.fully_sharded import FullyShardedDataParallel
 
-    return FullyShardedDataParallel(
-        chunk.config, ddp_config, chunk, sub_modules_to_wrap={AdaLNTransformerLayer, Head}
-    )
+    return FullyShardedDataParallel(chunk.config, ddp_config, chunk, (AdaLNTransformerLayer, Head))
 
 
 def build_optimizer(
@@ -84,7 +82,7 @@ def build_optimizer(
     Args:
         config: AdamW.
         parallel: tells whether optimizer state is sharded over data parallel ranks.
-        precision: of the parameters.
+        precision: of the parameters; fully sharded ones are their own fp32 main weights at any.
         chunks: from `wrap_data_parallel`.
 
     Returns:
@@ -96,6 +94,7 @@ def build_optimizer(
 
     from megatron_dlm.platform.distributed_optimizer import keep_norms_on_device
 
+    keeps_main_weights = precision != "fp32" and not parallel.fully_sharded
     megatron_config = MegatronOptimizerConfig(
         optimizer="adam",
         lr=0.0,
@@ -104,8 +103,8 @@ def build_optimizer(
         adam_eps=config.epsilon,
         weight_decay=config.weight_decay,
         clip_grad=config.clip_grad,
-        bf16=precision != "fp32",
-        params_dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
+        bf16=keeps_main_weights,
+        params_dtype=torch.bfloat16 if keeps_main_weights else torch.float32,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_param_gather=parallel.overlap_param_gather,
         fp8_recipe=chunks[0].config.fp8_recipe if chunks[0].config.fp8_param else None,

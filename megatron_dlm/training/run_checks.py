@@ -65,11 +65,8 @@ def check_run(config: RunConfig, world_size: int) -> None:
 
 
 def _check_fully_sharded(config: RunConfig) -> None:
-    if config.training.precision != "fp32":
-        raise InputError(
-            f"training.precision: {config.training.precision}, and parallel.fully_sharded needs fp32: it "
-            "sums gradients in the parameters' precision"
-        )
+    if config.training.precision == "fp8":
+        raise InputError("training.precision: fp8, and parallel.fully_sharded needs fp32 or bf16")
     if config.objective.has_parts:
         raise InputError(
             "parallel.fully_sharded: needs equal numbers of forwards on all ranks, which an objective of two "

@@ -114,7 +114,10 @@ def three_steps(state, config):
 
     data = open_data(config.data)
     session = Session(config, data, state)
-    weights.set_weights(session.denoiser, state, weights.random_state(config.model, data.vocabulary.size))
+    # In the modules' precision, so that main weights, of shards or of an optimizer, all begin alike.
+    values = weights.random_state(config.model, data.vocabulary.size)
+    dtype = session.denoiser.config.params_dtype
+    weights.set_weights(session.denoiser, state, {n: v.to(dtype).float() for n, v in values.items()})
     session.optimizer.reload_model_params()
     losses, fingerprints, gradients, norms = [], [], [], []
     for step in range(STEPS):
@@ -161,20 +164,20 @@ def one_process(corpus):
     return run_distributed(all_families, 1, configs)[0]
 
 
-def assert_equal_runs(run, reference):
-    """Equal corruption, and loss and every parameter's gradient to 1e-5 relative; the largest differences."""
+def assert_equal_runs(run, reference, loss=1e-5, gradient=1e-5, norm=1e-5):
+    """Equal corruption, and relative differences of losses and gradients within bounds; the largest ones."""
     assert run["fingerprints"] == reference["fingerprints"]
     largest_loss, largest_gradient = 0.0, 0.0
     for ours, theirs in zip(run["losses"], reference["losses"], strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-5)
+        assert ours == pytest.approx(theirs, rel=loss)
         largest_loss = max(largest_loss, abs(ours[0] / theirs[0] - 1))
-    assert run["validation"] == pytest.approx(reference["validation"], rel=1e-5)
-    assert run["norms"] == pytest.approx(reference["norms"], rel=1e-5)
+    assert run["validation"] == pytest.approx(reference["validation"], rel=loss)
+    assert run["norms"] == pytest.approx(reference["norms"], rel=norm)
     for step, (ours, theirs) in enumerate(zip(run["gradients"], reference["gradients"], strict=True)):
         assert ours.keys() == theirs.keys()
-        for name, gradient in theirs.items():
-            difference = float((ours[name] - gradient).abs().max() / gradient.abs().max())
-            assert difference < 1e-5, (step, name, difference)
+        for name, expected in theirs.items():
+            difference = float((ours[name] - expected).abs().max() / expected.abs().max())
+            assert difference < gradient, (step, name, difference)
             largest_gradient = max(largest_gradient, difference)
     return largest_loss, largest_gradient
 

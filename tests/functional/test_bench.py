@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
+from tests.helpers.runs import torchrun
 
 OPTIONS = ["pinned memory", "CUDA graphs", "weight gather overlap", "tensor parallel overlap"]
 
@@ -76,6 +77,21 @@ def test_kernel_benchmark_counts_bytes():
     (both,) = (row for row in rows if "gate, residual, norm" in row[0])
     # The stream in and out in fp32, branch and y in bf16; gate, shift and scale in fp32, weight in bf16.
     assert float(both[2]) == 12 and float(both[3]) == pytest.approx(12 + 14, rel=0.01)
+
+
+@pytest.mark.slow
+def test_memory_benchmark_counts_what_two_ranks_hold():
+    """In bf16 bytes a parameter on 2 ranks: 2 + 4 + 6 with the distributed optimizer, 2 + 2 + 4 without."""
+    command = [sys.executable, *torchrun(2), str(ROOT / "tools" / "bench" / "memory.py")]
+    command += ["--size", "tiny", "--vocabulary-size", "301"]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ)
+    assert finished.returncode == 0, finished.stderr
+    rows = [line.split("│")[2:7] for line in finished.stdout.splitlines() if "│ " in line]
+    distributed, sharded = [[float(cell) for cell in row] for row in rows]
+    whole = distributed[0]
+    assert distributed[1:4] == [pytest.approx(2 * whole, rel=0.01), pytest.approx(3 * whole, rel=0.01), 0]
+    assert sharded[:3] == [pytest.approx(share * whole, rel=0.01) for share in (1, 1, 2)]
+    assert 0 < sharded[3] < 0.5 * whole and sharded[4] == pytest.approx(sum(sharded[:4]), abs=0.3)
 
 
 @pytest.mark.slow

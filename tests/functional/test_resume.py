@@ -138,6 +138,23 @@ def test_another_tokenizer_of_the_same_size_is_refused(command, corpus, copied, 
     assert code == 2 and "data.tokenizer: " in output
 
 
+@pytest.mark.slow
+def test_a_bf16_run_is_fully_sharded_for_a_while(corpus, tmp_path):
+    """From the distributed optimizer and back, evaluations included, as if nothing had been changed."""
+    more = ["--training.precision", "bf16", "--evaluation.every", 2]
+    sharded = [*more, "--parallel.fully-sharded", "--parallel.no-use-distributed-optimizer"]
+    for directory, parts in (("whole", [(12, more)]), ("run", [(4, more), (8, sharded), (12, more)])):
+        for steps, options in parts:
+            words = arguments_for(corpus, tmp_path / directory, *options, steps=steps)
+            code, output = finish(start(words, processes=2))
+            assert code == 0, output
+    whole, run = (
+        {(entry["kind"], entry["step"]): entry["nats_per_token"] for entry in read_metrics(tmp_path / name)}
+        for name in ("whole", "run")
+    )
+    assert len(run) == 12 + 7 and run == pytest.approx(whole, rel=1e-4)
+
+
 def test_the_record_of_a_run_is_a_recipe(command, copied):
     record = copied / "checkpoints" / "step-00000014" / "run.json"
     out = command("train", record, "--dry-run", 1).stdout

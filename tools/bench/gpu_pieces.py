@@ -19,7 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from sides import Shape, build_denoiser, compiled_step, our_step, plain_model
+from sides import OurStep, Shape, build_denoiser, compiled_step, plain_model
 
 from megatron_dlm.interfaces import HeadRows
 from megatron_dlm.models.fp8 import Fp8Config
@@ -189,7 +189,7 @@ def step_speed(
     def measure(batch_size: int) -> dict[str, Any]:
         forget_peak(parallel.device)
         shape = bench.shape(size, family, precision, batch_size)
-        step = our_step(shape, parallel)
+        step = OurStep(shape, parallel)
         seconds, sums = _timed(step, bench.repeats)
         mib = peak_mib(parallel.device)
         useful = sums.work.training_flops(paper_model(size), shape.vocabulary_size)

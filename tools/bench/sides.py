@@ -48,6 +48,8 @@ class Shape:
     rows_per_chunk: int = HEAD_ROWS_PER_CHUNK
     prepared: bool = False
     """Corrupt batches once and use them again, as if workers had them ready."""
+    layout: ParallelConfig = ParallelConfig()
+    """What data parallel ranks share, of our side."""
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -82,7 +84,7 @@ def build_denoiser(shape: Shape, parallel: ParallelState, recompute: Any = "none
     model = paper_model(shape.size)
     config = transformer_config(
         model,
-        ParallelConfig(),
+        shape.layout,
         shape.precision,
         recompute,
         fused_kernels=wants_triton(shape.kernels, parallel.device),
@@ -96,34 +98,35 @@ def build_denoiser(shape: Shape, parallel: ParallelState, recompute: Any = "none
     return denoiser
 
 
-def our_step(shape: Shape, parallel: ParallelState) -> Callable[[int], Any]:
-    """The package's own step, which returns the batch's sums."""
-    from megatron_dlm.training.optimizer import build_optimizer, finish_gradients, wrap_data_parallel
-    from megatron_dlm.training.step import PipelineRunner
+class OurStep:
+    """The package's own step, and what it holds."""
 
-    denoiser = build_denoiser(shape, parallel, shape.recompute)
-    chunks = wrap_data_parallel(denoiser, ParallelConfig())
-    optimizer = build_optimizer(OptimizerConfig(), ParallelConfig(), shape.precision, chunks)
-    denoiser.config.finalize_model_grads_func = finish_gradients
-    denoiser.config.grad_scale_func = optimizer.scale_loss
-    objective = OBJECTIVES[shape.family]().build(shape.vocabulary)
-    runner = PipelineRunner(chunks, objective, parallel, shape.rows_per_chunk)
-    set_learning_rate(optimizer, LEARNING_RATE)
+    def __init__(self, shape: Shape, parallel: ParallelState) -> None:
+        from megatron_dlm.training.optimizer import build_optimizer, finish_gradients, wrap_data_parallel
+        from megatron_dlm.training.step import PipelineRunner
 
-    def microbatches_of(index: int) -> Any:
-        return runner.ready(corrupted_parts(objective, [shape.batch(index)], shape.context(index)))
+        self.denoiser = build_denoiser(shape, parallel, shape.recompute)
+        self.chunks = wrap_data_parallel(self.denoiser, shape.layout)
+        self.optimizer = build_optimizer(OptimizerConfig(), shape.layout, shape.precision, self.chunks)
+        self.denoiser.config.finalize_model_grads_func = finish_gradients
+        self.denoiser.config.grad_scale_func = self.optimizer.scale_loss
+        self._shape = shape
+        self._objective = OBJECTIVES[shape.family]().build(shape.vocabulary)
+        self._runner = PipelineRunner(self.chunks, self._objective, parallel, shape.rows_per_chunk)
+        self._microbatches_of = cache(self._make) if shape.prepared else self._make
+        set_learning_rate(self.optimizer, LEARNING_RATE)
 
-    if shape.prepared:
-        microbatches_of = cache(microbatches_of)
+    def _make(self, index: int) -> Any:
+        batch, context = self._shape.batch(index), self._shape.context(index)
+        return self._runner.ready(corrupted_parts(self._objective, [batch], context))
 
-    def step(index: int) -> Any:
-        chunks[0].zero_grad_buffer()
-        optimizer.zero_grad()
-        sums = runner.run(microbatches_of(index), shape.address(index))
-        step_if_finite(optimizer)
+    def __call__(self, index: int) -> Any:
+        """Make a step; returns the batch's sums."""
+        self.chunks[0].zero_grad_buffer()
+        self.optimizer.zero_grad()
+        sums = self._runner.run(self._microbatches_of(index), self._shape.address(index))
+        step_if_finite(self.optimizer)
         return sums
-
-    return step
 
 
 def plain_step(
@@ -247,7 +250,7 @@ def plain_model(shape: Shape) -> Any:
     return plain
 
 
-BUILDERS = {"ours": our_step, "naive": naive_step, "floor": floor_step}
+BUILDERS = {"ours": OurStep, "naive": naive_step, "floor": floor_step}
 
 
 def body_steps(shape: Shape, parallel: ParallelState) -> dict[str, Callable[[], None]]:

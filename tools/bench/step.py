@@ -26,7 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from sides import BUILDERS, Shape, body_steps, our_step
+from sides import BUILDERS, OurStep, Shape, body_steps
 
 from megatron_dlm.models.sizes import paper_model
 from megatron_dlm.models.work import Work
@@ -169,7 +169,7 @@ def scaling(base: Shape, arguments: argparse.Namespace, parallel: ParallelState)
     }.items():
         for family in arguments.families:
             shapes = {value: replace(base, family=family, **{name: value}) for value in values}
-            steps = {str(value): our_step(shape, parallel) for value, shape in shapes.items()}
+            steps = {str(value): OurStep(shape, parallel) for value, shape in shapes.items()}
             seconds = interleaved(steps, arguments.repeats)
             rows.append([family, name, *(f"{value:,}: {seconds[str(value)]:.2f} s" for value in values)])
     show(f"cost of a {base.size} step", ["family", "varied", "", "", ""], rows)
@@ -180,7 +180,7 @@ def padding(shapes: list[Shape], arguments: argparse.Namespace, parallel: Parall
     rows, padded = [], replace(parallel, vocabulary_multiple=CUDA_VOCABULARY_MULTIPLE)
     for shape in shapes:
         tokens = shape.batch_size * shape.seq_length
-        steps = {"plain": our_step(shape, parallel), "padded": our_step(shape, padded)}
+        steps = {"plain": OurStep(shape, parallel), "padded": OurStep(shape, padded)}
         losses = [step(0).loss for step in steps.values()]
         seconds = interleaved(steps, arguments.repeats)
         rows.append(
