@@ -1,7 +1,7 @@
 """Transformer Engine's linears and attention, as megatron-core wraps them; nothing else here needs them.
 
 Its LayerNorm-linears do not fit: the modulation stands between norm and linear. Norm and modulation are one
-kernel (kernels/modulated_norm.py), and so are gate, bias and residual (kernels/gated_residual.py).
+kernel with the gate and residual before them (kernels/residual_norm.py).
 """
 
 from __future__ import annotations

@@ -65,6 +65,19 @@ def test_corruption_benchmark_prints_both_sides():
 
 
 @pytest.mark.slow
+def test_checkpoint_benchmark_prints_waits_and_what_watches_a_step():
+    command = [sys.executable, str(ROOT / "tools" / "bench" / "checkpoint.py"), "--sizes", "tiny"]
+    command += ["--vocabulary-size", "301", "--repeats", "1"]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ)
+    assert finished.returncode == 0, finished.stderr
+    (row,) = (line for line in finished.stdout.splitlines() if line.startswith("│ tiny "))
+    synchronous, asynchronous, ratio = row.split("│")[3:6]
+    assert float(ratio.strip(" %")) == pytest.approx(100 * float(asynchronous) / float(synchronous), abs=6)
+    (line,) = (line for line in finished.stdout.splitlines() if "│ fingerprint" in line)
+    assert float(line.split("│")[2]) > 0
+
+
+@pytest.mark.slow
 def test_kernel_benchmark_counts_bytes():
     command = [sys.executable, str(ROOT / "tools" / "bench" / "kernels.py"), "--widths", "40"]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}

@@ -1,6 +1,7 @@
 """What saving and watching a run cost: synchronous saves beside asynchronous ones, hooks beside steps.
 
     torchrun --standalone --nproc-per-node 2 tools/bench/checkpoint.py
+    python tools/bench/checkpoint.py --device cuda      on one GPU
 
 For each size: how long a save keeps training waiting, synchronous and asynchronous in turn, and their ratio;
 how long a load takes; bytes on disk. Then the time of one optimizer step beside that of the fingerprint, the
@@ -38,15 +39,18 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=["19M", "113M"], help="published sizes")
     parser.add_argument("--vocabulary-size", type=int, default=32001, help="ids, mask token included")
     parser.add_argument("--repeats", type=int, default=5, help="rounds of each side")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where the model is; a GPU's is copied first"
+    )
     parser.add_argument("--directory", type=Path, help="where to save (a temporary directory)")
     arguments = parser.parse_args()
-    parallel = start_parallel(detect_environment(), ParallelConfig(device="cpu"))
+    parallel = start_parallel(detect_environment(), ParallelConfig(device=arguments.device))
     with shared_directory(parallel, arguments.directory) as directory:
         rows = [measure_saves(size, directory / size, arguments, parallel) for size in arguments.sizes]
         overhead = measure_hooks(arguments.sizes[0], directory / "run", arguments, parallel)
     if parallel.rank == 0:
         processes = f"{parallel.world_size} ranks, medians of {arguments.repeats}"
-        title = f"seconds that training waits for a save; {processes}"
+        title = f"seconds that training waits for a save on {arguments.device}; {processes}"
         columns = [
             "size",
             "GB on disk",
@@ -154,7 +158,7 @@ def measure_hooks(
     from megatron_dlm.models.sizes import paper_model
     from megatron_dlm.objectives.base import corruption_fingerprint
     from megatron_dlm.objectives.mdlm import MDLMConfig
-    from megatron_dlm.training import step as step_module
+    from megatron_dlm.training import microbatches
     from megatron_dlm.training.health import ReplicaHook, WatchdogHook, stop_watching
     from megatron_dlm.training.hooks import LoggingHook, RequestHook, Telemetry
     from megatron_dlm.training.run_data import open_data
@@ -192,7 +196,7 @@ def measure_hooks(
         spent += time.monotonic() - started
         return result
 
-    step_module.corruption_fingerprint = timed_fingerprint
+    microbatches.corruption_fingerprint = timed_fingerprint
     for _ in range(4 * arguments.repeats + 1):
         spent = 0.0
         started = time.monotonic()
