@@ -2,7 +2,7 @@
 
     python tools/bench/corruption.py [--families mdlm duo ar esolm block-diffusion] [--seq-length 2048]
 
-Corruption, the rows that carry a loss, the count of visible pairs, and the mask in the form that attention takes.
+Corruption, the rows that carry a loss, the count of visible pairs, and the mask in the form attention takes.
 Both sides in turn; medians.
 """
 
