@@ -48,6 +48,8 @@ class Shape:
     rows_per_chunk: int = HEAD_ROWS_PER_CHUNK
     prepared: bool = False
     """Corrupt batches once and use them again, as if workers had them ready."""
+    microbatches: int = 1
+    """Of `batch_size` samples each, in one step of our side."""
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -64,9 +66,14 @@ class Shape:
             token_ids=tokens, sample_indices=np.arange(self.batch_size) + step * self.batch_size
         )
 
+    def batches(self, step: int) -> list[TokenBatch]:
+        """Those of a step's microbatches."""
+        return [self.batch(step * self.microbatches + index) for index in range(self.microbatches)]
+
     def address(self, step: int) -> BatchAddress:
         """Of a step's batch."""
-        return BatchAddress(step, step * self.batch_size, self.batch_size, training=True)
+        size = self.batch_size * self.microbatches
+        return BatchAddress(step, step * size, size, training=True)
 
     def context(self, step: int) -> CorruptionContext:
         """Address of a step's draws."""
@@ -88,11 +95,15 @@ def build_denoiser(shape: Shape, parallel: ParallelState, recompute: Any = "none
         fused_kernels=wants_triton(shape.kernels, parallel.device),
         transformer_impl=shape.transformer_impl,
         fp8=shape.fp8,
+        flex_attention=parallel.device.type == "cuda" and wants_triton(shape.kernels, parallel.device),
     )
     denoiser = Denoiser(model, config, shape.vocabulary, OBJECTIVES[shape.family].attention, parallel)
-    generator = torch.Generator().manual_seed(0)
+    # On the device: a CPU takes a minute for the largest sizes.
+    device = parallel.device
+    generator = torch.Generator(device=device).manual_seed(0)
     for place in weight_places(denoiser, parallel):
-        place.parameter.data.copy_(place.cut(0.02 * torch.randn(place.shape, generator=generator)))
+        values = 0.02 * torch.randn(place.shape, generator=generator, device=device)
+        place.parameter.data.copy_(place.cut(values))
     return denoiser
 
 
@@ -113,7 +124,7 @@ def our_step(shape: Shape, parallel: ParallelState) -> Callable[[int], Any]:
     set_learning_rate(optimizer, LEARNING_RATE)
 
     def microbatches_of(index: int) -> Any:
-        return runner.ready(corrupted_parts(objective, [shape.batch(index)], shape.context(index)))
+        return runner.ready(corrupted_parts(objective, shape.batches(index), shape.context(index)))
 
     if shape.prepared:
         microbatches_of = cache(microbatches_of)
