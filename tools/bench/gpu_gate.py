@@ -36,7 +36,8 @@ class Gate:
     """Of data and runs."""
     device: torch.device
     has_engine: bool
-    size: str
+    model: tuple[str, ...]
+    """Words of its shape."""
     seq_length: int
     batch_size: int
     vocabulary_size: int
@@ -82,7 +83,6 @@ class Gate:
         shutil.rmtree(run, ignore_errors=True)
         values = {
             "directory": run,
-            "model.size": self.size,
             "data.train": train,
             "data.validation": held_out,
             "data.seq-length": self.seq_length,
@@ -100,7 +100,7 @@ class Gate:
             "parallel.device": self.device.type,
         }
         words = [word for name, value in values.items() for word in (f"--{name}", value)]
-        recipe = ["-m", "megatron_dlm", "train", "examples/mdlm/113m.py"]
+        recipe = ["-m", "megatron_dlm", "train", "examples/mdlm/113m.py", *self.model]
         finish([*recipe, *words, *SIDES[side]], deadline - time.monotonic())
         entries = [entry for entry in read_metrics(run) if entry["kind"] == "train"]
         speeds = sorted(entry["tokens_per_second"] for entry in entries)

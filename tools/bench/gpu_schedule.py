@@ -51,13 +51,15 @@ def measured(output: Path) -> dict[str, dict[str, Any]]:
     return {line["piece"]: line for _, line in read_json_lines(output, "output")}
 
 
-def run_missing(pieces: list[Piece], output: Path, time_limit: float) -> None:
+def run_missing(pieces: list[Piece], output: Path, time_limit: float, patience: float = 1.0) -> None:
     """Run, in order, the pieces without a result that fit into the time.
 
     Args:
         pieces: all of them.
         output: JSON lines; grows with each piece.
         time_limit: seconds for all.
+        patience: how many times its share a piece may take before it is ended; above 1 where others use the
+            machine.
     """
     end = time.monotonic() + time_limit
     done = measured(output)
@@ -66,9 +68,11 @@ def run_missing(pieces: list[Piece], output: Path, time_limit: float) -> None:
             continue
         left = end - time.monotonic()
         if left < piece.share:
-            _tell(f"{piece.name}: skipped: takes up to {piece.share:.0f} s, and {max(left, 0):.0f} s are left")
+            _tell(
+                f"{piece.name}: skipped: takes up to {piece.share:.0f} s, and {max(left, 0):.0f} s are left"
+            )
             continue
-        seconds = left if piece.goes_on else piece.share
+        seconds = left if piece.goes_on else patience * piece.share
         begin = time.monotonic()
         try:
             with _at_most(seconds):
