@@ -45,7 +45,7 @@ def gradients_of(config):
 
 @pytest.mark.parametrize("objective", [MDLMConfig(), DuoConfig()], ids=["mdlm", "duo"])
 def test_gradients_of_three_microbatches(verbs, corpus, tmp_path, objective):
-    """pytorch/pytorch#181723: a recording overwrites its last gradient, which must have been added by then."""
+    """pytorch/pytorch#181723: a recording overwrites its last gradient, which is to be added by then."""
     found = []
     for records in (False, True):
         parallel = ParallelConfig(cuda_graphs=records, device="cuda")

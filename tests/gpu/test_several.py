@@ -47,28 +47,47 @@ def toy(corpus, directory, parallel, objective=None, **changes):
     return config_for(corpus, directory, parallel, objective, **{"optimizer__epsilon": 1e-2} | changes)
 
 
+def good(found):
+    """What the ranks returned, of a layout that did not fail."""
+    assert not isinstance(found, str), found
+    return found
+
+
+def on(body, world_size, parallel, *arguments):
+    """What rank 0 returned, of one layout."""
+    return good(run_on_devices(body, world_size, {"": (parallel, arguments)})[""])[0]
+
+
 @pytest.fixture(scope="module")
 def one_process(corpus, tmp_path_factory):
-    """What one process computes, by family, made once."""
-    made = {}
-
-    def of(family):
-        if family not in made:
-            config = toy(corpus, tmp_path_factory.mktemp("one"), ParallelConfig(), OBJECTIVES[family])
-            (made[family],) = run_on_devices(three_steps, 1, config)
-        return made[family]
-
-    return of
+    directory = tmp_path_factory.mktemp("one")
+    cases = {
+        family: (ParallelConfig(), (toy(corpus, directory, ParallelConfig(), objective),))
+        for family, objective in OBJECTIVES.items()
+    }
+    return {name: good(found)[0] for name, found in run_on_devices(three_steps, 1, cases).items()}
 
 
-@pytest.mark.parametrize("family", ["mdlm"])
+@pytest.fixture(scope="module")
+def two_processes(corpus, tmp_path_factory):
+    """All layouts and families in one pair of processes."""
+    directory = tmp_path_factory.mktemp("two")
+    cases = {
+        (name, family): (parallel, (toy(corpus, directory, parallel, OBJECTIVES[family]),))
+        for name, parallel in LAYOUTS.items()
+        for family in OBJECTIVES
+        if not ONE_CARD or name in CARRIED
+    }
+    return run_on_devices(three_steps, 2, cases)
+
+
+@pytest.mark.parametrize("family", OBJECTIVES)
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_two_processes_train_as_one(corpus, tmp_path, one_process, name, family):
+def test_two_processes_train_as_one(one_process, two_processes, name, family):
     if ONE_CARD and name not in CARRIED:
         pytest.skip("gloo refuses what it takes between processes on one card")
-    expected = one_process(family)
-    config = toy(corpus, tmp_path, LAYOUTS[name], OBJECTIVES[family])
-    for found in run_on_devices(three_steps, 2, config, parallel=LAYOUTS[name]):
+    expected = one_process[family]
+    for found in good(two_processes[name, family]):
         assert found["fingerprints"] == expected["fingerprints"]
         for ours, theirs in zip(found["losses"], expected["losses"], strict=True):
             assert ours == pytest.approx(theirs, rel=ROUNDING)
@@ -84,24 +103,25 @@ def losses_of(state, config):
 @pytest.mark.skipif(GPUS < 2, reason="user buffers need two GPUs and Transformer Engine")
 def test_user_buffers_train_as_plain_exchange(corpus, tmp_path):
     pytest.importorskip("transformer_engine")
-    found = []
+    cases = {}
     for overlaps in (False, True):
         parallel = ParallelConfig(
             tensor_model_parallel_size=2, sequence_parallel=True, overlap_tensor_parallel=overlaps
         )
         changes = {"training__precision": "bf16", "training__transformer_impl": "transformer_engine"}
         config = toy(corpus, tmp_path, parallel, training__kernels="auto", **changes)
-        found.append(run_on_devices(losses_of, 2, config, parallel=parallel)[0])
-    for ours, theirs in zip(found[1], found[0], strict=True):
+        cases[overlaps] = parallel, (config,)
+    found = run_on_devices(losses_of, 2, cases)
+    for ours, theirs in zip(good(found[True])[0], good(found[False])[0], strict=True):
         assert ours[0] == pytest.approx(theirs[0], rel=1e-2)
 
 
 @needs_all
 def test_two_processes_save_and_one_goes_on(corpus, tmp_path):
     parallel = LAYOUTS["tensor 2, sequence"]
-    saved = run_on_devices(save_at_two, 2, toy(corpus, tmp_path, parallel), parallel=parallel)[0]
-    resumed = run_on_devices(load_and_go_on, 1, toy(corpus, tmp_path, ParallelConfig()))[0]
-    for ours, theirs in zip(resumed[1], saved[1], strict=True):
+    _, later = on(save_at_two, 2, parallel, toy(corpus, tmp_path, parallel))
+    _, resumed = on(load_and_go_on, 1, ParallelConfig(), toy(corpus, tmp_path, ParallelConfig()))
+    for ours, theirs in zip(resumed, later, strict=True):
         assert ours == pytest.approx(theirs, rel=10 * ROUNDING)
 
 
@@ -124,9 +144,9 @@ def save_behind_steps(state, config):
 @needs_all
 def test_an_asynchronous_save_is_read_by_one_process(corpus, tmp_path):
     parallel = LAYOUTS["data 2, distributed optimizer"]
-    later = run_on_devices(save_behind_steps, 2, toy(corpus, tmp_path, parallel), parallel=parallel)[0]
-    resumed = run_on_devices(load_and_go_on, 1, toy(corpus, tmp_path, ParallelConfig()))[0]
-    for ours, theirs in zip(resumed[1], later, strict=True):
+    later = on(save_behind_steps, 2, parallel, toy(corpus, tmp_path, parallel))
+    _, resumed = on(load_and_go_on, 1, ParallelConfig(), toy(corpus, tmp_path, ParallelConfig()))
+    for ours, theirs in zip(resumed, later, strict=True):
         assert ours == pytest.approx(theirs, rel=10 * ROUNDING)
 
 
@@ -164,7 +184,7 @@ def try_collectives(state):
 
 
 def test_what_gloo_carries_between_processes_on_one_card(capsys):
-    answers = run_on_devices(try_collectives, 2)[0]
+    answers = on(try_collectives, 2, ParallelConfig())
     with capsys.disabled():
         for name, answer in answers.items():
             print(f"\n{name}: {answer}", end="")
