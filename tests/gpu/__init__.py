@@ -1,10 +1,10 @@
 """What must hold on a GPU, and the test of each case.
 
-`python -m pytest tests/gpu` runs them where CUDA is, made for 150 s on one Hopper with 16 cores, most of them
-in one process (tests/helpers/verbs.py). Without CUDA they are skipped; with MEGATRON_DLM_REHEARSE=1 all but
-the GPU's own run on the CPU, which is how they are tried before they meet a GPU. `-m sanitizer` runs the
-kernels under NVIDIA's compute-sanitizer. test_cases.py fails where a row names a test that is not there, or a
-test has no row.
+`python -m pytest tests/gpu -n 4 --dist loadfile` runs them where CUDA is, made for 150 s on one Hopper with
+16 cores; those of a file share a process (tests/helpers/verbs.py). Without CUDA they are skipped; with
+MEGATRON_DLM_REHEARSE=1 all but the GPU's own run on the CPU, which is how they are tried before they meet a
+GPU. `-m sanitizer` runs the kernels under NVIDIA's compute-sanitizer. test_cases.py fails where a row names a
+test that is not there, or a test has no row.
 """
 
 CASES = {

@@ -1,7 +1,5 @@
 """Layers recorded as CUDA graphs train, and leave the gradients, as layers that run."""
 
-from dataclasses import replace
-
 import pytest
 
 from megatron_dlm.objectives.duo import DuoConfig
@@ -9,7 +7,7 @@ from megatron_dlm.objectives.mdlm import MDLMConfig
 from megatron_dlm.platform.parallel_config import ParallelConfig
 from tests.distributed.test_checkpoint import config_for
 from tests.gpu.test_training import DEVICE_WORDS, curve
-from tests.helpers.devices import HAS_CUDA
+from tests.helpers.devices import HAS_CUDA, run_on_devices
 from tests.helpers.gradients import accumulated_gradients
 from tests.helpers.runs import arguments_for
 
@@ -32,27 +30,26 @@ def test_recorded_layers_train_as_layers_that_run(verbs, corpus, tmp_path, preci
     assert curves[1] == pytest.approx(curves[0], rel=1e-5 if precision == "fp32" else 1e-3)
 
 
-def gradients_of(config):
-    """In the process of the verbs."""
-    from megatron_dlm.platform.launch import detect_environment
-    from megatron_dlm.platform.parallel import start_parallel, stop_parallel
+@pytest.fixture(scope="module")
+def gradients(corpus, tmp_path_factory):
+    """Of 3 microbatches, by family and whether layers are recorded, all from one process."""
+    cases = {}
+    for family, objective in {"mdlm": MDLMConfig(), "duo": DuoConfig()}.items():
+        for records in (False, True):
+            parallel = ParallelConfig(cuda_graphs=records)
+            changes = {"training__recompute": "none", "training__global_batch_size": 6}
+            changes |= {"training__transformer_impl": "local"}
+            directory = tmp_path_factory.mktemp("unused")
+            config = config_for(corpus, directory, parallel, objective, **changes)
+            cases[family, records] = parallel, (config,)
+    return run_on_devices(accumulated_gradients, 1, cases)
 
-    state = start_parallel(detect_environment(), config.parallel)
-    found = accumulated_gradients(state, config)
-    stop_parallel()
-    return {name: gradient.numpy() for name, gradient in found.items()}
 
-
-@pytest.mark.parametrize("objective", [MDLMConfig(), DuoConfig()], ids=["mdlm", "duo"])
-def test_gradients_of_three_microbatches(verbs, corpus, tmp_path, objective):
+@pytest.mark.parametrize("family", ["mdlm", "duo"])
+def test_gradients_of_three_microbatches(gradients, family):
     """pytorch/pytorch#181723: a recording overwrites its last gradient, which is to be added by then."""
-    found = []
-    for records in (False, True):
-        parallel = ParallelConfig(cuda_graphs=records, device="cuda")
-        changes = {"training__recompute": "none", "training__global_batch_size": 6}
-        changes |= {"training__transformer_impl": "local"}
-        config = config_for(corpus, tmp_path, parallel, objective, **changes)
-        found.append(verbs.run(gradients_of, replace(config, directory=tmp_path))[0])
-    plain, recorded = found
-    for name, gradient in plain.items():
-        assert abs(recorded[name] - gradient).max() <= 1e-5 * abs(gradient).max(), name
+    plain, recorded = (gradients[family, records] for records in (False, True))
+    assert isinstance(plain, list), plain
+    assert isinstance(recorded, list), recorded
+    for name, gradient in plain[0].items():
+        assert float((recorded[0][name] - gradient).abs().max()) <= 1e-5 * float(gradient.abs().max()), name

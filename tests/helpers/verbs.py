@@ -20,14 +20,14 @@ class VerbProcess:
         """Run a verb to its end; returns the exit code and the seconds it took.
 
         Args:
-            verb: of `megatron-dlm`, or a module-level function to call with `words`.
+            verb: of `megatron-dlm`.
             words: arguments.
             seconds: until the process is ended and the test fails.
         """
         if self._process is None:
             self._start()
         begin = time.monotonic()
-        self._connection.send((verb, words if callable(verb) else [str(word) for word in words]))
+        self._connection.send((verb, [str(word) for word in words]))
         if not self._connection.poll(seconds):
             self.stop()
             pytest.fail(f"{verb} {words}: no end within {seconds} s")
@@ -66,12 +66,9 @@ def _serve(connection, device):
         except EOFError:
             return
         try:
-            if callable(verb):
-                value = verb(*words)
-            else:
-                value = importlib.import_module(f"megatron_dlm.cli.{verb}").run(words)
+            code = importlib.import_module(f"megatron_dlm.cli.{verb}").run(words)
             _forget_determinism()
-            connection.send((True, value))
+            connection.send((True, code))
         except BaseException:
             connection.send((False, traceback.format_exc()))
             return
