@@ -22,10 +22,12 @@ from gpu_profile import profile_step
 from sides import Shape, build_denoiser, compiled_step, our_step, plain_model
 
 from megatron_dlm.interfaces import HeadRows
-from megatron_dlm.models.fp8 import Fp8Config
+from megatron_dlm.models.fp8 import CAPABILITIES, Fp8Config
 from megatron_dlm.models.sizes import paper_model
 from megatron_dlm.objectives.registry import OBJECTIVES
+from megatron_dlm.platform.gpu import capability
 from megatron_dlm.platform.parallel import ParallelState
+from megatron_dlm.platform.versions import check_transformer_engine
 
 MICRO_BATCH_SIZES = {"2121M": 8, "1028M": 16, "336M": 32, "113M": 32, "tiny": 2}
 """What is measured where nothing is asked for; 80 GB hold it."""
@@ -53,6 +55,9 @@ class Bench:
         """From the command line."""
         on_gpu = parallel.device.type == "cuda"
         has_engine = on_gpu and importlib.util.find_spec("transformer_engine") is not None
+        if has_engine:
+            # Imports it, which takes seconds that no piece should answer for.
+            check_transformer_engine()
         return cls(
             seq_length=arguments.seq_length,
             vocabulary_size=arguments.vocabulary_size,
@@ -64,6 +69,13 @@ class Bench:
             transformer_impl="transformer_engine" if has_engine else "local",
             parallel=parallel,
         )
+
+    @property
+    def precisions(self) -> list[str]:
+        """What this device multiplies in; a CPU emulates FP8."""
+        device = self.parallel.device
+        has_fp8 = device.type == "cpu" or capability(device) >= CAPABILITIES[self.fp8.recipe]
+        return ["fp32", "bf16", *(["fp8"] if has_fp8 else [])]
 
     def batch_size(self, size: str) -> int:
         """Samples of a microbatch."""
@@ -102,13 +114,13 @@ def forget_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def step_errors(bench: Bench, family: str, precisions: list[str]) -> dict[str, Any]:
+def step_errors(bench: Bench, family: str) -> dict[str, Any]:
     """Loss and gradients of a toy step against plain PyTorch in float32 on the same noise."""
     found: dict[str, Any] = {}
     small = replace(bench, seq_length=64, vocabulary_size=133, rows_per_chunk=64, micro_batch_size=2)
     plain = replace(small.shape("tiny", family, "fp32"), kernels="torch", transformer_impl="local")
     loss, gradients = _loss_and_gradients(plain, bench.parallel)
-    for precision in precisions:
+    for precision in bench.precisions:
         other, others = _loss_and_gradients(small.shape("tiny", family, precision), bench.parallel)
         found[f"{precision}: loss"] = abs(other / loss - 1.0)
         errors = [float((others[key] - value).norm() / value.norm()) for key, value in gradients.items()]
@@ -161,6 +173,8 @@ def step_speed(
     bench: Bench, size: str, family: str, precision: str, microbatches: int, deadline: float
 ) -> dict[str, Any]:
     """Tokens/s, utilisation, memory and a profile of our step."""
+    if precision not in bench.precisions:
+        raise RuntimeError(f"this GPU has no products of fp8.recipe {bench.fp8.recipe}")
     device, shape = bench.parallel.device, bench.shape(size, family, precision, microbatches)
     forget_peak(device)
     begin = time.monotonic()
