@@ -117,7 +117,15 @@ def test_the_quick_gpu_benchmark_runs_the_whole_way(tmp_path):
         assert {"matrix products", "attention", "head", "optimizer", "copies"} <= profile["parts"].keys()
         assert len(profile["top"]) == 15 and profile["device_ms"] > 0
     assert "profile" not in lines["ours tiny mdlm bf16 x8"]
-    for word in ("of datasheet", "peak MiB", "waits", "top kernels: tiny duo bf16", "8 of 2", "ms of device"):
+    for word in (
+        "of datasheet",
+        "peak MiB",
+        "waits",
+        "top kernels: tiny duo bf16",
+        "8 of 2",
+        "ms of device",
+        "ms idle",
+    ):
         assert word in finished.stdout
 
 

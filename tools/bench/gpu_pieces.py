@@ -138,7 +138,7 @@ def _loss_and_gradients(shape: Shape, parallel: ParallelState) -> tuple[float, d
     losses = denoiser.head(hidden, rows, objective.loss_and_dlogits, shape.rows_per_chunk)
     losses.loss.backward()
     gradients = {name: p.grad.float() for name, p in denoiser.named_parameters() if p.grad is not None}
-    return float(losses.loss), {name: g for name, g in gradients.items() if float(g.norm()) > 0}
+    return float(losses.loss.detach()), {name: g for name, g in gradients.items() if float(g.norm()) > 0}
 
 
 def timed(

@@ -30,6 +30,11 @@ def print_tables(done: Lines) -> None:
             _counts(done),
         ),
         ("ms of device time by part", ["part", *(name for name, _ in _profiles(done))], _parts(done)),
+        (
+            "FP8 against bf16: where its time goes; a step takes what the device is busy and idle",
+            ["step", "of", "bf16", "fp8", "fp8 less bf16"],
+            _fp8_against_bf16(done),
+        ),
         ("compiled", ["size", "family", "tokens/s", "peak MiB", "compile s"], _compiled(done)),
         ("memory of the head's loss and gradient", ["size", "ours MiB", "full MiB", "ratio"], _heads(done)),
         ("sampling", ["family", "tokens/s", "batch", "steps"], _sampling(done)),
@@ -120,6 +125,30 @@ def _parts(done: Lines) -> list[list[str]]:
         return f"{ms:,.1f} ({ms / profile['device_ms']:.0%}, {calls} calls)"
 
     return [[part, *(cell(profile, part) for _, profile in profiles)] for part in names]
+
+
+def _fp8_against_bf16(done: Lines) -> list[list[str]]:
+    rows = []
+    for (size, family, precision, *more), fp8 in _good(done, "ours "):
+        bf16 = done.get(" ".join(["ours", size, family, "bf16", *more]), {})
+        if precision != "fp8" or not all(isinstance(line.get("profile"), dict) for line in (bf16, fp8)):
+            continue
+        sides = [_reckoning(line) for line in (bf16, fp8)]
+        name, ratio = f"{size} {family}", fp8["tokens_per_second"] / bf16["tokens_per_second"]
+        speeds = (f"{line['tokens_per_second']:,.0f}" for line in (bf16, fp8))
+        rows.append([name, "tokens/s", *speeds, f"{ratio:.2f}x"])
+        for key in dict.fromkeys([*sides[0], *sides[1]]):
+            ours, theirs = (side.get(key, 0.0) for side in sides)
+            rows.append([name, key, f"{ours:,.1f}", f"{theirs:,.1f}", f"{theirs - ours:+,.1f}"])
+    return rows
+
+
+def _reckoning(line: dict[str, Any]) -> dict[str, float]:
+    """Milliseconds of each part and of what is none, and launches, of one step."""
+    profile = line["profile"]
+    parts = {f"ms of {part}": ms for part, (ms, _) in profile["parts"].items()}
+    idle = line["step_ms"] - profile["device_ms"]
+    return parts | {"ms idle": idle, "ms of a step": line["step_ms"], "launches": profile["launches"]}
 
 
 def _print_kernels(done: Lines) -> None:
