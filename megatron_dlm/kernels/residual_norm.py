@@ -26,13 +26,13 @@ LARGEST_WIDTH = 1 << 15
 
 
 @triton.jit
-def _load(pointer, columns, width, WIDE: tl.constexpr):
+def _tile(pointer, columns, width, WIDE: tl.constexpr):
     return tl.load(pointer + columns, mask=columns < width, other=0.0).to(WIDE)
 
 
 @triton.jit
 def _gain(weight, scale, columns, width, WIDE: tl.constexpr):
-    return _load(weight, columns, width, WIDE) * (1.0 + _load(scale, columns, width, WIDE))
+    return _tile(weight, columns, width, WIDE) * (1.0 + _tile(scale, columns, width, WIDE))
 
 
 @triton.jit
@@ -41,19 +41,19 @@ def _stream_of(
     BRANCH: tl.constexpr, BIASED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """A tile of the stream behind the branch, which is written to `out`."""
-    value = _load(stream, columns, width, WIDE)
+    value = _tile(stream, columns, width, WIDE)
     if BRANCH:
-        added = _load(branch, columns, width, WIDE)
+        added = _tile(branch, columns, width, WIDE)
         if BIASED:
-            added += _load(bias, columns, width, WIDE)
-        value += _load(gate, columns, width, WIDE) * added
+            added += _tile(bias, columns, width, WIDE)
+        value += _tile(gate, columns, width, WIDE) * added
         tl.store(out + columns, value, mask=columns < width)
     return value
 
 
 @triton.jit
 def _store_normed(y, normed, weight, shift, scale, columns, width, WIDE: tl.constexpr):
-    moved = normed * _gain(weight, scale, columns, width, WIDE) + _load(shift, columns, width, WIDE)
+    moved = normed * _gain(weight, scale, columns, width, WIDE) + _tile(shift, columns, width, WIDE)
     tl.store(y + columns, moved, mask=columns < width)
 
 
@@ -125,9 +125,9 @@ def _write(
     if BRANCH:
         added = added.to(WIDE)
         if BIASED:
-            added += _load(bias, columns, width, WIDE)
+            added += _tile(bias, columns, width, WIDE)
         gated = total * added
-        tl.store(dbranch + start + columns, total * _load(gate, columns, width, WIDE), mask=columns < width)
+        tl.store(dbranch + start + columns, total * _tile(gate, columns, width, WIDE), mask=columns < width)
     return gated
 
 

@@ -7,6 +7,7 @@ is made.
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -58,6 +59,25 @@ def forget_layers(layers: Sequence[AdaLNTransformerLayer]) -> None:
         layer.replay = None
     # They are parts of circles.
     gc.collect()
+
+
+@contextmanager
+def where_recordings_may_join() -> Iterator[None]:
+    """A stream of its own, for megatron-core's data parallel wrapper around layers that are to be recorded.
+
+    The wrapper keeps the nodes that sum parameters' gradients, which stay on the stream it was made on.
+    A recording waits on it, which ends with cudaErrorStreamCaptureImplicit where it is the default stream
+    (pytorch/pytorch#180090); Megatron-LM's own training makes its wrapper so.
+
+    Yields:
+        Nothing.
+    """
+    warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")
+    usual, own = torch.cuda.current_stream(), torch.cuda.Stream()
+    own.wait_stream(usual)
+    with torch.cuda.stream(own):
+        yield
+    usual.wait_stream(own)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,8 @@ def wrap_data_parallel(denoiser: Denoiser | ChunkedDenoiser, parallel: ParallelC
     """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
+    from megatron_dlm.models.cuda_graphs import where_recordings_may_join
+
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
@@ -63,7 +66,8 @@ def wrap_data_parallel(denoiser: Denoiser | ChunkedDenoiser, parallel: ParallelC
     )
     if parallel.fully_sharded:
         return [_fully_sharded(chunk, ddp_config) for chunk in denoiser.chunks]
-    return [DistributedDataParallel(chunk.config, ddp_config, chunk) for chunk in denoiser.chunks]
+    with where_recordings_may_join() if parallel.cuda_graphs else nullcontext():
+        return [DistributedDataParallel(chunk.config, ddp_config, chunk) for chunk in denoiser.chunks]
 
 
 def _fully_sharded(chunk: Denoiser, ddp_config: Any) -> Any:

@@ -132,61 +132,103 @@ def test_an_export_takes_a_file_and_a_tensor_of_memory():
         assert 0.9 * float(tensor) < float(peak) < 1.2 * float(largest) + float(tensor)
 
 
+def run_gpu_bench(output, *arguments, seconds=600):
+    """tools/bench/gpu.py on a CPU at toy size; its printed text, and its lines by piece."""
+    command = [sys.executable, str(ROOT / "tools" / "bench" / "gpu.py"), "--output", str(output)]
+    command += ["--device", "cpu", "--tiny", *arguments]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=os.environ)
+    assert finished.returncode == 0, finished.stderr
+    lines = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
+    return finished, {line["piece"]: line for line in lines}
+
+
+@pytest.mark.slow
+def test_the_quick_gpu_benchmark_runs_the_whole_way(tmp_path):
+    families = ("mdlm", "ar", "duo", "esolm")
+    finished, lines = run_gpu_bench(tmp_path / "quick.jsonl", "--quick", seconds=240)
+    assert list(lines) == [
+        "device",
+        *(f"step errors {family}" for family in families),
+        *(f"ours tiny {family} bf16 x1" for family in families),
+        *("ours tiny mdlm fp8 x1", "ours tiny mdlm bf16 x8"),
+    ]
+    assert not [line for line in lines.values() if "error" in line]
+    assert lines["device"]["copy_bytes_per_second"] > 0
+    for family in families:
+        errors = lines[f"step errors {family}"]
+        assert errors["fp32: loss"] < 1e-5 and errors["bf16: loss"] < 1e-2 and errors["fp8: loss"] < 5e-2
+        profile = lines[f"ours tiny {family} bf16 x1"]["profile"]
+        assert {"matrix products", "attention", "head", "optimizer", "copies"} <= profile["parts"].keys()
+        assert len(profile["top"]) == 15 and profile["device_ms"] > 0
+    assert "profile" not in lines["ours tiny mdlm bf16 x8"]
+    for word in (
+        "of datasheet",
+        "peak MiB",
+        "waits",
+        "top kernels: tiny duo bf16",
+        "8 of 2",
+        "ms of device",
+        "ms idle",
+    ):
+        assert word in finished.stdout
+
+
+@pytest.mark.slow
+def test_pieces_that_do_not_fit_are_skipped_and_said(tmp_path):
+    output = tmp_path / "quick.jsonl"
+    finished, lines = run_gpu_bench(output, "--quick", "--time-limit", "3")
+    assert not lines and finished.stderr.count("skipped: takes up to") == 11
+    finished, lines = run_gpu_bench(output, "--quick", "--time-limit", "24", "--families", "ar")
+    assert "device" in lines and "ours tiny ar bf16 x1: skipped: takes up to 25 s, and" in finished.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_gate_compares_three_trainings(tmp_path):
+    finished, lines = run_gpu_bench(tmp_path / "gate.jsonl", "--gate", seconds=400)
+    assert not [line for line in lines.values() if "error" in line]
+    for side in ("fp32, local", "bf16", "fp8"):
+        assert lines[f"gate: train {side}"]["steps"] == 220
+    for side in ("bf16", "fp8"):
+        assert "without CUDA" in lines[f"gate: train {side}"]["note"]
+        line = lines[f"gate: {side} less fp32, local"]
+        for mean in (line["difference"], line["training"]["difference"]):
+            assert mean["low"] < mean["nats_per_token"] < mean["high"] and abs(mean["nats_per_token"]) < 0.1
+    assert "95% intervals" in finished.stdout and " to " in finished.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_gpu_benchmark_goes_on_where_it_stopped(tmp_path):
-    """On a CPU at toy size; what needs a GPU says so in its line."""
+    """What needs a GPU says so in its line."""
     output = tmp_path / "gpu.jsonl"
-    command = [sys.executable, str(ROOT / "tools" / "bench" / "gpu.py"), "--output", str(output)]
-    command += ["--device", "cpu", "--tiny", "--families", "duo"]
-    command += ["--isoflop-budgets", "1.5e12", "--isoflop-sizes", "tiny", "--time-limit", "2000"]
-    command += ["--options", *OPTIONS]
-
-    def run(*more):
-        finished = subprocess.run(
-            [*command, *more], capture_output=True, text=True, timeout=600, env=os.environ
-        )
-        assert finished.returncode == 0, finished.stderr
-        return finished
-
-    assert "time is up before 'device'" in run("--time-limit", "0").stderr
-    first = run()
-    lines = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [line["piece"] for line in lines] == [
-        *("device", "kernels", "step errors duo", "ours tiny duo bf16", "ours tiny duo fp8"),
-        *("compiled tiny duo bf16", "head tiny", "sampling duo"),
+    words = ["--families", "duo", "--isoflop-budgets", "1.5e12", "--isoflop-sizes", "tiny"]
+    words += ["--time-limit", "2000", "--options", *OPTIONS]
+    first, lines = run_gpu_bench(output, *words)
+    assert list(lines) == [
+        *("device", "ours tiny duo bf16 x1", "ours tiny duo fp8 x1", "head tiny", "sampling duo", "text"),
         *(f"option {option}, {side}" for option in OPTIONS for side in ("with", "without")),
-        "isoflop 1.5e+12 tiny duo",
+        *("compiled tiny duo bf16", "isoflop 1.5e+12 tiny duo"),
     ]
-    errors = {line["piece"]: line["error"] for line in lines if "error" in line}
+    errors = {name: line["error"] for name, line in lines.items() if "error" in line}
     for piece, reason in {
         "head tiny": "a CPU's process keeps its largest memory",
         "option CUDA graphs, with": "this run is on a CPU",
         "option tensor parallel overlap, with": "found no Transformer Engine, or no CUDA",
     }.items():
         assert reason in errors.pop(piece)
+        assert f"{piece}: RuntimeError: " in first.stdout
     assert not errors
-    by_piece = {line["piece"]: line for line in lines}
-    assert by_piece["kernels"]["tests"] > 50
-    assert by_piece["step errors duo"]["fp8: gradients, median"] < 0.2
     for option in ("pinned memory", "weight gather overlap"):
-        assert all(
-            by_piece[f"option {option}, {side}"]["tokens_per_second"] > 0 for side in ("with", "without")
-        )
-    assert by_piece["isoflop 1.5e+12 tiny duo"]["steps"] == 134
-    for piece in ("ours tiny duo bf16", "ours tiny duo fp8", "compiled tiny duo bf16", "sampling duo"):
-        assert by_piece[piece]["tokens_per_second"] > 0
+        assert all(lines[f"option {option}, {side}"]["tokens_per_second"] > 0 for side in ("with", "without"))
+    assert lines["isoflop 1.5e+12 tiny duo"]["steps"] == 134
+    for piece in ("ours tiny duo bf16 x1", "ours tiny duo fp8 x1", "compiled tiny duo bf16", "sampling duo"):
+        assert lines[piece]["tokens_per_second"] > 0
     # Cut in the last line: that piece, and those that fail here, are done again.
     text = output.read_text()
     output.write_text(text[: text.rindex("isoflop") + 4])
-    again = run()
-    assert again.stderr.count("done (") == 1 and "isoflop 1.5e+12 tiny duo: done" in again.stderr
-    for word in (
-        "useful MFU",
-        "share of device time",
-        "tiny",
-        "against compiled",
-        "pinned memory",
-        "1.5e+12",
-    ):
-        assert word in first.stdout and word in run("--table").stdout
+    again, _ = run_gpu_bench(output, *words)
+    assert again.stderr.count(": done (") == 1 and "isoflop 1.5e+12 tiny duo: done" in again.stderr
+    table, _ = run_gpu_bench(output, "--table")
+    for word in ("of measured product", "ms of device time", "against compiled", "pinned memory", "1.5e+12"):
+        assert word in first.stdout and word in table.stdout

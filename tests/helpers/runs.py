@@ -32,7 +32,7 @@ def torchrun(processes, options=()):
     return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *options]
 
 
-def start(arguments, processes=1, options=(), rank=None, world_size=None, port=None):
+def start(arguments, processes=1, options=(), rank=None, world_size=None, port=None, environment=None):
     """A run under torchrun, or alone, or as one of the ranks that another launcher would start."""
     place = {}
     if rank is not None:
@@ -43,7 +43,7 @@ def start(arguments, processes=1, options=(), rank=None, world_size=None, port=N
     return subprocess.Popen(
         words,
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | place,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | place | (environment or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

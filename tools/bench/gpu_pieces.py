@@ -1,14 +1,12 @@
-"""The measurements of tools/bench/gpu.py, each a function that returns what goes into its line."""
+"""The measurements that tools/bench/gpu.py makes itself: each returns what goes into its line."""
 
 from __future__ import annotations
 
 import argparse
 import gc
 import importlib.util
-import re
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -19,24 +17,22 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
+from gpu_device import synchronize
+from gpu_profile import profile_step
 from sides import OurStep, Shape, build_denoiser, compiled_step, plain_model
 
 from megatron_dlm.interfaces import HeadRows
-from megatron_dlm.models.fp8 import Fp8Config
+from megatron_dlm.models.fp8 import CAPABILITIES, Fp8Config
 from megatron_dlm.models.sizes import paper_model
 from megatron_dlm.objectives.registry import OBJECTIVES
+from megatron_dlm.platform.gpu import capability
 from megatron_dlm.platform.parallel import ParallelState
+from megatron_dlm.platform.versions import check_transformer_engine
 
-PARTS = {
-    "attention": r"attention|flash|fmha|sdpa|cudnn_generated",
-    "head": r"_statistics|_cross_entropy|_divergence|softmax|log1p|scatter_add",
-    "norm, modulate, gate, rotary": r"layer_norm|addcmul|_rotate|^_forward|^_backward",
-    "linears": r"gemm|nvjet|cutlass|xmma|cublas|aten::(mm|addmm|bmm|linear)$",
-    "optimizer": r"adam|multi_tensor|foreach|clip|l2norm",
-    "copies": r"memcpy|memset|copy_|aten::to$|cat",
-}
-"""Names of kernels, or on a CPU of operators, by part; the first that fits."""
-WARM_UP = 2
+MICRO_BATCH_SIZES = {"2121M": 8, "1028M": 16, "336M": 32, "113M": 32, "tiny": 2}
+"""What is measured where nothing is asked for; 80 GB hold it."""
+PROFILE_SECONDS = 5.0
+"""That must be left for a profile: the profiler starts and sorts its events."""
 
 
 @dataclass(frozen=True)
@@ -45,34 +41,52 @@ class Bench:
 
     seq_length: int
     vocabulary_size: int
-    micro_batch_sizes: tuple[int, ...]
+    micro_batch_size: int | None
+    """Samples; None: by the model's size."""
     rows_per_chunk: int
     recompute: str
     repeats: int
     fp8: Fp8Config
     transformer_impl: str
+    parallel: ParallelState
 
     @classmethod
-    def of(cls, arguments: argparse.Namespace, device: torch.device) -> Bench:
+    def of(cls, arguments: argparse.Namespace, parallel: ParallelState) -> Bench:
         """From the command line."""
-        has_engine = device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
+        on_gpu = parallel.device.type == "cuda"
+        has_engine = on_gpu and importlib.util.find_spec("transformer_engine") is not None
+        if has_engine:
+            # Imports it, which takes seconds that no piece should answer for.
+            check_transformer_engine()
         return cls(
             seq_length=arguments.seq_length,
             vocabulary_size=arguments.vocabulary_size,
-            micro_batch_sizes=tuple(arguments.micro_batch_sizes),
+            micro_batch_size=arguments.micro_batch_size,
             rows_per_chunk=arguments.rows_per_chunk,
             recompute=arguments.recompute,
             repeats=arguments.repeats,
             fp8=Fp8Config(recipe=arguments.fp8_recipe),
             transformer_impl="transformer_engine" if has_engine else "local",
+            parallel=parallel,
         )
 
-    def shape(self, size: str, family: str, precision: str, batch_size: int) -> Shape:
+    @property
+    def precisions(self) -> list[str]:
+        """What this device multiplies in; a CPU emulates FP8."""
+        device = self.parallel.device
+        has_fp8 = device.type == "cpu" or capability(device) >= CAPABILITIES[self.fp8.recipe]
+        return ["fp32", "bf16", *(["fp8"] if has_fp8 else [])]
+
+    def batch_size(self, size: str) -> int:
+        """Samples of a microbatch."""
+        return MICRO_BATCH_SIZES.get(size, 8) if self.micro_batch_size is None else self.micro_batch_size
+
+    def shape(self, size: str, family: str, precision: str, microbatches: int = 1) -> Shape:
         """One step's."""
         return Shape(
             size,
             family,
-            batch_size,
+            self.batch_size(size),
             self.seq_length,
             self.vocabulary_size,
             precision,
@@ -81,13 +95,8 @@ class Bench:
             fp8=self.fp8,
             rows_per_chunk=self.rows_per_chunk,
             prepared=True,
+            microbatches=microbatches,
         )
-
-
-def synchronize() -> None:
-    """Wait for the GPU, where there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def peak_mib(device: torch.device) -> float:
@@ -105,34 +114,18 @@ def forget_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def kernel_errors() -> dict[str, Any]:
-    """The kernels' own tests: on a GPU compiled, on a CPU interpreted, which a process chooses once."""
-    root = Path(__file__).resolve().parents[2]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not compile"]
-    finished = subprocess.run(
-        [*command, "tests/unit/test_kernels.py"], cwd=root, stdout=subprocess.PIPE, text=True
-    )
-    if finished.returncode != 0:
-        raise RuntimeError(f"kernel tests: {finished.stdout.splitlines()[-1]}")
-    passed = re.search(r"(\d+) passed", finished.stdout)
-    return {"tests": int(passed.group(1)) if passed else 0}
-
-
-def step_errors(bench: Bench, family: str, parallel: ParallelState) -> dict[str, Any]:
-    """Loss and gradients of a toy step, by kernels and precision, against plain PyTorch in float32."""
+def step_errors(bench: Bench, family: str) -> dict[str, Any]:
+    """Loss and gradients of a toy step against plain PyTorch in float32 on the same noise."""
     found: dict[str, Any] = {}
-    base = replace(bench, seq_length=64, vocabulary_size=133, rows_per_chunk=64)
-    reference = _loss_and_gradients(replace(base.shape("tiny", family, "fp32", 2), kernels="torch"), parallel)
-    sides = {"fp32, kernels": ("fp32", "auto"), "bf16": ("bf16", "auto"), "fp8": ("fp8", "auto")}
-    for name, (precision, kernels) in sides.items():
-        shape = replace(base.shape("tiny", family, precision, 2), kernels=kernels)
-        loss, gradients = _loss_and_gradients(shape, parallel)
-        found[f"{name}: loss"] = abs(loss / reference[0] - 1.0)
-        errors = [
-            float((gradients[key] - value).norm() / value.norm()) for key, value in reference[1].items()
-        ]
-        found[f"{name}: gradients, median"] = statistics.median(errors)
-        found[f"{name}: gradients, largest"] = max(errors)
+    small = replace(bench, seq_length=64, vocabulary_size=133, rows_per_chunk=64, micro_batch_size=2)
+    plain = replace(small.shape("tiny", family, "fp32"), kernels="torch", transformer_impl="local")
+    loss, gradients = _loss_and_gradients(plain, bench.parallel)
+    for precision in bench.precisions:
+        other, others = _loss_and_gradients(small.shape("tiny", family, precision), bench.parallel)
+        found[f"{precision}: loss"] = abs(other / loss - 1.0)
+        errors = [float((others[key] - value).norm() / value.norm()) for key, value in gradients.items()]
+        found[f"{precision}: gradients, median"] = statistics.median(errors)
+        found[f"{precision}: gradients, largest"] = max(errors)
     return found
 
 
@@ -145,112 +138,96 @@ def _loss_and_gradients(shape: Shape, parallel: ParallelState) -> tuple[float, d
     losses = denoiser.head(hidden, rows, objective.loss_and_dlogits, shape.rows_per_chunk)
     losses.loss.backward()
     gradients = {name: p.grad.float() for name, p in denoiser.named_parameters() if p.grad is not None}
-    return float(losses.loss), {name: g for name, g in gradients.items() if float(g.norm()) > 0}
+    return float(losses.loss.detach()), {name: g for name, g in gradients.items() if float(g.norm()) > 0}
 
 
-def _timed(step: Callable[[int], Any], repeats: int) -> tuple[float, Any]:
-    """Median seconds of a step, and what the last one returned."""
-    times, result = [], None
-    for index in range(WARM_UP + repeats):
+def timed(
+    step: Callable[[int], Any], repeats: int, deadline: float, warm_up: int = 2
+) -> tuple[float, int, Any]:
+    """Median seconds of a step, how many it is of, and what the last one returned.
+
+    Args:
+        step: of a number; the same two batches again and again, so that their making is not measured.
+        repeats: steps to measure; fewer, but one at least, where they would end behind the deadline.
+        deadline: on the monotonic clock.
+        warm_up: steps before, that are not measured.
+
+    Returns:
+        All three.
+    """
+    times: list[float] = []
+    result = None
+    for index in range(warm_up + repeats):
+        if times and time.monotonic() + 1.5 * times[-1] > deadline:
+            break
         synchronize()
         start = time.perf_counter()
-        # The same batches again and again: their making is not measured.
-        result = step(index % WARM_UP)
+        result = step(index % 2)
         synchronize()
-        if index >= WARM_UP:
+        if index >= warm_up:
             times.append(time.perf_counter() - start)
-    return statistics.median(times), result
-
-
-def _largest(bench: Bench, measure: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
-    """The fastest of the micro-batch sizes that fit; larger ones than fit are not tried."""
-    best: dict[str, Any] = {}
-    for batch_size in bench.micro_batch_sizes:
-        try:
-            result = measure(batch_size) | {"micro_batch_size": batch_size}
-        except torch.OutOfMemoryError:
-            break
-        finally:
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-        if result["tokens_per_second"] > best.get("tokens_per_second", 0.0):
-            best = result
-    if not best:
-        raise RuntimeError(f"not even {bench.micro_batch_sizes[0]} samples fit")
-    return best
+    return statistics.median(times), len(times), result
 
 
 def step_speed(
-    bench: Bench, size: str, family: str, precision: str, parallel: ParallelState
+    bench: Bench, size: str, family: str, precision: str, microbatches: int, deadline: float
 ) -> dict[str, Any]:
-    """Tokens/s, utilisation, memory and parts of our step."""
-
-    def measure(batch_size: int) -> dict[str, Any]:
-        forget_peak(parallel.device)
-        shape = bench.shape(size, family, precision, batch_size)
-        step = OurStep(shape, parallel)
-        seconds, sums = _timed(step, bench.repeats)
-        mib = peak_mib(parallel.device)
-        useful = sums.work.training_flops(paper_model(size), shape.vocabulary_size)
-        # A layer made again is a third more of it; the norms and activations alone are no matrix products.
-        again = 4.0 / 3.0 if bench.recompute == "full" else 1.0
-        start = time.perf_counter()
-        objective = OBJECTIVES[family]().build(shape.vocabulary)
-        objective.corrupt(shape.batch(0), shape.context(0))
-        return {
-            "tokens_per_second": batch_size * shape.seq_length / seconds,
-            "useful_flops_per_second": useful / seconds,
-            "hardware_flops_per_second": again * useful / seconds,
-            "mib": mib,
-            "parts": _parts(step),
-            "corruption_seconds": time.perf_counter() - start,
-        }
-
-    return _largest(bench, measure)
-
-
-def compiled_speed(bench: Bench, size: str, family: str, parallel: ParallelState) -> dict[str, Any]:
-    """Tokens/s and memory of the plain step."""
-
-    def measure(batch_size: int) -> dict[str, Any]:
-        forget_peak(parallel.device)
-        shape = bench.shape(size, family, "bf16", batch_size)
-        seconds, _ = _timed(compiled_step(shape, parallel), bench.repeats)
-        return {
-            "tokens_per_second": batch_size * shape.seq_length / seconds,
-            "mib": peak_mib(parallel.device),
-        }
-
-    return _largest(bench, measure)
+    """Tokens/s, utilisation, memory and a profile of our step."""
+    if precision not in bench.precisions:
+        raise RuntimeError(f"this GPU has no products of fp8.recipe {bench.fp8.recipe}")
+    device, shape = bench.parallel.device, bench.shape(size, family, precision, microbatches)
+    forget_peak(device)
+    begin = time.monotonic()
+    step = OurStep(shape, bench.parallel)
+    built = time.monotonic() - begin
+    # A step of several microbatches is long, and a profile of it says what that of one does.
+    wants_profile = microbatches == 1
+    last = deadline - (PROFILE_SECONDS if wants_profile else 0.0)
+    seconds, steps, sums = timed(step, bench.repeats, last, warm_up=2 if wants_profile else 1)
+    line = {
+        "tokens_per_second": shape.batch_size * microbatches * shape.seq_length / seconds,
+        "step_ms": seconds * 1e3,
+        "measured_steps": steps,
+        "useful_flops_per_second": sums.work.training_flops(paper_model(size), shape.vocabulary_size)
+        / seconds,
+        "mib": peak_mib(device),
+        "micro_batch_size": shape.batch_size,
+        "build_seconds": round(built, 1),
+    }
+    if not wants_profile:
+        return line
+    if time.monotonic() > last:
+        return line | {"profile": "skipped: no time was left"}
+    return line | {"profile": profile_step(step, device).as_line()}
 
 
-def _parts(step: Callable[[int], Any]) -> dict[str, float]:
-    """Seconds of a step's parts on the device, by the names of what ran there."""
-    from torch.profiler import ProfilerActivity, profile
+def compiled_speed(bench: Bench, size: str, family: str, deadline: float) -> dict[str, Any]:
+    """Tokens/s and memory of the plain step; its first call compiles."""
+    device, shape = bench.parallel.device, bench.shape(size, family, "bf16")
+    forget_peak(device)
+    begin = time.monotonic()
+    step = compiled_step(shape, bench.parallel)
+    step(0)
+    synchronize()
+    first = time.monotonic() - begin
+    seconds, _, _ = timed(step, bench.repeats, deadline)
+    return {
+        "tokens_per_second": shape.batch_size * shape.seq_length / seconds,
+        "mib": peak_mib(device),
+        "micro_batch_size": shape.batch_size,
+        "compile_seconds": round(first, 1),
+    }
 
-    on_gpu = torch.cuda.is_available()
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profile(activities=activities) as recorded:
-        step(0)
-        synchronize()
-    seconds = dict.fromkeys([*PARTS, "other"], 0.0)
-    for event in recorded.key_averages():
-        spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        part = next((name for name, names in PARTS.items() if re.search(names, event.key, re.I)), "other")
-        seconds[part] += spent / 1e6
-    return {name: value for name, value in seconds.items() if value}
 
-
-def head_memory(bench: Bench, size: str, parallel: ParallelState) -> dict[str, Any]:
+def head_memory(bench: Bench, size: str) -> dict[str, Any]:
     """MiB that the head's loss and gradient add, against full logits under autograd; on a GPU alone."""
     from tests.helpers.naive import naive_loss_of_logits
 
-    device = parallel.device
+    device = bench.parallel.device
     if device.type != "cuda":
         raise RuntimeError("a CPU's process keeps its largest memory; tools/bench/step.py measures it there")
-    shape = bench.shape(size, "mdlm", "bf16", bench.micro_batch_sizes[0])
-    head = build_denoiser(shape, parallel).head
+    shape = bench.shape(size, "mdlm", "bf16")
+    head = build_denoiser(shape, bench.parallel).head
     objective = OBJECTIVES["mdlm"]().build(shape.vocabulary)
     _, targets = objective.corrupt(shape.batch(0), shape.context(0))
     hidden = torch.randn(shape.seq_length, shape.batch_size, head.weight.shape[1], device=device)
@@ -281,13 +258,12 @@ def head_memory(bench: Bench, size: str, parallel: ParallelState) -> dict[str, A
     return found | {"ratio": found["ours_mib"] / found["full_mib"]}
 
 
-def sampling_speed(bench: Bench, family: str, device: torch.device) -> dict[str, Any]:
+def sampling_speed(bench: Bench, family: str, deadline: float) -> dict[str, Any]:
     """Tokens/s of whole calls of the family's own sampler, 113M or a toy."""
-    size = "tiny" if bench.seq_length < 128 else "113M"
-    length, steps = min(512, bench.seq_length), min(64, bench.seq_length)
-    batch_size = max(bench.micro_batch_sizes)
-    shape = bench.shape(size, family, "bf16", batch_size)
-    model = plain_model(shape).to(device, torch.bfloat16).eval()
+    is_tiny = bench.seq_length < 128
+    length, steps, batch_size = min(512, bench.seq_length), min(64, bench.seq_length), 4 if is_tiny else 64
+    shape = bench.shape("tiny" if is_tiny else "113M", family, "bf16")
+    model = plain_model(shape).to(bench.parallel.device, torch.bfloat16).eval()
     settings: dict[str, Any] = {}
     if family != "ar":
         settings = {"sampler": "block" if family == "esolm" else "ancestral", "num_steps": steps}
@@ -295,9 +271,10 @@ def sampling_speed(bench: Bench, family: str, device: torch.device) -> dict[str,
     def call(index: int) -> None:
         model.generate(max_length=length, batch_size=batch_size, seed=index, **settings)
 
-    seconds, _ = _timed(call, max(1, bench.repeats // 2))
+    seconds, calls, _ = timed(call, 3, deadline, warm_up=1)
     return {
         "tokens_per_second": batch_size * length / seconds,
         "batch_size": batch_size,
         "steps": length - 1 if family == "ar" else steps,
+        "calls": calls,
     }

@@ -84,25 +84,12 @@ class Runs:
     """Of text, where no shard is given."""
     data: str | None
     """Prefix of a shard."""
-    rounds: int
-    deadline: float
-    """On the monotonic clock; what an IsoFLOP point has not done by then is left to the next call."""
 
     def prefix(self) -> str:
         """Of the shard; made of the installed packages' text where none is given."""
         if self.data is not None:
             return self.data
-        prefix, text = self.directory / "data" / "train", self.directory / "text.jsonl"
-        if not prefix.with_suffix(".json").exists():
-            self.directory.mkdir(parents=True, exist_ok=True)
-            write_text(text, int(self.megabytes * 1e6))
-            tokenizer = self.directory / "tokenizer"
-            shutil.rmtree(tokenizer, ignore_errors=True)
-            train_tokenizer(texts_of(text, 20 * 10**6), self.vocabulary_size - 1, tokenizer)
-            words = ["index", "--input", text, "--output", prefix, "--tokenizer", tokenizer]
-            finish(["-m", "megatron_dlm", *words])
-            text.unlink()
-        return str(prefix)
+        return str(make_shards(self.directory, self.megabytes, self.vocabulary_size)[0])
 
     def train(self, recipe: str, run: Path, words: list[str], processes: int = 1) -> list[dict[str, Any]]:
         """A training's metrics, which begins or goes on."""
@@ -120,8 +107,41 @@ class Runs:
         return read_metrics(run)
 
 
-def finish(words: list[Any], seconds: float = 3600.0) -> None:
+def make_shards(directory: Path, megabytes: float, vocabulary_size: int) -> tuple[Path, Path]:
+    """Prefixes of a shard for training and of a fiftieth held out, of installed text; kept from call to call.
+
+    Args:
+        directory: for both and their tokenizer.
+        megabytes: of text.
+        vocabulary_size: ids, mask token included.
+
+    Returns:
+        Both.
+    """
+    prefixes = directory / "data" / "train", directory / "data" / "held-out"
+    if all(prefix.with_suffix(".json").exists() for prefix in prefixes):
+        return prefixes
+    shutil.rmtree(directory / "data", ignore_errors=True)
+    tokenizer, text = directory / "data" / "tokenizer", directory / "data" / "text.jsonl"
+    tokenizer.parent.mkdir(parents=True)
+    write_text(text, int(megabytes * 1e6))
+    train_tokenizer(texts_of(text, 5 * 10**6), vocabulary_size - 1, tokenizer)
+    lines = text.read_text(encoding="utf-8").splitlines(keepends=True)
+    for prefix, own in zip(prefixes, ([x for i, x in enumerate(lines) if i % 50], lines[::50]), strict=True):
+        text.write_text("".join(own), encoding="utf-8")
+        words = ["index", "--input", text, "--output", prefix, "--tokenizer", tokenizer]
+        finish(["-m", "megatron_dlm", *words])
+    text.unlink()
+    return prefixes
+
+
+def finish(words: list[Any], seconds: float = 3600.0, allowed: tuple[int, ...] = (0,)) -> None:
     """Run a Python process, and what it starts, to its end.
+
+    Args:
+        words: behind the interpreter.
+        seconds: it may take.
+        allowed: exit codes that are no failure.
 
     Raises:
         RuntimeError: what it says of itself, where it fails or takes too long.
@@ -140,16 +160,19 @@ def finish(words: list[Any], seconds: float = 3600.0) -> None:
     try:
         _, printed = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired as error:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
         raise RuntimeError(f"no end within {seconds:.0f} s") from error
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    if process.returncode in allowed:
+        return
     if process.returncode == PREEMPTED:
         raise RuntimeError("saved in the middle; goes on at the next call")
-    if process.returncode:
-        lines = printed.splitlines() or ["no output"]
-        # Of the program itself, before what a launcher says of that.
-        told = [line for line in lines if re.match(r"megatron-dlm .*error", line)] or lines[-1:]
-        raise RuntimeError(told[0].strip())
+    lines = printed.splitlines() or ["no output"]
+    # Of the program itself, before what a launcher says of that.
+    told = [line for line in lines if re.match(r"megatron-dlm .*error", line)] or lines[-1:]
+    raise RuntimeError(told[0].strip())
 
 
 def option_speed(runs: Runs, option: Option, *, is_on: bool) -> dict[str, Any]:
@@ -158,22 +181,24 @@ def option_speed(runs: Runs, option: Option, *, is_on: bool) -> dict[str, Any]:
         raise RuntimeError(f"needs {option.processes} GPUs")
     words = [*runs.shape, *runs.batch, "--model.size", runs.size, "--training.num-steps", str(runs.steps)]
     words += [*option.besides, *(option.words if is_on else ())]
-    speeds, run = [], runs.directory / "option"
-    for _ in range(runs.rounds):
+    run = runs.directory / "option"
+    shutil.rmtree(run, ignore_errors=True)
+    try:
+        entries = runs.train("examples/mdlm/113m.py", run, words, option.processes)
+    finally:
         shutil.rmtree(run, ignore_errors=True)
-        try:
-            entries = runs.train("examples/mdlm/113m.py", run, words, option.processes)
-        finally:
-            shutil.rmtree(run, ignore_errors=True)
-        steps = [entry["tokens_per_second"] for entry in entries if entry["kind"] == "train"]
-        # Tokens over seconds: a step that waits for its batch counts.
-        speeds.append(statistics.harmonic_mean(steps[len(steps) // 2 :]))
-    return {"tokens_per_second": statistics.median(speeds), "processes": option.processes}
+    steps = [entry["tokens_per_second"] for entry in entries if entry["kind"] == "train"]
+    # Tokens over seconds: a step that waits for its batch counts.
+    speed = statistics.harmonic_mean(steps[len(steps) // 2 :])
+    return {"tokens_per_second": speed, "processes": option.processes}
 
 
-def isoflop_point(runs: Runs, family: str, size: str, budget: float) -> dict[str, Any]:
-    """Held-out nats a token of a model trained with a budget, by the published count."""
-    minutes = (runs.deadline - time.monotonic()) / 60 - START_AND_SAVE_MINUTES
+def isoflop_point(runs: Runs, family: str, size: str, budget: float, deadline: float) -> dict[str, Any]:
+    """Held-out nats a token of a model trained with a budget, by the published count.
+
+    What has not been done by the deadline, on the monotonic clock, is left to the next call.
+    """
+    minutes = (deadline - time.monotonic()) / 60 - START_AND_SAVE_MINUTES
     if minutes <= 0:
         raise RuntimeError("too little time is left to begin")
     run = runs.directory / f"isoflop-{family}-{size}-{budget:g}"

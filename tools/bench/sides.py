@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch
 
-from megatron_dlm.interfaces import ModelInputs, Targets, TokenBatch, Vocabulary
+from megatron_dlm.interfaces import ModelInputs, Targets, TokenBatch, Vocabulary, on_device
 from megatron_dlm.kernels.choice import wants_triton
 from megatron_dlm.models.fp8 import Fp8Config
 from megatron_dlm.models.sizes import paper_model
@@ -50,6 +50,8 @@ class Shape:
     """Corrupt batches once and use them again, as if workers had them ready."""
     layout: ParallelConfig = ParallelConfig()
     """What data parallel ranks share, of our side."""
+    microbatches: int = 1
+    """Of `batch_size` samples each, in one step of our side."""
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -66,9 +68,14 @@ class Shape:
             token_ids=tokens, sample_indices=np.arange(self.batch_size) + step * self.batch_size
         )
 
+    def batches(self, step: int) -> list[TokenBatch]:
+        """Those of a step's microbatches."""
+        return [self.batch(step * self.microbatches + index) for index in range(self.microbatches)]
+
     def address(self, step: int) -> BatchAddress:
         """Of a step's batch."""
-        return BatchAddress(step, step * self.batch_size, self.batch_size, training=True)
+        size = self.batch_size * self.microbatches
+        return BatchAddress(step, step * size, size, training=True)
 
     def context(self, step: int) -> CorruptionContext:
         """Address of a step's draws."""
@@ -90,11 +97,15 @@ def build_denoiser(shape: Shape, parallel: ParallelState, recompute: Any = "none
         fused_kernels=wants_triton(shape.kernels, parallel.device),
         transformer_impl=shape.transformer_impl,
         fp8=shape.fp8,
+        flex_attention=parallel.device.type == "cuda" and wants_triton(shape.kernels, parallel.device),
     )
     denoiser = Denoiser(model, config, shape.vocabulary, OBJECTIVES[shape.family].attention, parallel)
-    generator = torch.Generator().manual_seed(0)
+    # On the device: a CPU takes a minute for the largest sizes.
+    device = parallel.device
+    generator = torch.Generator(device=device).manual_seed(0)
     for place in weight_places(denoiser, parallel):
-        place.parameter.data.copy_(place.cut(0.02 * torch.randn(place.shape, generator=generator)))
+        values = 0.02 * torch.randn(place.shape, generator=generator, device=device)
+        place.parameter.data.copy_(place.cut(values))
     return denoiser
 
 
@@ -110,15 +121,19 @@ class OurStep:
         self.optimizer = build_optimizer(OptimizerConfig(), shape.layout, shape.precision, self.chunks)
         self.denoiser.config.finalize_model_grads_func = finish_gradients
         self.denoiser.config.grad_scale_func = self.optimizer.scale_loss
-        self._shape = shape
+        self._shape, self._device = shape, parallel.device
         self._objective = OBJECTIVES[shape.family]().build(shape.vocabulary)
         self._runner = PipelineRunner(self.chunks, self._objective, parallel, shape.rows_per_chunk)
         self._microbatches_of = cache(self._make) if shape.prepared else self._make
         set_learning_rate(self.optimizer, LEARNING_RATE)
 
     def _make(self, index: int) -> Any:
-        batch, context = self._shape.batch(index), self._shape.context(index)
-        return self._runner.ready(corrupted_parts(self._objective, [batch], context))
+        batches, context = self._shape.batches(index), self._shape.context(index)
+        microbatches = self._runner.ready(corrupted_parts(self._objective, batches, context))
+        if self._shape.prepared:
+            # As pinned memory brings them.
+            return [on_device(microbatch, self._device) for microbatch in microbatches]
+        return microbatches
 
     def __call__(self, index: int) -> Any:
         """Make a step; returns the batch's sums."""
@@ -221,10 +236,10 @@ def compiled_step(shape: Shape, parallel: ParallelState) -> Callable[[int], None
 
     def batch_of(index: int) -> tuple[ModelInputs, Targets]:
         inputs, targets = objective.corrupt(shape.batch(index), shape.context(index))
-        on_device = {
+        moved = {
             name: value.to(parallel.device) for name, value in vars(targets).items() if name.endswith("_BL")
         }
-        return inputs.to(parallel.device), replace(targets, **on_device)
+        return inputs.to(parallel.device), replace(targets, **moved)
 
     if shape.prepared:
         batch_of = cache(batch_of)

@@ -1,0 +1,191 @@
+"""Processes that train together: over NCCL with a GPU each, over gloo on one card or on the CPU.
+
+With two GPUs all layouts run against one. With one GPU two processes share it over gloo, which by PyTorch's
+documentation carries `broadcast` and `all_reduce` of CUDA tensors and refuses, or may refuse, the rest:
+`send` and `recv` (pipeline stages), `all_gather_into_tensor` and `reduce_scatter_tensor` (sequence
+parallelism, the distributed optimizer, fully sharded), `all_to_all`. So on one card plain data parallelism
+and plain tensor parallelism are tried, and what gloo says to each collective is printed. Without a GPU the
+same runs, over gloo on the CPU, where nothing is refused; Transformer Engine's user buffers need CUDA.
+"""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_dlm.objectives.duo import DuoConfig
+from megatron_dlm.objectives.esolm import EsoLMConfig
+from megatron_dlm.objectives.mdlm import MDLMConfig
+from megatron_dlm.platform.parallel_config import ParallelConfig
+from tests.distributed.test_checkpoint import build_random, config_for, load_and_go_on, save_at_two, steps
+from tests.distributed.test_layouts import three_steps
+from tests.helpers.devices import GPUS, HAS_CUDA, run_on_devices
+
+ONE_CARD = GPUS == 1
+LAYOUTS = {
+    "tensor 2, sequence": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
+    "pipeline 2": ParallelConfig(pipeline_model_parallel_size=2),
+    "context 2": ParallelConfig(context_parallel_size=2),
+    "data 2, plain optimizer": ParallelConfig(use_distributed_optimizer=False),
+    "data 2, distributed optimizer": ParallelConfig(),
+    "data 2, overlapping": ParallelConfig(
+        overlap_grad_reduce=True, overlap_param_gather=True, bucket_size=2000
+    ),
+    "data 2, fully sharded": ParallelConfig(use_distributed_optimizer=False, fully_sharded=True),
+    "tensor 2": ParallelConfig(tensor_model_parallel_size=2, use_distributed_optimizer=False),
+}
+CARRIED = ("data 2, plain optimizer", "tensor 2")
+"""By gloo between processes on one card."""
+OBJECTIVES = {"mdlm": MDLMConfig(), "duo": DuoConfig(), "esolm": EsoLMConfig(ssl_multiple=8)}
+needs_all = pytest.mark.skipif(ONE_CARD, reason="gloo refuses what it takes between processes on one card")
+ROUNDING = 1e-5 if not HAS_CUDA else 2e-4
+"""Sums in other orders; on a GPU by kernels of other shapes too."""
+
+
+def toy(corpus, directory, parallel, objective=None, **changes):
+    """fp32 on local layers: what differs is the layout."""
+    changes = {"training__transformer_impl": "local", "training__kernels": "torch"} | changes
+    return config_for(corpus, directory, parallel, objective, **{"optimizer__epsilon": 1e-2} | changes)
+
+
+def good(found):
+    """What the ranks returned, of a layout that did not fail."""
+    assert not isinstance(found, str), found
+    return found
+
+
+def on(body, world_size, parallel, *arguments):
+    """What rank 0 returned, of one layout."""
+    return good(run_on_devices(body, world_size, {"": (parallel, arguments)})[""])[0]
+
+
+@pytest.fixture(scope="module")
+def one_process(corpus, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("one")
+    cases = {
+        family: (ParallelConfig(), (toy(corpus, directory, ParallelConfig(), objective),))
+        for family, objective in OBJECTIVES.items()
+    }
+    return {name: good(found)[0] for name, found in run_on_devices(three_steps, 1, cases).items()}
+
+
+@pytest.fixture(scope="module")
+def two_processes(corpus, tmp_path_factory):
+    """All layouts and families in one pair of processes."""
+    directory = tmp_path_factory.mktemp("two")
+    cases = {
+        (name, family): (parallel, (toy(corpus, directory, parallel, OBJECTIVES[family]),))
+        for name, parallel in LAYOUTS.items()
+        for family in OBJECTIVES
+        if not ONE_CARD or name in CARRIED
+    }
+    return run_on_devices(three_steps, 2, cases)
+
+
+@pytest.mark.parametrize("family", OBJECTIVES)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_two_processes_train_as_one(one_process, two_processes, name, family):
+    if ONE_CARD and name not in CARRIED:
+        pytest.skip("gloo refuses what it takes between processes on one card")
+    expected = one_process[family]
+    for found in good(two_processes[name, family]):
+        assert found["fingerprints"] == expected["fingerprints"]
+        for ours, theirs in zip(found["losses"], expected["losses"], strict=True):
+            assert ours == pytest.approx(theirs, rel=ROUNDING)
+        for ours, theirs in zip(found["gradients"], expected["gradients"], strict=True):
+            for key, gradient in theirs.items():
+                assert float((ours[key] - gradient).abs().max() / gradient.abs().max()) < ROUNDING, key
+
+
+def losses_of(state, config):
+    return steps(build_random(state, config), 0, 3)
+
+
+@pytest.mark.skipif(GPUS < 2, reason="user buffers need two GPUs and Transformer Engine")
+def test_user_buffers_train_as_plain_exchange(corpus, tmp_path):
+    pytest.importorskip("transformer_engine")
+    cases = {}
+    for overlaps in (False, True):
+        parallel = ParallelConfig(
+            tensor_model_parallel_size=2, sequence_parallel=True, overlap_tensor_parallel=overlaps
+        )
+        changes = {"training__precision": "bf16", "training__transformer_impl": "transformer_engine"}
+        config = toy(corpus, tmp_path, parallel, training__kernels="auto", **changes)
+        cases[overlaps] = parallel, (config,)
+    found = run_on_devices(losses_of, 2, cases)
+    for ours, theirs in zip(good(found[True])[0], good(found[False])[0], strict=True):
+        assert ours[0] == pytest.approx(theirs[0], rel=1e-2)
+
+
+@needs_all
+def test_two_processes_save_and_one_goes_on(corpus, tmp_path):
+    parallel = LAYOUTS["tensor 2, sequence"]
+    _, later = on(save_at_two, 2, parallel, toy(corpus, tmp_path, parallel))
+    _, resumed = on(load_and_go_on, 1, ParallelConfig(), toy(corpus, tmp_path, ParallelConfig()))
+    for ours, theirs in zip(resumed, later, strict=True):
+        assert ours == pytest.approx(theirs, rel=10 * ROUNDING)
+
+
+def save_behind_steps(state, config):
+    """A save that goes on while two more steps are made."""
+    from megatron_dlm.checkpointing.manager import PendingSave
+    from megatron_dlm.checkpointing.storage import CheckpointRoot
+    from megatron_dlm.checkpointing.writing import SavePlans
+
+    session = build_random(state, config)
+    steps(session, 0, 2)
+    model = (session.denoiser, session.optimizer, state)
+    root = CheckpointRoot(config.directory)
+    pending = PendingSave(root, 2, *model, SavePlans(state), {"a.json": 1}, timeout_seconds=60)
+    later = steps(session, 2, 3)
+    pending.finish()
+    return later
+
+
+@needs_all
+def test_an_asynchronous_save_is_read_by_one_process(corpus, tmp_path):
+    parallel = LAYOUTS["data 2, distributed optimizer"]
+    later = on(save_behind_steps, 2, parallel, toy(corpus, tmp_path, parallel))
+    _, resumed = on(load_and_go_on, 1, ParallelConfig(), toy(corpus, tmp_path, ParallelConfig()))
+    for ours, theirs in zip(resumed, later, strict=True):
+        assert ours == pytest.approx(theirs, rel=10 * ROUNDING)
+
+
+def try_collectives(state):
+    """What the backend says to each collective on this device's tensors."""
+    device, answers = state.device, {}
+
+    def tensor(count=4):
+        return torch.ones(count, device=device)
+
+    def exchange():
+        work = [
+            dist.P2POp(dist.isend, tensor(), 1 - state.rank),
+            dist.P2POp(dist.irecv, tensor(), 1 - state.rank),
+        ]
+        for request in dist.batch_isend_irecv(work):
+            request.wait()
+
+    calls = {
+        "all_reduce": lambda: dist.all_reduce(tensor()),
+        "broadcast": lambda: dist.broadcast(tensor(), 0),
+        "all_gather": lambda: dist.all_gather([tensor(), tensor()], tensor()),
+        "all_gather_into_tensor": lambda: dist.all_gather_into_tensor(tensor(8), tensor()),
+        "reduce_scatter_tensor": lambda: dist.reduce_scatter_tensor(tensor(), tensor(8)),
+        "all_to_all_single": lambda: dist.all_to_all_single(tensor(), tensor()),
+        "send and recv": exchange,
+    }
+    for name, call in calls.items():
+        try:
+            call()
+            answers[name] = "carried"
+        except (RuntimeError, ValueError) as error:
+            answers[name] = f"refused: {str(error).splitlines()[0][:80]}"
+    return answers
+
+
+def test_what_gloo_carries_between_processes_on_one_card(capsys):
+    answers = on(try_collectives, 2, ParallelConfig())
+    with capsys.disabled():
+        for name, answer in answers.items():
+            print(f"\n{name}: {answer}", end="")
+    assert answers["all_reduce"] == answers["broadcast"] == "carried"

@@ -1,0 +1,57 @@
+"""Training on a GPU is training on the CPU, up to rounding, whatever brings the batches."""
+
+import pytest
+
+from megatron_dlm.objectives.registry import OBJECTIVES
+from megatron_dlm.telemetry.writers import read_metrics
+from tests.helpers.devices import DEVICE
+from tests.helpers.runs import arguments_for
+from tests.helpers.skips import needs_dali
+
+DEVICE_WORDS = ("--parallel.device", DEVICE)
+
+
+def curve(directory):
+    """Noise fingerprint and loss of each step."""
+    entries = read_metrics(directory)
+    return [(entry["fingerprint"], entry["loss"]) for entry in entries if entry["kind"] == "train"]
+
+
+@pytest.mark.parametrize("family", OBJECTIVES)
+def test_losses_are_those_on_the_cpu(verbs, verbs_on_cpu, corpus, tmp_path, family):
+    recipe = f"examples/{family}/tiny.py"
+    for process, name in ((verbs, "device"), (verbs_on_cpu, "cpu")):
+        words = arguments_for(corpus, tmp_path / name, recipe=recipe, steps=4)
+        process.run(*words, "--parallel.device", process.device, seconds=120)
+    ours, theirs = curve(tmp_path / "device"), curve(tmp_path / "cpu")
+    for (fingerprint, loss), (expected_fingerprint, expected) in zip(ours, theirs, strict=True):
+        assert fingerprint == expected_fingerprint
+        # Transformer Engine multiplies fp32 in TF32.
+        assert loss == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def plain_curve(verbs, corpus, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("plain")
+    verbs.run(*arguments_for(corpus, directory, steps=6), *DEVICE_WORDS, "--parallel.deterministic")
+    return curve(directory)
+
+
+def train_with(verbs, corpus, directory, *words):
+    words = arguments_for(corpus, directory, *words, steps=6)
+    assert verbs.run(*words, *DEVICE_WORDS, "--parallel.deterministic", seconds=120)[0] == 0
+    return curve(directory)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--data.loader", "pinned"), ("--data.workers", 2), ("--data.loader", "pinned", "--data.workers", 2)],
+    ids=["pinned", "workers", "both"],
+)
+def test_every_loader_brings_the_same(verbs, corpus, tmp_path, plain_curve, words):
+    assert train_with(verbs, corpus, tmp_path, *words) == plain_curve
+
+
+@needs_dali
+def test_dali_brings_the_same(verbs, corpus, tmp_path, plain_curve):
+    assert train_with(verbs, corpus, tmp_path, "--data.loader", "dali", "--data.workers", 2) == plain_curve
