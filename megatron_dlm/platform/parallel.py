@@ -96,10 +96,11 @@ def prepare_device(environment: ProcessEnvironment, config: ParallelConfig) -> t
         return device
     if config.device != "cpu":
         reason, is_unexpected = why_no_cuda()
-        if config.device == "cuda" or is_unexpected:
+        if config.device == "cuda":
+            raise InputError(f"parallel.device: cuda is asked for and cannot be used: {reason}")
+        if is_unexpected:
             raise InputError(
-                f"parallel.device: {config.device}, and CUDA cannot be used: {reason}"
-                + ("" if config.device == "cuda" else "; --parallel.device cpu runs without GPUs")
+                f"parallel.device: auto; CUDA cannot be used: {reason}; --parallel.device cpu does without"
             )
     from megatron_dlm.platform import cpu
 
