@@ -57,7 +57,7 @@ DRIVER = "Unexpected error from cudaGetDeviceCount(). Error 803: unsupported dis
         ({"built": False}, "cuda", rf"this PyTorch, {re.escape(torch.__version__)}, is built without CUDA"),
         ({"files": False}, "cuda", "this machine has no NVIDIA GPU"),
         ({"error": DRIVER}, "cuda", "the driver does not work: Unexpected error .* cuda driver$"),
-        ({"error": DRIVER}, "auto", "the driver does not work: .* cuda driver; --parallel.device cpu runs"),
+        ({"error": DRIVER}, "auto", "the driver does not work: .* cuda driver; --parallel.device cpu does"),
     ],
 )
 def test_why_there_is_no_cuda(machine, of, device, expected):
