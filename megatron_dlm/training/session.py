@@ -231,6 +231,8 @@ class Session:
             (microbatch,) = self._make.at(address, [where])
             clean = self._make.samples.read(where).token_ids
             tensors = {"clean_token_ids": clean, **vars(microbatch.inputs), **vars(microbatch.targets)}
+            if microbatch.inputs.attention_mask is not None:
+                tensors |= vars(microbatch.inputs.attention_mask)
             arrays |= {
                 f"sample_{position}/{name}": value.numpy()
                 for name, value in tensors.items()
