@@ -50,11 +50,6 @@ def _l2_norm(chunk_size: int, noop_flag: Tensor, tensor_lists: list[list[Tensor]
     return torch.norm(norms)[None], None
 
 
-def has_one_norm(optimizer: Any) -> bool:
-    """Whether the gradient's norm is summed over all ranks, replicas too, so that none can have another."""
-    return all(map(_is_distributed, _parts(optimizer)))
-
-
 def main_pieces(
     optimizer: Any, parameters: Collection[torch.nn.Parameter]
 ) -> Iterator[tuple[Any, torch.nn.Parameter, Tensor, int, int]]:

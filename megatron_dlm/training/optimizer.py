@@ -185,13 +185,14 @@ def gradient_norm(optimizer: Any) -> float:
 
 
 def _largest_of_replicas(optimizer: Any, norm: float) -> float:
-    """A norm that all ranks agree on: without the distributed optimizer one replica's may be damaged."""
+    """A norm that all ranks agree on: where replicas have one each, one may be damaged."""
     import torch
     import torch.distributed as dist
 
-    from megatron_dlm.platform.distributed_optimizer import has_one_norm
+    from megatron_dlm.platform.distributed_optimizer import is_sharded
 
-    if dist.get_world_size() == 1 or has_one_norm(optimizer):
+    # A sharded one's is summed over all replicas, too.
+    if dist.get_world_size() == 1 or is_sharded(optimizer):
         return norm
     device = torch.device(torch.cuda.current_device())
     largest = sent(torch.tensor(norm), device)
