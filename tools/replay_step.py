@@ -105,7 +105,9 @@ def check_samples(path: Path, arrays: dict[str, Any]) -> None:
     """Compare what the network would see with what it saw."""
     try:
         with np.load(path, allow_pickle=False) as saved:
-            different = [name for name in saved.files if not np.array_equal(saved[name], arrays.get(name))]
+            # Dense masks are in dumps of versions that had them.
+            names = [name for name in saved.files if not name.endswith("/attention_mask")]
+            different = [name for name in names if not np.array_equal(saved[name], arrays.get(name))]
     except (OSError, ValueError, BadZipFile) as error:
         raise InputError(f"{path}: unreadable: {error}") from error
     if different:

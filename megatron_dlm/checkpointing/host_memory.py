@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Sequence
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
 
 import torch
@@ -69,9 +70,11 @@ class HostMemory:
         """Let the next save have the memory, once its reader has ended.
 
         Args:
-            reader: the writing process, which has done its work or was killed; None where none was started.
+            reader: the writing process, which has done its work or was killed; None where none was started,
+                and the one before may still be ending.
         """
-        self._is_held, self._last_reader = False, reader
+        self._is_held = False
+        self._last_reader = reader or self._last_reader
 
     def _region_of(self, num_bytes: int, *, pinned: bool) -> mmap.mmap:
         # One element more than nothing, for tensors without any.
@@ -90,6 +93,9 @@ class HostMemory:
         address = torch.frombuffer(region, dtype=torch.uint8).data_ptr()
         code = int(torch.cuda.cudart().cudaHostRegister(address, len(region), _PORTABLE))
         if code:
+            # CUDA keeps its last error for whoever asks next; let it be this kernel, not one of training's.
+            with suppress(RuntimeError):
+                torch.zeros(1, device="cuda")
             raise MemoryError(f"{len(region):,} bytes of host memory cannot be pinned: CUDA error {code}")
         self._pinned_at = address
 

@@ -150,7 +150,11 @@ class ShareWriter:
     def start(self) -> None:
         """Write from a child process, which sees memory as it is now."""
         self._outcome, child_end = multiprocessing.Pipe(duplex=False)
-        self._process = fork(self._write, child_end)
+        try:
+            self._process = fork(self._write, child_end)
+        except OSError as error:
+            # Told in `wait`, where the other ranks hear of it.
+            child_end.send(Written(error=f"{self._directory}: no writing process: {error}"))
         child_end.close()
         self._started_at = time.monotonic()
 
@@ -183,7 +187,8 @@ class ShareWriter:
         if self._outcome.poll(left):
             try:
                 written: Written = self._outcome.recv()
-            except EOFError:
+            except (EOFError, OSError):
+                # Killed before it could say anything, or in the middle.
                 self._process.join()
                 error = f"the writing process ended with exit code {self._process.exitcode}"
             else:

@@ -120,7 +120,7 @@ class AdaLNTransformerLayer(MegatronModule, BaseTransformerLayer):
 
         Args:
             hidden_states: float32 [s, b, d].
-            attention_mask: bool [b or 1, 1, s, s] in place of the core's own pattern, or None.
+            attention_mask: in place of the core's own pattern, in a form that the core takes; or None.
             context: float32 [b, c].
             rotary_pos_emb: float32 [s, b or 1, 1, head_dim], from `rotary_table`.
             **unused: inference arguments of megatron-core's block.

@@ -1,6 +1,7 @@
 """Attention under a block table: torch's FlexAttention, compiled once for all masks of one shape.
 
-Blocks without visible pairs are passed over, and a dense mask never exists. On a CPU it has no gradient.
+Blocks without visible pairs are passed over, and a dense mask never exists. On a CPU it has no gradient, and
+kernels of its own, which read the lists of blocks in another way than those for GPUs.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def block_mask(table: BlockTable) -> BlockMask:
     """
 
     def per_head(numbers: Tensor) -> Tensor:
-        return numbers[:, None]
+        # FlexAttention's kernels for GPUs take sequences to follow each other, whatever the stride says.
+        return numbers[:, None].contiguous()
 
     return BlockMask(
         seq_lengths=(table.queries.shape[2], table.keys.shape[2]),

@@ -34,11 +34,12 @@ def not_keeping(value: Tensor, config: TransformerConfig, again: Callable[[], Te
     if not recomputes_cheap_ones(config):
         yield
         return
-    memory, count = value.data_ptr(), value.numel()
+    memory, count, dtype = value.data_ptr(), value.numel(), value.dtype
 
     def pack(saved: Tensor) -> Tensor | torch.Size:
-        is_value = saved.data_ptr() == memory and saved.numel() == count
-        return saved.shape if is_value else saved
+        is_value = saved.data_ptr() == memory and saved.numel() == count and saved.dtype == dtype
+        # A transpose of it would not come back as such.
+        return saved.shape if is_value and saved.is_contiguous() else saved
 
     def unpack(kept: Tensor | torch.Size) -> Tensor:
         return again().view(kept) if isinstance(kept, torch.Size) else kept

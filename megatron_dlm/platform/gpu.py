@@ -44,12 +44,13 @@ def why_no_cuda(environ: Mapping[str, str] = os.environ) -> tuple[str, bool]:
         return f"{VISIBLE} is {environ[VISIBLE]!r}, which hides all GPUs", False
     if torch.version.cuda is None:
         return f"this PyTorch, {torch.__version__}, is built without CUDA", False
-    if not _gpu_files():
+    if not gpu_files():
         return "this machine has no NVIDIA GPU", False
     return f"the driver does not work: {_driver_error()}", True
 
 
-def _gpu_files() -> list[Path]:
+def gpu_files() -> list[Path]:
+    """The files of this machine's NVIDIA GPUs, whoever may use them."""
     return sorted(Path("/dev").glob("nvidia[0-9]*"))
 
 

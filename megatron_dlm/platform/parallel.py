@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from megatron_dlm.interfaces import InputError, TrainingError
-from megatron_dlm.platform.gpu import own_gpu, refuse_shared_gpus, start_cuda, why_no_cuda
+from megatron_dlm.platform.gpu import gpu_files, own_gpu, refuse_shared_gpus, start_cuda, why_no_cuda
 from megatron_dlm.platform.launch import ProcessEnvironment, start_process_group
 from megatron_dlm.platform.parallel_config import ParallelConfig
-from megatron_dlm.platform.versions import check_megatron_core
+from megatron_dlm.platform.versions import check_megatron_core, import_transformer_engine
 
 if TYPE_CHECKING:
     import torch
@@ -93,6 +94,7 @@ def prepare_device(environment: ProcessEnvironment, config: ParallelConfig) -> t
             )
         device = torch.device("cuda", environment.local_rank if count > 1 else 0)
         start_cuda(device)
+        import_transformer_engine()
         return device
     if config.device != "cpu":
         reason, is_unexpected = why_no_cuda()
@@ -102,6 +104,8 @@ def prepare_device(environment: ProcessEnvironment, config: ParallelConfig) -> t
             raise InputError(
                 f"parallel.device: auto; CUDA cannot be used: {reason}; --parallel.device cpu does without"
             )
+        if gpu_files() and environment.rank == 0:
+            print(f"warning: parallel.device: auto takes the CPU: {reason}", file=sys.stderr, flush=True)
     from megatron_dlm.platform import cpu
 
     cpu.install()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import sys
 from importlib.metadata import PackageNotFoundError, version
 
 from packaging.specifiers import SpecifierSet
@@ -27,26 +29,47 @@ def check_megatron_core() -> None:
         )
 
 
+_broken: list[str] = []
+"""Why Transformer Engine cannot be imported, where it is installed all the same."""
+
+
+def import_transformer_engine() -> None:
+    """Import Transformer Engine before megatron-core does; where that fails, it looks absent from then on.
+
+    megatron-core expects an ImportError at most, and a missing library is a RuntimeError there.
+    """
+    if importlib.util.find_spec("transformer_engine") is None:
+        return
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except Exception as error:
+        _broken.append(str(error).strip().split("\n")[0].rstrip("."))
+        for module in [name for name in sys.modules if name.split(".")[0] == "transformer_engine"]:
+            del sys.modules[module]
+        sys.modules["transformer_engine"] = None  # type: ignore[assignment]
+
+
+def has_transformer_engine() -> bool:
+    """Whether it is installed, be it broken."""
+    return bool(_broken) or importlib.util.find_spec("transformer_engine") is not None
+
+
 def check_transformer_engine() -> None:
     """Refuse a Transformer Engine that megatron-core's wrappers do not fit, or that has no PyTorch part.
 
     Raises:
-        InputError: its version is outside `TRANSFORMER_ENGINE`, or it cannot be imported.
+        InputError: its version is outside `TRANSFORMER_ENGINE`, or it could not be imported.
     """
     found = _installed("transformer-engine")
     wanted = f"megatron-core {MEGATRON_CORE} needs {TRANSFORMER_ENGINE}; or --training.transformer-impl local"
     if found is not None and not SpecifierSet(TRANSFORMER_ENGINE).contains(found, prereleases=True):
         raise InputError(f"transformer-engine: {found} does not fit: {wanted}")
-    try:
-        importlib.import_module("transformer_engine.pytorch")
-    # A missing library is a RuntimeError, an AssertionError or an ImportError there.
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
+    if _broken:
         raise InputError(
-            f"transformer-engine: {found or 'unknown version'} cannot be imported ({reason}): its PyTorch "
-            "part comes with pip install --no-build-isolation "
+            f"transformer-engine: {found or 'unknown version'} cannot be imported ({_broken[0]}): its "
+            "PyTorch part comes with pip install --no-build-isolation "
             f"'transformer-engine[pytorch]{TRANSFORMER_ENGINE}'; or --training.transformer-impl local"
-        ) from error
+        )
 
 
 def _installed(package: str) -> str | None:

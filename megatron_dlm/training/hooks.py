@@ -25,7 +25,8 @@ from megatron_dlm.training.stop_signals import StopSignals
 from megatron_dlm.training.trainer import Hook, Progress, StepReport
 
 SAVE_REQUEST = "save-now"
-"""Making this file in a run's directory asks for a checkpoint after the current step, which removes it."""
+"""Making this file in a run's directory asks for a checkpoint after the current step or the next, which
+removes it."""
 
 
 class Telemetry:
@@ -185,6 +186,8 @@ class CheckpointHook(Hook):
             self._failures = session.config.checkpoint.max_failed_saves
             self._save(session, progress)
             self.finish(session)
+        # One that came too late to be seen has been answered too.
+        self._forget_request(session)
 
     def _save(self, session: Session, progress: Progress) -> None:
         self.finish(session)
@@ -217,12 +220,16 @@ class CheckpointHook(Hook):
                 records,
                 checkpoint.save_timeout_seconds,
             )
-        if progress.save_requested and session.parallel.rank == 0:
+        if progress.save_requested:
+            self._forget_request(session)
+        if not checkpoint.async_save:
+            self.finish(session)
+
+    def _forget_request(self, session: Session) -> None:
+        if session.parallel.rank == 0:
             with suppress(OSError):
                 # What cannot be removed asks again after the next step.
                 (session.config.directory / SAVE_REQUEST).unlink(missing_ok=True)
-        if not checkpoint.async_save:
-            self.finish(session)
 
     def finish(self, session: Session) -> None:
         """Wait for a save that is under way; all ranks call it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import TYPE_CHECKING
 
 from megatron_dlm.data.dali import require_dali
@@ -11,7 +10,7 @@ from megatron_dlm.kernels.choice import wants_triton
 from megatron_dlm.models.config import TransformerImpl
 from megatron_dlm.objectives.registry import OBJECTIVES
 from megatron_dlm.platform.gpu import capability, name_of
-from megatron_dlm.platform.versions import check_transformer_engine
+from megatron_dlm.platform.versions import check_transformer_engine, has_transformer_engine
 from megatron_dlm.training.run_config import RunConfig
 
 if TYPE_CHECKING:
@@ -107,6 +106,8 @@ def _check_cuda_graphs(config: RunConfig) -> None:
         raise InputError(f"{needs} training.recompute none, not {training.recompute}")
     if config.data.document_mask:
         raise InputError(f"{needs} data.document_mask False: each microbatch has a mask of its own")
+    if training.masked_attention == "flex":
+        raise InputError(f"{needs} training.masked_attention auto or dense, not flex")
     if config.data.loader == "dali":
         raise InputError(
             f"{needs} data.loader torch or pinned: DALI's threads may not work while layers are recorded"
@@ -122,14 +123,17 @@ def check_device(config: RunConfig, device: torch.device) -> None:
         device: of this process.
 
     Raises:
-        InputError: CUDA graphs are asked for on a CPU, or what only Transformer Engine can do without it.
+        InputError: CUDA graphs are asked for on a CPU, what only Transformer Engine can do without it, or
+            what `wants_triton`, `wants_flex_attention` and `transformer_impl` refuse.
     """
     if config.parallel.cuda_graphs and device.type != "cuda":
         raise InputError("parallel.cuda_graphs: True, and this run is on a CPU")
-    is_fp8 = config.training.precision == "fp8"
-    if is_fp8 and config.fp8.weights and transformer_impl(config, device) == "local":
+    has_triton = wants_triton(config.training.kernels, device)
+    wants_flex_attention(config, device, has_triton=has_triton)
+    is_fp8, implementation = config.training.precision == "fp8", transformer_impl(config, device)
+    if is_fp8 and config.fp8.weights and implementation == "local":
         raise InputError("fp8.weights: True, and FP8 is emulated here; they are Transformer Engine's")
-    if config.parallel.overlap_tensor_parallel and transformer_impl(config, device) == "local":
+    if config.parallel.overlap_tensor_parallel and implementation == "local":
         asked = config.training.transformer_impl
         why = "is local" if asked == "local" else "found no Transformer Engine, or no CUDA"
         raise InputError(f"parallel.overlap_tensor_parallel: True, and training.transformer_impl {why}")
@@ -171,7 +175,7 @@ def transformer_impl(config: RunConfig, device: torch.device) -> TransformerImpl
     """
     asked, precision = config.training.transformer_impl, config.training.precision
     # On a CPU nothing of it may be imported, see platform/cpu.py.
-    present = device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
+    present = device.type == "cuda" and has_transformer_engine()
     if asked == "transformer_engine" and not present:
         raise InputError("training.transformer_impl: transformer_engine needs CUDA and megatron-dlm[gpu]")
     if asked == "auto" and precision == "fp8" and device.type == "cuda" and not present:
@@ -187,24 +191,26 @@ def transformer_impl(config: RunConfig, device: torch.device) -> TransformerImpl
     return "transformer_engine"
 
 
-def wants_flex_attention(config: RunConfig, device: torch.device) -> bool:
+def wants_flex_attention(config: RunConfig, device: torch.device, *, has_triton: bool) -> bool:
     """Whether masks go to attention as tables of blocks.
 
     Args:
         config: of the run.
         device: of the run.
+        has_triton: whether the run computes with Triton's kernels.
 
     Returns:
         What was asked for, or by device.
 
     Raises:
-        InputError: asked for on a CPU, where FlexAttention has no gradient, or with CUDA graphs.
+        InputError: asked for on a CPU, where FlexAttention has no gradient, or on a GPU that it cannot be
+            compiled for.
     """
-    asked, has_graphs = config.training.masked_attention, config.parallel.cuda_graphs
+    asked = config.training.masked_attention
     if asked == "flex" and device.type != "cuda":
         raise InputError("training.masked_attention: flex needs CUDA: FlexAttention has no gradient on a CPU")
-    if asked == "flex" and has_graphs:
-        raise InputError("training.masked_attention: flex, and parallel.cuda_graphs needs dense")
+    if asked == "flex" and not (has_triton or wants_triton("auto", device)):
+        raise InputError("training.masked_attention: flex needs Triton and a GPU that it compiles for")
     if asked != "auto":
         return asked == "flex"
-    return device.type == "cuda" and not has_graphs and wants_triton(config.training.kernels, device)
+    return device.type == "cuda" and has_triton and not config.parallel.cuda_graphs

@@ -34,15 +34,16 @@ def build_denoiser(
 ) -> Denoiser | ChunkedDenoiser:
     """This process's stage, with uninitialised weights."""
     training = config.training
+    has_triton = wants_triton(training.kernels, parallel.device)
     megatron_config = transformer_config(
         config.model,
         config.parallel,
         training.precision,
         training.recompute,
-        fused_kernels=wants_triton(training.kernels, parallel.device),
+        fused_kernels=has_triton,
         transformer_impl=transformer_impl(config, parallel.device),
         fp8=config.fp8,
-        flex_attention=wants_flex_attention(config, parallel.device),
+        flex_attention=wants_flex_attention(config, parallel.device, has_triton=has_triton),
     )
     chunks = [
         Denoiser(config.model, megatron_config, vocabulary, config.objective.attention, parallel, index)
@@ -184,8 +185,7 @@ class Session:
         """
         self._forget_gradients()
         address = self._address(step, first_sample)
-        votes = [vote() for vote in self.votes.values()]
-        sums = self._runner.run(self._batches.get(address), address, votes)
+        sums = self._runner.run(self._batches.get(address), address, list(self.votes.values()))
         self.agreed = dict(zip(self.votes, sums.votes, strict=True))
         follow_maxima(self.denoiser, self.parallel.stage_group)
         return sums

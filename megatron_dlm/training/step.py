@@ -76,14 +76,18 @@ class PipelineRunner:
         ]
 
     def run(
-        self, microbatches: Sequence[ReadyMicrobatch], address: BatchAddress, votes: Sequence[bool] = ()
+        self,
+        microbatches: Sequence[ReadyMicrobatch],
+        address: BatchAddress,
+        votes: Sequence[Callable[[], bool]] = (),
     ) -> BatchSums:
         """Forward, and backward where `address.training`, of one global batch; all ranks call it.
 
         Args:
             microbatches: this rank's of the global batch.
             address: of the batch.
-            votes: of this rank; they travel with the sums, as many on each rank.
+            votes: of this rank, as many on each; cast when the passes are under way, they travel with the
+                sums.
 
         Returns:
             Sums over the global batch.
@@ -146,7 +150,7 @@ class PipelineRunner:
         outputs: list[dict[str, Tensor]],
         microbatches: Sequence[ReadyMicrobatch],
         address: BatchAddress,
-        votes: Sequence[bool],
+        votes: Sequence[Callable[[], bool]],
     ) -> BatchSums:
         parallel = self._parallel
         counts = self._counts(microbatches, votes)
@@ -176,7 +180,7 @@ class PipelineRunner:
         work = Work(*numbers[: len(numbers) - len(votes)])
         return BatchSums(loss, bound, tokens, work, fingerprint % 2**63, bad_samples, sample_bounds, cast)
 
-    def _counts(self, microbatches: Sequence[ReadyMicrobatch], votes: Sequence[bool]) -> Tensor:
+    def _counts(self, microbatches: Sequence[ReadyMicrobatch], votes: Sequence[Callable[[], bool]]) -> Tensor:
         """int64: fingerprint, tokens and work of the global batch, and how many ranks have cast each vote."""
         parallel = self._parallel
         fingerprint, tokens, work = 0, 0, Work()
@@ -186,7 +190,7 @@ class PipelineRunner:
                 fingerprint += microbatch.fingerprint
                 tokens += microbatch.counted_tokens
                 work += microbatch.work
-        numbers = [fingerprint % 2**63, tokens, *work.numbers, *map(int, votes)]
+        numbers = [fingerprint % 2**63, tokens, *work.numbers, *(int(vote()) for vote in votes)]
         counts = sent(torch.tensor(numbers, dtype=torch.int64), parallel.device)
         dist.all_reduce(counts)
         return counts

@@ -43,6 +43,42 @@ def test_kernels_without_triton(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "asked, device, has_triton, graphs, expected",
+    [
+        ("auto", CPU, False, False, False),
+        ("auto", CUDA, True, False, True),
+        ("auto", CUDA, False, False, False),
+        ("auto", CUDA, True, True, False),
+        ("dense", CUDA, True, False, False),
+        ("flex", CUDA, True, False, True),
+        ("flex", CPU, True, False, "flex needs CUDA: FlexAttention has no gradient on a CPU"),
+    ],
+)
+def test_masked_attention(corpus, asked, device, has_triton, graphs, expected):
+    config = tiny.run_config(
+        corpus,
+        corpus.directory,
+        ARConfig(),
+        training__masked_attention=asked,
+        parallel__cuda_graphs=graphs,
+    )
+    if isinstance(expected, bool):
+        assert run_checks.wants_flex_attention(config, device, has_triton=has_triton) == expected
+    else:
+        with pytest.raises(InputError, match=expected):
+            run_checks.wants_flex_attention(config, device, has_triton=has_triton)
+
+
+def test_masked_attention_on_an_old_gpu(corpus, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    config = tiny.run_config(corpus, corpus.directory, ARConfig(), training__masked_attention="flex")
+    with pytest.raises(
+        InputError, match=r"masked_attention: flex needs Triton and a GPU that it compiles for"
+    ):
+        run_checks.wants_flex_attention(config, CUDA, has_triton=False)
+
+
+@pytest.mark.parametrize(
     "precision, asked, device, present, expected",
     [
         ("bf16", "auto", CPU, True, "local"),
@@ -57,7 +93,7 @@ def test_kernels_without_triton(monkeypatch):
     ],
 )
 def test_linears_and_attention(corpus, monkeypatch, precision, asked, device, present, expected):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if present else None)
+    monkeypatch.setattr(run_checks, "has_transformer_engine", lambda: present)
     config = tiny.run_config(corpus, corpus.directory, ARConfig())
     config = replace(config, training=replace(config.training, precision=precision, transformer_impl=asked))
     if expected in ("local", "transformer_engine"):

@@ -1,7 +1,9 @@
 """Where a GPU, or what a run asks of it, cannot be used: one line that says why and what to do."""
 
 import importlib
+import os
 import re
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,7 @@ from megatron_dlm.models.fp8 import Fp8Config
 from megatron_dlm.platform import gpu, parallel, versions
 from megatron_dlm.platform.launch import detect_environment
 from megatron_dlm.platform.parallel_config import ParallelConfig
+from tests.conftest import ROOT
 from tests.helpers import faulty, tiny
 from tests.helpers.distributed import run_distributed
 
@@ -37,7 +40,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setattr(torch.cuda, "init", init)
         monkeypatch.setattr(torch.version, "cuda", "13.0" if built else None)
-        monkeypatch.setattr(gpu, "_gpu_files", lambda: [Path("/dev/nvidia0")] if files else [])
+        monkeypatch.setattr(gpu, "gpu_files", lambda: [Path("/dev/nvidia0")] if files else [])
         if visible is None:
             monkeypatch.delenv(gpu.VISIBLE, raising=False)
         else:
@@ -151,25 +154,41 @@ def test_a_transformer_engine_that_does_not_fit(monkeypatch, version):
         versions.check_transformer_engine()
 
 
-@pytest.mark.parametrize("version", ["2.9.0", "2.11.0", "2.10.0+769ed778", None])
-def test_a_transformer_engine_without_its_pytorch_part(monkeypatch, tmp_path, version):
+BROKEN = "raise RuntimeError('no transformer_engine_torch*.so.\\nmore lines')"
+START = """
+from megatron_dlm.platform import versions
+versions.import_transformer_engine()
+import megatron.core.tensor_parallel
+print(versions.has_transformer_engine())
+versions.check_transformer_engine()
+"""
+
+
+@pytest.mark.parametrize("works", [False, True])
+def test_a_transformer_engine_without_its_pytorch_part(tmp_path, works):
+    """megatron-core, which would end in its RuntimeError, is imported without it; then one line says why."""
     package = tmp_path / "transformer_engine"
     package.mkdir()
     (package / "__init__.py").write_text("")
-    (package / "pytorch.py").write_text("raise RuntimeError('no transformer_engine_torch*.so.\\nmore')")
-    monkeypatch.setattr(versions, "_installed", lambda name: version)
-    monkeypatch.syspath_prepend(tmp_path)
-    for module in ("transformer_engine", "transformer_engine.pytorch"):
-        monkeypatch.setitem(sys.modules, module, None)
-        monkeypatch.delitem(sys.modules, module)
-    with pytest.raises(InputError) as caught:
-        versions.check_transformer_engine()
-    message = str(caught.value)
-    assert "cannot be imported (no transformer_engine_torch*.so): its PyTorch part" in message
-    assert "\n" not in message
-    (package / "pytorch.py").write_text("")
-    importlib.invalidate_caches()
-    versions.check_transformer_engine()
+    (package / "pytorch.py").write_text("" if works else BROKEN)
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    program = START if not works else START.replace("import megatron.core.tensor_parallel\n", "")
+    finished = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path},
+    )
+    assert finished.stdout == "True\n"
+    if works:
+        assert finished.returncode == 0, finished.stderr
+        return
+    last = finished.stderr.strip().splitlines()[-1]
+    assert (
+        "InputError: transformer-engine: unknown version cannot be imported (no transformer_engine_torch"
+        in last
+    )
+    assert "its PyTorch part comes with pip install" in last and "--training.transformer-impl local" in last
 
 
 def test_another_megatron_core(monkeypatch):
