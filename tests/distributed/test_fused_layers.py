@@ -60,8 +60,14 @@ def run(corpus, kernels, recompute, parallel):
 
 @pytest.mark.parametrize(
     "parallel",
-    [ParallelConfig(), ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)],
-    ids=["one process", "tensor and sequence parallel"],
+    [
+        pytest.param(ParallelConfig(), id="one process"),
+        pytest.param(
+            ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
+            id="tensor and sequence parallel",
+            marks=pytest.mark.slow,
+        ),
+    ],
 )
 def test_fused_layers_compute_what_pytorch_does(corpus, parallel):
     plain = run(corpus, "torch", "none", parallel)

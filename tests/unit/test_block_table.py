@@ -188,7 +188,9 @@ def test_lists_of_blocks_follow_each_other(name):
         assert torch.equal(memory, expected.reshape(-1))
 
 
-@pytest.mark.parametrize("name", ["block diffusion", "sequential, documents"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("block diffusion", marks=pytest.mark.slow), "sequential, documents"]
+)
 def test_flex_attention_computes_what_dense_attention_does(name):
     """Ten batches with other masks, compiled once; forward alone, which is what a CPU has."""
     import torch._dynamo
