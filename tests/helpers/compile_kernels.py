@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_dlm.kernels import biased_gelu, residual_norm, rotary, row_softmax
+from megatron_dlm.kernels import biased_gelu, residual_norm_kernels, rotary, row_softmax
 from megatron_dlm.kernels.launch import tiles_of
 
 LOW, WIDE, IDS = "*bf16", "*fp32", "*i64"
@@ -38,7 +38,7 @@ KERNELS = [
             {"BRANCH": True, "BIASED": False, "NORM": True},
             {"BRANCH": True, "BIASED": True, "NORM": False},
         )
-        for kernel in (residual_norm._forward, residual_norm._backward)
+        for kernel in (residual_norm_kernels.add_and_norm, residual_norm_kernels.add_and_norm_gradient)
     ),
     (biased_gelu._forward, {"x": LOW, "bias": LOW, "y": LOW}, MLP),
     (biased_gelu._backward, {"dy": LOW, "x": LOW, "bias": LOW, "dx": LOW}, MLP),

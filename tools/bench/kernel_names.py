@@ -18,6 +18,7 @@ OTHER = "other"
 FILES = {
     "kernels/biased_gelu.py": "GELU",
     "kernels/residual_norm.py": "norms and gates",
+    "kernels/residual_norm_kernels.py": "norms and gates",
     "kernels/rotary.py": "norms and gates",
     "kernels/row_softmax.py": "head",
     "models/head.py": "head",
