@@ -104,7 +104,9 @@ def load_and_go_on(state, config, more=3):
     return loaded, steps(session, 2, more)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "tp2padded" else n for n in LAYOUTS]
+)
 def test_same_layout_resumes_bit_for_bit(corpus, tmp_path, name):
     world_size, parallel = LAYOUTS[name]
     config = config_for(corpus, tmp_path, parallel)
@@ -140,7 +142,16 @@ RESHARDED = [
 FAMILIES = [MDLMConfig, ARConfig, DuoConfig, lambda: EsoLMConfig(ssl_multiple=8)]
 
 
-@pytest.mark.parametrize("index", range(len(RESHARDED)), ids=["-".join(pair) for pair in RESHARDED])
+SLOW_PAIRS = [("one", "tp2padded"), ("padded", "tp2"), ("plain", "padded")]
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        pytest.param(index, id="-".join(pair), marks=pytest.mark.slow if pair in SLOW_PAIRS else ())
+        for index, pair in enumerate(RESHARDED)
+    ],
+)
 def test_another_layout_goes_on_with_equal_losses(corpus, tmp_path, index, record_property):
     source, target = RESHARDED[index]
     objective = FAMILIES[index % len(FAMILIES)]()

@@ -35,9 +35,13 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=needs_dali if "DALI" in name else ()) for name in RUNS]
-)
+def marks_of(name):
+    # What workers are added to is run without them among the slow ones.
+    marks = [needs_dali] if "DALI" in name else []
+    return [*marks, pytest.mark.slow] if name in ("pinned memory", "DALI", "loader workers") else marks
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=marks_of(name)) for name in RUNS])
 def test_a_run_where_cuda_answers_to_the_parent_alone(corpus, tmp_path, name):
     plain = tiny.run_config(corpus, tmp_path / "plain", MDLMConfig())
     claimed = tiny.run_config(

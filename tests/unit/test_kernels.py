@@ -155,6 +155,9 @@ def compare(twin, kernel, values, kinds, dtype, used=(True, True)):
 
 # A width of one tile, of two, and of two whose second is not filled; positions more and fewer than programs.
 SHAPES = [(7, 3, 32), (1, 2, 24), (21, 1, 43)]
+SHAPES_AND_USE = [(*shape, (True, True)) for shape in SHAPES]
+SHAPES_AND_USE += [(*SHAPES[2], used) for used in ((False, True), (True, False))]
+"""Also where only one of two results has a gradient."""
 
 
 @pytest.fixture
@@ -164,8 +167,7 @@ def few_programs(monkeypatch):
     monkeypatch.setattr(residual_norm, "programs_of", lambda device, warps: 8)
 
 
-@pytest.mark.parametrize("used", [(True, True), (False, True), (True, False)])
-@pytest.mark.parametrize("length, batch, width", SHAPES)
+@pytest.mark.parametrize("length, batch, width, used", SHAPES_AND_USE)
 def test_modulated_norm(dtype, length, batch, width, used, few_programs):
     """The stream is given on, and what comes back by it is added to the norm's own gradient."""
     from megatron_dlm.kernels.residual_norm import modulated_norm
@@ -197,8 +199,7 @@ def test_gated_residual(dtype, length, batch, width, biased, few_programs):
     compare(gate_twin, kernel, values[:count], [stream, stream, dtype, dtype][:count], dtype)
 
 
-@pytest.mark.parametrize("used", [(True, True), (False, True), (True, False)])
-@pytest.mark.parametrize("length, batch, width", SHAPES)
+@pytest.mark.parametrize("length, batch, width, used", SHAPES_AND_USE)
 def test_gated_residual_and_norm_in_one(dtype, length, batch, width, used, few_programs):
     from megatron_dlm.kernels.residual_norm import gated_residual_norm
 
