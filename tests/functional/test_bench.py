@@ -13,13 +13,22 @@ from tests.helpers.runs import torchrun
 OPTIONS = ["pinned memory", "CUDA graphs", "weight gather overlap", "tensor parallel overlap"]
 
 
-def run_bench(*arguments):
-    command = [sys.executable, str(ROOT / "tools" / "bench" / "step.py"), "--sizes", "tiny"]
-    command += ["--batch-size", "1", "--seq-length", "32", "--vocabulary-size", "67"]
-    command += ["--repeats", "1", "--threads", "1", *arguments]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ)
+def printed_by(tool, *arguments, launcher=(), **environment):
+    """What a tool of tools/bench prints."""
+    command = [sys.executable, *launcher, str(ROOT / "tools" / "bench" / tool), *arguments]
+    finished = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, env=os.environ | environment
+    )
     assert finished.returncode == 0, finished.stderr
     return finished.stdout
+
+
+def run_bench(*arguments):
+    return printed_by(
+        "step.py",
+        *"--sizes tiny --batch-size 1 --seq-length 32 --vocabulary-size 67 --repeats 1 --threads 1".split(),
+        *arguments,
+    )
 
 
 @pytest.mark.slow
@@ -54,36 +63,33 @@ def test_step_benchmark_prints_what_padding_does():
 
 @pytest.mark.slow
 def test_corruption_benchmark_prints_both_sides():
-    command = [sys.executable, str(ROOT / "tools" / "bench" / "corruption.py"), "--seq-length", "64"]
-    command += ["--families", "esolm", "block-diffusion", "--repeats", "1"]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ)
-    assert finished.returncode == 0, finished.stderr
+    printed = printed_by(
+        "corruption.py",
+        *"--seq-length 64 --families esolm block-diffusion --repeats 1".split(),
+    )
     for name in ("esolm", "esolm, sequential", "block-diffusion"):
-        (row,) = (line for line in finished.stdout.splitlines() if f"│ {name} " in line)
+        (row,) = (line for line in printed.splitlines() if f"│ {name} " in line)
         tables, dense, ratio = row.split("│")[2:5]
         assert float(ratio.strip(" x")) == pytest.approx(float(tables) / float(dense), rel=0.2, abs=0.1)
 
 
 @pytest.mark.slow
 def test_checkpoint_benchmark_prints_waits_and_what_watches_a_step():
-    command = [sys.executable, str(ROOT / "tools" / "bench" / "checkpoint.py"), "--sizes", "tiny"]
-    command += ["--vocabulary-size", "301", "--repeats", "1"]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ)
-    assert finished.returncode == 0, finished.stderr
-    (row,) = (line for line in finished.stdout.splitlines() if line.startswith("│ tiny "))
+    printed = printed_by(
+        "checkpoint.py",
+        *"--sizes tiny --vocabulary-size 301 --repeats 1".split(),
+    )
+    (row,) = (line for line in printed.splitlines() if line.startswith("│ tiny "))
     synchronous, asynchronous, ratio = row.split("│")[3:6]
     assert float(ratio.strip(" %")) == pytest.approx(100 * float(asynchronous) / float(synchronous), abs=6)
-    (line,) = (line for line in finished.stdout.splitlines() if "│ fingerprint" in line)
+    (line,) = (line for line in printed.splitlines() if "│ fingerprint" in line)
     assert float(line.split("│")[2]) > 0
 
 
 @pytest.mark.slow
 def test_kernel_benchmark_counts_bytes():
-    command = [sys.executable, str(ROOT / "tools" / "bench" / "kernels.py"), "--widths", "40"]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
-    assert finished.returncode == 0, finished.stderr
-    rows = [line.split("│")[1:-1] for line in finished.stdout.splitlines() if "│ 40" in line]
+    printed = printed_by("kernels.py", "--widths", "40", CUDA_VISIBLE_DEVICES="")
+    rows = [line.split("│")[1:-1] for line in printed.splitlines() if "│ 40" in line]
     assert len(rows) == 4
     for _, _, forward, touched_forward, backward, touched_backward, _ in rows:
         assert float(touched_forward) >= float(forward) and float(touched_backward) >= float(backward)
@@ -95,11 +101,8 @@ def test_kernel_benchmark_counts_bytes():
 @pytest.mark.slow
 def test_memory_benchmark_counts_what_two_ranks_hold():
     """In bf16 bytes a parameter on 2 ranks: 2 + 4 + 6 with the distributed optimizer, 2 + 2 + 4 without."""
-    command = [sys.executable, *torchrun(2), str(ROOT / "tools" / "bench" / "memory.py")]
-    command += ["--size", "tiny", "--vocabulary-size", "301"]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ)
-    assert finished.returncode == 0, finished.stderr
-    rows = [line.split("│")[2:7] for line in finished.stdout.splitlines() if "│ " in line]
+    printed = printed_by("memory.py", *"--size tiny --vocabulary-size 301".split(), launcher=torchrun(2))
+    rows = [line.split("│")[2:7] for line in printed.splitlines() if "│ " in line]
     distributed, sharded = [[float(cell) for cell in row] for row in rows]
     whole = distributed[0]
     assert distributed[1:4] == [pytest.approx(2 * whole, rel=0.01), pytest.approx(3 * whole, rel=0.01), 0]
@@ -109,24 +112,24 @@ def test_memory_benchmark_counts_what_two_ranks_hold():
 
 @pytest.mark.slow
 def test_sampling_benchmark_prints_both_sides():
-    command = [sys.executable, str(ROOT / "tools" / "bench" / "sample.py"), "--size", "tiny"]
-    command += ["--families", "esolm", "--steps", "4", "--length", "16", "--batch-size", "1"]
-    command += ["--vocabulary-size", "67", "--repeats", "1", "--threads", "1"]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ)
-    assert finished.returncode == 0, finished.stderr
-    (row,) = (line for line in finished.stdout.splitlines() if " esolm " in line)
+    printed = printed_by(
+        "sample.py",
+        *"--size tiny --families esolm --steps 4 --length 16 --batch-size 1".split(),
+        *"--vocabulary-size 67 --repeats 1 --threads 1".split(),
+    )
+    (row,) = (line for line in printed.splitlines() if " esolm " in line)
     ours, naive, against = row.replace(",", "").split("│")[4:7]
     assert float(against.strip(" x")) == pytest.approx(float(ours) / float(naive), rel=0.05, abs=0.06)
-    assert "MiB" in finished.stdout
+    assert "MiB" in printed
 
 
 @pytest.mark.slow
 def test_an_export_takes_a_file_and_a_tensor_of_memory():
-    command = [sys.executable, str(ROOT / "tools" / "bench" / "export.py"), "--size", "19M"]
-    command += ["--shard-mb", "64", "--dtype", "fp32", "bf16"]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ)
-    assert finished.returncode == 0, finished.stderr
-    rows = [line.replace(",", "").split("│") for line in finished.stdout.splitlines() if "│ " in line]
+    printed = printed_by(
+        "export.py",
+        *"--size 19M --shard-mb 64 --dtype fp32 bf16".split(),
+    )
+    rows = [line.replace(",", "").split("│") for line in printed.splitlines() if "│ " in line]
     assert [row[1].strip() for row in rows] == ["fp32", "bf16"]
     for _, _, largest, tensor, peak, *_ in rows:
         assert 0.9 * float(tensor) < float(peak) < 1.2 * float(largest) + float(tensor)

@@ -9,8 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from megatron_dlm.platform.launch import ProcessEnvironment
-from tests.helpers.distributed import _collect, free_port
+from tests.helpers.distributed import _collect, free_port, place_of
 
 HAS_CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_CUDA else "cpu"
@@ -68,15 +67,7 @@ def _child(sender, rank, world_size, work):
         _share_one_gpu(platform)
     found = {}
     for name, port, parallel, pickled in work:
-        environment = ProcessEnvironment(
-            launcher="test" if world_size > 1 else "single",
-            rank=rank,
-            world_size=world_size,
-            local_rank=rank,
-            local_world_size=world_size,
-            master_addr="127.0.0.1",
-            master_port=port,
-        )
+        environment = place_of(rank, world_size, port, "test" if world_size > 1 else "single")
         try:
             state = platform.start_parallel(environment, replace(parallel, intra_op_threads=1))
             # Looked at when the device is there: what a test imports must not come before.

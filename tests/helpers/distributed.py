@@ -39,15 +39,7 @@ def run_distributed(body, world_size, *arguments, parallel=None, timeout=150):
     children = []
     for rank in range(world_size):
         receiver, sender = _context.Pipe(duplex=False)
-        environment = ProcessEnvironment(
-            launcher="test",
-            rank=rank,
-            world_size=world_size,
-            local_rank=rank,
-            local_world_size=world_size,
-            master_addr="127.0.0.1",
-            master_port=port,
-        )
+        environment = place_of(rank, world_size, port)
         process = _context.Process(target=_child, args=(sender, body, environment, parallel, arguments))
         process.start()
         sender.close()
@@ -58,6 +50,19 @@ def run_distributed(body, world_size, *arguments, parallel=None, timeout=150):
         for process, _ in children:
             process.kill()
             process.join()
+
+
+def place_of(rank, world_size, port, launcher="test"):
+    """A rank of processes on this machine that meet at a port."""
+    return ProcessEnvironment(
+        launcher=launcher,
+        rank=rank,
+        world_size=world_size,
+        local_rank=rank,
+        local_world_size=world_size,
+        master_addr="127.0.0.1",
+        master_port=port,
+    )
 
 
 def _collect(children, deadline):

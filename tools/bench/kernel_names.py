@@ -78,7 +78,7 @@ def names_of(file: str) -> tuple[frozenset[str], frozenset[str]]:
 
 
 def files_with_kernels() -> list[str]:
-    """Those of the package that define a Triton kernel."""
+    """Files of the package that define a Triton kernel."""
     files = [str(path.relative_to(PACKAGE)) for path in sorted((PACKAGE / "kernels").glob("*.py"))]
     return [file for file in files if names_of(file)[0]]
 

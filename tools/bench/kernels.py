@@ -169,7 +169,7 @@ def copy_of(num_bytes: int, device: torch.device) -> Callable[[], Any]:
 
 
 def milliseconds(action: Callable[[], Any]) -> float:
-    """Of the kernels that an action starts, without the time of their starts."""
+    """Median time of the kernels that an action starts, without that of their launches."""
     return float(triton.testing.do_bench_cudagraph(action, return_mode="median"))
 
 

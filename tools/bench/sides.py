@@ -51,7 +51,7 @@ class Shape:
     layout: ParallelConfig = ParallelConfig()
     """What data parallel ranks share, of our side."""
     microbatches: int = 1
-    """Of `batch_size` samples each, in one step of our side."""
+    """Microbatches of `batch_size` samples each in one step of our side."""
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -69,11 +69,11 @@ class Shape:
         )
 
     def batches(self, step: int) -> list[TokenBatch]:
-        """Those of a step's microbatches."""
+        """Clean tokens of each microbatch of a step."""
         return [self.batch(step * self.microbatches + index) for index in range(self.microbatches)]
 
     def address(self, step: int) -> BatchAddress:
-        """Of a step's batch."""
+        """Address of a step's global batch."""
         size = self.batch_size * self.microbatches
         return BatchAddress(step, step * size, size, training=True)
 
