@@ -111,8 +111,13 @@ def refuse_shared_gpus(rank: int, world_size: int, gpu: str) -> None:
     if store.add("gpu/ranks", 1) == world_size:
         store.set("gpu/all", "")
     store.wait(["gpu/all"])
-    if store.check(["gpu/shared"]):
-        shared = store.get("gpu/shared").decode()
+    shared = store.get("gpu/shared").decode() if store.check(["gpu/shared"]) else ""
+    # Rank 0's process may keep the store: it goes on when the others have their answer.
+    if store.add("gpu/answered", 1) == world_size:
+        store.set("gpu/all_answered", "")
+    if rank == 0:
+        store.wait(["gpu/all_answered"])
+    if shared:
         raise InputError(
             f"parallel.device: {shared}, and NCCL needs a GPU for each rank: start as many processes on a "
             "node as it has GPUs"

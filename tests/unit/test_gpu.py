@@ -5,11 +5,13 @@ import os
 import re
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import distributed_c10d
 
 from megatron_dlm.interfaces import InputError, TrainingError
 from megatron_dlm.kernels.choice import wants_triton
@@ -91,7 +93,24 @@ def test_a_device_that_the_driver_refuses(monkeypatch):
         gpu.start_cuda(CUDA)
 
 
+class SlowStore:
+    """The store as a rank sees it that is slower than the others."""
+
+    def __init__(self, store):
+        self.store = store
+
+    def __getattr__(self, name):
+        return getattr(self.store, name)
+
+    def wait(self, keys):
+        self.store.wait(keys)
+        time.sleep(1)
+
+
 def share(state, name):
+    if state.rank == 1:
+        store = SlowStore(distributed_c10d._get_default_store())
+        distributed_c10d._get_default_store = lambda: store
     try:
         gpu.refuse_shared_gpus(state.rank, state.world_size, name.format(rank=state.rank))
     except InputError as error:
