@@ -2,15 +2,16 @@
 
 import json
 import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.helpers import tiny
+from tests.helpers import processes, tiny
 
+# No test asks a hub; read when the libraries are imported.
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 if not torch.cuda.is_available():
     # Read where Triton's kernels are defined; a run takes PyTorch on a CPU all the same.
     os.environ["TRITON_INTERPRET"] = "1"
@@ -100,16 +101,7 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="session")
 def command():
     """Run `megatron-dlm` arguments in a process of its own; returns the finished process."""
-
-    def run(*arguments, check=True, timeout=240, **environment):
-        words = [sys.executable, "-m", "megatron_dlm", *map(str, arguments)]
-        env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
-        finished = subprocess.run(words, capture_output=True, text=True, env=env, timeout=timeout, cwd=ROOT)
-        if check and finished.returncode:
-            pytest.fail(f"{words} ended with {finished.returncode}:\n{finished.stdout}\n{finished.stderr}")
-        return finished
-
-    return run
+    return partial(processes.run, *processes.TRAINER)
 
 
 @pytest.fixture

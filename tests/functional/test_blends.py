@@ -11,7 +11,7 @@ from megatron_dlm.platform.codec import decode
 from megatron_dlm.platform.rng import NoiseSource
 from megatron_dlm.telemetry.writers import read_metrics
 from megatron_dlm.training.run_data import open_data
-from tests.helpers.runs import arguments_for, finish, start
+from tests.helpers.runs import arguments_for, finish, finish_ranks, start
 
 
 def epochs(directory):
@@ -55,9 +55,7 @@ def run_legs(corpus, directory, legs):
         layout = ["--training.micro-batch-size", micro_batch, "--data.workers", workers]
         allow = ["--checkpoint.allow-changed", "data.train"]
         more = ["--data.train", *blend, *layout, *allow]
-        code, output = finish(
-            start(arguments_for(corpus, directory, *more, steps=steps), processes=processes)
-        )
+        code, output = finish_ranks(arguments_for(corpus, directory, *more, steps=steps), processes)
         assert code == 0, output
     found = {e["step"]: e["fingerprint"] for e in read_metrics(directory) if e["kind"] == "train"}
     progress = json.loads((directory / "checkpoints" / "step-00000016" / "progress.json").read_text())

@@ -1,17 +1,14 @@
 """tools/check_oracle.py on recorded numbers where present, and on files made here."""
 
-import subprocess
-import sys
+from functools import partial
 
 import numpy as np
 import pytest
 
-from tests.conftest import REFERENCE, ROOT
+from tests.conftest import REFERENCE
+from tests.helpers.processes import run
 
-
-def check(path):
-    command = [sys.executable, str(ROOT / "tools" / "check_oracle.py"), str(path)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240)
+check = partial(run, "tools/check_oracle.py", check=False)
 
 
 @pytest.fixture

@@ -1,12 +1,11 @@
 """tools/compare_runs.py on logs written here."""
 
 import json
-import subprocess
-import sys
+from functools import partial
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.helpers import processes
 
 
 def write_run(directory, losses, fingerprints=None):
@@ -27,9 +26,7 @@ def write_run(directory, losses, fingerprints=None):
     return directory
 
 
-def compare(*arguments):
-    command = [sys.executable, str(ROOT / "tools" / "compare_runs.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+compare = partial(processes.run, "tools/compare_runs.py", check=False)
 
 
 @pytest.fixture

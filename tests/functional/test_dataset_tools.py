@@ -15,17 +15,11 @@ from megatron_dlm.data.shard import Shard
 from megatron_dlm.data.tokenizer import load_tokenizer
 from tests.conftest import ROOT
 from tests.functional.test_examples import find_mpirun
-from tests.helpers import megatron_index, tiny
+from tests.helpers import megatron_index, processes, tiny
 
 
 def run(tool, *words):
-    return subprocess.run(
-        [sys.executable, f"tools/{tool}", *map(str, words)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    return processes.run(f"tools/{tool}", *words, check=False)
 
 
 def digests(prefix):
@@ -161,8 +155,8 @@ def test_mpi_ranks_share_one_job(corpus, tmp_path, ranks):
     text = tiny.write_jsonl(tmp_path / "t.jsonl", tiny.sentences(5000, seed=2))
     index = ["index", "--input", text, "--tokenizer", corpus.tokenizer, "--unit-bytes", 50_000]
     alone, shared = tmp_path / "alone", tmp_path / "shared"
-    python = [sys.executable, "-m", "megatron_dlm", *index]
-    subprocess.run([*map(str, [*python, "--output", alone, "--workers", 1])], cwd=ROOT, check=True)
+    python = [sys.executable, *processes.TRAINER, *index]
+    processes.run(*python[1:], "--output", alone, "--workers", 1)
     words = [
         mpirun,
         "-n",

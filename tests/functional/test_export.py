@@ -6,7 +6,7 @@ import shutil
 import struct
 import subprocess
 import sys
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import pytest
 import torch
@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from megatron_dlm.conversion.to_hugging_face import new_folder
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.telemetry.writers import read_metrics
-from tests.conftest import ROOT
-from tests.helpers.runs import arguments_for, finish, start
+from tests.helpers.processes import ROOT, TRAINER, run
+from tests.helpers.runs import arguments_for, finish, finish_ranks, start_interpreter
 
 SLOW = pytest.mark.slow
 STEPS = 4
@@ -45,7 +45,7 @@ def checkpoint_of(corpus, tmp_path_factory):
         directory = tmp_path_factory.mktemp(name)
         recipe = f"examples/{name.removesuffix('-two-parts')}/tiny.py"
         more = [*TENSOR_AND_PIPELINE, *VARIANTS[name]]
-        code, output = finish(start(arguments_for(corpus, directory, *more, recipe=recipe, steps=STEPS), 4))
+        code, output = finish_ranks(arguments_for(corpus, directory, *more, recipe=recipe, steps=STEPS), 4)
         assert code == 0, output
         return directory / "checkpoints" / f"step-{STEPS:08d}"
 
@@ -53,10 +53,9 @@ def checkpoint_of(corpus, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def mdlm_export(checkpoint_of, tmp_path_factory):
+def mdlm_export(command, checkpoint_of, tmp_path_factory):
     folder = tmp_path_factory.mktemp("export") / "folder"
-    words = [sys.executable, "-m", "megatron_dlm", "export", str(checkpoint_of("mdlm")), str(folder)]
-    subprocess.run(words, check=True, cwd=ROOT, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    command("export", checkpoint_of("mdlm"), folder)
     return folder
 
 
@@ -114,7 +113,7 @@ def test_import_gives_back_every_bit_at_any_layout(command, corpus, checkpoint_o
     bounds = {}
     for name, source in (("folder", mdlm_export), ("imported", back)):
         more = ["--checkpoint.initialize-from", source, "--parallel.tensor-model-parallel-size", 2]
-        code, output = finish(start(arguments_for(corpus, tmp_path / name, *more, steps=1), 2))
+        code, output = finish_ranks(arguments_for(corpus, tmp_path / name, *more, steps=1), 2)
         assert code == 0, output
         bounds[name] = [
             e["nats_per_token"] for e in read_metrics(tmp_path / name) if e["kind"] == "validation"
@@ -147,10 +146,9 @@ def test_a_new_folder_leaves_others_files_alone(tmp_path):
 def test_weights_go_to_the_reference_s_file_and_back(command, corpus, checkpoint_of, tmp_path):
     """A run that starts from the exported .ckpt, at another layout, begins where the exported one ended."""
     file = tmp_path / "weights.ckpt"
-    convert = [sys.executable, str(ROOT / "tools" / "convert_checkpoint.py")]
-    words = ["--loader", "megatron", "--saver", "reference"]
-    words += ["--load-dir", str(checkpoint_of("mdlm")), "--save-dir", str(file)]
-    subprocess.run([*convert, *words], check=True, cwd=ROOT)
+    convert = partial(run, "tools/convert_checkpoint.py")
+    places = ["--load-dir", checkpoint_of("mdlm"), "--save-dir", file]
+    convert("--loader", "megatron", "--saver", "reference", *places)
     again = command("export", checkpoint_of("mdlm"), file, check=False)
     assert again.returncode == 2 and "exists already" in again.stderr
     command(*arguments_for(corpus, tmp_path / "run", "--checkpoint.initialize-from", file, steps=1))
@@ -171,10 +169,8 @@ def test_weights_go_to_the_reference_s_file_and_back(command, corpus, checkpoint
     missing = arguments_for(corpus, tmp_path / "other", "--checkpoint.initialize-from", "no.ckpt", steps=1)
     finished = command(*missing, check=False)
     assert finished.returncode == 2 and "checkpoint.initialize_from: no.ckpt: no such file" in finished.stderr
-    both = subprocess.run(
-        [*convert, "--loader", "megatron", *words[2:3], "megatron", *words[4:]], capture_output=True
-    )
-    assert both.returncode == 2 and b"just one of them must be megatron" in both.stderr
+    both = convert("--loader", "megatron", "--saver", "megatron", *places, check=False)
+    assert both.returncode == 2 and "just one of them must be megatron" in both.stderr
 
 
 @SLOW
@@ -245,9 +241,7 @@ def test_the_comparison_finds_other_weights(broken):
     assert finished.returncode == 1 and "norm1" in finished.stderr
 
 
-def test_an_export_that_is_not_the_trained_model_is_not_written(
-    command, checkpoint_of, tmp_path, monkeypatch
-):
+def test_an_export_that_is_not_the_trained_model_is_not_written(checkpoint_of, tmp_path):
     """Samplers of the export that go another way: the trace differs and nothing is left."""
     patched = tmp_path / "patched"
     patched.mkdir()
@@ -263,10 +257,9 @@ def test_an_export_that_is_not_the_trained_model_is_not_written(
         "    return files\n"
         "code.remote_code = changed\n"
     )
-    path = f"{patched}:{ROOT}"
-    finished = command("export", checkpoint_of("mdlm"), tmp_path / "folder", check=False, PYTHONPATH=path)
-    assert finished.returncode == 1, finished.stdout
-    assert "greedy sampling: other tokens than the trained model's" in finished.stderr
+    words = (*TRAINER, "export", checkpoint_of("mdlm"), tmp_path / "folder")
+    code, output = finish(start_interpreter(*words, PYTHONPATH=f"{patched}:{ROOT}"))
+    assert code == 1 and "greedy sampling: other tokens than the trained model's" in output, output
     assert [p.name for p in tmp_path.iterdir()] == ["patched"]
 
 

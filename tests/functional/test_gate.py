@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.helpers.runs import arguments_for, finish, start
+from tests.helpers.runs import arguments_for, finish_ranks
 
 SIZES = ("--num-sequences", 8, "--num-times", 8)
 STEPS = 210
@@ -53,7 +53,7 @@ def test_one_checkpoint_at_two_precisions(command, runs, tmp_path, read_json):
         assert 0 < abs(found["difference"]["nats_per_token"]) < width / 5
         assert found["training"] is None
     layout = ("--parallel.tensor-model-parallel-size", 2)
-    code, printed = finish(start([*words, *layout, "--precision-b", "fp32", "--tolerance", 1], 2))
+    code, printed = finish_ranks([*words, *layout, "--precision-b", "fp32", "--tolerance", 1], 2)
     assert code == 0 and printed.count("passed") == 1, printed
 
 

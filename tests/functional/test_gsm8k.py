@@ -2,13 +2,11 @@
 
 import json
 import random
-import subprocess
-import sys
 
 import pytest
 
-from tests.conftest import ROOT
-from tests.helpers.runs import arguments_for
+from tests.helpers.processes import TRAINER
+from tests.helpers.runs import arguments_for, finish, start_interpreter
 
 STEPS = 60
 LENGTH = 48
@@ -29,7 +27,7 @@ def write_problems(path, count, seed):
     scope="module",
     params=["ar", *(pytest.param(f, marks=pytest.mark.slow) for f in ("mdlm", "duo", "esolm"))],
 )
-def tuned(request, corpus, tmp_path_factory):
+def tuned(request, command, corpus, tmp_path_factory):
     """A tiny model, fine-tuned on sums."""
     directory = tmp_path_factory.mktemp(request.param)
     train = write_problems(directory / "train.jsonl", 200, seed=0)
@@ -40,9 +38,7 @@ def tuned(request, corpus, tmp_path_factory):
     more += ["--training.num-steps", STEPS, "--schedule.lr", 3e-3]
     run = arguments_for(corpus, directory / "run", *more, recipe=f"examples/{request.param}/tiny.py")
     for words in (index, run):
-        command = [sys.executable, "-m", "megatron_dlm", *map(str, words)]
-        finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert finished.returncode == 0, finished.stderr
+        command(*words)
     return directory / "run" / "checkpoints" / f"step-{STEPS:08d}"
 
 
@@ -101,12 +97,15 @@ def test_bad_input_ends_in_one_line(command, tuned, tmp_path):
         (problems, "--template", "Question"): "template: 'Question' does not have {question} just once",
         (problems, "--no-stop-at-eos"): "stop_at_eos: an answer ends with its first <eos>",
         (problems, "--length", 3): "length: 3 tokens leave no answer to problem 0",
-        (problems, "--device", "cuda:99"): "device: cuda:99",
         (problems, "--sampler", "nonsense"): "nonsense",
     }
     for more, complaint in cases.items():
         finished = command(*words, *more, check=False)
         assert finished.returncode == 2 and complaint in finished.stderr, finished.stderr
         assert finished.stderr.count("\n") == 1
+    # In an interpreter where CUDA does not lead to the CPU.
+    words = (*TRAINER, *words, problems, "--device", "cuda:99")
+    code, output = finish(start_interpreter(*words))
+    assert code == 2 and "device: cuda:99" in output and output.count("\n") == 1, output
     # Nothing of them is kept that a later run would have to agree with.
     assert not (tmp_path / "out").exists()

@@ -13,7 +13,6 @@ from tests.helpers.runs import arguments_for
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install megatron-dlm[harness]")
 STEPS = {"mdlm": 20, "ar": 20, "duo": 80}
 """Until a model tells words from noise."""
-OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 TASKS = {
     "local_choice": """
 output_type: multiple_choice
@@ -62,19 +61,18 @@ def tasks(tmp_path_factory):
 @pytest.fixture(
     scope="module", params=["mdlm", *(pytest.param(f, marks=pytest.mark.slow) for f in ("ar", "duo"))]
 )
-def model(request, corpus, tmp_path_factory):
+def model(request, command, corpus, tmp_path_factory):
     directory = tmp_path_factory.mktemp(request.param)
     steps = STEPS[request.param]
     words = arguments_for(corpus, directory, recipe=f"examples/{request.param}/tiny.py", steps=steps)
-    command = [sys.executable, "-m", "megatron_dlm", *map(str, words)]
-    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+    command(*words)
     return directory / "checkpoints" / f"step-{steps:08d}"
 
 
 def test_local_tasks_end_to_end(command, model, tasks, tmp_path, read_json):
     words = ["evaluate", "harness", model, "--include-path", tasks, "--tasks", *TASKS]
     words += ["--num-times", 4, "--max-copies", 16, "--batch-size", 8]
-    home = {"HF_HOME": str(tmp_path / "cache"), **OFFLINE}
+    home = {"HF_HOME": str(tmp_path / "cache")}
     finished = command(*words, "--output", tmp_path / "results.json", **home)
     for name in TASKS:
         assert name in finished.stdout
@@ -104,7 +102,7 @@ found = lm_eval.simple_evaluate(
     task_manager=TaskManager(include_path="{tasks}"), batch_size=8, limit=2)
 print("ACC", found["results"]["local_choice"]["acc,none"])
 """
-    environment = os.environ | OFFLINE | {"HF_HOME": str(tasks / "cache")}
+    environment = os.environ | {"HF_HOME": str(tasks / "cache")}
     finished = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, env=environment
     )
@@ -121,5 +119,5 @@ def test_bad_input_ends_in_one_line(command, model, tasks, tmp_path):
         ("--tasks", "local_choice", "--confidence", 2): "confidence: 2.0 is outside [0.5, 1]",
     }
     for more, complaint in cases.items():
-        finished = command(*words, *more, check=False, **OFFLINE)
+        finished = command(*words, *more, check=False)
         assert finished.returncode == 2 and complaint in finished.stderr, finished.stderr

@@ -6,12 +6,12 @@ import time
 import psutil
 import pytest
 
-from tests.helpers.distributed import free_port
 from tests.helpers.runs import (
     arguments_for,
     finish,
     rank_process,
     start,
+    start_ranks,
     tensor_files,
     train_metrics,
     wait_for_step,
@@ -48,11 +48,7 @@ def test_the_others_end_and_name_the_rank(corpus, tmp_path, fate, rank):
 def test_a_frozen_rank_0_that_keeps_the_store_ends_the_others_too(corpus, tmp_path):
     """As under srun and mpirun: its store answers nobody."""
     more = ["--parallel.collective-timeout-seconds", 4]
-    port = free_port()
-    ranks = [
-        start(arguments_for(corpus, tmp_path, *more, steps=5000), rank=rank, world_size=2, port=port)
-        for rank in range(2)
-    ]
+    ranks = start_ranks(arguments_for(corpus, tmp_path, *more, steps=5000), 2)
     wait_for_step(ranks[0], tmp_path, 3)
     ranks[0].send_signal(signal.SIGSTOP)
     try:

@@ -1,12 +1,8 @@
 """`megatron-dlm evaluate nll`: one number by every route, of shards and of texts."""
 
-import subprocess
-import sys
-
 import pytest
 
-from tests.conftest import ROOT
-from tests.helpers.runs import arguments_for, finish, start
+from tests.helpers.runs import arguments_for, finish_ranks
 
 SLOW = pytest.mark.slow
 STEPS = 3
@@ -16,17 +12,16 @@ SIZES = ["--num-sequences", 6, "--num-times", 8]
 @pytest.fixture(
     scope="module", params=["mdlm", *(pytest.param(f, marks=SLOW) for f in ("ar", "duo", "esolm"))]
 )
-def model(request, corpus, tmp_path_factory):
+def model(request, command, corpus, tmp_path_factory):
     """A checkpoint of 2 x 2 processes and its export."""
     directory = tmp_path_factory.mktemp(request.param)
     layout = ["--parallel.tensor-model-parallel-size", 2, "--parallel.pipeline-model-parallel-size", 2]
     recipe = f"examples/{request.param}/tiny.py"
     words = arguments_for(corpus, directory / "run", *layout, recipe=recipe, steps=STEPS)
-    code, output = finish(start(words, 4))
+    code, output = finish_ranks(words, 4)
     assert code == 0, output
     checkpoint = directory / "run" / "checkpoints" / f"step-{STEPS:08d}"
-    export = [sys.executable, "-m", "megatron_dlm", "export", checkpoint, directory / "hf", "--no-verify"]
-    subprocess.run(list(map(str, export)), check=True, cwd=ROOT, capture_output=True)
+    command("export", checkpoint, directory / "hf", "--no-verify")
     return request.param, checkpoint, directory / "hf"
 
 
@@ -46,7 +41,8 @@ def test_one_number_by_every_route(command, model, tmp_path, read_json, record_p
     found = {}
     for route, (path, more, processes) in routes.items():
         output = tmp_path / "result.json"
-        code, printed = finish(start(["evaluate", "nll", path, *SIZES, *more, "--output", output], processes))
+        words = ["evaluate", "nll", path, *SIZES, *more, "--output", output]
+        code, printed = finish_ranks(words, processes)
         assert code == 0, printed
         assert "nats/token" in printed and "6/6 sequences" in printed
         found[route] = read_json(output)

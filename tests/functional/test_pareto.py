@@ -2,28 +2,25 @@
 
 import csv
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from megatron_dlm.evaluation.generative import Judge, frontier, hugging_face_judge, unigram_entropy
 from megatron_dlm.interfaces import InputError
-from tests.conftest import REFERENCE, ROOT
+from tests.conftest import REFERENCE
 from tests.helpers.runs import arguments_for
 
 STEPS = 3
 
 
 @pytest.fixture(scope="module")
-def models(corpus, tmp_path_factory):
+def models(command, corpus, tmp_path_factory):
     """Checkpoints of MDLM and AR."""
     directory = tmp_path_factory.mktemp("pareto")
     for family in ("mdlm", "ar"):
         words = arguments_for(corpus, directory / family, recipe=f"examples/{family}/tiny.py", steps=STEPS)
-        command = [sys.executable, "-m", "megatron_dlm", *map(str, words)]
-        subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+        command(*words)
     return {family: directory / family / "checkpoints" / f"step-{STEPS:08d}" for family in ("mdlm", "ar")}
 
 

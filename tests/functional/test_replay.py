@@ -1,16 +1,12 @@
 """A run that a bad step has ended leaves what it takes to look at that step again."""
 
 import json
-import subprocess
-import sys
+from functools import partial
 
-from tests.conftest import ROOT
+from tests.helpers.processes import run
 from tests.helpers.runs import arguments_for, finish, start
 
-
-def replay(*arguments):
-    words = [sys.executable, "-W", "ignore", "tools/replay_step.py", *map(str, arguments)]
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+replay = partial(run, "tools/replay_step.py", check=False)
 
 
 def test_a_bad_step_is_replayed_sample_by_sample(corpus, tmp_path):

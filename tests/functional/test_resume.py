@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from megatron_dlm.telemetry.writers import read_metrics
-from tests.helpers.runs import arguments_for, finish, start, tensor_files, train_metrics
+from tests.helpers.runs import arguments_for, finish, finish_ranks, start, tensor_files, train_metrics
 
 
 @pytest.mark.parametrize("name", [pytest.param("run.json", marks=pytest.mark.slow), "__0_0.distcp"])
@@ -146,7 +146,7 @@ def test_a_bf16_run_is_fully_sharded_for_a_while(corpus, tmp_path):
     for directory, parts in (("whole", [(12, more)]), ("run", [(4, more), (8, sharded), (12, more)])):
         for steps, options in parts:
             words = arguments_for(corpus, tmp_path / directory, *options, steps=steps)
-            code, output = finish(start(words, processes=2))
+            code, output = finish_ranks(words, 2)
             assert code == 0, output
     whole, run = (
         {(entry["kind"], entry["step"]): entry["nats_per_token"] for entry in read_metrics(tmp_path / name)}

@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 
 import pytest
 
@@ -16,15 +15,14 @@ STEPS = 3
 
 
 @pytest.fixture(scope="module")
-def models(corpus, tmp_path_factory):
+def models(command, corpus, tmp_path_factory):
     """A checkpoint and its export."""
     directory = tmp_path_factory.mktemp("sample")
-    run = [sys.executable, "-m", "megatron_dlm"]
     for words in (
         arguments_for(corpus, directory / "run", steps=STEPS),
         ["export", directory / "run" / "checkpoints" / f"step-{STEPS:08d}", directory / "hf", "--no-verify"],
     ):
-        subprocess.run([*run, *map(str, words)], check=True, cwd=ROOT, capture_output=True)
+        command(*words)
     return directory / "run" / "checkpoints" / f"step-{STEPS:08d}", directory / "hf"
 
 
@@ -88,12 +86,12 @@ def test_what_is_no_model_is_refused(command, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def trace(models, tmp_path_factory):
+def trace(command, models, tmp_path_factory):
     """A page of text that would break out of its script, if text could."""
     page = tmp_path_factory.mktemp("trace") / "trace.html"
     words = ["sample", models[1], "--num-samples", 2, "--num-steps", 8, "--trace", page]
     words += ["--prompt", "</script><b>"]
-    subprocess.run([sys.executable, "-m", "megatron_dlm", *map(str, words)], check=True, cwd=ROOT)
+    command(*words)
     return page
 
 

@@ -9,7 +9,8 @@ import pytest
 from megatron_dlm.telemetry.writers import read_metrics
 from tests.gpu.test_training import DEVICE_WORDS, curve
 from tests.helpers.devices import HAS_CUDA
-from tests.helpers.runs import arguments_for, finish, start, tensor_files, train_metrics
+from tests.helpers.processes import TRAINER
+from tests.helpers.runs import arguments_for, finish, start_interpreter, tensor_files, train_metrics
 
 WORDS = (*DEVICE_WORDS, "--parallel.deterministic", "--training.precision", "bf16")
 STEPS = 14
@@ -37,7 +38,8 @@ def test_a_save_goes_on_bit_for_bit(verbs, corpus, tmp_path, whole, way):
 def started(corpus, directory, *words, steps=STEPS):
     """A process of its own, which sees the GPU."""
     visible = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")} if HAS_CUDA else {}
-    return start(arguments_for(corpus, directory, *WORDS, *words, steps=steps), environment=visible)
+    arguments = arguments_for(corpus, directory, *WORDS, *words, steps=steps)
+    return start_interpreter(*TRAINER, *arguments, **visible)
 
 
 def wait_until(process, condition, seconds=90):

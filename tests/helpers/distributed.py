@@ -1,10 +1,8 @@
 """Run a function on real gloo processes and bring back what each rank returns.
 
-Children are forked from a server that has imported torch and megatron-core once, so a launch takes well
-under a second; the pytest process itself never starts a process group.
+The pytest process itself never starts a process group.
 """
 
-import multiprocessing
 import pickle
 import random
 import socket
@@ -16,9 +14,7 @@ import pytest
 
 from megatron_dlm.platform.launch import ProcessEnvironment
 from megatron_dlm.platform.parallel_config import ParallelConfig
-
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.helpers.preload"])
+from tests.helpers.processes import context
 
 
 def run_distributed(body, world_size, *arguments, parallel=None, timeout=150):
@@ -38,9 +34,9 @@ def run_distributed(body, world_size, *arguments, parallel=None, timeout=150):
     port = free_port()
     children = []
     for rank in range(world_size):
-        receiver, sender = _context.Pipe(duplex=False)
+        receiver, sender = context.Pipe(duplex=False)
         environment = place_of(rank, world_size, port)
-        process = _context.Process(target=_child, args=(sender, body, environment, parallel, arguments))
+        process = context.Process(target=_child, args=(sender, body, environment, parallel, arguments))
         process.start()
         sender.close()
         children.append((process, receiver))

@@ -1,19 +1,17 @@
 """Whole training runs in a forked process, with a fault at a chosen moment."""
 
-import multiprocessing
 import os
 import shutil
 import signal
 import time
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.helpers.preload"])
+from tests.helpers.processes import context
 
 
 def train_in_child(config, fault=None, *arguments, timeout=120):
     """`train(config)` after `fault(*arguments)`; exit code, negative for a signal, and standard error."""
     config.directory.mkdir(parents=True, exist_ok=True)
-    process = _context.Process(target=_train, args=(config, fault, arguments))
+    process = context.Process(target=_train, args=(config, fault, arguments))
     process.start()
     process.join(timeout)
     if process.exitcode is None:

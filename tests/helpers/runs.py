@@ -9,7 +9,8 @@ import psutil
 import pytest
 
 from megatron_dlm.telemetry.writers import read_metrics
-from tests.conftest import ROOT
+from tests.helpers.distributed import free_port
+from tests.helpers.processes import CPU, ROOT, TRAINER, Program
 
 STEPS = 14
 
@@ -32,18 +33,36 @@ def torchrun(processes, options=()):
     return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *options]
 
 
-def start(arguments, processes=1, options=(), rank=None, world_size=None, port=None, environment=None):
-    """A run under torchrun, or alone, or as one of the ranks that another launcher would start."""
-    place = {}
-    if rank is not None:
-        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-        place = {name: str(value) for name, value in (numbers | {"MASTER_PORT": port}).items()}
-    launcher = torchrun(processes, options) if processes > 1 else []
-    words = [sys.executable, *launcher, "-m", "megatron_dlm", *map(str, arguments)]
+def start(arguments, processes=1, options=()):
+    """A run alone, or under torchrun."""
+    if processes > 1:
+        return start_interpreter(*torchrun(processes, options), *TRAINER, *arguments)
+    return Program(*TRAINER, *arguments, together=True)
+
+
+def start_ranks(arguments, world_size):
+    """One run as another launcher than torchrun would start it: a process a rank and nobody above them."""
+    port = free_port()
+    started = []
+    for rank in range(world_size):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+        environment = {name: str(value) for name, value in (place | {"MASTER_PORT": port}).items()}
+        started.append(Program(*TRAINER, *arguments, together=True, environment=environment))
+    return started
+
+
+def finish_ranks(arguments, world_size):
+    """Start a run's ranks and wait for them; the first exit code that is not 0, and what all have printed."""
+    ended = [finish(process) for process in start_ranks(arguments, world_size)]
+    return next((code for code, _ in ended if code), 0), "".join(output for _, output in ended)
+
+
+def start_interpreter(*words, **environment):
+    """`python WORDS` in an interpreter of its own, which imports all by itself."""
     return subprocess.Popen(
-        words,
+        [sys.executable, *map(str, words)],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | place | (environment or {}),
+        env=os.environ | CPU | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
