@@ -22,6 +22,7 @@ from tests.distributed.test_checkpoint import build_random
 from tests.helpers import faulty, tiny
 from tests.helpers.claimed_cuda import claim_cuda
 from tests.helpers.distributed import run_distributed
+from tests.helpers.processes import context
 from tests.helpers.skips import needs_dali
 
 RUNS = {
@@ -72,7 +73,7 @@ def index_where_cuda_is_claimed(corpus, output):
 
 
 def test_workers_of_the_indexer_where_cuda_answers_to_the_parent_alone(corpus, tmp_path):
-    process = faulty._context.Process(target=index_where_cuda_is_claimed, args=(corpus, tmp_path / "shard"))
+    process = context.Process(target=index_where_cuda_is_claimed, args=(corpus, tmp_path / "shard"))
     process.start()
     process.join(60)
     assert process.exitcode == 0
