@@ -21,5 +21,6 @@ tools/install_browser.sh
 PYTHON=$python tools/check.sh
 # Workers with a thread for each core get in each other's way: small tests take up to 15 times as long. Half
 # as many workers again as cores, since tests wait for time-outs and for each other's processes.
+cores=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec "$python" -m pytest -n "${WORKERS:-$((($(nproc) * 3 + 1) / 2))}" --dist loadfile "${selection[@]}" "$@"
+exec "$python" -m pytest -n "${WORKERS:-$(((cores * 3 + 1) / 2))}" --dist loadfile "${selection[@]}" "$@"
