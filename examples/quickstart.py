@@ -18,15 +18,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_dlm.checkpointing.storage import CheckpointRoot
-from megatron_dlm.data.manifest import read_manifest
-from megatron_dlm.data.records import read_texts
-from megatron_dlm.data.sources import find_sources
+from megatron_dlm.checkpointing.layout import CheckpointRoot
+from megatron_dlm.data.preprocessing.document_readers import read_texts
+from megatron_dlm.data.preprocessing.input_files import find_sources
+from megatron_dlm.data.shards.manifest import read_manifest
+from megatron_dlm.families.registry import OBJECTIVES
 from megatron_dlm.interfaces import InputError
-from megatron_dlm.objectives.registry import OBJECTIVES
+from megatron_dlm.run.config import load_recipe
 from megatron_dlm.telemetry.plots import plot_loss
 from megatron_dlm.telemetry.writers import duration, read_metrics
-from megatron_dlm.training.run_config import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALLEST_STEPS = 30

@@ -32,10 +32,10 @@ sys.path.insert(0, str(ROOT))
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from megatron_dlm.checkpointing.storage import CheckpointRoot  # noqa: E402
-from megatron_dlm.objectives.registry import OBJECTIVES  # noqa: E402
+from megatron_dlm.checkpointing.layout import CheckpointRoot  # noqa: E402
+from megatron_dlm.families.registry import OBJECTIVES  # noqa: E402
+from megatron_dlm.run.config import RunConfig  # noqa: E402
 from megatron_dlm.telemetry.writers import read_metrics  # noqa: E402
-from megatron_dlm.training.run_config import RunConfig  # noqa: E402
 from tests.helpers import tiny  # noqa: E402
 from tests.helpers.distributed import free_port  # noqa: E402
 
@@ -255,8 +255,8 @@ def exit_code(run: Run, ranks: list[Any]) -> int:
 def train_rank(config: RunConfig, rank: int, processes: int, port: int, file_limit: int | None) -> None:
     """One rank of an attempt; exits as `megatron-dlm train` would."""
     from megatron_dlm.cli.main import run_and_exit
-    from megatron_dlm.training.run import train
-    from megatron_dlm.training.stop_signals import EXIT_PREEMPTED
+    from megatron_dlm.training.signals import EXIT_PREEMPTED
+    from megatron_dlm.training.train import train
 
     os.environ |= {
         "RANK": str(rank),

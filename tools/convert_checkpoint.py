@@ -14,7 +14,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from megatron_dlm.checkpointing.storage import REFERENCE_SUFFIX
+from megatron_dlm.checkpointing.layout import REFERENCE_SUFFIX
 from megatron_dlm.cli.main import run_and_exit
 from megatron_dlm.interfaces import InputError
 

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_dlm.cli.main import run_and_exit
-from megatron_dlm.data.joining import TokenCounts, join_tokens, publish
-from megatron_dlm.data.manifest import FileDigest, shard_path
-from megatron_dlm.data.shard import Shard, ShardIndex, read_index, write_index
+from megatron_dlm.data.preprocessing.merge_parts import TokenCounts, join_tokens, publish
+from megatron_dlm.data.shards.manifest import FileDigest, shard_path
+from megatron_dlm.data.shards.shard import Shard, ShardIndex, read_index, write_index
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.platform.files import sha256_of
 

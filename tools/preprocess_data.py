@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megatron_dlm.cli.index import index
 from megatron_dlm.cli.main import run_and_exit
-from megatron_dlm.data.indexing import IndexConfig
+from megatron_dlm.data.preprocessing.index import IndexConfig
 from megatron_dlm.interfaces import InputError
 
 TOKENIZERS = ("HuggingFaceTokenizer", "SentencePieceTokenizer", "GPTSentencePieceTokenizer", "TikTokenizer")

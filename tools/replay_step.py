@@ -23,15 +23,15 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from megatron_dlm.checkpointing.storage import CheckpointRoot, read_json, step_of
+from megatron_dlm.checkpointing.layout import CheckpointRoot, read_json, step_of
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.platform.codec import decode
 from megatron_dlm.platform.launch import detect_environment
 from megatron_dlm.platform.parallel import start_parallel, stop_parallel
 from megatron_dlm.platform.parallel_config import ParallelConfig
-from megatron_dlm.training.run_config import RunConfig
-from megatron_dlm.training.run_data import open_data
-from megatron_dlm.training.run_start import read_run_record
+from megatron_dlm.run.config import RunConfig
+from megatron_dlm.run.datasets import open_data
+from megatron_dlm.run.run_record import read_run_record
 
 
 def newest_before(run: Path, step: int) -> Path | None:

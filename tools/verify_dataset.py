@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from megatron_dlm.data.shard import Shard
-from megatron_dlm.data.tokenizer import load_tokenizer
+from megatron_dlm.data.shards.shard import Shard
+from megatron_dlm.data.tokenizers.tokenizer import load_tokenizer
 from megatron_dlm.interfaces import InputError
 
 

@@ -1,8 +1,8 @@
 """AR 113M of the IsoFLOP grid at 6e18 FLOPs (17,383 steps), on 8 GPUs."""
 
-from megatron_dlm.objectives.ar import ARConfig
-from megatron_dlm.training.recipes import isoflop_run
-from megatron_dlm.training.run_config import RunConfig
+from megatron_dlm.families.ar.objective import ARConfig
+from megatron_dlm.run.config import RunConfig
+from megatron_dlm.run.presets import isoflop_run
 
 
 def recipe() -> RunConfig:

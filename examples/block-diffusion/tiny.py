@@ -1,8 +1,8 @@
 """Block diffusion on a laptop, blocks of 16 tokens: about 3M body parameters."""
 
-from megatron_dlm.objectives.block_diffusion import BlockDiffusionConfig
-from megatron_dlm.training.recipes import tiny_run
-from megatron_dlm.training.run_config import RunConfig
+from megatron_dlm.families.block_diffusion.objective import BlockDiffusionConfig
+from megatron_dlm.run.config import RunConfig
+from megatron_dlm.run.presets import tiny_run
 
 
 def recipe() -> RunConfig:

@@ -1,8 +1,8 @@
 """Duo on a laptop: about 3M body parameters; examples/quickstart.sh makes its data."""
 
-from megatron_dlm.objectives.duo import DuoConfig
-from megatron_dlm.training.recipes import tiny_run
-from megatron_dlm.training.run_config import RunConfig
+from megatron_dlm.families.duo.objective import DuoConfig
+from megatron_dlm.run.config import RunConfig
+from megatron_dlm.run.presets import tiny_run
 
 
 def recipe() -> RunConfig:

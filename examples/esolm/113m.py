@@ -1,8 +1,8 @@
 """Eso-LM 113M of the IsoFLOP grid at 6e18 FLOPs (17,383 steps), on 8 GPUs."""
 
-from megatron_dlm.objectives.esolm import EsoLMConfig
-from megatron_dlm.training.recipes import isoflop_run
-from megatron_dlm.training.run_config import RunConfig
+from megatron_dlm.families.esolm.objective import EsoLMConfig
+from megatron_dlm.run.config import RunConfig
+from megatron_dlm.run.presets import isoflop_run
 
 
 def recipe() -> RunConfig:

@@ -1,8 +1,8 @@
 """Eso-LM 1.7B, fine-tuned on GSM8K from phase 2's weights; docs/evaluation.md has the whole way."""
 
-from megatron_dlm.objectives.esolm import EsoLMConfig
-from megatron_dlm.training.recipes import gsm8k_run
-from megatron_dlm.training.run_config import RunConfig
+from megatron_dlm.families.esolm.objective import EsoLMConfig
+from megatron_dlm.run.config import RunConfig
+from megatron_dlm.run.presets import gsm8k_run
 
 
 def recipe() -> RunConfig:

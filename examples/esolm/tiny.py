@@ -1,8 +1,8 @@
 """Eso-LM on a laptop: about 3M body parameters; examples/quickstart.sh makes its data."""
 
-from megatron_dlm.objectives.esolm import EsoLMConfig
-from megatron_dlm.training.recipes import tiny_run
-from megatron_dlm.training.run_config import RunConfig
+from megatron_dlm.families.esolm.objective import EsoLMConfig
+from megatron_dlm.run.config import RunConfig
+from megatron_dlm.run.presets import tiny_run
 
 
 def recipe() -> RunConfig:

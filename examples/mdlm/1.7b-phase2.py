@@ -1,8 +1,8 @@
 """MDLM 1.7B, phase 2: 350,000 steps from phase 1's weights, on 16 nodes x 8 GPUs."""
 
-from megatron_dlm.objectives.mdlm import MDLMConfig
-from megatron_dlm.training.recipes import phase2_run
-from megatron_dlm.training.run_config import RunConfig
+from megatron_dlm.families.mdlm.objective import MDLMConfig
+from megatron_dlm.run.config import RunConfig
+from megatron_dlm.run.presets import phase2_run
 
 
 def recipe() -> RunConfig:

@@ -1,8 +1,8 @@
 """MDLM 1.7B, phase 1: 500,000 steps of 2.1M tokens, on 16 nodes x 8 GPUs."""
 
-from megatron_dlm.objectives.mdlm import MDLMConfig
-from megatron_dlm.training.recipes import phase1_run
-from megatron_dlm.training.run_config import RunConfig
+from megatron_dlm.families.mdlm.objective import MDLMConfig
+from megatron_dlm.run.config import RunConfig
+from megatron_dlm.run.presets import phase1_run
 
 
 def recipe() -> RunConfig:

@@ -18,11 +18,11 @@ from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveSt
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from torch import Tensor
 
+from megatron_dlm.checkpointing.async_writer import BACKEND, VERSION, SavePlans, ShareWriter
+from megatron_dlm.checkpointing.layout import CheckpointRoot, verify
 from megatron_dlm.checkpointing.optimizer_state import load_state, state_to_save
-from megatron_dlm.checkpointing.pieces import TensorPieces, main_weight_key
 from megatron_dlm.checkpointing.safe_metadata import check_metadata
-from megatron_dlm.checkpointing.storage import CheckpointRoot, verify
-from megatron_dlm.checkpointing.writing import BACKEND, VERSION, SavePlans, ShareWriter
+from megatron_dlm.checkpointing.tensor_chunks import TensorPieces, main_weight_key
 from megatron_dlm.interfaces import InputError, SaveError
 from megatron_dlm.models.denoiser import ChunkedDenoiser, Denoiser
 from megatron_dlm.platform import distributed_optimizer

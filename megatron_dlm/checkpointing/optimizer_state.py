@@ -20,7 +20,7 @@ from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.tensor import DTensor
 
-from megatron_dlm.checkpointing.pieces import PREFIX, LoadPlanner, TensorPieces, main_weight_key
+from megatron_dlm.checkpointing.tensor_chunks import PREFIX, LoadPlanner, TensorPieces, main_weight_key
 from megatron_dlm.platform import distributed_optimizer
 from megatron_dlm.platform.fully_sharded import local
 

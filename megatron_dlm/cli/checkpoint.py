@@ -10,7 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from megatron_dlm.checkpointing.storage import MANIFEST, CheckpointRoot, read_json, verify
+from megatron_dlm.checkpointing.layout import MANIFEST, CheckpointRoot, read_json, verify
 from megatron_dlm.cli.arguments import parse
 from megatron_dlm.interfaces import InputError
 
@@ -114,8 +114,8 @@ def _inspect(arguments: list[str]) -> None:
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     from megatron_dlm.checkpointing.safe_metadata import check_metadata
-    from megatron_dlm.models.weight_layout import unpadded_size
-    from megatron_dlm.training.run_start import read_run_record
+    from megatron_dlm.models.weight_mapping import unpadded_size
+    from megatron_dlm.run.run_record import read_run_record
 
     record = read_run_record(config.checkpoint)
     check_metadata(config.checkpoint)

@@ -10,14 +10,14 @@ import tyro
 
 from megatron_dlm.cli.arguments import check_new_file, parse
 from megatron_dlm.cli.evaluate_nll import Progress, draw_by_time, print_by_time, show_mean
-from megatron_dlm.evaluation.bound import BoundConfig
+from megatron_dlm.evaluation.nelbo_statistics import BoundConfig
 from megatron_dlm.interfaces import InputError
-from megatron_dlm.models.fp8 import Fp8Config
+from megatron_dlm.models.precision.fp8 import Fp8Config
 from megatron_dlm.platform.parallel_config import ParallelConfig
 
 if TYPE_CHECKING:
-    from megatron_dlm.evaluation.bound import Bound
-    from megatron_dlm.evaluation.gate import TrainingDifference
+    from megatron_dlm.evaluation.nelbo_statistics import Bound
+    from megatron_dlm.evaluation.paired_comparison import TrainingDifference
 
 AskedPrecision = Literal["training", "fp32", "bf16", "fp8"]
 
@@ -66,9 +66,9 @@ class GateConfig:
 def run(arguments: list[str]) -> int:
     """Parse, compare, report; returns the exit code."""
     config = parse(GateConfig, arguments, verb="evaluate gate")
-    from megatron_dlm.evaluation.gate import passes, training_difference
+    from megatron_dlm.evaluation.compare_checkpoints import compare_checkpoints, logged_bounds, side
+    from megatron_dlm.evaluation.paired_comparison import passes, training_difference
     from megatron_dlm.telemetry.writers import METRICS_FILE
-    from megatron_dlm.training.gate import compare_checkpoints, logged_bounds, side
 
     a, b = (
         side(path, None if asked == "training" else asked, config.fp8)

@@ -17,7 +17,7 @@ from megatron_dlm.sampling.settings import SamplingConfig
 
 if TYPE_CHECKING:
     from megatron_dlm.evaluation.gsm8k import Problem
-    from megatron_dlm.training.use_model import UsableModel
+    from megatron_dlm.evaluation.loaded_model import UsableModel
 
 ANSWERS, SETTINGS, RESULT = "answers.jsonl", "settings.json", "result.json"
 PLACE = "{question}"
@@ -72,7 +72,7 @@ def run(arguments: list[str]) -> int:
     """Parse, generate, score; returns the exit code."""
     config = parse(Gsm8kConfig, arguments, verb="evaluate gsm8k")
     from megatron_dlm.evaluation.gsm8k import read_problems
-    from megatron_dlm.training.use_model import open_model
+    from megatron_dlm.evaluation.loaded_model import open_model
 
     problems = read_problems(config.data)[: config.limit]
     usable = open_model(config.model, tokenizer=config.tokenizer, dtype=config.dtype, device=config.device)

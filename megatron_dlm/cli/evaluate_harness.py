@@ -63,7 +63,7 @@ def run(arguments: list[str]) -> int:
     config = parse(HarnessConfig, arguments, verb="evaluate harness")
     if find_spec("lm_eval") is None:
         raise InputError("harness: needs lm-eval; install megatron-dlm[harness]")
-    from megatron_dlm.training.use_model import open_model
+    from megatron_dlm.evaluation.loaded_model import open_model
 
     usable = open_model(config.model, tokenizer=config.tokenizer, dtype=config.dtype, device=config.device)
     with bad_values():
@@ -83,7 +83,7 @@ def _evaluate(config: HarnessConfig, usable: Any) -> dict[str, Any]:
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    from megatron_dlm.training.harness import HarnessModel
+    from megatron_dlm.evaluation.lm_eval_model import HarnessModel
 
     conditional = config.conditional
     model = HarnessModel(

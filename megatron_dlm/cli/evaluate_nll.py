@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from megatron_dlm.cli.arguments import check_new_file, parse
-from megatron_dlm.evaluation.bound import BoundConfig
+from megatron_dlm.evaluation.nelbo_statistics import BoundConfig
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.platform.parallel_config import ParallelConfig
 
 if TYPE_CHECKING:
-    from megatron_dlm.evaluation.bound import Bound, Mean
-    from megatron_dlm.objectives.base import ObjectiveConfig
+    from megatron_dlm.evaluation.nelbo_statistics import Bound, Mean
+    from megatron_dlm.families.base import ObjectiveConfig
 
 REPORT_SECONDS = 5.0
 
@@ -73,10 +73,10 @@ def run(arguments: list[str]) -> int:
 
 
 def _evaluate(config: NllConfig) -> tuple[Bound, bool]:
-    from megatron_dlm.checkpointing.storage import MANIFEST
-    from megatron_dlm.training.run_start import read_run_record
-    from megatron_dlm.training.use_checkpoint import bound_of_checkpoint, bound_of_folder
-    from megatron_dlm.training.use_model import open_model, tokenizer_of_data
+    from megatron_dlm.checkpointing.layout import MANIFEST
+    from megatron_dlm.evaluation.checkpoint_scoring import bound_of_checkpoint, bound_of_folder
+    from megatron_dlm.evaluation.loaded_model import open_model, tokenizer_of_data
+    from megatron_dlm.run.run_record import read_run_record
 
     size, drop = config.micro_batch_size, config.drop_long_records
     if (config.model / MANIFEST).is_file():
@@ -123,7 +123,7 @@ def _data(config: NllConfig, default: str, tokenizer: Path | None) -> Iterator[s
     if not config.text:
         yield config.data or default
         return
-    from megatron_dlm.data.indexing import IndexConfig, build_shards
+    from megatron_dlm.data.preprocessing.index import IndexConfig, build_shards
     from megatron_dlm.platform.launch import detect_environment
 
     if detect_environment().world_size != 1:

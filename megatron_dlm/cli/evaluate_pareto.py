@@ -18,7 +18,7 @@ from megatron_dlm.sampling.settings import SamplerName, SamplingConfig
 
 if TYPE_CHECKING:
     from megatron_dlm.evaluation.generative import Judge
-    from megatron_dlm.training.use_model import UsableModel
+    from megatron_dlm.evaluation.loaded_model import UsableModel
 
 TABLE, PICTURE = "pareto.csv", "pareto.png"
 SETTINGS = ("family", "sampler", "num_steps", "batch_size", "temperature", "top_p")
@@ -87,7 +87,7 @@ def run(arguments: list[str]) -> int:
     """Parse, sweep, draw; returns the exit code."""
     config = parse(ParetoConfig, arguments, verb="evaluate pareto")
     from megatron_dlm.evaluation.generative import reference_points
-    from megatron_dlm.training.use_model import open_model
+    from megatron_dlm.evaluation.loaded_model import open_model
 
     published = {} if config.reference is None else reference_points(config.reference)
     rows = _read(config.output / TABLE)
@@ -117,7 +117,7 @@ def _comparable(row: dict[str, Any]) -> tuple[str, ...]:
 def _judge(config: ParetoConfig, device: Any) -> Judge:
     """Of a Hugging Face folder, or this package's own AR model."""
     from megatron_dlm.evaluation.generative import Judge, hugging_face_judge
-    from megatron_dlm.training.use_model import is_model, open_model
+    from megatron_dlm.evaluation.loaded_model import is_model, open_model
 
     if not is_model(config.judge):
         return hugging_face_judge(config.judge, device)
@@ -147,7 +147,7 @@ def _combinations(config: ParetoConfig, path: Path, usable: UsableModel) -> list
     """Keys of the rows of one model; refuses what cannot be, before anything is measured."""
     import torch
 
-    from megatron_dlm.sampling.orders import check_division
+    from megatron_dlm.sampling.schedules import check_division
     from megatron_dlm.sampling.settings import SAMPLERS
 
     process = usable.process

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from megatron_dlm.checkpointing.storage import REFERENCE_SUFFIX
+from megatron_dlm.checkpointing.layout import REFERENCE_SUFFIX
 from megatron_dlm.cli.arguments import parse
 from megatron_dlm.interfaces import InputError
 
@@ -53,8 +53,8 @@ class ExportConfig:
 def run(arguments: list[str]) -> int:
     """Parse, export, report; returns the exit code."""
     config = parse(ExportConfig, arguments, verb="export")
-    from megatron_dlm.training.export import export_checkpoint, export_reference_checkpoint
-    from megatron_dlm.training.run_start import read_run_record
+    from megatron_dlm.conversion.export import export_checkpoint, export_reference_checkpoint
+    from megatron_dlm.run.run_record import read_run_record
 
     record = read_run_record(config.checkpoint)
     if config.output.suffix == REFERENCE_SUFFIX:

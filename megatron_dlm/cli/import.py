@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from megatron_dlm.checkpointing.storage import REFERENCE_SUFFIX
+from megatron_dlm.checkpointing.layout import REFERENCE_SUFFIX
 from megatron_dlm.cli.arguments import parse
 from megatron_dlm.interfaces import InputError
 
@@ -35,8 +35,8 @@ class ImportConfig:
 def run(arguments: list[str]) -> int:
     """Parse, import, report; returns the exit code."""
     config = parse(ImportConfig, arguments, verb="import")
-    from megatron_dlm.training.import_weights import import_weights, read_folder, read_reference
-    from megatron_dlm.training.run_config import load_recipe
+    from megatron_dlm.conversion.import_weights import import_weights, read_folder, read_reference
+    from megatron_dlm.run.config import load_recipe
 
     if config.source.suffix == REFERENCE_SUFFIX:
         if config.recipe is None or config.tokenizer is None:

@@ -6,8 +6,8 @@ import math
 import sys
 
 from megatron_dlm.cli.arguments import parse
-from megatron_dlm.data.encoding import IndexProgress
-from megatron_dlm.data.indexing import IndexConfig, build_shards
+from megatron_dlm.data.preprocessing.index import IndexConfig, build_shards
+from megatron_dlm.data.preprocessing.workers import IndexProgress
 
 
 def run(arguments: list[str]) -> int:

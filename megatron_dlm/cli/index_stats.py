@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_dlm.cli.arguments import parse
-from megatron_dlm.data.manifest import shard_path
-from megatron_dlm.data.shard import Shard
-from megatron_dlm.data.sources import is_url
-from megatron_dlm.data.statistics import ShardStatistics, statistics_of
+from megatron_dlm.data.preprocessing.input_files import is_url
+from megatron_dlm.data.shards.manifest import shard_path
+from megatron_dlm.data.shards.shard import Shard
+from megatron_dlm.data.shards.statistics import ShardStatistics, statistics_of
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.telemetry.plots import plot_lengths
 

@@ -15,8 +15,8 @@ from megatron_dlm.interfaces import InputError
 from megatron_dlm.sampling.settings import SamplingConfig
 
 if TYPE_CHECKING:
+    from megatron_dlm.evaluation.loaded_model import UsableModel
     from megatron_dlm.sampling.start import Start
-    from megatron_dlm.training.use_model import UsableModel
 
 TRACED_SAMPLES = 8
 PREVIEW_CHARACTERS = 400
@@ -66,7 +66,7 @@ class SampleConfig:
 def run(arguments: list[str]) -> int:
     """Parse, sample, report; returns the exit code."""
     config = parse(SampleConfig, arguments, verb="sample")
-    from megatron_dlm.training.use_model import open_model
+    from megatron_dlm.evaluation.loaded_model import open_model
 
     usable = open_model(config.model, tokenizer=config.tokenizer, dtype=config.dtype, device=config.device)
     with bad_values():

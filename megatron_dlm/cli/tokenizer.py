@@ -28,8 +28,8 @@ def run(arguments: list[str]) -> int:
     if arguments[:1] != ["train"]:
         raise InputError("usage: megatron-dlm tokenizer train --input FILE ... --output DIRECTORY")
     config = parse(TokenizerTrainConfig, arguments[1:], verb="tokenizer train")
-    from megatron_dlm.data.records import read_texts
-    from megatron_dlm.data.tokenizer import load_tokenizer, train_tokenizer
+    from megatron_dlm.data.preprocessing.document_readers import read_texts
+    from megatron_dlm.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
 
     train_tokenizer(read_texts(config.input, config.json_key), config.vocab_size, config.output)
     loaded = load_tokenizer(config.output)

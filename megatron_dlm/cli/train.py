@@ -10,7 +10,7 @@ from megatron_dlm.cli.arguments import parse
 from megatron_dlm.interfaces import InputError
 
 if TYPE_CHECKING:
-    from megatron_dlm.training.run_config import RunConfig
+    from megatron_dlm.run.config import RunConfig
 
 USAGE = """usage: megatron-dlm train RECIPE [--model.size NAME] [--budget-flops FLOPS] [--dry-run PROCESSES]
                           [--field.name VALUE ...]
@@ -34,7 +34,7 @@ def run(arguments: list[str]) -> int:
         return 0 if arguments else 2
     if arguments[0].startswith("-"):
         raise InputError(f"recipe: expected a file before {arguments[0]}; see megatron-dlm train --help")
-    from megatron_dlm.training.run_config import RunConfig, load_recipe
+    from megatron_dlm.run.config import RunConfig, load_recipe
 
     overrides, processes = _take_dry_run(arguments[1:])
     overrides, size = _take_option(overrides, "--model.size")
@@ -46,14 +46,14 @@ def run(arguments: list[str]) -> int:
         recipe = replace(recipe, model=paper_model(size))
     config = parse(RunConfig, overrides, verb=f"train {arguments[0]}", default=recipe)
     if budget is not None:
-        from megatron_dlm.training.recipes import within_budget
+        from megatron_dlm.run.presets import within_budget
 
         config = within_budget(config, _positive_number("--budget-flops", budget))
     if processes is not None:
         print(describe_layout(config, processes))
         return 0
-    from megatron_dlm.training.run import train
-    from megatron_dlm.training.stop_signals import EXIT_PREEMPTED
+    from megatron_dlm.training.signals import EXIT_PREEMPTED
+    from megatron_dlm.training.train import train
 
     return 0 if train(config) else EXIT_PREEMPTED
 
@@ -92,8 +92,8 @@ def _take_option(arguments: list[str], name: str) -> tuple[list[str], str | None
 def describe_layout(config: RunConfig, processes: int) -> str:
     """What a job of that many processes would run; raises InputError where it cannot."""
     from megatron_dlm.models.sizes import parameter_count
-    from megatron_dlm.training.budget import describe_flops
-    from megatron_dlm.training.run_checks import check_run
+    from megatron_dlm.run.flops_budget import describe_flops
+    from megatron_dlm.run.validation import check_run
 
     check_run(config, processes)
     parallel, training = config.parallel, config.training

@@ -13,11 +13,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_dlm.conversion.to_hugging_face import CONFIG, INDEX, REPORT, RUN, hugging_face_fields
-from megatron_dlm.data.tokenizer import TOKENIZER_FILE
+from megatron_dlm.data.tokenizers.tokenizer import TOKENIZER_FILE
+from megatron_dlm.families.base import ObjectiveConfig
 from megatron_dlm.interfaces import InputError, Vocabulary
 from megatron_dlm.models.config import ModelConfig
-from megatron_dlm.models.weight_layout import public_shapes
-from megatron_dlm.objectives.base import ObjectiveConfig
+from megatron_dlm.models.weight_mapping import public_shapes
 from megatron_dlm.platform.files import sha256_of
 
 MODEL_TYPE = "megatron_dlm"

@@ -13,8 +13,9 @@ SHIPPED = (
     *(f"{MODEL}.{part}_megatron_dlm" for part in ("configuration", "modeling", "cache", "noise")),
     *(f"{MODEL}.{part}_megatron_dlm" for part in ("likelihood", "generation", "verify")),
     "platform.rng",
-    *(f"sampling.{part}" for part in ("categorical", "generate", "network", "noise", "orders", "plans")),
-    *(f"sampling.{part}" for part in ("reading", "revealing", "settings", "start", "stopping", "uniform")),
+    *(f"sampling.{part}" for part in ("categorical", "decoding_plan", "eos", "generate", "network", "noise")),
+    *(f"sampling.{part}" for part in ("network_reader", "schedules", "settings", "start", "uniform")),
+    "sampling.unmasking",
 )
 """Modules inside this package."""
 MODELING = f"{MODEL}.modeling_megatron_dlm"
@@ -24,7 +25,7 @@ _IMPORT = re.compile(r"^(\s*)from megatron_dlm\.([\w.]+) import", re.MULTILINE)
 
 
 def file_name(module: str) -> str:
-    """Name of a module's file in an export, without a suffix: "sampling.plans" is sampling_plans."""
+    """Name of a module's file in an export, without a suffix: "sampling.start" is sampling_start."""
     return module.removeprefix(f"{MODEL}.").replace(".", "_")
 
 

@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_dlm.conversion.remote_code import MODEL, file_name, remote_code
-from megatron_dlm.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE
+from megatron_dlm.data.tokenizers.tokenizer import CONFIG_FILE, TOKENIZER_FILE
+from megatron_dlm.families.base import ObjectiveConfig
 from megatron_dlm.interfaces import Vocabulary
 from megatron_dlm.models.config import LAYER_NORM_EPSILON, ROTARY_BASE, ModelConfig
-from megatron_dlm.objectives.base import ObjectiveConfig
 from megatron_dlm.platform.files import beside, check_new, commit, flush_to_disk, write_json
 
 ExportDtype = Literal["fp32", "bf16", "fp16"]

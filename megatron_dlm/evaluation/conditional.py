@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_dlm.evaluation.bound import check_copies
-from megatron_dlm.evaluation.exported_bounds import ExportedBounds
+from megatron_dlm.diffusion.context import CorruptionContext
+from megatron_dlm.evaluation.exported_scoring import ExportedBounds
+from megatron_dlm.evaluation.nelbo_statistics import check_copies
+from megatron_dlm.families.base import ObjectiveConfig
+from megatron_dlm.families.documents import corrupt
 from megatron_dlm.interfaces import InputError, ModelInputs, Targets, TokenBatch, Vocabulary
-from megatron_dlm.objectives.base import CorruptionContext, ObjectiveConfig
-from megatron_dlm.objectives.documents import corrupt
 from megatron_dlm.platform.rng import NoiseSource
 
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_dlm.kernels.launch import block_of, programs_of, wide_dtype
+from megatron_dlm.kernels.block_sizes import block_of, programs_of, wide_dtype
 
 LARGEST_BLOCK = 1024
 WARPS = 4

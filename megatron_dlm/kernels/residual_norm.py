@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_dlm.kernels.launch import programs_of, tiles_of, wide_dtype
+from megatron_dlm.kernels.block_sizes import programs_of, tiles_of, wide_dtype
 from megatron_dlm.kernels.residual_norm_kernels import add_and_norm, add_and_norm_gradient
 
 LARGEST_WIDTH = 1 << 15

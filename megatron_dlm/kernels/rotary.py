@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_dlm.kernels.launch import wide_dtype
+from megatron_dlm.kernels.block_sizes import wide_dtype
 
 
 @triton.jit

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_dlm.kernels.launch import block_of, wide_dtype
+from megatron_dlm.kernels.block_sizes import block_of, wide_dtype
 from megatron_dlm.platform.vocab_parallel import VocabShard
 
 LARGEST_BLOCK = 4096
@@ -235,7 +235,7 @@ class UniformDivergence:
     def __init__(
         self, logits_RVp: Tensor, ratio_R: Tensor, noisy_R: Tensor, clean_R: Tensor, vocab: VocabShard
     ) -> None:
-        """`ratio_R`: r of objectives/divergence.py, float64 [R]."""
+        """`ratio_R`: r of diffusion/uniform_divergence.py, float64 [R]."""
         self._logits_RVp, self._vocab = logits_RVp, vocab
         if vocab.group is None:
             # Taken in the same pass as the sums.

@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_layer import BaseTransformerLayer, ge
 from torch import Tensor, nn
 
 from megatron_dlm.models.config import LAYER_NORM_EPSILON
-from megatron_dlm.models.fp8_emulation import keep_bf16_layers
+from megatron_dlm.models.precision.fp8_emulation import keep_bf16_layers
 from megatron_dlm.models.recompute import Recomputable, not_keeping
 from megatron_dlm.models.time_embedding import Fp32Linear
 

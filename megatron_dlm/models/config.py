@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_dlm.interfaces import InputError
-from megatron_dlm.models.fp8 import Fp8Config
+from megatron_dlm.models.precision.fp8 import Fp8Config
 from megatron_dlm.platform.parallel_config import ParallelConfig
 
 if TYPE_CHECKING:

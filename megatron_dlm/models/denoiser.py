@@ -144,7 +144,7 @@ class Denoiser(MegatronModule):
         return hidden_states
 
     def _share_buffers(self, rows: int) -> None:
-        from megatron_dlm.models.transformer_engine import share_buffers
+        from megatron_dlm.models.precision.transformer_engine import share_buffers
 
         tensor_size, has_fp8 = self.config.tensor_model_parallel_size, self.config.fp8 is not None
         share_buffers(rows, self.config.hidden_size, tensor_size, fp8=has_fp8)

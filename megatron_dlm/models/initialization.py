@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_dlm.models.denoiser import ChunkedDenoiser, Denoiser
-from megatron_dlm.models.weight_layout import public_shapes, weight_places
+from megatron_dlm.models.weight_mapping import public_shapes, weight_places
 from megatron_dlm.platform.fp8_weights import set_first_value
 from megatron_dlm.platform.parallel import ParallelState
 from megatron_dlm.platform.rng import NoiseSource

@@ -15,8 +15,11 @@ from megatron_dlm.interfaces import AttentionPattern
 from megatron_dlm.models.adaln_layer import AdaLNLayerSubmodules, AdaLNTransformerLayer
 from megatron_dlm.models.attention import RotarySelfAttention, SdpaAttention
 from megatron_dlm.models.config import ModelConfig
-from megatron_dlm.models.fp8_emulation import EmulatedColumnParallelLinear, EmulatedRowParallelLinear
 from megatron_dlm.models.heads_linear import HeadsLinear
+from megatron_dlm.models.precision.fp8_emulation import (
+    EmulatedColumnParallelLinear,
+    EmulatedRowParallelLinear,
+)
 from megatron_dlm.models.recompute import RecomputingMLP
 
 _MASK_TYPES = {
@@ -54,7 +57,7 @@ class _Parts:
 
 def _parts(config: TransformerConfig) -> _Parts:
     if config.transformer_impl == "transformer_engine":
-        from megatron_dlm.models import transformer_engine as te
+        from megatron_dlm.models.precision import transformer_engine as te
 
         return _Parts(
             te.QkvLinear, te.FusedAttention, te.AttentionOutputLinear, te.ColumnLinear, te.RowLinear

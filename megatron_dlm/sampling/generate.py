@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from megatron_dlm.sampling.categorical import Sharpening
+from megatron_dlm.sampling.decoding_plan import Plan
 from megatron_dlm.sampling.network import Network, Process
+from megatron_dlm.sampling.network_reader import BehindCache, Reader, WholeText
 from megatron_dlm.sampling.noise import SampleNoise
-from megatron_dlm.sampling.orders import alphas, plan, times
-from megatron_dlm.sampling.plans import Plan
-from megatron_dlm.sampling.reading import BehindCache, Reader, WholeText
-from megatron_dlm.sampling.revealing import OnStep, Revealer
+from megatron_dlm.sampling.schedules import alphas, plan, times
 from megatron_dlm.sampling.settings import SamplingConfig
 from megatron_dlm.sampling.start import Start, check_tokens
 from megatron_dlm.sampling.uniform import UniformSampler
+from megatron_dlm.sampling.unmasking import OnStep, Revealer
 
 
 @torch.no_grad()

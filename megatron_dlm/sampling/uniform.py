@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from megatron_dlm.sampling.categorical import Sharpening, draw, logit_chunks
+from megatron_dlm.sampling.decoding_plan import blocks_of
+from megatron_dlm.sampling.eos import finish_ended
 from megatron_dlm.sampling.network import Network, Process
+from megatron_dlm.sampling.network_reader import noise_level
 from megatron_dlm.sampling.noise import SampleNoise
-from megatron_dlm.sampling.plans import blocks_of
-from megatron_dlm.sampling.reading import noise_level
-from megatron_dlm.sampling.revealing import OnStep
-from megatron_dlm.sampling.stopping import finish_ended
+from megatron_dlm.sampling.unmasking import OnStep
 
 
 class Shares(NamedTuple):

@@ -4,40 +4,18 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from megatron_dlm.interfaces import InputError
 from megatron_dlm.models.config import Precision
 from megatron_dlm.platform.gpu import sent, waiting_for_gpu
 from megatron_dlm.platform.parallel_config import ParallelConfig
+from megatron_dlm.run.optimizer_config import OptimizerConfig
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
     from torch import Tensor
 
     from megatron_dlm.models.denoiser import ChunkedDenoiser, Denoiser
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW as in arXiv:2602.15014."""
-
-    beta1: float = 0.9
-    beta2: float = 0.95
-    epsilon: float = 1e-8
-    weight_decay: float = 0.1
-    """Decoupled decay of ALL parameters: norms, biases and embeddings too."""
-    clip_grad: float = 1.0
-    """Largest norm of the whole gradient; 0 leaves it as it is."""
-
-    def __post_init__(self) -> None:
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"optimizer.{name}: {getattr(self, name)} is outside [0, 1)")
-        for name in ("weight_decay", "clip_grad", "epsilon"):
-            if not getattr(self, name) >= 0:
-                raise InputError(f"optimizer.{name}: {getattr(self, name)} is not 0 or above")
 
 
 def wrap_data_parallel(denoiser: Denoiser | ChunkedDenoiser, parallel: ParallelConfig) -> list[Any]:

@@ -9,47 +9,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_dlm.data.blending import PlanSegment, SampleReader
-from megatron_dlm.data.prefetch import Prefetcher
-from megatron_dlm.evaluation.likelihood import Likelihood, estimate_likelihood
-from megatron_dlm.interfaces import Vocabulary
-from megatron_dlm.kernels.choice import wants_triton
-from megatron_dlm.models.config import transformer_config
-from megatron_dlm.models.denoiser import ChunkedDenoiser, Denoiser
-from megatron_dlm.models.fp8_emulation import follow_maxima
+from megatron_dlm.data.loading.blending import PlanSegment, SampleReader
+from megatron_dlm.data.loading.prefetch import Prefetcher
+from megatron_dlm.evaluation.validation import Likelihood, estimate_likelihood
+from megatron_dlm.execution.microbatches import BatchAddress, MicrobatchMaker, carry
+from megatron_dlm.execution.pipeline_runner import BatchSums, PipelineRunner
 from megatron_dlm.models.initialization import initialize
+from megatron_dlm.models.precision.fp8_emulation import follow_maxima
 from megatron_dlm.platform.gpu import STATE_CURES, allocating
 from megatron_dlm.platform.parallel import ParallelState
 from megatron_dlm.platform.rng import NoiseSource
-from megatron_dlm.training.microbatches import BatchAddress, MicrobatchMaker, carry
+from megatron_dlm.run.config import EvaluationConfig, RunConfig
+from megatron_dlm.run.datasets import BlendedShards, RunData
+from megatron_dlm.run.model import build_denoiser
 from megatron_dlm.training.optimizer import build_optimizer, finish_gradients, wrap_data_parallel
-from megatron_dlm.training.run_checks import transformer_impl, wants_flex_attention
-from megatron_dlm.training.run_config import EvaluationConfig, RunConfig
-from megatron_dlm.training.run_data import BlendedShards, RunData
-from megatron_dlm.training.step import BatchSums, PipelineRunner
-
-
-def build_denoiser(
-    config: RunConfig, vocabulary: Vocabulary, parallel: ParallelState
-) -> Denoiser | ChunkedDenoiser:
-    """This process's stage, with uninitialised weights."""
-    training = config.training
-    has_triton = wants_triton(training.kernels, parallel.device)
-    megatron_config = transformer_config(
-        config.model,
-        config.parallel,
-        training.precision,
-        training.recompute,
-        fused_kernels=has_triton,
-        transformer_impl=transformer_impl(config, parallel.device),
-        fp8=config.fp8,
-        flex_attention=wants_flex_attention(config, parallel.device, has_triton=has_triton),
-    )
-    chunks = [
-        Denoiser(config.model, megatron_config, vocabulary, config.objective.attention, parallel, index)
-        for index in range(config.parallel.virtual_pipeline_model_parallel_size)
-    ]
-    return chunks[0] if len(chunks) == 1 else ChunkedDenoiser(chunks)
 
 
 class Validation:

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_dlm.objectives.ar import ARConfig
-from megatron_dlm.objectives.duo import DuoConfig
-from megatron_dlm.objectives.esolm import EsoLMConfig
-from megatron_dlm.objectives.mdlm import MDLMConfig
+from megatron_dlm.families.ar.objective import ARConfig
+from megatron_dlm.families.duo.objective import DuoConfig
+from megatron_dlm.families.esolm.objective import EsoLMConfig
+from megatron_dlm.families.mdlm.objective import MDLMConfig
 from megatron_dlm.platform.parallel_config import ParallelConfig
 from tests.distributed.test_layouts import toy_model
 from tests.helpers import tiny, weights
@@ -44,7 +44,7 @@ def config_for(corpus, directory, parallel, objective=None, **changes):
 
 
 def build(state, config):
-    from megatron_dlm.training.run_data import open_data
+    from megatron_dlm.run.datasets import open_data
     from megatron_dlm.training.session import Session
 
     return Session(config, open_data(config.data), state)
@@ -62,7 +62,7 @@ def build_random(state, config):
 
 def steps(session, first, count):
     """Losses and gradient norms of `count` steps from step `first`."""
-    from megatron_dlm.training.trainer import Progress, train_step
+    from megatron_dlm.training.loop import Progress, train_step
 
     progress = Progress(step=first, consumed_samples=first * session.config.training.global_batch_size)
     reports = [train_step(session, progress) for _ in range(count)]
@@ -93,8 +93,8 @@ def save_at_two(state, config, more=3):
 
 
 def load_and_go_on(state, config, more=3):
+    from megatron_dlm.checkpointing.layout import CheckpointRoot
     from megatron_dlm.checkpointing.manager import load, verify_on_all_ranks
-    from megatron_dlm.checkpointing.storage import CheckpointRoot
 
     session = build(state, config)
     (directory,) = CheckpointRoot(config.directory).complete()
@@ -180,8 +180,8 @@ def test_the_distributed_optimizer_may_come_and_go_at_bf16(corpus, tmp_path, sou
 
 def go_on_and_save(state, config):
     """Load the newest checkpoint, make two steps, save, make one more."""
+    from megatron_dlm.checkpointing.layout import CheckpointRoot, step_of
     from megatron_dlm.checkpointing.manager import load
-    from megatron_dlm.checkpointing.storage import CheckpointRoot, step_of
     from tests.helpers.runs import save
 
     session = build(state, config)
@@ -292,8 +292,8 @@ def test_a_failed_save_is_told_to_all_ranks(corpus, tmp_path):
 
 
 def settings_after_load(state, config):
+    from megatron_dlm.checkpointing.layout import CheckpointRoot
     from megatron_dlm.checkpointing.manager import load
-    from megatron_dlm.checkpointing.storage import CheckpointRoot
 
     session = build(state, config)
     (directory,) = CheckpointRoot(config.directory).complete()
@@ -302,7 +302,7 @@ def settings_after_load(state, config):
 
 
 def test_optimizer_settings_of_the_command_line_win_over_the_checkpoint_s(corpus, tmp_path):
-    from megatron_dlm.training.optimizer import OptimizerConfig
+    from megatron_dlm.run.optimizer_config import OptimizerConfig
 
     config = config_for(corpus, tmp_path, ParallelConfig())
     run_distributed(save_at_two, 1, config)

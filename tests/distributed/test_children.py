@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from megatron_dlm.checkpointing.host_memory import HostMemory
-from megatron_dlm.checkpointing.storage import CheckpointRoot
-from megatron_dlm.data.indexing import IndexConfig, build_shards
-from megatron_dlm.objectives.mdlm import MDLMConfig
-from megatron_dlm.platform.children import fork
+from megatron_dlm.checkpointing.layout import CheckpointRoot
+from megatron_dlm.data.preprocessing.index import IndexConfig, build_shards
+from megatron_dlm.families.mdlm.objective import MDLMConfig
 from megatron_dlm.platform.parallel_config import ParallelConfig
+from megatron_dlm.platform.subprocess_lifetime import fork
 from megatron_dlm.telemetry.writers import read_metrics
 from tests.conftest import ROOT
 from tests.distributed.test_checkpoint import build_random
@@ -141,8 +141,8 @@ def test_every_child_is_started_in_one_place():
             if isinstance(node, ast.Attribute) and node.attr in starters:
                 found.add((path.relative_to(ROOT).as_posix(), node.attr))
     assert found == {
-        ("megatron_dlm/platform/children.py", "get_context"),
-        ("megatron_dlm/platform/children.py", "Process"),
+        ("megatron_dlm/platform/subprocess_lifetime.py", "get_context"),
+        ("megatron_dlm/platform/subprocess_lifetime.py", "Process"),
     }
 
 
@@ -173,8 +173,8 @@ def test_copies_belong_to_a_save_until_its_child_has_ended():
 
 
 def save_late_from_a_claimed_gpu(state, config):
+    from megatron_dlm.checkpointing.async_writer import SavePlans
     from megatron_dlm.checkpointing.manager import PendingSave, load
-    from megatron_dlm.checkpointing.writing import SavePlans
 
     claim_cuda()
     faulty.slow_down_writers(0.5)
@@ -209,8 +209,8 @@ def test_a_late_writer_writes_the_bytes_of_its_own_step(corpus, tmp_path, parall
 
 
 def no_memory_on_one_rank(state, config):
+    from megatron_dlm.checkpointing.async_writer import SavePlans
     from megatron_dlm.checkpointing.manager import PendingSave
-    from megatron_dlm.checkpointing.writing import SavePlans
     from megatron_dlm.interfaces import SaveError
 
     def hold(tensors):

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_dlm.objectives.ar import ARConfig
-from megatron_dlm.objectives.duo import DuoConfig
-from megatron_dlm.objectives.esolm import EsoLMConfig
-from megatron_dlm.objectives.mdlm import MDLMConfig
+from megatron_dlm.families.ar.objective import ARConfig
+from megatron_dlm.families.duo.objective import DuoConfig
+from megatron_dlm.families.esolm.objective import EsoLMConfig
+from megatron_dlm.families.mdlm.objective import MDLMConfig
 from megatron_dlm.platform.parallel_config import ParallelConfig
 from tests.distributed.test_checkpoint import build_random, config_for, steps
 from tests.helpers.distributed import run_distributed

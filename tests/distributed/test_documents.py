@@ -6,8 +6,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from megatron_dlm.objectives.ar import ARConfig
-from megatron_dlm.objectives.mdlm import MDLMConfig
+from megatron_dlm.families.ar.objective import ARConfig
+from megatron_dlm.families.mdlm.objective import MDLMConfig
 from megatron_dlm.platform.parallel_config import ParallelConfig
 from tests.distributed.test_layouts import toy_model
 from tests.helpers import tiny, weights
@@ -19,7 +19,7 @@ LENGTHS = (9, 1, 14, 8)
 def packed_and_single(state, config):
     """Logits of a block of documents, and of each document as a sample of its own."""
     from megatron_dlm.interfaces import ModelInputs
-    from megatron_dlm.training.run_data import open_data
+    from megatron_dlm.run.datasets import open_data
     from megatron_dlm.training.session import Session
 
     session = Session(config, open_data(config.data), state)
@@ -51,7 +51,7 @@ def packed_and_single(state, config):
 def one_token(state, config):
     """A sample cut to one token, as a rare step of `ssl_ratio` has it."""
     from megatron_dlm.interfaces import ModelInputs
-    from megatron_dlm.training.run_data import open_data
+    from megatron_dlm.run.datasets import open_data
     from megatron_dlm.training.session import Session
 
     session = Session(config, open_data(config.data), state)

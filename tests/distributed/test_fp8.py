@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron_dlm.families.ar.objective import ARConfig
+from megatron_dlm.families.mdlm.objective import MDLMConfig
 from megatron_dlm.interfaces import InputError
-from megatron_dlm.models.fp8 import Fp8Config
-from megatron_dlm.objectives.ar import ARConfig
-from megatron_dlm.objectives.mdlm import MDLMConfig
+from megatron_dlm.models.precision.fp8 import Fp8Config
 from megatron_dlm.platform.parallel_config import ParallelConfig
-from megatron_dlm.training.run_checks import check_run
+from megatron_dlm.run.validation import check_run
 from tests.distributed.test_layouts import three_steps
 from tests.helpers import tiny
 from tests.helpers.distributed import run_distributed
@@ -46,7 +46,7 @@ def quantised(x, dtype, rows, columns, powers):
 
 def products(state, recipe):
     """A linear's value and gradients, and those of operands rounded by hand."""
-    from megatron_dlm.models.fp8_emulation import Quantiser, _Product
+    from megatron_dlm.models.precision.fp8_emulation import Quantiser, _Product
 
     config = Fp8Config(recipe=recipe)
     generator = torch.Generator().manual_seed(0)
@@ -100,7 +100,7 @@ def test_delayed_scaling_looks_at_earlier_steps(corpus):
 
 
 def delayed_history(state, config):
-    from megatron_dlm.training.run_data import open_data
+    from megatron_dlm.run.datasets import open_data
     from megatron_dlm.training.session import Session
 
     session = Session(config, open_data(config.data), state)
@@ -163,8 +163,8 @@ def test_first_and_last_layers_can_stay_in_bf16(corpus):
 
 
 def layers_in_fp8(state, config):
-    from megatron_dlm.training.run_data import open_data
-    from megatron_dlm.training.session import build_denoiser
+    from megatron_dlm.run.datasets import open_data
+    from megatron_dlm.run.model import build_denoiser
 
     denoiser = build_denoiser(config, open_data(config.data).vocabulary, state)
     layers = denoiser.block.layers

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron_dlm.families.esolm.objective import EsoLMConfig
+from megatron_dlm.families.mdlm.objective import MDLMConfig
 from megatron_dlm.interfaces import InputError
-from megatron_dlm.objectives.esolm import EsoLMConfig
-from megatron_dlm.objectives.mdlm import MDLMConfig
 from megatron_dlm.platform.parallel_config import ParallelConfig
-from megatron_dlm.training.run_checks import check_run
+from megatron_dlm.run.validation import check_run
 from tests.distributed.test_checkpoint import (
     build,
     build_random,
@@ -298,8 +298,8 @@ def test_any_bf16_layout_loads_exactly_what_another_saved(corpus, tmp_path, firs
 
 def test_weights_of_a_fully_sharded_bf16_run_are_read_exactly(corpus, tmp_path):
     """By exports, in one process without groups, and by runs that begin with another's weights."""
-    from megatron_dlm.checkpointing.whole_weights import WholeWeights
-    from megatron_dlm.training.run_data import open_data
+    from megatron_dlm.checkpointing.full_weights import WholeWeights
+    from megatron_dlm.run.datasets import open_data
 
     config = bf16(config_for(corpus, tmp_path, fully_sharded()))
     saved, _ = run_distributed(save_whole_state, 2, config, parallel=config.parallel)[0]

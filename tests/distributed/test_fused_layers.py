@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_dlm.objectives.mdlm import MDLMConfig
+from megatron_dlm.families.mdlm.objective import MDLMConfig
 from megatron_dlm.platform.parallel_config import ParallelConfig
 from tests.helpers import tiny, weights
 from tests.helpers.distributed import run_distributed
@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 def one_pass(state, config):
     """Loss and gradients of a small batch, and how much of the norms' values outlives the forward pass."""
     from megatron_dlm.models import adaln_layer
-    from megatron_dlm.training.run_data import open_data
+    from megatron_dlm.run.datasets import open_data
     from megatron_dlm.training.session import Session
 
     session = Session(config, open_data(config.data), state)

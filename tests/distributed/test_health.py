@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron_dlm.families.mdlm.objective import MDLMConfig
 from megatron_dlm.interfaces import TrainingError
-from megatron_dlm.objectives.mdlm import MDLMConfig
 from megatron_dlm.platform.parallel_config import ParallelConfig
 from tests.distributed.test_checkpoint import build
 from tests.helpers import faulty, tiny
@@ -15,7 +15,7 @@ from tests.helpers.distributed import run_distributed
 
 
 def sleep_in_a_step():
-    from megatron_dlm.data.blending import SampleReader
+    from megatron_dlm.data.loading.blending import SampleReader
 
     read, calls = SampleReader.read, []
 
@@ -39,8 +39,8 @@ def test_a_step_that_does_not_end_shows_where_it_is(corpus, tmp_path):
 
 def with_a_flipped_bit(state, config, faulty_rank):
     """What each rank is told after a step, where one rank's memory has changed."""
-    from megatron_dlm.training.health import ReplicaHook
-    from megatron_dlm.training.trainer import Progress, train_step
+    from megatron_dlm.training.hooks.health import ReplicaHook
+    from megatron_dlm.training.loop import Progress, train_step
 
     session, progress = build(state, config), Progress()
     report, hook = train_step(session, progress), ReplicaHook()
@@ -57,8 +57,8 @@ def with_a_flipped_bit(state, config, faulty_rank):
 
 def differences_of_gathered_weights(state, config):
     """What a comparison says in the middle of a run that gathers weights in its forward passes."""
-    from megatron_dlm.training.health import ReplicaHook
-    from megatron_dlm.training.trainer import Progress, train_step
+    from megatron_dlm.training.hooks.health import ReplicaHook
+    from megatron_dlm.training.loop import Progress, train_step
 
     session, progress, hook = build(state, config), Progress(), ReplicaHook()
     for _ in range(3):

@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron_dlm.families.ar.objective import ARConfig
+from megatron_dlm.families.block_diffusion.objective import BlockDiffusionConfig
+from megatron_dlm.families.duo.curriculum import CurriculumConfig
+from megatron_dlm.families.duo.objective import DuoConfig
+from megatron_dlm.families.esolm.objective import EsoLMConfig
+from megatron_dlm.families.mdlm.objective import MDLMConfig
 from megatron_dlm.models.config import ModelConfig
 from megatron_dlm.models.visibility import visibility
-from megatron_dlm.objectives.ar import ARConfig
-from megatron_dlm.objectives.block_diffusion import BlockDiffusionConfig
-from megatron_dlm.objectives.duo import DuoConfig
-from megatron_dlm.objectives.duo_curriculum import CurriculumConfig
-from megatron_dlm.objectives.esolm import EsoLMConfig
-from megatron_dlm.objectives.mdlm import MDLMConfig
 from megatron_dlm.platform.parallel_config import ParallelConfig
 from tests.helpers import tiny, weights
 from tests.helpers.distributed import run_distributed
@@ -108,8 +108,8 @@ def toy_model(**changes):
 
 def three_steps(state, config):
     """Losses, fingerprints and gradients of three steps from random weights, and the bound after them."""
+    from megatron_dlm.run.datasets import open_data
     from megatron_dlm.training.optimizer import set_learning_rate
-    from megatron_dlm.training.run_data import open_data
     from megatron_dlm.training.session import Session
 
     data = open_data(config.data)
@@ -276,7 +276,7 @@ def test_gradients_are_those_of_an_independent_model(corpus, one_process, name):
     from megatron_dlm.conversion.hugging_face_model.modeling_megatron_dlm import MegatronDlmModel
     from megatron_dlm.conversion.hugging_face_model.noise_megatron_dlm import token_nats
     from megatron_dlm.conversion.to_hugging_face import hugging_face_fields
-    from megatron_dlm.training.run_data import open_data
+    from megatron_dlm.run.datasets import open_data
 
     config = configs_for(corpus, ParallelConfig(), 8)[name]
     data = open_data(config.data)
@@ -310,9 +310,9 @@ def first_batch(config, data):
     """The corrupted parts of the first global batch."""
     import numpy as np
 
-    from megatron_dlm.data.blending import PlanSegment, SampleReader
-    from megatron_dlm.objectives.base import CorruptionContext
-    from megatron_dlm.objectives.documents import corrupt
+    from megatron_dlm.data.loading.blending import PlanSegment, SampleReader
+    from megatron_dlm.diffusion.context import CorruptionContext
+    from megatron_dlm.families.documents import corrupt
     from megatron_dlm.platform.rng import NoiseSource
 
     size = config.training.global_batch_size
@@ -339,8 +339,8 @@ def test_seventeen_heads_train_on_two_ranks_as_on_one(corpus, name):
 
 def padded_part(state, config, steps):
     """Largest weight, moment and gradient in the padded heads of this rank after some steps."""
+    from megatron_dlm.run.datasets import open_data
     from megatron_dlm.training.optimizer import set_learning_rate
-    from megatron_dlm.training.run_data import open_data
     from megatron_dlm.training.session import Session
 
     session = Session(config, open_data(config.data), state)
@@ -377,7 +377,7 @@ def test_padded_heads_stay_exactly_zero_for_fifty_steps(corpus, name):
 
 
 def initial_loss(state, config):
-    from megatron_dlm.training.run_data import open_data
+    from megatron_dlm.run.datasets import open_data
     from megatron_dlm.training.session import Session
 
     session = Session(config, open_data(config.data), state)

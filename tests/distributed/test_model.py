@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_dlm.diffusion.cross_entropy import cross_entropy_and_dlogits
+from megatron_dlm.families.duo.objective import DuoConfig
+from megatron_dlm.families.mdlm.objective import MDLMConfig
 from megatron_dlm.interfaces import AttentionPattern, HeadRows, ModelInputs, RowTargets, Targets, Vocabulary
 from megatron_dlm.models.config import ModelConfig, transformer_config
-from megatron_dlm.objectives.cross_entropy import cross_entropy_and_dlogits
-from megatron_dlm.objectives.duo import DuoConfig
-from megatron_dlm.objectives.mdlm import MDLMConfig
 from megatron_dlm.platform.parallel_config import ParallelConfig
 from megatron_dlm.platform.vocab_parallel import VocabShard
 from tests.helpers import weights
@@ -28,7 +28,7 @@ NETWORKS = {
 def recorded_networks(state, arrays, parallel_config):
     """Largest difference of each recorded network's logits, relative to its largest logit."""
     from megatron_dlm.models.denoiser import Denoiser
-    from megatron_dlm.models.weight_layout import weight_places
+    from megatron_dlm.models.weight_mapping import weight_places
 
     cfg = json.loads(str(arrays["cfg"]))
     model = ModelConfig(
@@ -173,7 +173,7 @@ def test_bf16_logits_cost_no_more_than_their_rounding(fused):
 
 def chunked_duo_head(state, rows_per_chunk, fused):
     """Against Duo's loss over full logits in float64 under autograd."""
-    from megatron_dlm.objectives.divergence import uniform_divergence
+    from megatron_dlm.diffusion.uniform_divergence import uniform_divergence
 
     place = state.tensor_rank, state.tensor_group, state.tensor_size
     head, hidden, targets, weight, bias = head_case(*place, fused=fused)
@@ -209,7 +209,7 @@ def test_chunked_duo_head_equals_full_logits(tensor, rows_per_chunk, fused):
 
 def autograd_divergence(state, fused):
     """Duo's differentiable loss against its closed form, where one rank of four holds only padding."""
-    from megatron_dlm.objectives.divergence import uniform_divergence, uniform_divergence_and_dlogits
+    from megatron_dlm.diffusion.uniform_divergence import uniform_divergence, uniform_divergence_and_dlogits
 
     size, mask = 9, 4
     vocabulary = Vocabulary(size=size, mask_token_id=mask, eos_token_id=0, bos_token_id=1)
@@ -305,11 +305,11 @@ def test_bf16_keeps_a_float32_residual_stream():
 
 def through_the_denoiser(state, path, parallel_config):
     """The tensors of a reference checkpoint after a stay in this layout's parameters."""
-    from megatron_dlm.conversion.reference_checkpoints import (
+    from megatron_dlm.conversion.reference import (
         read_reference_checkpoint,
     )
     from megatron_dlm.models.denoiser import Denoiser
-    from megatron_dlm.models.weight_layout import local_tensors
+    from megatron_dlm.models.weight_mapping import local_tensors
 
     vocabulary = Vocabulary(size=SIZE, mask_token_id=MASK, eos_token_id=0, bos_token_id=1)
     config = transformer_config(REFERENCE_MODEL, parallel_config, "fp32", "none")
@@ -325,7 +325,7 @@ REFERENCE_MODEL = ModelConfig(
 
 @pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (2, 1), (4, 1), (2, 2)])
 def test_reference_checkpoints_survive_any_layout_bit_by_bit(tmp_path, tensor, pipeline):
-    from megatron_dlm.conversion.reference_checkpoints import write_reference_checkpoint
+    from megatron_dlm.conversion.reference import write_reference_checkpoint
 
     full = weights.random_state(REFERENCE_MODEL, SIZE)
     path = tmp_path / "reference.ckpt"

@@ -27,7 +27,7 @@ def wait_for_a_sleeper(state, directory):
     import torch
     import torch.distributed as dist
 
-    from megatron_dlm.platform.post_mortem import naming_the_rank_at_fault
+    from megatron_dlm.platform.failure_report import naming_the_rank_at_fault
 
     os.dup2(os.open(directory / f"stderr-{state.rank}", os.O_WRONLY | os.O_CREAT), 2)
     try:

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_dlm.families.ar.objective import ARConfig
+from megatron_dlm.families.esolm.objective import EsoLMConfig
+from megatron_dlm.families.mdlm.objective import MDLMConfig
 from megatron_dlm.interfaces import TrainingError
-from megatron_dlm.objectives.ar import ARConfig
-from megatron_dlm.objectives.esolm import EsoLMConfig
-from megatron_dlm.objectives.mdlm import MDLMConfig
 from megatron_dlm.platform.parallel_config import ParallelConfig
 from tests.helpers import tiny
 from tests.helpers.distributed import run_distributed
@@ -19,7 +19,7 @@ NAN = float("nan")
 
 
 def build(state, config):
-    from megatron_dlm.training.run_data import open_data
+    from megatron_dlm.run.datasets import open_data
     from megatron_dlm.training.session import Session
 
     return Session(config, open_data(config.data), state)
@@ -53,7 +53,7 @@ def spoil(session, kind, steps):
 
 def four_steps(state, config, kind):
     """Reports of four steps with a fault in the second, and the parameters after each."""
-    from megatron_dlm.training.trainer import Progress, train_step
+    from megatron_dlm.training.loop import Progress, train_step
 
     session, progress, seen = build(state, config), Progress(), []
     if kind is not None:
@@ -101,9 +101,9 @@ def test_a_bad_step_changes_nothing_and_the_run_goes_on(corpus, layout, kind, pr
 
 def whole_run(state, config, kind, steps):
     """What a run with faults ends with: its last progress, or its complaint."""
-    from megatron_dlm.training.run import go_on
-    from megatron_dlm.training.stop_signals import StopSignals
-    from megatron_dlm.training.trainer import Progress
+    from megatron_dlm.training.loop import Progress
+    from megatron_dlm.training.signals import StopSignals
+    from megatron_dlm.training.train import go_on
 
     session, progress = build(state, config), Progress()
     seen = []

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_dlm.data.loader import DataConfig
-from megatron_dlm.objectives.ar import ARConfig
-from megatron_dlm.objectives.duo import DuoConfig
-from megatron_dlm.objectives.esolm import EsoLMConfig
-from megatron_dlm.objectives.mdlm import MDLMConfig
+from megatron_dlm.data.loading.data_config import DataConfig
+from megatron_dlm.families.ar.objective import ARConfig
+from megatron_dlm.families.duo.objective import DuoConfig
+from megatron_dlm.families.esolm.objective import EsoLMConfig
+from megatron_dlm.families.mdlm.objective import MDLMConfig
 from megatron_dlm.platform.parallel_config import ParallelConfig
 from tests.distributed.test_layouts import all_families, assert_equal_runs, parallel_of, toy_model
 from tests.helpers import tiny, weights
@@ -74,9 +74,9 @@ def test_layout_equals_one_process(corpus, prefix, one_process, layout, record_p
 
 def together_and_alone(state, config):
     """Sums of a row of several records, and of each of them with other tokens in place of the others."""
+    from megatron_dlm.execution.microbatches import BatchAddress, corrupted_parts
     from megatron_dlm.interfaces import TokenBatch
-    from megatron_dlm.training.microbatches import BatchAddress, corrupted_parts
-    from megatron_dlm.training.run_data import open_data
+    from megatron_dlm.run.datasets import open_data
     from megatron_dlm.training.session import Session
 
     session = Session(config, open_data(config.data), state)

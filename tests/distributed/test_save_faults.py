@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_dlm.checkpointing.storage import CheckpointRoot
-from megatron_dlm.objectives.mdlm import MDLMConfig
+from megatron_dlm.checkpointing.layout import CheckpointRoot
+from megatron_dlm.families.mdlm.objective import MDLMConfig
 from megatron_dlm.telemetry.writers import read_metrics
 from tests.helpers import faulty, tiny
 

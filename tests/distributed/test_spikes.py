@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_dlm.objectives.ar import ARConfig
+from megatron_dlm.families.ar.objective import ARConfig
 from megatron_dlm.telemetry.writers import read_metrics
-from megatron_dlm.training.spikes import FEWEST, extended, spike_limit
+from megatron_dlm.training.spike_detection import FEWEST, extended, spike_limit
 from tests.helpers import faulty, tiny
 
 

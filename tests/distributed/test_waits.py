@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_dlm.objectives.registry import OBJECTIVES
+from megatron_dlm.families.registry import OBJECTIVES
 from megatron_dlm.platform.parallel_config import ParallelConfig
 from tests.distributed.test_checkpoint import build_random
 from tests.helpers import tiny
@@ -18,15 +18,15 @@ TWO = ["the sums of a batch", "the gradient's norm"]
 
 def places_of_waits(state, config):
     """What each of some steps, with all that happens until the next one, waits for."""
-    from megatron_dlm.platform import peak
-    from megatron_dlm.training import trainer
-    from megatron_dlm.training.run import go_on
-    from megatron_dlm.training.stop_signals import StopSignals
+    from megatron_dlm.platform import device_flops
+    from megatron_dlm.training import loop
+    from megatron_dlm.training.signals import StopSignals
+    from megatron_dlm.training.train import go_on
 
     gpu = StandInGpu()
-    peak._SIZE["cuda"] = 64
+    device_flops._SIZE["cuda"] = 64
     session = build_random(replace(state, device=torch.device("cuda", 0)), config)
-    train_step, found = trainer.train_step, []
+    train_step, found = loop.train_step, []
 
     def watched(*arguments):
         found.append(gpu.found)
@@ -34,10 +34,10 @@ def places_of_waits(state, config):
         gpu.watch(arguments[1].step < STEPS - 1)
         return train_step(*arguments)
 
-    trainer.train_step = watched
+    loop.train_step = watched
     signals = StopSignals()
     signals.ranks_have_met = True
-    go_on(session, trainer.Progress(), signals)
+    go_on(session, loop.Progress(), signals)
     # The first step makes what later ones use.
     return found[2:]
 

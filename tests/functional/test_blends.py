@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from megatron_dlm.data.blending import PlanSegment, SampleOrder
-from megatron_dlm.data.loader import DataConfig
+from megatron_dlm.data.loading.blending import PlanSegment, SampleOrder
+from megatron_dlm.data.loading.data_config import DataConfig
 from megatron_dlm.platform.codec import decode
 from megatron_dlm.platform.rng import NoiseSource
+from megatron_dlm.run.datasets import open_data
 from megatron_dlm.telemetry.writers import read_metrics
-from megatron_dlm.training.run_data import open_data
 from tests.helpers.runs import arguments_for, finish, finish_ranks, start
 
 

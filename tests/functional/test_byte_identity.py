@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from megatron_dlm.data.manifest import shard_path
-from megatron_dlm.data.tokenizer import load_tokenizer
+from megatron_dlm.data.shards.manifest import shard_path
+from megatron_dlm.data.tokenizers.tokenizer import load_tokenizer
 from tests.conftest import ROOT
 from tests.functional.test_dataset_tools import find_mpirun
 from tests.helpers import megatron_index, tiny

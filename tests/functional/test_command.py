@@ -282,8 +282,8 @@ def test_an_unknown_family_is_named(command, tmp_path):
         tmp_path / "recipe.py",
         """
 from dataclasses import replace
-from megatron_dlm.objectives.base import ObjectiveConfig
-from megatron_dlm.training.run_config import load_recipe
+from megatron_dlm.families.base import ObjectiveConfig
+from megatron_dlm.run.config import load_recipe
 from pathlib import Path
 
 def recipe():

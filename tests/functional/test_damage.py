@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from megatron_dlm.checkpointing.storage import verify
+from megatron_dlm.checkpointing.layout import verify
 from megatron_dlm.interfaces import InputError
 
 FLIPS, CUTS = 200, 20

@@ -10,9 +10,9 @@ import sys
 import numpy as np
 import pytest
 
-from megatron_dlm.data.manifest import shard_path
-from megatron_dlm.data.shard import Shard
-from megatron_dlm.data.tokenizer import load_tokenizer
+from megatron_dlm.data.shards.manifest import shard_path
+from megatron_dlm.data.shards.shard import Shard
+from megatron_dlm.data.tokenizers.tokenizer import load_tokenizer
 from tests.conftest import ROOT
 from tests.functional.test_examples import find_mpirun
 from tests.helpers import megatron_index, processes, tiny

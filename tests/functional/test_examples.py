@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dlm.objectives.registry import OBJECTIVES
+from megatron_dlm.families.registry import OBJECTIVES
+from megatron_dlm.run.config import load_recipe
+from megatron_dlm.run.validation import check_run
 from megatron_dlm.telemetry.writers import read_metrics
-from megatron_dlm.training.run_checks import check_run
-from megatron_dlm.training.run_config import load_recipe
 from tests.conftest import ROOT
 from tests.helpers.distributed import free_port
 from tests.helpers.runs import arguments_for, finish, train_metrics, wait_for_step

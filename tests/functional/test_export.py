@@ -368,8 +368,8 @@ def test_hostile_folders_are_refused(broken, tmp_path, kind, monkeypatch):
     """By import, in this process: no network, no code of the folder, nothing half-written."""
     import socket
 
+    from megatron_dlm.conversion.import_weights import import_weights, read_folder
     from megatron_dlm.interfaces import InputError
-    from megatron_dlm.training.import_weights import import_weights, read_folder
 
     def refuse(*arguments):
         raise AssertionError("a socket was opened")
@@ -407,7 +407,7 @@ def test_an_existing_target_is_kept(command, checkpoint_of, mdlm_export):
 
 
 def test_another_tokenizer_is_refused(command, checkpoint_of, tmp_path):
-    from megatron_dlm.data.tokenizer import train_tokenizer
+    from megatron_dlm.data.tokenizers.tokenizer import train_tokenizer
     from tests.helpers.tiny import sentences
 
     train_tokenizer(sentences(100, seed=9), 290, tmp_path / "tok")

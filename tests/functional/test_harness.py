@@ -95,7 +95,7 @@ def test_local_tasks_end_to_end(command, model, tasks, tmp_path, read_json):
 def test_the_registered_name_is_enough(model, tasks):
     """As `lm_eval.simple_evaluate(model="megatron-dlm")` is called from elsewhere."""
     script = f"""
-import lm_eval, megatron_dlm.training.harness
+import lm_eval, megatron_dlm.evaluation.lm_eval_model
 from lm_eval.tasks import TaskManager
 found = lm_eval.simple_evaluate(
     model="megatron-dlm", model_args="path={model},num_times=4,max_copies=4", tasks=["local_choice"],

@@ -6,11 +6,11 @@ import shutil
 import numpy as np
 import pytest
 
-from megatron_dlm.data.indexing import IndexConfig, build_shards
-from megatron_dlm.data.manifest import shard_path
-from megatron_dlm.data.packing import TokenBlocks
-from megatron_dlm.data.prefetch import Prefetcher
-from megatron_dlm.data.shard import Shard
+from megatron_dlm.data.loading.packing import TokenBlocks
+from megatron_dlm.data.loading.prefetch import Prefetcher
+from megatron_dlm.data.preprocessing.index import IndexConfig, build_shards
+from megatron_dlm.data.shards.manifest import shard_path
+from megatron_dlm.data.shards.shard import Shard
 from megatron_dlm.interfaces import InputError
 from tests.helpers import tiny
 from tests.helpers.runs import arguments_for, finish, start, train_metrics

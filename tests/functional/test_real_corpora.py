@@ -6,8 +6,8 @@ import re
 import numpy as np
 import pytest
 
-from megatron_dlm.data.indexing import IndexConfig, build_shards
-from megatron_dlm.data.tokenizer import load_tokenizer, train_tokenizer
+from megatron_dlm.data.preprocessing.index import IndexConfig, build_shards
+from megatron_dlm.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
 from tests.conftest import DATA
 
 

@@ -78,9 +78,9 @@ def milliseconds(function, leaves, gradient):
 @pytest.mark.skipif(not HAS_CUDA, reason="FlexAttention has no gradient on a CPU")
 def test_speed_against_dense_masks(capsys):
     """Block diffusion at 2 x 2,048 positions, forward and backward; the ratio is printed, not judged."""
+    from megatron_dlm.families.block_diffusion.objective import BlockDiffusionConfig
+    from megatron_dlm.families.documents import corrupt
     from megatron_dlm.models.flex_attention import attend_by_table
-    from megatron_dlm.objectives.block_diffusion import BlockDiffusionConfig
-    from megatron_dlm.objectives.documents import corrupt
     from tests.unit.test_block_table import VOCABULARY, batch_of
     from tests.unit.test_objectives import context
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from megatron_dlm.objectives.duo import DuoConfig
-from megatron_dlm.objectives.mdlm import MDLMConfig
+from megatron_dlm.families.duo.objective import DuoConfig
+from megatron_dlm.families.mdlm.objective import MDLMConfig
 from megatron_dlm.platform.parallel_config import ParallelConfig
 from tests.distributed.test_checkpoint import config_for
 from tests.gpu.test_training import DEVICE_WORDS, curve

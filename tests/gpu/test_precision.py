@@ -5,8 +5,8 @@ import importlib.util
 import pytest
 import torch
 
-from megatron_dlm.models.fp8 import CAPABILITIES
-from megatron_dlm.objectives.registry import OBJECTIVES
+from megatron_dlm.families.registry import OBJECTIVES
+from megatron_dlm.models.precision.fp8 import CAPABILITIES
 from tests.gpu.test_training import DEVICE_WORDS, curve
 from tests.helpers.devices import HAS_CUDA
 from tests.helpers.runs import arguments_for

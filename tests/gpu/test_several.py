@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_dlm.objectives.duo import DuoConfig
-from megatron_dlm.objectives.esolm import EsoLMConfig
-from megatron_dlm.objectives.mdlm import MDLMConfig
+from megatron_dlm.families.duo.objective import DuoConfig
+from megatron_dlm.families.esolm.objective import EsoLMConfig
+from megatron_dlm.families.mdlm.objective import MDLMConfig
 from megatron_dlm.platform.parallel_config import ParallelConfig
 from tests.distributed.test_checkpoint import build_random, config_for, load_and_go_on, save_at_two, steps
 from tests.distributed.test_layouts import three_steps
@@ -127,9 +127,9 @@ def test_two_processes_save_and_one_goes_on(corpus, tmp_path):
 
 def save_behind_steps(state, config):
     """A save that goes on while two more steps are made."""
+    from megatron_dlm.checkpointing.async_writer import SavePlans
+    from megatron_dlm.checkpointing.layout import CheckpointRoot
     from megatron_dlm.checkpointing.manager import PendingSave
-    from megatron_dlm.checkpointing.storage import CheckpointRoot
-    from megatron_dlm.checkpointing.writing import SavePlans
 
     session = build_random(state, config)
     steps(session, 0, 2)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_dlm.objectives.registry import OBJECTIVES
+from megatron_dlm.families.registry import OBJECTIVES
 from megatron_dlm.telemetry.writers import read_metrics
 from tests.helpers.devices import DEVICE
 from tests.helpers.runs import arguments_for

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from megatron_dlm.objectives.registry import OBJECTIVES
+from megatron_dlm.families.registry import OBJECTIVES
 from tests.gpu.test_training import DEVICE_WORDS
 from tests.helpers.devices import DEVICE
 from tests.helpers.runs import arguments_for

@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from megatron_dlm.kernels import biased_gelu, residual_norm_kernels, rotary, row_softmax
-from megatron_dlm.kernels.launch import tiles_of
+from megatron_dlm.kernels.block_sizes import tiles_of
 
 LOW, WIDE, IDS = "*bf16", "*fp32", "*i64"
 WIDTHS = {"BLOCK": 4096, "WIDE": tl.float32}

@@ -6,8 +6,8 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from megatron_dlm.diffusion.context import CorruptionContext
 from megatron_dlm.interfaces import RowTargets, TokenBatch, Vocabulary
-from megatron_dlm.objectives.base import CorruptionContext
 from megatron_dlm.platform.rng import NoiseSource
 from megatron_dlm.platform.vocab_parallel import VocabShard
 

@@ -23,8 +23,8 @@ def train_in_child(config, fault=None, *arguments, timeout=120):
 
 def _train(config, fault, arguments):
     from megatron_dlm.cli.main import run_and_exit
-    from megatron_dlm.training.run import train
-    from megatron_dlm.training.stop_signals import EXIT_PREEMPTED
+    from megatron_dlm.training.signals import EXIT_PREEMPTED
+    from megatron_dlm.training.train import train
 
     os.dup2(os.open(config.directory / "stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     if fault:
@@ -53,11 +53,11 @@ def _on_call(owner, name, number, action, when=lambda *arguments: True):
 
 def die_at(point, save):
     """Kill the process in its `save`th save at a point of the commit protocol."""
-    from megatron_dlm.checkpointing import manager, storage
-    from megatron_dlm.checkpointing.writing import ShareWriter
+    from megatron_dlm.checkpointing import layout, manager
+    from megatron_dlm.checkpointing.async_writer import ShareWriter
 
     def is_manifest(path, value):
-        return path.name == storage.MANIFEST
+        return path.name == layout.MANIFEST
 
     def is_checkpoint(temporary, final):
         return final.suffix == ""
@@ -69,11 +69,11 @@ def die_at(point, save):
     elif point == "before the index of tensors":
         _on_call(ShareWriter, "write_index", save, _die)
     elif point == "before the manifest":
-        _on_call(storage, "write_json", save, _die, is_manifest)
+        _on_call(layout, "write_json", save, _die, is_manifest)
     elif point == "before the rename":
-        _on_call(storage, "commit", save, _die, is_checkpoint)
+        _on_call(layout, "commit", save, _die, is_checkpoint)
     elif point == "after the rename":
-        _on_call(storage.CheckpointRoot, "retain", save, _die)
+        _on_call(layout.CheckpointRoot, "retain", save, _die)
     elif point == "while an old one is removed":
         _on_call(shutil, "rmtree", 1, _die, lambda path, **_: path.name.endswith(".old.tmp"))
     else:
@@ -82,7 +82,7 @@ def die_at(point, save):
 
 def slow_down_writers(seconds):
     """Let every writing process sleep before it writes."""
-    from megatron_dlm.checkpointing.writing import ShareWriter
+    from megatron_dlm.checkpointing.async_writer import ShareWriter
 
     original = ShareWriter._write
 
@@ -95,7 +95,7 @@ def slow_down_writers(seconds):
 
 def kill_parents_while_writing():
     """Let the next writing process kill the training process when its file is half there."""
-    from megatron_dlm.checkpointing import writing
+    from megatron_dlm.checkpointing import async_writer
 
     def die(path):
         with path.open("r+b") as file:
@@ -103,12 +103,12 @@ def kill_parents_while_writing():
         os.kill(os.getppid(), signal.SIGKILL)
         time.sleep(60)
 
-    writing.sha256_of = die
+    async_writer.sha256_of = die
 
 
 def kill_writers():
     """Let every writing process die before it writes, as the kernel does where memory is short."""
-    from megatron_dlm.checkpointing.writing import ShareWriter
+    from megatron_dlm.checkpointing.async_writer import ShareWriter
 
     ShareWriter._write = lambda self, *arguments: _die()
 
@@ -122,7 +122,7 @@ def small_files(num_bytes):
 
 def forbid_writing():
     """From its second save on the checkpoint directory cannot be written, also not by root."""
-    from megatron_dlm.checkpointing.storage import CheckpointRoot
+    from megatron_dlm.checkpointing.layout import CheckpointRoot
 
     def forbid():
         (checkpoints,) = roots
@@ -145,22 +145,22 @@ def jumping_clock():
 
 def signal_at(place, *, again=False):
     """SIGTERM to the process at a place of a run; with `again` a second one later, in the same step."""
-    from megatron_dlm.checkpointing.writing import ShareWriter
-    from megatron_dlm.data import blending
-    from megatron_dlm.training import run, session, stop_signals
+    from megatron_dlm.checkpointing.async_writer import ShareWriter
+    from megatron_dlm.data.loading import blending
+    from megatron_dlm.training import session, signals, train
 
     def send():
         os.kill(os.getpid(), signal.SIGTERM)
         if again:
-            time.sleep(2 * stop_signals.REPEATED_SIGNAL_SECONDS)
+            time.sleep(2 * signals.REPEATED_SIGNAL_SECONDS)
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(60)
 
     if again:
-        stop_signals.REPEATED_SIGNAL_SECONDS = 0.2
+        signals.REPEATED_SIGNAL_SECONDS = 0.2
     owner, name, number = {
-        "the start": (run, "detect_environment", 1),
-        "the resume": (run, "agree_on_start", 1),
+        "the start": (train, "detect_environment", 1),
+        "the resume": (train, "agree_on_start", 1),
         "reading data": (blending.SampleReader, "read", 14),
         "an evaluation": (session.Validation, "run", 2),
         "a save": (ShareWriter, "start", 1),

@@ -13,7 +13,7 @@ def accumulated_gradients(state, config):
     Returns:
         float32 on the CPU.
     """
-    from megatron_dlm.training.run_data import open_data
+    from megatron_dlm.run.datasets import open_data
     from megatron_dlm.training.session import Session
 
     session = Session(config, open_data(config.data), state)

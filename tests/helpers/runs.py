@@ -111,9 +111,9 @@ def tensor_files(directory):
 
 def save(session, step):
     """A checkpoint of a session, at once; all ranks call it."""
+    from megatron_dlm.checkpointing.async_writer import SavePlans
+    from megatron_dlm.checkpointing.layout import CheckpointRoot
     from megatron_dlm.checkpointing.manager import PendingSave
-    from megatron_dlm.checkpointing.storage import CheckpointRoot
-    from megatron_dlm.checkpointing.writing import SavePlans
 
     root = CheckpointRoot(session.config.directory)
     model = (session.denoiser, session.optimizer, session.parallel)

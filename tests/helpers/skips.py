@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_dlm.data.dali import require_dali
+from megatron_dlm.data.loading.dali import require_dali
 from megatron_dlm.interfaces import InputError
 
 

@@ -5,8 +5,8 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_dlm.data.indexing import IndexConfig, build_shards
-from megatron_dlm.data.tokenizer import train_tokenizer
+from megatron_dlm.data.preprocessing.index import IndexConfig, build_shards
+from megatron_dlm.data.tokenizers.tokenizer import train_tokenizer
 
 WORDS = "the model reads noisy tokens and predicts clean ones while def class return import self".split()
 
@@ -47,11 +47,11 @@ def run_config(corpus, directory, objective, **changes):
     """A run of a few thousand parameters; `changes` replace fields of its sections by dotted names."""
     from dataclasses import replace
 
-    from megatron_dlm.checkpointing.storage import CheckpointConfig
-    from megatron_dlm.data.loader import DataConfig
+    from megatron_dlm.checkpointing.layout import CheckpointConfig
+    from megatron_dlm.data.loading.data_config import DataConfig
     from megatron_dlm.models.config import ModelConfig
-    from megatron_dlm.training.lr_schedule import LrScheduleConfig
-    from megatron_dlm.training.run_config import EvaluationConfig, RunConfig, TelemetryConfig, TrainingConfig
+    from megatron_dlm.run.config import EvaluationConfig, RunConfig, TelemetryConfig, TrainingConfig
+    from megatron_dlm.run.lr_schedule import LrScheduleConfig
 
     config = RunConfig(
         directory=directory,

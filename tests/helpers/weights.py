@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from megatron_dlm.models.weight_layout import public_shapes, weight_places
+from megatron_dlm.models.weight_mapping import public_shapes, weight_places
 from megatron_dlm.platform.fully_sharded import local, own_range
 from megatron_dlm.platform.rng import NoiseSource
 

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_dlm.interfaces import InputError
-from megatron_dlm.training.run_config import TrainingConfig
+from megatron_dlm.run.config import TrainingConfig
 
 
 def ramp(**changes):

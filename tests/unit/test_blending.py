@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from megatron_dlm.data.blending import STRETCH, Blend, PlanSegment, SampleOrder, SampleReader
-from megatron_dlm.data.loader import DataConfig
-from megatron_dlm.data.packing import TokenBlocks, split_documents
-from megatron_dlm.data.shard import Shard
+from megatron_dlm.data.loading.blending import STRETCH, Blend, PlanSegment, SampleOrder, SampleReader
+from megatron_dlm.data.loading.data_config import DataConfig
+from megatron_dlm.data.loading.packing import TokenBlocks, split_documents
+from megatron_dlm.data.shards.shard import Shard
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.platform.codec import decode, encode
 from megatron_dlm.platform.rng import NoiseSource
-from megatron_dlm.training.run_data import open_data
+from megatron_dlm.run.datasets import open_data
 
 NOISE = NoiseSource(1)
 BLOCKS = {"a": 5000, "b": 700, "c": 90}

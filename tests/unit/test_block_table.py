@@ -10,16 +10,16 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megatron_dlm.diffusion.targets import noisy_then_clean_mask
+from megatron_dlm.families.ar.objective import ARConfig
+from megatron_dlm.families.block_diffusion.objective import BlockDiffusionConfig
+from megatron_dlm.families.documents import corrupt
+from megatron_dlm.families.esolm.objective import EsoLMConfig
+from megatron_dlm.families.mdlm.objective import MDLMConfig
 from megatron_dlm.interfaces import TokenBatch, Vocabulary
 from megatron_dlm.models.block_table import BLOCK, pack_table, unpack_table
 from megatron_dlm.models.context_parallel import own_share
 from megatron_dlm.models.visibility import MaskForms, visibility, visible_pairs, with_one_mask, with_table
-from megatron_dlm.objectives.ar import ARConfig
-from megatron_dlm.objectives.block_diffusion import BlockDiffusionConfig
-from megatron_dlm.objectives.diffusion import noisy_then_clean_mask
-from megatron_dlm.objectives.documents import corrupt
-from megatron_dlm.objectives.esolm import EsoLMConfig
-from megatron_dlm.objectives.mdlm import MDLMConfig
 from tests.unit.test_objectives import context
 
 VOCABULARY = Vocabulary(size=40, mask_token_id=7, eos_token_id=0, bos_token_id=1)

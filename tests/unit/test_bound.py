@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_dlm.evaluation.bound import BoundConfig, ratio, summarise
-from megatron_dlm.evaluation.exported_bounds import ExportedBounds
+from megatron_dlm.evaluation.exported_scoring import ExportedBounds
+from megatron_dlm.evaluation.nelbo import exported_copies, held_out_bound, share_of_rank
+from megatron_dlm.evaluation.nelbo_statistics import BoundConfig, ratio, summarise
+from megatron_dlm.families.ar.objective import ARConfig
+from megatron_dlm.families.block_diffusion.objective import BlockDiffusionConfig
+from megatron_dlm.families.duo.objective import DuoConfig
+from megatron_dlm.families.esolm.objective import EsoLMConfig
+from megatron_dlm.families.mdlm.objective import MDLMConfig
 from megatron_dlm.interfaces import InputError
-from megatron_dlm.objectives.ar import ARConfig
-from megatron_dlm.objectives.block_diffusion import BlockDiffusionConfig
-from megatron_dlm.objectives.duo import DuoConfig
-from megatron_dlm.objectives.esolm import EsoLMConfig
-from megatron_dlm.objectives.mdlm import MDLMConfig
-from megatron_dlm.training.held_out_bound import exported_copies, held_out_bound, share_of_rank
 from tests.unit.test_hugging_face_model import LENGTH, VOCABULARY, build
 
 FAMILIES = {
@@ -204,7 +204,7 @@ def test_copies_that_leave_a_part_without_any_are_refused():
 
 
 def test_copies_that_do_not_divide_among_processes_are_refused():
-    from megatron_dlm.training.microbatches import BatchAddress
+    from megatron_dlm.execution.microbatches import BatchAddress
 
     with pytest.raises(InputError, match="num_times: 9 copies do not divide among 2 processes"):
         share_of_rank(4, 0, 2)(BatchAddress(0, 0, 9, training=False))

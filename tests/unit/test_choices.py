@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron_dlm.families.ar.objective import ARConfig
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.kernels.choice import INTERPRETER, wants_triton
-from megatron_dlm.objectives.ar import ARConfig
-from megatron_dlm.training import run_checks
-from megatron_dlm.training.run_checks import transformer_impl
+from megatron_dlm.run import validation
+from megatron_dlm.run.validation import transformer_impl
 from tests.helpers import tiny
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -20,7 +20,7 @@ def hopper(monkeypatch):
     """What the choices ask of a GPU, as an H100 and a Transformer Engine that fits answer."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(run_checks, "check_transformer_engine", lambda: None)
+    monkeypatch.setattr(validation, "check_transformer_engine", lambda: None)
 
 
 def test_kernels(monkeypatch):
@@ -63,10 +63,10 @@ def test_masked_attention(corpus, asked, device, has_triton, graphs, expected):
         parallel__cuda_graphs=graphs,
     )
     if isinstance(expected, bool):
-        assert run_checks.wants_flex_attention(config, device, has_triton=has_triton) == expected
+        assert validation.wants_flex_attention(config, device, has_triton=has_triton) == expected
     else:
         with pytest.raises(InputError, match=expected):
-            run_checks.wants_flex_attention(config, device, has_triton=has_triton)
+            validation.wants_flex_attention(config, device, has_triton=has_triton)
 
 
 def test_masked_attention_on_an_old_gpu(corpus, monkeypatch):
@@ -75,7 +75,7 @@ def test_masked_attention_on_an_old_gpu(corpus, monkeypatch):
     with pytest.raises(
         InputError, match=r"masked_attention: flex needs Triton and a GPU that it compiles for"
     ):
-        run_checks.wants_flex_attention(config, CUDA, has_triton=False)
+        validation.wants_flex_attention(config, CUDA, has_triton=False)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_masked_attention_on_an_old_gpu(corpus, monkeypatch):
     ],
 )
 def test_linears_and_attention(corpus, monkeypatch, precision, asked, device, present, expected):
-    monkeypatch.setattr(run_checks, "has_transformer_engine", lambda: present)
+    monkeypatch.setattr(validation, "has_transformer_engine", lambda: present)
     config = tiny.run_config(corpus, corpus.directory, ARConfig())
     config = replace(config, training=replace(config.training, precision=precision, transformer_impl=asked))
     if expected in ("local", "transformer_engine"):

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dlm.checkpointing.storage import CheckpointConfig
+from megatron_dlm.checkpointing.layout import CheckpointConfig
+from megatron_dlm.families.mdlm.objective import MDLMConfig
 from megatron_dlm.interfaces import AttentionPattern, InputError
-from megatron_dlm.objectives.mdlm import MDLMConfig
 from megatron_dlm.platform.codec import decode, encode
-from megatron_dlm.training.recipes import phase2_run, tiny_run
-from megatron_dlm.training.run_config import RunConfig
+from megatron_dlm.run.config import RunConfig
+from megatron_dlm.run.presets import phase2_run, tiny_run
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from megatron_dlm.data import dali
-from megatron_dlm.data.dali import carry_with_dali, require_dali
+from megatron_dlm.data.loading import dali
+from megatron_dlm.data.loading.dali import carry_with_dali, require_dali
 from megatron_dlm.interfaces import InputError
 from tests.helpers.skips import needs_dali
 

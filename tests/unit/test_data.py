@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_dlm.data.encoders import choose_encoder
-from megatron_dlm.data.indexing import IndexConfig, build_shards
-from megatron_dlm.data.loader import microbatch_positions
-from megatron_dlm.data.manifest import shard_path
-from megatron_dlm.data.packing import TokenBlocks
-from megatron_dlm.data.shard import Shard, write_index
-from megatron_dlm.data.tokenizer import load_tokenizer, train_tokenizer
+from megatron_dlm.data.loading.data_config import microbatch_positions
+from megatron_dlm.data.loading.packing import TokenBlocks
+from megatron_dlm.data.preprocessing.index import IndexConfig, build_shards
+from megatron_dlm.data.shards.manifest import shard_path
+from megatron_dlm.data.shards.shard import Shard, write_index
+from megatron_dlm.data.tokenizers.encoders import choose_encoder
+from megatron_dlm.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
 from megatron_dlm.interfaces import InputError
 from tests.helpers import tiny
 

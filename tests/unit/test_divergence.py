@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
+from megatron_dlm.diffusion.uniform_divergence import uniform_divergence, uniform_divergence_and_dlogits
 from megatron_dlm.interfaces import RowTargets, Vocabulary
-from megatron_dlm.objectives.divergence import uniform_divergence, uniform_divergence_and_dlogits
 from megatron_dlm.platform.vocab_parallel import VocabShard
 
 SIZE, MASK = 9, 3

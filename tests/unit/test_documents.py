@@ -4,17 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_dlm.data.packing import TokenBlocks
-from megatron_dlm.data.shard import Shard
+from megatron_dlm.data.loading.packing import TokenBlocks
+from megatron_dlm.data.shards.shard import Shard
+from megatron_dlm.diffusion.targets import noisy_then_clean_mask
+from megatron_dlm.families.ar.objective import ARConfig
+from megatron_dlm.families.block_diffusion.objective import BlockDiffusionConfig
+from megatron_dlm.families.documents import corrupt, document_starts
+from megatron_dlm.families.esolm.objective import EsoLMConfig
+from megatron_dlm.families.mdlm.objective import MDLMConfig
 from megatron_dlm.interfaces import AttentionPattern, TokenBatch, Vocabulary
+from megatron_dlm.models.flops.flops_actual import work_of
 from megatron_dlm.models.visibility import own_queries, pattern_mask, visibility, within_documents
-from megatron_dlm.models.work import work_of
-from megatron_dlm.objectives.ar import ARConfig
-from megatron_dlm.objectives.block_diffusion import BlockDiffusionConfig
-from megatron_dlm.objectives.diffusion import noisy_then_clean_mask
-from megatron_dlm.objectives.documents import corrupt, document_starts
-from megatron_dlm.objectives.esolm import EsoLMConfig
-from megatron_dlm.objectives.mdlm import MDLMConfig
 from tests.unit.test_objectives import context
 
 VOCABULARY = Vocabulary(size=40, mask_token_id=7, eos_token_id=0, bos_token_id=1)

@@ -12,9 +12,9 @@ from functools import cache
 import numpy as np
 import pytest
 
-from megatron_dlm.objectives.block_diffusion import BlockDiffusionConfig
-from megatron_dlm.objectives.esolm import EsoLMConfig
-from megatron_dlm.objectives.mdlm import MDLMConfig
+from megatron_dlm.families.block_diffusion.objective import BlockDiffusionConfig
+from megatron_dlm.families.esolm.objective import EsoLMConfig
+from megatron_dlm.families.mdlm.objective import MDLMConfig
 from tests.helpers.enumeration import (
     MASK,
     SCHEDULES,

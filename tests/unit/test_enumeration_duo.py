@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from megatron_dlm.objectives.duo import DuoConfig
+from megatron_dlm.families.duo.objective import DuoConfig
 from tests.helpers.enumeration import (
     SCHEDULES,
     TOKENS,

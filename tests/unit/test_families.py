@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_dlm.diffusion.targets import noisy_then_clean_mask
+from megatron_dlm.diffusion.time_sampling import stratified_times
+from megatron_dlm.families.block_diffusion.objective import BlockDiffusionConfig
+from megatron_dlm.families.duo.curriculum import CurriculumConfig, signal_probability
+from megatron_dlm.families.duo.objective import DuoConfig, UniformStates
+from megatron_dlm.families.esolm.objective import EsoLMConfig
+from megatron_dlm.families.mdlm.objective import MDLMConfig
 from megatron_dlm.interfaces import InputError, Vocabulary
-from megatron_dlm.objectives.block_diffusion import BlockDiffusionConfig
-from megatron_dlm.objectives.diffusion import noisy_then_clean_mask
-from megatron_dlm.objectives.duo import DuoConfig, UniformStates
-from megatron_dlm.objectives.duo_curriculum import CurriculumConfig, signal_probability
-from megatron_dlm.objectives.esolm import EsoLMConfig
-from megatron_dlm.objectives.mdlm import MDLMConfig
-from megatron_dlm.objectives.time_sampling import stratified_times
 from megatron_dlm.platform.rng import NoiseSource, Permutation
 from tests.unit.test_objectives import batch_of, context
 

@@ -3,16 +3,16 @@
 import pytest
 import torch
 
+from megatron_dlm.families.esolm.objective import EsoLMConfig
+from megatron_dlm.families.mdlm.objective import MDLMConfig
 from megatron_dlm.interfaces import AttentionPattern, InputError, Vocabulary
-from megatron_dlm.models.flops import (
+from megatron_dlm.models.flops.flops_actual import Work, work_of
+from megatron_dlm.models.flops.flops_paper import (
     max_steps,
     published_forward_flops,
     published_non_embedding_parameters,
 )
 from megatron_dlm.models.sizes import paper_model
-from megatron_dlm.models.work import Work, work_of
-from megatron_dlm.objectives.esolm import EsoLMConfig
-from megatron_dlm.objectives.mdlm import MDLMConfig
 from tests.unit.test_objectives import batch_of, context
 
 VOCABULARY_SIZE = 32_001

@@ -8,10 +8,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from megatron_dlm.data.indexing import IndexConfig, build_shards
-from megatron_dlm.data.manifest import shard_path
-from megatron_dlm.data.packing import TokenBlocks
-from megatron_dlm.data.shard import HEADER, Shard, read_index
+from megatron_dlm.data.loading.packing import TokenBlocks
+from megatron_dlm.data.preprocessing.index import IndexConfig, build_shards
+from megatron_dlm.data.shards.manifest import shard_path
+from megatron_dlm.data.shards.shard import HEADER, Shard, read_index
 from megatron_dlm.interfaces import InputError
 from tests.helpers import tiny
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from megatron_dlm.evaluation.bound import Mean
-from megatron_dlm.evaluation.gate import passes, training_difference
+from megatron_dlm.evaluation.nelbo_statistics import Mean
+from megatron_dlm.evaluation.paired_comparison import passes, training_difference
 from megatron_dlm.interfaces import InputError
 
 

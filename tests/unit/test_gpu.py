@@ -15,7 +15,7 @@ from torch.distributed import distributed_c10d
 
 from megatron_dlm.interfaces import InputError, TrainingError
 from megatron_dlm.kernels.choice import wants_triton
-from megatron_dlm.models.fp8 import Fp8Config
+from megatron_dlm.models.precision.fp8 import Fp8Config
 from megatron_dlm.platform import gpu, parallel, versions
 from megatron_dlm.platform.launch import detect_environment
 from megatron_dlm.platform.parallel_config import ParallelConfig
@@ -254,7 +254,7 @@ PLACES = {
 
 @pytest.mark.parametrize("place", PLACES)
 def test_full_memory_says_of_what_and_what_to_lower(corpus, tmp_path, place):
-    from megatron_dlm.objectives.mdlm import MDLMConfig
+    from megatron_dlm.families.mdlm.objective import MDLMConfig
 
     where, what, cure = PLACES[place]
     config = tiny.run_config(corpus, tmp_path, MDLMConfig())

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from megatron_dlm.data import encoders, parts
-from megatron_dlm.data.indexing import IndexConfig, build_shards
-from megatron_dlm.data.shard import Shard
-from megatron_dlm.data.tokenizer import load_tokenizer
+from megatron_dlm.data.preprocessing import part_files
+from megatron_dlm.data.preprocessing.index import IndexConfig, build_shards
+from megatron_dlm.data.shards.shard import Shard
+from megatron_dlm.data.tokenizers import encoders
+from megatron_dlm.data.tokenizers.tokenizer import load_tokenizer
 from megatron_dlm.interfaces import InputError
 from tests.conftest import ROOT
 from tests.helpers import tiny
@@ -136,7 +137,7 @@ def test_long_documents_without_spaces_are_taken(corpus, tmp_path):
 
 
 def test_a_document_of_too_many_tokens_is_named(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(parts, "MAX_DOCUMENT_TOKENS", 50)
+    monkeypatch.setattr(part_files, "MAX_DOCUMENT_TOKENS", 50)
     path = tiny.write_jsonl(tmp_path / "t.jsonl", ["the model", "a" * 200, "the"])
     with pytest.raises(InputError, match=r"t\.jsonl:2: more than 50 tokens"):
         index(corpus, path, tmp_path / "shard")

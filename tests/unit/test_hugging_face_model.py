@@ -8,13 +8,13 @@ from megatron_dlm.conversion.hugging_face_model.configuration_megatron_dlm impor
 from megatron_dlm.conversion.hugging_face_model.modeling_megatron_dlm import MegatronDlmModel
 from megatron_dlm.conversion.hugging_face_model.noise_megatron_dlm import token_nats
 from megatron_dlm.conversion.to_hugging_face import hugging_face_fields
+from megatron_dlm.families.ar.objective import ARConfig
+from megatron_dlm.families.block_diffusion.objective import BlockDiffusionConfig
+from megatron_dlm.families.duo.objective import DuoConfig
+from megatron_dlm.families.esolm.objective import EsoLMConfig
+from megatron_dlm.families.mdlm.objective import MDLMConfig
 from megatron_dlm.interfaces import Vocabulary
 from megatron_dlm.models.config import ModelConfig
-from megatron_dlm.objectives.ar import ARConfig
-from megatron_dlm.objectives.block_diffusion import BlockDiffusionConfig
-from megatron_dlm.objectives.duo import DuoConfig
-from megatron_dlm.objectives.esolm import EsoLMConfig
-from megatron_dlm.objectives.mdlm import MDLMConfig
 from tests.helpers.weights import random_state
 from tests.unit.test_objectives import batch_of, context
 

@@ -14,12 +14,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from megatron_dlm.data.indexing import IndexConfig, build_shards
-from megatron_dlm.data.manifest import shard_path
-from megatron_dlm.data.shard import Shard
-from megatron_dlm.data.sources import find_sources
-from megatron_dlm.data.tokenizer import load_tokenizer
-from megatron_dlm.data.units import plan_units
+from megatron_dlm.data.preprocessing.index import IndexConfig, build_shards
+from megatron_dlm.data.preprocessing.input_files import find_sources
+from megatron_dlm.data.preprocessing.work_units import plan_units
+from megatron_dlm.data.shards.manifest import shard_path
+from megatron_dlm.data.shards.shard import Shard
+from megatron_dlm.data.tokenizers.tokenizer import load_tokenizer
 from megatron_dlm.interfaces import InputError
 from tests.conftest import ROOT
 from tests.helpers import megatron_index, tiny

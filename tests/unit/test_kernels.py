@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megatron_dlm.diffusion.cross_entropy import cross_entropy_and_dlogits
+from megatron_dlm.diffusion.uniform_divergence import uniform_divergence_and_dlogits
 from megatron_dlm.interfaces import RowTargets, Vocabulary
 from megatron_dlm.models.attention import rotary_table, rotate_plainly
-from megatron_dlm.objectives.cross_entropy import cross_entropy_and_dlogits
-from megatron_dlm.objectives.divergence import uniform_divergence_and_dlogits
 from megatron_dlm.platform.vocab_parallel import VocabShard
 
 pytest.importorskip("triton")
@@ -243,7 +243,7 @@ def test_parts_of_a_modulation_are_read_where_they_lie(few_programs):
 
 
 def test_lanes_of_the_published_widths():
-    from megatron_dlm.kernels.launch import tiles_of
+    from megatron_dlm.kernels.block_sizes import tiles_of
 
     found = {width: tiles_of(width) for width in (768, 1792, 2048, 2176)}
     assert found == {768: (512, 256), 1792: (2048, 0), 2048: (2048, 0), 2176: (2048, 128)}

@@ -1,58 +1,76 @@
-"""Imports point one way: cli -> training -> {evaluation, conversion} -> parts -> platform, interfaces."""
+"""Imports point one way, from the commands down to the platform, in every file of the package."""
 
 import ast
 from pathlib import Path
 
-PACKAGE = Path(__file__).parents[2] / "megatron_dlm"
-PARTS = {"objectives", "models", "data", "checkpointing", "telemetry"}
-ALLOWED = {
-    "cli": {"training", "evaluation", "conversion", "sampling", "platform", *PARTS},
-    "training": {"evaluation", "conversion", "sampling", "kernels", "platform", *PARTS},
-    "evaluation": {"sampling", "platform", *PARTS},
-    "conversion": {"sampling", "platform", *PARTS},
-    "sampling": {"platform"},
-    # The head and losses meet through interfaces; checkpoints hold models; nothing else crosses.
-    "checkpointing": {"models", "platform"},
-    "models": {"kernels", "platform"},
-    "objectives": {"kernels", "platform"},
-    "kernels": {"platform"},
-    "data": {"platform"},
-    "telemetry": {"platform"},
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "megatron_dlm"
+BELOW = {
+    "interfaces": set(),
     "platform": set(),
+    "kernels": {"platform"},
+    "telemetry": {"platform"},
+    "data": {"platform"},
+    "diffusion": {"kernels", "platform"},
+    "models": {"kernels", "platform"},
+    "sampling": {"diffusion", "platform"},
+    "families": {"sampling", "diffusion", "platform"},
+    "checkpointing": {"models", "platform"},
+    "execution": {"families", "diffusion", "models", "data", "platform"},
+    "run": {"families", "diffusion", "checkpointing", "models", "data", "kernels", "platform"},
 }
+"""What each package may import, beside itself and interfaces."""
+BELOW["conversion"] = {*BELOW["run"], "run", "sampling"}
+BELOW["evaluation"] = {*BELOW["conversion"], "conversion", "execution", "telemetry"}
+BELOW["training"] = {*BELOW["evaluation"], "evaluation"} - {"sampling"}
+BELOW["cli"] = {*BELOW["training"], "training", "sampling"}
+BELOW["__main__"] = {"cli"}
+BELOW["__init__"] = set()
 
 
-def imported_packages(path: Path) -> set[str]:
-    names = set()
+def imported_modules(path):
+    """Dotted names of what a file imports, relative imports resolved."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
-        elif isinstance(node, ast.Import):
-            names.update(alias.name for alias in node.names)
-    parts = [name.split(".") for name in names if name.startswith("megatron_dlm.")]
-    return {part[1] for part in parts if part[1] not in ("interfaces",)}
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(filter(None, (base, node.module)))
+            # `from megatron_dlm import x` names a package, or __version__.
+            yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
 def test_imports_point_one_way():
-    wrong = []
-    for path in sorted(PACKAGE.rglob("*.py")):
-        package = path.relative_to(PACKAGE).parts[0]
-        if package not in ALLOWED:
-            continue
-        for name in sorted(imported_packages(path) - {package} - ALLOWED[package]):
+    wrong, files = [], sorted(PACKAGE.rglob("*.py"))
+    for path in files:
+        package = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        imported = {name.split(".")[1] for name in imported_modules(path) if name.startswith("megatron_dlm.")}
+        for name in sorted(imported - BELOW[package] - {package, "interfaces", "__version__"}):
             wrong.append(f"{path.relative_to(PACKAGE)} imports {name}")
     assert not wrong, wrong
+    assert len(files) > 150
+
+
+def test_the_packages_have_an_order():
+    """No package is below itself."""
+    left = dict(BELOW)
+    while left:
+        lowest = [name for name, below in left.items() if not below & left.keys()]
+        assert lowest, left
+        left = {name: below for name, below in left.items() if name not in lowest}
 
 
 def test_tyro_and_gpu_extras_stay_in_their_place():
     """tyro only in cli, mpi4py and transformer_engine in one file each, apex nowhere."""
+    places = {
+        "mpi4py": "data/preprocessing/mpi.py",
+        "transformer_engine": "models/precision/transformer_engine.py",
+    }
     for path in sorted(PACKAGE.rglob("*.py")):
-        tree = ast.parse(path.read_text())
-        modules = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
-        modules |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-        roots = {module.split(".")[0] for module in modules}
+        roots = {module.split(".")[0] for module in imported_modules(path)}
         if path.relative_to(PACKAGE).parts[0] != "cli":
             assert "tyro" not in roots, path
         assert "apex" not in roots, path
-        for root, file in (("mpi4py", "data/mpi.py"), ("transformer_engine", "models/transformer_engine.py")):
+        for root, file in places.items():
             assert root not in roots or path.relative_to(PACKAGE) == Path(file), path

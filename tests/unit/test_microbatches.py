@@ -8,23 +8,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_dlm.data.blending import Blend, PlanSegment, SampleReader
-from megatron_dlm.data.packing import TokenBlocks
-from megatron_dlm.data.pinned import carry_from_pinned_memory
-from megatron_dlm.data.prefetch import Prefetcher
-from megatron_dlm.data.prompts import PromptRows
-from megatron_dlm.data.shard import Shard
+from megatron_dlm.data.loading.blending import Blend, PlanSegment, SampleReader
+from megatron_dlm.data.loading.packing import TokenBlocks
+from megatron_dlm.data.loading.pinned import carry_from_pinned_memory
+from megatron_dlm.data.loading.prefetch import Prefetcher
+from megatron_dlm.data.loading.prompt_rows import PromptRows
+from megatron_dlm.data.shards.shard import Shard
+from megatron_dlm.execution.microbatches import BatchAddress, MicrobatchMaker, carry
+from megatron_dlm.families.ar.objective import ARConfig
+from megatron_dlm.families.block_diffusion.objective import BlockDiffusionConfig
+from megatron_dlm.families.duo.curriculum import CurriculumConfig
+from megatron_dlm.families.duo.objective import DuoConfig
+from megatron_dlm.families.esolm.objective import EsoLMConfig
+from megatron_dlm.families.mdlm.objective import MDLMConfig
 from megatron_dlm.interfaces import InputError
+from megatron_dlm.models.flops.flops_actual import Work
 from megatron_dlm.models.visibility import MaskForms
-from megatron_dlm.models.work import Work
-from megatron_dlm.objectives.ar import ARConfig
-from megatron_dlm.objectives.block_diffusion import BlockDiffusionConfig
-from megatron_dlm.objectives.duo import DuoConfig
-from megatron_dlm.objectives.duo_curriculum import CurriculumConfig
-from megatron_dlm.objectives.esolm import EsoLMConfig
-from megatron_dlm.objectives.mdlm import MDLMConfig
 from megatron_dlm.platform.rng import NoiseSource
-from megatron_dlm.training.microbatches import BatchAddress, MicrobatchMaker, carry
 from tests.helpers.distributed import run_distributed
 from tests.helpers.skips import needs_dali
 from tests.unit.test_prompts import LENGTH, RECORDS, index, write

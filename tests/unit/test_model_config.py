@@ -3,9 +3,9 @@ import pytest
 from megatron_dlm.interfaces import InputError, Vocabulary
 from megatron_dlm.models.config import ModelConfig
 from megatron_dlm.models.sizes import PAPER_1_7B, paper_model, parameter_count
-from megatron_dlm.models.weight_layout import public_shapes
+from megatron_dlm.models.weight_mapping import public_shapes
 from megatron_dlm.platform.parallel_config import ParallelConfig
-from megatron_dlm.training.lr_schedule import LrScheduleConfig
+from megatron_dlm.run.lr_schedule import LrScheduleConfig
 
 
 def model(**changes):

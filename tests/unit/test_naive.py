@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_dlm.families.registry import OBJECTIVES
 from megatron_dlm.interfaces import HeadRows
 from megatron_dlm.models.head import Head
-from megatron_dlm.objectives.registry import OBJECTIVES
 from megatron_dlm.platform.vocab_parallel import VocabShard
 from tests.helpers.naive import naive_loss
 from tests.unit.test_objectives import batch_of, context, vocabulary

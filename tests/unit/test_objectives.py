@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_dlm.diffusion.context import CorruptionContext
+from megatron_dlm.diffusion.corruptions import absorb
+from megatron_dlm.diffusion.cross_entropy import cross_entropy, cross_entropy_and_dlogits
+from megatron_dlm.diffusion.noise_schedules import alpha_and_slope
+from megatron_dlm.diffusion.time_sampling import scrambled_strata, stratified_times, van_der_corput_ranks
+from megatron_dlm.families.ar.objective import ARConfig
+from megatron_dlm.families.base import Objective, ObjectiveConfig, corruption_fingerprint
+from megatron_dlm.families.mdlm.objective import MDLMConfig
+from megatron_dlm.families.registry import OBJECTIVES
 from megatron_dlm.interfaces import InputError, RowTargets, TokenBatch, Vocabulary
-from megatron_dlm.objectives.ar import ARConfig
-from megatron_dlm.objectives.base import CorruptionContext, Objective, ObjectiveConfig, corruption_fingerprint
-from megatron_dlm.objectives.corruptions import absorb
-from megatron_dlm.objectives.cross_entropy import cross_entropy, cross_entropy_and_dlogits
-from megatron_dlm.objectives.mdlm import MDLMConfig
-from megatron_dlm.objectives.registry import OBJECTIVES
-from megatron_dlm.objectives.schedules import alpha_and_slope
-from megatron_dlm.objectives.time_sampling import scrambled_strata, stratified_times, van_der_corput_ranks
 from megatron_dlm.platform.rng import NoiseSource
 from megatron_dlm.platform.vocab_parallel import VocabShard
 

@@ -10,7 +10,7 @@ import psutil
 import pytest
 import torch
 
-from megatron_dlm.data.prefetch import Prefetcher
+from megatron_dlm.data.loading.prefetch import Prefetcher
 from megatron_dlm.interfaces import InputError, TrainingError
 from tests.conftest import ROOT
 

@@ -7,23 +7,23 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_dlm.data.blending import Blend, PlanSegment, SampleReader
-from megatron_dlm.data.indexing import IndexConfig, build_shards
-from megatron_dlm.data.loader import DataConfig
-from megatron_dlm.data.packing import TokenBlocks
-from megatron_dlm.data.prompts import PromptRows
-from megatron_dlm.data.shard import Shard
-from megatron_dlm.data.tokenizer import load_tokenizer
+from megatron_dlm.data.loading.blending import Blend, PlanSegment, SampleReader
+from megatron_dlm.data.loading.data_config import DataConfig
+from megatron_dlm.data.loading.packing import TokenBlocks
+from megatron_dlm.data.loading.prompt_rows import PromptRows
+from megatron_dlm.data.preprocessing.index import IndexConfig, build_shards
+from megatron_dlm.data.shards.shard import Shard
+from megatron_dlm.data.tokenizers.tokenizer import load_tokenizer
+from megatron_dlm.families.ar.objective import ARConfig
+from megatron_dlm.families.block_diffusion.objective import BlockDiffusionConfig
+from megatron_dlm.families.documents import corrupt
+from megatron_dlm.families.duo.curriculum import CurriculumConfig
+from megatron_dlm.families.duo.objective import DuoConfig
+from megatron_dlm.families.esolm.objective import EsoLMConfig
+from megatron_dlm.families.mdlm.objective import MDLMConfig
 from megatron_dlm.interfaces import InputError
-from megatron_dlm.objectives.ar import ARConfig
-from megatron_dlm.objectives.block_diffusion import BlockDiffusionConfig
-from megatron_dlm.objectives.documents import corrupt
-from megatron_dlm.objectives.duo import DuoConfig
-from megatron_dlm.objectives.duo_curriculum import CurriculumConfig
-from megatron_dlm.objectives.esolm import EsoLMConfig
-from megatron_dlm.objectives.mdlm import MDLMConfig
 from megatron_dlm.platform.rng import NoiseSource
-from megatron_dlm.training.run_data import open_data
+from megatron_dlm.run.datasets import open_data
 from tests.helpers import tiny
 from tests.unit.test_objectives import context
 

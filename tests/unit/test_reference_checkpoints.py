@@ -12,7 +12,7 @@ import numpy
 import pytest
 import torch
 
-from megatron_dlm.conversion.reference_checkpoints import (
+from megatron_dlm.conversion.reference import (
     read_reference_checkpoint,
     write_reference_checkpoint,
 )

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from megatron_dlm.sampling.categorical import CHUNK_BYTES, Sharpening, draw, keep_nucleus, logit_chunks
-from megatron_dlm.sampling.plans import (
+from megatron_dlm.sampling.decoding_plan import (
     GIVEN,
     ancestral_part,
     block_autoregressive_part,
@@ -14,7 +14,7 @@ from megatron_dlm.sampling.plans import (
     plan_of,
     reveal_shares,
 )
-from megatron_dlm.sampling.stopping import finish_ended
+from megatron_dlm.sampling.eos import finish_ended
 from megatron_dlm.sampling.uniform import posterior_shares
 
 DRAWS = 40_000

@@ -6,9 +6,9 @@ import sys
 import numpy as np
 import pytest
 
-from megatron_dlm.data.indexing import IndexConfig, build_shards
-from megatron_dlm.data.shard import Shard
-from megatron_dlm.data.statistics import statistics_of
+from megatron_dlm.data.preprocessing.index import IndexConfig, build_shards
+from megatron_dlm.data.shards.shard import Shard
+from megatron_dlm.data.shards.statistics import statistics_of
 from tests.helpers import tiny
 
 FIRST = [*tiny.sentences(50, seed=1), *tiny.sentences(3, seed=1), "the model"]

@@ -3,8 +3,8 @@ import pickle
 
 import pytest
 
+from megatron_dlm.checkpointing.layout import CheckpointConfig, CheckpointRoot, verify
 from megatron_dlm.checkpointing.safe_metadata import check_metadata
-from megatron_dlm.checkpointing.storage import CheckpointConfig, CheckpointRoot, verify
 from megatron_dlm.interfaces import InputError
 
 

@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from megatron_dlm.data.prefetch import Prefetcher
-from megatron_dlm.data.tensor_buffer import Layout, pack, unpack, with_tensors, without_tensors
+from megatron_dlm.data.loading.prefetch import Prefetcher
+from megatron_dlm.data.loading.tensor_buffer import Layout, pack, unpack, with_tensors, without_tensors
 
 
 def tensors():

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_dlm.data.encoders import choose_encoder
-from megatron_dlm.data.indexing import IndexConfig, build_shards
-from megatron_dlm.data.shard import Shard
-from megatron_dlm.data.tokenizer import load_tokenizer
+from megatron_dlm.data.preprocessing.index import IndexConfig, build_shards
+from megatron_dlm.data.shards.shard import Shard
+from megatron_dlm.data.tokenizers.encoders import choose_encoder
+from megatron_dlm.data.tokenizers.tokenizer import load_tokenizer
 from megatron_dlm.interfaces import InputError
 from tests.helpers import tiny
 

@@ -80,9 +80,9 @@ def measure_saves(
     size: str, directory: Path, arguments: argparse.Namespace, parallel: ParallelState
 ) -> list[str]:
     """One row: a model with its optimizer, saved both ways and loaded."""
+    from megatron_dlm.checkpointing.async_writer import SavePlans
+    from megatron_dlm.checkpointing.layout import CheckpointRoot
     from megatron_dlm.checkpointing.manager import PendingSave, load
-    from megatron_dlm.checkpointing.storage import CheckpointRoot
-    from megatron_dlm.checkpointing.writing import SavePlans
     from megatron_dlm.training.optimizer import (
         OptimizerConfig,
         build_optimizer,
@@ -155,16 +155,16 @@ def measure_hooks(
     size: str, directory: Path, arguments: argparse.Namespace, parallel: ParallelState
 ) -> list[list[str]]:
     """Rows: a training step of a real run, and each thing that is done around it."""
+    from megatron_dlm.execution import microbatches
+    from megatron_dlm.families.base import corruption_fingerprint
+    from megatron_dlm.families.mdlm.objective import MDLMConfig
     from megatron_dlm.models.sizes import paper_model
-    from megatron_dlm.objectives.base import corruption_fingerprint
-    from megatron_dlm.objectives.mdlm import MDLMConfig
-    from megatron_dlm.training import microbatches
-    from megatron_dlm.training.health import ReplicaHook, WatchdogHook, stop_watching
-    from megatron_dlm.training.hooks import LoggingHook, RequestHook, Telemetry
-    from megatron_dlm.training.run_data import open_data
+    from megatron_dlm.run.datasets import open_data
+    from megatron_dlm.training.hooks.base import LoggingHook, RequestHook, Telemetry
+    from megatron_dlm.training.hooks.health import ReplicaHook, WatchdogHook, stop_watching
+    from megatron_dlm.training.loop import Progress, train_step
     from megatron_dlm.training.session import Session
-    from megatron_dlm.training.stop_signals import StopSignals
-    from megatron_dlm.training.trainer import Progress, train_step
+    from megatron_dlm.training.signals import StopSignals
     from tests.helpers import tiny
 
     def make_corpus() -> Any:

@@ -16,10 +16,10 @@ import torch
 from sides import Shape
 from step import interleaved, show
 
+from megatron_dlm.execution.microbatches import corrupted_parts, ready
+from megatron_dlm.families.base import ObjectiveConfig
+from megatron_dlm.families.registry import OBJECTIVES
 from megatron_dlm.models.visibility import MaskForms
-from megatron_dlm.objectives.base import ObjectiveConfig
-from megatron_dlm.objectives.registry import OBJECTIVES
-from megatron_dlm.training.microbatches import corrupted_parts, ready
 
 
 def sides_of(shape: Shape, config: ObjectiveConfig) -> dict[str, Callable[[int], Any]]:

@@ -75,9 +75,9 @@ def write_checkpoint(arguments: argparse.Namespace, directory: Path) -> Path:
     from megatron_dlm.platform.parallel_config import ParallelConfig
 
     parallel = start_parallel(detect_environment(), ParallelConfig(device="cpu"))
+    from megatron_dlm.checkpointing.async_writer import SavePlans
+    from megatron_dlm.checkpointing.layout import CheckpointRoot
     from megatron_dlm.checkpointing.manager import PendingSave
-    from megatron_dlm.checkpointing.storage import CheckpointRoot
-    from megatron_dlm.checkpointing.writing import SavePlans
 
     shape = Shape(arguments.size, "mdlm", 1, 128, arguments.vocabulary_size, "fp32", "none")
     root = CheckpointRoot(directory)
@@ -110,7 +110,7 @@ def measure(arguments: argparse.Namespace) -> None:
     """Write the files, in this process."""
     import torch
 
-    from megatron_dlm.checkpointing.whole_weights import WholeWeights
+    from megatron_dlm.checkpointing.full_weights import WholeWeights
     from megatron_dlm.conversion.to_hugging_face import write_weights
     from megatron_dlm.models.sizes import paper_model
 

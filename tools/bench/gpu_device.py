@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron_dlm.platform.peak import matmul_flops_per_second
+from megatron_dlm.platform.device_flops import matmul_flops_per_second
 
 DATASHEETS = {
     "H100 PCIe": 756e12,

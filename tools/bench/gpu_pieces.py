@@ -21,10 +21,10 @@ from gpu_device import synchronize
 from gpu_profile import profile_step
 from sides import OurStep, Shape, build_denoiser, compiled_step, plain_model
 
+from megatron_dlm.families.registry import OBJECTIVES
 from megatron_dlm.interfaces import HeadRows
-from megatron_dlm.models.fp8 import CAPABILITIES, Fp8Config
+from megatron_dlm.models.precision.fp8 import CAPABILITIES, Fp8Config
 from megatron_dlm.models.sizes import paper_model
-from megatron_dlm.objectives.registry import OBJECTIVES
 from megatron_dlm.platform.gpu import capability
 from megatron_dlm.platform.parallel import ParallelState
 from megatron_dlm.platform.versions import check_transformer_engine

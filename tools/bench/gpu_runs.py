@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from text import texts_of, write_text
 
-from megatron_dlm.data.tokenizer import train_tokenizer
+from megatron_dlm.data.tokenizers.tokenizer import train_tokenizer
 from megatron_dlm.kernels.choice import INTERPRETER
 from megatron_dlm.telemetry.writers import read_metrics
 

@@ -28,8 +28,8 @@ from rich.console import Console
 from rich.table import Table
 from text import texts_of, write_text
 
-from megatron_dlm.data.manifest import shard_path
-from megatron_dlm.data.tokenizer import load_tokenizer, train_tokenizer
+from megatron_dlm.data.shards.manifest import shard_path
+from megatron_dlm.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
 from megatron_dlm.platform.files import sha256_of
 
 WORKERS = 2
@@ -168,10 +168,10 @@ def index_as_megatron(text: Path, tokenizer: Path, output: Path) -> None:
 
 def random_reads(prefix: Path, workers: int) -> float:
     """Tokens a second of samples in random order, pages in memory, by this process or by worker processes."""
-    from megatron_dlm.data.blending import Blend, PlanSegment, SampleReader
-    from megatron_dlm.data.packing import TokenBlocks
-    from megatron_dlm.data.prefetch import Prefetcher
-    from megatron_dlm.data.shard import Shard
+    from megatron_dlm.data.loading.blending import Blend, PlanSegment, SampleReader
+    from megatron_dlm.data.loading.packing import TokenBlocks
+    from megatron_dlm.data.loading.prefetch import Prefetcher
+    from megatron_dlm.data.shards.shard import Shard
     from megatron_dlm.platform.rng import NoiseSource
 
     blocks = TokenBlocks(Shard(prefix), 2048)
@@ -193,7 +193,7 @@ def random_reads(prefix: Path, workers: int) -> float:
 
 def open_many(prefix: Path) -> float:
     """Seconds to open and check the index of 10 million documents of two tokens."""
-    from megatron_dlm.data.shard import read_index, write_index
+    from megatron_dlm.data.shards.shard import read_index, write_index
 
     lengths = np.full(10_000_000, 2, dtype=np.int32)
     write_index(

@@ -31,7 +31,7 @@ from step import show
 from torch import Tensor
 
 from megatron_dlm.kernels import biased_gelu, residual_norm
-from megatron_dlm.kernels.launch import tiles_of
+from megatron_dlm.kernels.block_sizes import tiles_of
 
 COUNTED = (16, 2)
 """Length and batch at which touched bytes are counted."""

@@ -20,7 +20,7 @@ from sides import OurStep, Shape
 from step import show
 from torch import Tensor, nn
 
-from megatron_dlm.objectives.registry import OBJECTIVES
+from megatron_dlm.families.registry import OBJECTIVES
 from megatron_dlm.platform.launch import detect_environment
 from megatron_dlm.platform.parallel import ParallelState, start_parallel, stop_parallel
 from megatron_dlm.platform.parallel_config import ParallelConfig

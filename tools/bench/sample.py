@@ -36,10 +36,10 @@ COLUMNS = [
 
 def build_model(family: str, size: str, vocabulary_size: int, length: int) -> torch.nn.Module:
     """The exported model with random weights, of whose logits none is sure of much."""
+    from megatron_dlm.evaluation.loaded_model import exported_model
+    from megatron_dlm.families.registry import OBJECTIVES
     from megatron_dlm.interfaces import Vocabulary
     from megatron_dlm.models.sizes import paper_model
-    from megatron_dlm.objectives.registry import OBJECTIVES
-    from megatron_dlm.training.use_model import exported_model
 
     vocabulary = Vocabulary(
         size=vocabulary_size, mask_token_id=vocabulary_size - 1, eos_token_id=2, bos_token_id=1

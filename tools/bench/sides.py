@@ -14,16 +14,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch
 
+from megatron_dlm.diffusion.context import CorruptionContext
+from megatron_dlm.execution.microbatches import BatchAddress, corrupted_parts
+from megatron_dlm.families.registry import OBJECTIVES
 from megatron_dlm.interfaces import ModelInputs, Targets, TokenBatch, Vocabulary, on_device
 from megatron_dlm.kernels.choice import wants_triton
-from megatron_dlm.models.fp8 import Fp8Config
+from megatron_dlm.models.precision.fp8 import Fp8Config
 from megatron_dlm.models.sizes import paper_model
-from megatron_dlm.objectives.base import CorruptionContext
-from megatron_dlm.objectives.registry import OBJECTIVES
 from megatron_dlm.platform.parallel import ParallelState
 from megatron_dlm.platform.parallel_config import ParallelConfig
 from megatron_dlm.platform.rng import NoiseSource
-from megatron_dlm.training.microbatches import BatchAddress, corrupted_parts
 from megatron_dlm.training.optimizer import OptimizerConfig, set_learning_rate, step_if_finite
 
 LEARNING_RATE = 1e-4
@@ -86,7 +86,7 @@ def build_denoiser(shape: Shape, parallel: ParallelState, recompute: Any = "none
     """A denoiser with random head and gates, so that every gradient is real; padding stays zero."""
     from megatron_dlm.models.config import transformer_config
     from megatron_dlm.models.denoiser import Denoiser
-    from megatron_dlm.models.weight_layout import weight_places
+    from megatron_dlm.models.weight_mapping import weight_places
 
     model = paper_model(shape.size)
     config = transformer_config(
@@ -113,8 +113,8 @@ class OurStep:
     """The package's own step, and what it holds."""
 
     def __init__(self, shape: Shape, parallel: ParallelState) -> None:
+        from megatron_dlm.execution.pipeline_runner import PipelineRunner
         from megatron_dlm.training.optimizer import build_optimizer, finish_gradients, wrap_data_parallel
-        from megatron_dlm.training.step import PipelineRunner
 
         self.denoiser = build_denoiser(shape, parallel, shape.recompute)
         self.chunks = wrap_data_parallel(self.denoiser, shape.layout)
@@ -255,7 +255,7 @@ def compiled_step(shape: Shape, parallel: ParallelState) -> Callable[[int], None
 
 def plain_model(shape: Shape) -> Any:
     """The exported model's code with random weights."""
-    from megatron_dlm.training.use_model import exported_model
+    from megatron_dlm.evaluation.loaded_model import exported_model
 
     objective = OBJECTIVES[shape.family]()
     plain = exported_model(paper_model(shape.size), shape.vocabulary, objective, shape.seq_length)

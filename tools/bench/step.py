@@ -28,13 +28,13 @@ from pathlib import Path
 import torch
 from sides import BUILDERS, OurStep, Shape, body_steps
 
+from megatron_dlm.families.registry import OBJECTIVES
+from megatron_dlm.models.flops.flops_actual import Work
 from megatron_dlm.models.sizes import paper_model
-from megatron_dlm.models.work import Work
-from megatron_dlm.objectives.registry import OBJECTIVES
+from megatron_dlm.platform.device_flops import matmul_flops_per_second
 from megatron_dlm.platform.launch import detect_environment
 from megatron_dlm.platform.parallel import ParallelState, start_parallel, stop_parallel
 from megatron_dlm.platform.parallel_config import CUDA_VOCABULARY_MULTIPLE, ParallelConfig
-from megatron_dlm.platform.peak import matmul_flops_per_second
 
 FAMILIES = ("mdlm", "duo", "ar", "esolm")
 SIDES = ("ours", "naive", "floor")

@@ -8,16 +8,17 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from megatron_dlm.diffusion.context import CorruptionContext
+from megatron_dlm.diffusion.noise_schedules import alpha_and_slope
+from megatron_dlm.diffusion.time_sampling import stratified_times
+from megatron_dlm.families.ar.objective import ARConfig
+from megatron_dlm.families.base import ObjectiveConfig
+from megatron_dlm.families.duo.objective import DuoConfig
+from megatron_dlm.families.esolm.objective import EsoLMConfig
+from megatron_dlm.families.mdlm.objective import MDLMConfig
 from megatron_dlm.interfaces import HeadRows, TokenBatch, Vocabulary
-from megatron_dlm.objectives.ar import ARConfig
-from megatron_dlm.objectives.base import CorruptionContext, ObjectiveConfig
-from megatron_dlm.objectives.duo import DuoConfig
-from megatron_dlm.objectives.esolm import EsoLMConfig
-from megatron_dlm.objectives.mdlm import MDLMConfig
-from megatron_dlm.objectives.schedules import alpha_and_slope
-from megatron_dlm.objectives.time_sampling import stratified_times
 from megatron_dlm.platform.vocab_parallel import VocabShard
-from megatron_dlm.sampling.plans import reveal_shares
+from megatron_dlm.sampling.decoding_plan import reveal_shares
 from megatron_dlm.sampling.uniform import posterior_shares
 from oracle.draws import exponential_race
 from oracle.noise import TIME_EPSILON, Array, RecordedNoise

@@ -7,9 +7,9 @@ import json
 import numpy as np
 import torch
 
+from megatron_dlm.diffusion.context import CorruptionContext
+from megatron_dlm.families.esolm.objective import EsoLMConfig
 from megatron_dlm.interfaces import AttentionPattern, ModelInputs, TokenBatch, Vocabulary
-from megatron_dlm.objectives.base import CorruptionContext
-from megatron_dlm.objectives.esolm import EsoLMConfig
 from megatron_dlm.platform.launch import detect_environment
 from megatron_dlm.platform.parallel import start_parallel, stop_parallel
 from megatron_dlm.platform.parallel_config import ParallelConfig
@@ -28,7 +28,7 @@ class Networks:
     def _run(self, attention: AttentionPattern, inputs: ModelInputs) -> Array:
         from megatron_dlm.models.config import ModelConfig, transformer_config
         from megatron_dlm.models.denoiser import Denoiser
-        from megatron_dlm.models.weight_layout import weight_places
+        from megatron_dlm.models.weight_mapping import weight_places
 
         shape = self._shape
         model = ModelConfig(

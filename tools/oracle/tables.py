@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_dlm.data.loader import microbatch_positions
-from megatron_dlm.objectives.base import CorruptionContext
-from megatron_dlm.objectives.schedules import alpha_and_slope
-from megatron_dlm.objectives.time_sampling import stratified_times
+from megatron_dlm.data.loading.data_config import microbatch_positions
+from megatron_dlm.diffusion.context import CorruptionContext
+from megatron_dlm.diffusion.noise_schedules import alpha_and_slope
+from megatron_dlm.diffusion.time_sampling import stratified_times
+from megatron_dlm.run.lr_schedule import LrScheduleConfig
 from megatron_dlm.sampling.categorical import keep_nucleus
-from megatron_dlm.sampling.plans import Part, block_autoregressive_part, block_part, reveal_shares
-from megatron_dlm.training.lr_schedule import LrScheduleConfig
+from megatron_dlm.sampling.decoding_plan import Part, block_autoregressive_part, block_part, reveal_shares
 from oracle.draws import exponential_race
 from oracle.noise import TIME_EPSILON, Array, RecordedNoise
 
@@ -94,7 +94,7 @@ def _learning_rates(cfg: Array, steps: Array) -> Array:
 
 
 def _step_counts(names: Array, budgets: Array) -> Array:
-    from megatron_dlm.models.flops import PUBLISHED_VOCABULARY, max_steps, published_forward_flops
+    from megatron_dlm.models.flops.flops_paper import PUBLISHED_VOCABULARY, max_steps, published_forward_flops
     from megatron_dlm.models.sizes import paper_model
 
     flops = [published_forward_flops(paper_model(str(n)), PUBLISHED_VOCABULARY, 2048) for n in names]

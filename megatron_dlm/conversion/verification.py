@@ -1,0 +1,131 @@
+"""What the trained model says of a batch at fixed noise, and what it samples: an export must say the same."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_dlm.conversion.denoiser_network import MegatronNetwork
+from megatron_dlm.conversion.hugging_face_model.configuration_megatron_dlm import MegatronDlmConfig
+from megatron_dlm.conversion.hugging_face_model.generation_megatron_dlm import process_of
+from megatron_dlm.conversion.to_hugging_face import ExportDtype, hugging_face_fields
+from megatron_dlm.families.base import ObjectiveConfig
+from megatron_dlm.interfaces import HeadRows, ModelInputs, Targets
+from megatron_dlm.models.denoiser import Denoiser
+from megatron_dlm.platform.files import write_json
+from megatron_dlm.sampling.generate import sample
+from megatron_dlm.sampling.settings import SamplingConfig
+from megatron_dlm.sampling.start import start_from
+
+CHECK_TENSORS, CHECK_RECORD = "check.safetensors", "check.json"
+LOGIT_POSITIONS = 16
+TRACE_SAMPLES, TRACE_LENGTH, TRACE_STEPS = 2, 32, 8
+TOLERANCE: dict[ExportDtype, float] = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 5e-3}
+"""Largest relative difference of bound and logits. At bf16 both sides multiply in it, in other orders; fp16
+is compared with fp32."""
+
+
+class _Margins(MegatronNetwork):
+    """Keeps by how much the most likely id led, where that decided a token."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        super().__init__(denoiser)
+        self.smallest = float("inf")
+
+    def head(self, hidden_RD: Tensor) -> Tensor:
+        """[R, V] logits."""
+        logits_RV = super().head(hidden_RD)
+        first, second = logits_RV.topk(2, dim=-1).values.unbind(-1)
+        self.smallest = min(self.smallest, float((first - second).min()))
+        return logits_RV
+
+
+@torch.no_grad()
+def write_check(
+    denoiser: Denoiser,
+    objective: ObjectiveConfig,
+    inputs: ModelInputs,
+    targets: Targets,
+    directory: Path,
+    dtype: ExportDtype,
+    rows_per_chunk: int,
+) -> float:
+    """Write a noisy batch, some logits and the bound on it, and a greedy sampling trace.
+
+    Args:
+        denoiser: trained, whole on this process, in the precision of the comparison.
+        objective: its family.
+        inputs: noisy batch.
+        targets: its targets.
+        directory: of the export.
+        dtype: of the exported weights.
+        rows_per_chunk: most rows whose logits exist at a time.
+
+    Returns:
+        The bound, nats per token.
+    """
+    vocabulary = denoiser.vocabulary
+    row_loss = objective.build(vocabulary).loss_and_dlogits
+    losses = denoiser.head(denoiser(inputs), HeadRows.of(targets), row_loss, rows_per_chunk)
+    one = replace(
+        inputs,
+        token_ids_BL=inputs.token_ids_BL[:1],
+        position_ids_BL=inputs.position_ids_BL[:1],
+        sigma_B=inputs.sigma_B[:1],
+    )
+    tensors = {
+        "input_ids": inputs.token_ids_BL,
+        "target_ids": targets.clean_BL,
+        "weights": targets.bound_weight_BL,
+        "sigma": inputs.sigma_B,
+        "position_ids": inputs.position_ids_BL.contiguous(),
+        "logits": denoiser.logits(one)[:, :LOGIT_POSITIONS, : vocabulary.size].contiguous(),
+    }
+    if inputs.attention_mask is not None:
+        tensors["visible_mask"] = inputs.attention_mask.dense()[0, 0]
+    trace, trace_record = _greedy_trace(denoiser, objective, min(TRACE_LENGTH, targets.clean_BL.shape[1]))
+    save_file(tensors | {"trace": trace}, directory / CHECK_TENSORS)
+    nats_per_token = float(losses.bound) / targets.token_count
+    record = {
+        "nats_per_token": nats_per_token,
+        "dtype": dtype,
+        "tolerance": TOLERANCE[dtype],
+        "trace": trace_record,
+    }
+    write_json(directory / CHECK_RECORD, record)
+    return nats_per_token
+
+
+def _greedy_trace(
+    denoiser: Denoiser, objective: ObjectiveConfig, length: int
+) -> tuple[Tensor, dict[str, Any]]:
+    """int64 [steps, B, L], the tokens after each step, and how to sample them again."""
+    process = process_of(
+        MegatronDlmConfig(**hugging_face_fields(denoiser.model, denoiser.vocabulary, objective))
+    )
+    settings: dict[str, Any] = {"temperature": 0.0}
+    if process.family != "ar":
+        settings |= {"sampler": "ancestral", "num_steps": TRACE_STEPS}
+    network, states, margins = _Margins(denoiser), [], []
+
+    def keep(step: int, ids_BL: Tensor) -> None:
+        states.append(ids_BL.cpu().clone())
+        margins.append(network.smallest)
+        network.smallest = float("inf")
+
+    start = start_from([[process.bos_token_id]] * TRACE_SAMPLES, length, process)
+    sample(network, process, SamplingConfig(**settings), start, seed=0, on_step=keep)
+    record = {
+        "settings": settings,
+        "prompt": [[process.bos_token_id]] * TRACE_SAMPLES,
+        "length": length,
+        "seed": 0,
+        # Where no token is drawn in a step nothing is decided: no margin.
+        "margins": [None if margin == float("inf") else margin for margin in margins],
+    }
+    return torch.stack(states), record

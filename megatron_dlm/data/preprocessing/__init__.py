@@ -1,0 +1,1 @@
+"""Text to shards, by any number of processes."""

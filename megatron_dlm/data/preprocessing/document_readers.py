@@ -1,0 +1,280 @@
+"""Documents of one unit in bounded memory: texts by key, and what there is in place of a document."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import orjson
+
+from megatron_dlm.data.preprocessing.input_files import Source, find_sources, open_decompressed, open_raw
+from megatron_dlm.data.preprocessing.work_units import Unit, open_parquet, plan_units
+from megatron_dlm.interfaces import InputError
+
+LARGEST_LINE_BYTES = 64 << 20
+"""Of a line, where nothing else is asked for."""
+BATCH_BYTES = 4 << 20
+"""Text that is encoded at a time."""
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_SKIPPED_BYTES = 1 << 20
+
+Text = str | list[str]
+"""A document, or one in several sequences."""
+
+
+def whole(text: Text) -> str:
+    """A document's text in one piece."""
+    return text if isinstance(text, str) else "".join(text)
+
+
+@dataclass
+class Batch:
+    """Some documents in order."""
+
+    texts: list[list[Text]] = field(default_factory=list)
+    """For each document its text under each key."""
+    rejects: list[tuple[int, str]] = field(default_factory=list)
+    """Line of the unit, counted from 1, and the reason."""
+    lines: list[int] = field(default_factory=list)
+    """Line of the unit at which each document begins."""
+    num_lines: int = 0
+    num_bytes: int = 0
+    """Read for the batch."""
+
+
+def keys_read(keys: Sequence[str], prompt_key: str) -> tuple[str, ...]:
+    """All members or columns that a document is made of.
+
+    Args:
+        keys: of the texts.
+        prompt_key: of the prompt in front of them, or empty.
+
+    Returns:
+        In the order of the text.
+    """
+    return (prompt_key, *keys) if prompt_key else tuple(keys)
+
+
+def read_batches(source: Source, unit: Unit, keys: Sequence[str], max_line_bytes: int) -> Iterator[Batch]:
+    """The documents of a unit.
+
+    Args:
+        source: of the unit.
+        unit: what to read.
+        keys: members of each JSON object, or columns, that hold text; plain text has one.
+        max_line_bytes: a longer line, or document of plain text, is a reject.
+
+    Yields:
+        Batches of about BATCH_BYTES.
+
+    Raises:
+        InputError: the file or archive cannot be read to its end.
+    """
+    readers = {"jsonl": _json_lines, "text": _plain_text}
+    try:
+        if source.format == "parquet":
+            yield from _parquet_rows(source, unit, keys)
+            return
+        with open_raw(source) if source.divisible else open_decompressed(source) as file:
+            if source.divisible:
+                file.seek(unit.start)
+            lines = _lines(file, unit.end - unit.start if source.divisible else None, max_line_bytes)
+            yield from readers[source.format](lines, keys, max_line_bytes)
+    except (EOFError, zlib.error) as error:
+        raise InputError(f"input: {source.path}: cut short or damaged: {error}") from error
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise InputError(f"input: {source.path}: damaged: {error}") from error
+
+
+def _lines(file: IO[bytes], num_bytes: int | None, max_line_bytes: int) -> Iterator[tuple[bytes | None, int]]:
+    """Lines up to so many bytes; None for a line above the limit, which is skipped; and their bytes."""
+    done = 0
+    while num_bytes is None or done < num_bytes:
+        line = file.readline(max_line_bytes + 1)
+        if not line:
+            return
+        size = len(line)
+        if size > max_line_bytes and not line.endswith(b"\n"):
+            while rest := file.readline(_SKIPPED_BYTES):
+                size += len(rest)
+                if rest.endswith(b"\n"):
+                    break
+            line = None  # type: ignore[assignment]
+        done += size
+        yield line, size
+
+
+def _json_lines(
+    lines: Iterator[tuple[bytes | None, int]], keys: Sequence[str], max_line_bytes: int
+) -> Iterator[Batch]:
+    batch = Batch()
+    for number, (line, size) in enumerate(lines, start=1):
+        batch.num_lines += 1
+        batch.num_bytes += size
+        if line is None:
+            batch.rejects.append((number, f"a line above --max-line-bytes {max_line_bytes}"))
+        elif line.strip():
+            texts, reason = _texts_of(line, keys)
+            if texts is None:
+                batch.rejects.append((number, reason))
+            else:
+                batch.texts.append(texts)
+                batch.lines.append(number)
+        if batch.num_bytes >= BATCH_BYTES:
+            yield batch
+            batch = Batch()
+    yield batch
+
+
+def _texts_of(line: bytes, keys: Sequence[str]) -> tuple[list[Text] | None, str]:
+    try:
+        record, slow = orjson.loads(line), False
+    except orjson.JSONDecodeError:
+        # What the slower parser takes all the same (NaN, lone surrogates in other members), or a reason.
+        record, reason = _parse_slowly(line)
+        if reason:
+            return None, reason
+        slow = True
+    if not isinstance(record, dict):
+        return None, "not a JSON object"
+    texts: list[Text] = []
+    for key in keys:
+        if key not in record:
+            return None, f"no key {key!r}"
+        text = record[key]
+        if not isinstance(text, str) and not (
+            isinstance(text, list) and all(isinstance(part, str) for part in text)
+        ):
+            return None, f"key {key!r} holds {type(text).__name__}, not a string"
+        if slow and not _encodable(text):
+            return None, "contains a lone surrogate, which no UTF-8 text can"
+        texts.append(text)
+    return texts, ""
+
+
+def _encodable(text: Text) -> bool:
+    try:
+        whole(text).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _parse_slowly(line: bytes) -> tuple[Any, str]:
+    try:
+        return json.loads(line.removeprefix(BYTE_ORDER_MARK).decode("utf-8")), ""
+    except UnicodeDecodeError as error:
+        return None, f"not UTF-8: {error.reason}"
+    except (ValueError, RecursionError) as error:
+        return None, f"not JSON: {error}"
+
+
+def _plain_text(
+    lines: Iterator[tuple[bytes | None, int]], keys: Sequence[str], max_line_bytes: int
+) -> Iterator[Batch]:
+    """Documents between blank lines; each is its lines as they are."""
+    batch, block_bytes, start, reason = Batch(), 0, 1, ""
+    block: list[bytes] = []
+
+    def finish() -> None:
+        nonlocal block, block_bytes, reason
+        if reason:
+            batch.rejects.append((start, reason))
+        elif block:
+            text = b"".join(block).removeprefix(BYTE_ORDER_MARK)
+            try:
+                batch.texts.append([text.decode("utf-8")])
+                batch.lines.append(start)
+            except UnicodeDecodeError as error:
+                batch.rejects.append((start, f"not UTF-8: {error.reason}"))
+        block, block_bytes, reason = [], 0, ""
+
+    number = 0
+    for number, (line, size) in enumerate(lines, start=1):
+        batch.num_lines += 1
+        batch.num_bytes += size
+        if line is None or line.strip():
+            if not block and not reason:
+                start = number
+            block_bytes += size
+            if line is None or block_bytes > max_line_bytes:
+                reason, block = f"a document above --max-line-bytes {max_line_bytes}", []
+            elif not reason:
+                block.append(line)
+        else:
+            finish()
+            if batch.num_bytes >= BATCH_BYTES:
+                yield batch
+                batch = Batch()
+    finish()
+    yield batch
+
+
+def _parquet_rows(source: Source, unit: Unit, keys: Sequence[str]) -> Iterator[Batch]:
+    with open_parquet(source) as file:
+        for key in keys:
+            if key not in file.schema_arrow.names:
+                raise InputError(f"input: {source.path}: no column {key!r}")
+        number = 0
+        groups = list(range(unit.start, unit.end))
+        for rows in file.iter_batches(batch_size=512, row_groups=groups, columns=list(keys)):
+            batch = Batch(num_lines=rows.num_rows, num_bytes=rows.nbytes)
+            for texts in zip(*(rows.column(key).to_pylist() for key in keys), strict=True):
+                number += 1
+                bad = next((text for text in texts if not isinstance(text, str)), "")
+                if isinstance(bad, str):
+                    batch.texts.append(list(texts))
+                    batch.lines.append(number)
+                else:
+                    batch.rejects.append((number, f"holds {type(bad).__name__}, not a string"))
+            yield batch
+
+
+def read_texts(inputs: Iterable[str | Path], key: str) -> Iterator[str]:
+    """Texts of all documents of some inputs, in order.
+
+    Args:
+        inputs: as for `find_sources`.
+        key: member of each JSON line, or column, that holds the text.
+
+    Yields:
+        The text of each document.
+
+    Raises:
+        InputError: a document is unusable.
+    """
+    sources = find_sources(inputs)
+    for unit in plan_units(sources):
+        source = sources[unit.source]
+        for batch in read_batches(source, unit, [key], LARGEST_LINE_BYTES):
+            if batch.rejects:
+                line, reason = batch.rejects[0]
+                raise InputError(f"input: {source.path}:{lines_before(source, unit) + line}: {reason}")
+            yield from (whole(document[0]) for document in batch.texts)
+
+
+def lines_before(source: Source, unit: Unit) -> int:
+    """Lines, or rows, of a source before a unit; reads all of them, to name a place in an error.
+
+    Args:
+        source: of the unit.
+        unit: one of its units.
+
+    Returns:
+        How many.
+    """
+    if source.format == "parquet":
+        with open_parquet(source) as file:
+            return sum(file.metadata.row_group(group).num_rows for group in range(unit.start))
+    with open_raw(source) as file:
+        lines, left = 0, unit.start
+        while left:
+            piece = file.read(min(left, _SKIPPED_BYTES))
+            lines, left = lines + piece.count(b"\n"), left - len(piece)
+        return lines

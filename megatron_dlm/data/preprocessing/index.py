@@ -1,0 +1,250 @@
+"""Text files to verified shards: units encoded by any number of processes, joined in order by one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_dlm.data.preprocessing.document_readers import (
+    LARGEST_LINE_BYTES,
+    keys_read,
+    read_batches,
+    whole,
+)
+from megatron_dlm.data.preprocessing.input_files import STDIN, Source, find_sources
+from megatron_dlm.data.preprocessing.merge_parts import join_parts
+from megatron_dlm.data.preprocessing.part_files import EncodingRules
+from megatron_dlm.data.preprocessing.work_units import Unit, plan_units
+from megatron_dlm.data.preprocessing.workers import Job, Progress, Report, encode_here, encode_in_children
+from megatron_dlm.data.preprocessing.workspace import Workspace, open_workspace, sha256_of_plan
+from megatron_dlm.data.shards.manifest import Manifest, read_manifest, shard_path
+from megatron_dlm.data.shards.shard import token_dtype
+from megatron_dlm.data.tokenizers.encoders import SAMPLE_DOCUMENTS, Backend, LoadedTokenizer, choose_encoder
+from megatron_dlm.data.tokenizers.tokenizer import load_tokenizer
+from megatron_dlm.interfaces import InputError, SaveError
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexConfig:
+    """One run of the indexer."""
+
+    input: tuple[str, ...]
+    """Files (.jsonl, .json, .txt with blank lines between documents, each also .gz or .zst; .parquet), globs,
+    directories, fsspec URLs such as s3://bucket/file.jsonl, or - for JSON lines on standard input."""
+    output: Path
+    """Prefix of the shard: OUTPUT.bin, .idx and .json are written, of several keys OUTPUT_KEY.bin etc."""
+    tokenizer: Path
+    """Directory with tokenizer.json and tokenizer_config.json, a SentencePiece .model, a .json vocabulary of
+    Megatron-LM's TikTokenizer, or the word bytes."""
+    json_keys: tuple[str, ...] = ("text",)
+    """Members of each JSON line, or columns, that hold text; each gives a shard."""
+    prompt_key: str = ""
+    """Member or column that holds a prompt, which training never noises or scores; json_keys is then one, the
+    response."""
+    append_eos: bool = True
+    """End every document with the tokenizer's <eos>."""
+    special_tokens_as_text: bool = True
+    """Encode text that spells a special token as plain text; off, it becomes the token, as in Megatron-LM."""
+    max_rejects: int = 0
+    """Lines that may be unusable before the run fails; each is listed in OUTPUT.rejects.jsonl."""
+    max_line_bytes: int = LARGEST_LINE_BYTES
+    """A longer line, in bytes, is unusable."""
+    workers: int = 0
+    """Processes that encode; 0: one for each CPU."""
+    shard: str = ""
+    """i/n: one of n jobs, i in [0, n), that share the work and the storage of OUTPUT; the last one joins."""
+    mpi: bool = False
+    """Share the work among the processes that mpirun has started, one worker each."""
+    megatron_names: bool = False
+    """Name the shards OUTPUT_KEY_document, as Megatron-LM's tool does."""
+    stats: bool = False
+    """Then print lengths of documents, tokens of each source and duplicates, and draw OUTPUT.lengths.png;
+    `megatron-dlm index --stats PREFIX ...` does so for shards that are there."""
+    backend: Backend = "auto"
+    """Encoder; auto takes gigatoken where it gives the ids of the tokenizer's own library on a sample."""
+    unit_bytes: int = 0
+    """Bytes of the pieces that the work is cut into; 0: 4 to 64 MiB, or more for very much text."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_rejects", "workers", "unit_bytes"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name}: {getattr(self, name)} is below 0")
+        if self.max_line_bytes < 1:
+            raise InputError(f"max_line_bytes: {self.max_line_bytes} is below 1")
+        if not self.json_keys or len(set(self.json_keys)) != len(self.json_keys):
+            raise InputError(f"json_keys: {' '.join(self.json_keys)}: not one or several different names")
+        if self.prompt_key and (len(self.json_keys) != 1 or self.prompt_key in self.json_keys):
+            raise InputError(
+                f"prompt_key: {self.prompt_key} needs json_keys to be one other name, of the response, not "
+                f"{' '.join(self.json_keys)}"
+            )
+        if "\n" in str(self.output) or "\0" in str(self.output):
+            raise InputError(f"output: {str(self.output)!r}: a path with a line break or NUL")
+        if self.shard:
+            self.shard_of()
+            if self.mpi:
+                raise InputError("shard: with mpi, whose processes share the work already")
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other jobs or ranks take part."""
+        return self.mpi or bool(self.shard)
+
+    def shard_of(self) -> tuple[int, int]:
+        """The numbers i and n of `shard`."""
+        first, _, second = self.shard.partition("/")
+        if not (first.isdigit() and second.isdigit() and int(first) < int(second)):
+            raise InputError(f"shard: {self.shard!r} is not i/n with i in [0, n)")
+        return int(first), int(second)
+
+    def prefixes(self) -> list[Path]:
+        """Of the shards, one for each key."""
+        if len(self.json_keys) == 1 and not self.megatron_names:
+            return [self.output]
+        level = "_document" if self.megatron_names else ""
+        return [self.output.with_name(f"{self.output.name}_{key}{level}") for key in self.json_keys]
+
+
+def build_shards(config: IndexConfig, on_progress: Report) -> list[Manifest]:
+    """Index `config.input` into one shard for each key. A killed run is gone on with by the same call.
+
+    Args:
+        config: what to read and where to write.
+        on_progress: called now and then.
+
+    Returns:
+        The manifests, in the order of the keys; none where another process joins the parts.
+
+    Raises:
+        InputError: unreadable input or tokenizer, too many rejects, no documents, a mask id in the output, or
+            another process at work on the same output.
+        SaveError: the storage is full; what was there before is as it was, and what is done is kept.
+    """
+    # Several processes encode, each on one thread.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        with _inputs(config) as inputs:
+            sources = find_sources(inputs)
+            loaded = load_tokenizer(config.tokenizer, special_tokens_as_text=config.special_tokens_as_text)
+            units = plan_units(sources, config.unit_bytes or None)
+            backend, rules = _rules(config, loaded, sources, units)
+            job = Job(sources, units, rules)
+            plan = _plan(config, loaded, job)
+            with open_workspace(config.output, plan, len(units), shared=config.is_shared) as space:
+                if config.is_shared and _is_done(config, plan):
+                    with suppress(FileNotFoundError):
+                        space.remove()
+                    return []
+                try:
+                    if not _encode(config, job, space, on_progress):
+                        return []
+                    return join_parts(job, space, config.prefixes(), loaded, backend)
+                except InputError:
+                    # What the same call cannot go on with.
+                    if not config.is_shared:
+                        space.remove()
+                    raise
+    except OSError as error:
+        raise SaveError(f"{config.output}: {error}") from error
+
+
+@contextmanager
+def _inputs(config: IndexConfig) -> Iterator[tuple[str, ...]]:
+    """The input's names, with standard input as a file, since it cannot be cut or read twice."""
+    if STDIN not in config.input:
+        yield config.input
+        return
+    if config.input.count(STDIN) > 1 or config.is_shared:
+        raise InputError(f"input: {STDIN} twice, or where others share the work")
+    spooled = shard_path(config.output, ".stdin.jsonl")
+    spooled.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with spooled.open("wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
+        yield tuple(str(spooled) if name == STDIN else name for name in config.input)
+    finally:
+        spooled.unlink(missing_ok=True)
+
+
+def _rules(
+    config: IndexConfig, loaded: LoadedTokenizer, sources: list[Source], units: list[Unit]
+) -> tuple[str, EncodingRules]:
+    """Name of the encoder that suits a sample of the input, and how text becomes tokens."""
+    texts: list[str] = []
+    keys = keys_read(config.json_keys, config.prompt_key)
+    batches = (
+        batch
+        for unit in units
+        for batch in read_batches(sources[unit.source], unit, keys, config.max_line_bytes)
+    )
+    for batch in batches:
+        texts += [whole(text) for document in batch.texts for text in document]
+        if len(texts) >= SAMPLE_DOCUMENTS:
+            break
+    backend, encoder = choose_encoder(loaded, texts, config.backend)
+    return backend, EncodingRules(
+        encode=encoder,
+        vocabulary=loaded.vocabulary,
+        dtype=token_dtype(loaded.size),
+        keys=config.json_keys,
+        prompt_key=config.prompt_key,
+        append_eos=config.append_eos,
+        max_line_bytes=config.max_line_bytes,
+        max_rejects=config.max_rejects,
+    )
+
+
+def _plan(config: IndexConfig, loaded: LoadedTokenizer, job: Job) -> dict[str, Any]:
+    """All that decides the bytes of parts."""
+    return {
+        "version": PLAN_VERSION,
+        "tokenizer": loaded.fingerprint,
+        "vocabulary_size": loaded.vocabulary.size,
+        "special_tokens_as_text": config.special_tokens_as_text,
+        "json_keys": list(config.json_keys),
+        "prompt_key": config.prompt_key,
+        "append_eos": config.append_eos,
+        "max_line_bytes": config.max_line_bytes,
+        "sources": [[source.path, source.num_bytes, source.modified] for source in job.sources],
+        "units": [[unit.source, unit.start, unit.end] for unit in job.units],
+    }
+
+
+def _is_done(config: IndexConfig, plan: dict[str, Any]) -> bool:
+    """Whether the others have done this job already, before this one began."""
+    try:
+        manifests = [read_manifest(prefix) for prefix in config.prefixes()]
+    except InputError:
+        return False
+    return all(manifest.plan_sha256 == sha256_of_plan(plan) for manifest in manifests)
+
+
+def _encode(config: IndexConfig, job: Job, space: Workspace, on_progress: Report) -> bool:
+    """Encode this process's share; whether it is the one to join the parts."""
+    count, first = len(job.units), 0
+    progress = Progress(job, space, on_progress)
+    if config.mpi:
+        from megatron_dlm.data.preprocessing.mpi import communicator, together
+
+        world = communicator()
+        first = world.rank * count // world.size
+        together(world, lambda: encode_here(job, space, first, progress))
+        return bool(world.rank == 0)
+    if config.shard:
+        index, of = config.shard_of()
+        first = index * count // of
+    workers = min(config.workers or os.cpu_count() or 1, count)
+    if workers == 1:
+        encode_here(job, space, first, progress)
+    else:
+        encode_in_children(job, space, workers, first, progress)
+    # The claim ends with the process.
+    return space.exists() and space.is_done() and space.join_claim().take()

@@ -1,0 +1,287 @@
+"""One unit's tokens as files beside the output, written once whoever takes it, kept until all are joined."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_dlm.data.preprocessing.document_readers import (
+    Batch,
+    Text,
+    keys_read,
+    lines_before,
+    read_batches,
+    whole,
+)
+from megatron_dlm.data.preprocessing.input_files import Source
+from megatron_dlm.data.preprocessing.work_units import Unit
+from megatron_dlm.data.tokenizers.encoders import Encoder
+from megatron_dlm.interfaces import InputError, Vocabulary
+from megatron_dlm.platform.codec import decode, encode
+from megatron_dlm.platform.files import write_json
+
+MAX_DOCUMENT_TOKENS = 2**31 - 1
+"""What the index's int32 lengths hold."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartRecord:
+    """What one unit gave; written last, so a part with a record is whole."""
+
+    num_bytes: int = 0
+    """Of the source, decompressed."""
+    num_lines: int = 0
+    num_documents: tuple[int, ...] = ()
+    """With tokens, under each key."""
+    num_text_bytes: tuple[int, ...] = ()
+    """UTF-8 bytes under each key, prompts left out."""
+    num_tokens: tuple[int, ...] = ()
+    """End-of-document tokens included, under each key."""
+    num_prompt_tokens: tuple[int, ...] = ()
+    """Of `num_tokens`."""
+    num_rejects: int = 0
+
+
+@dataclass(frozen=True)
+class EncodingRules:
+    """How text becomes tokens."""
+
+    encode: Encoder
+    vocabulary: Vocabulary
+    dtype: np.dtype[np.generic]
+    keys: tuple[str, ...]
+    """Members or columns that each give a shard."""
+    prompt_key: str
+    """Where a document is a prompt and a response, one sequence each: of the prompt; else empty."""
+    append_eos: bool
+    max_line_bytes: int
+    max_rejects: int
+
+
+class Part:
+    """Files of one unit.
+
+    For each key tokens, int32 lengths of sequences, int32 sequences of documents; and a list of the rejects.
+    """
+
+    def __init__(self, directory: Path, index: int) -> None:
+        self._stem = directory / f"unit-{index:06d}"
+
+    def path(self, key: int, kind: str) -> Path:
+        """The file of one key; `kind` is tokens, lengths or documents."""
+        return self._stem.with_name(f"{self._stem.name}.{key}.{kind}")
+
+    @property
+    def rejects_path(self) -> Path:
+        """JSON lines of the line of the unit, counted from 1, and the reason."""
+        return self._stem.with_name(f"{self._stem.name}.rejects")
+
+    @property
+    def record_path(self) -> Path:
+        """Of the record."""
+        return self._stem.with_name(f"{self._stem.name}.json")
+
+    def is_done(self) -> bool:
+        """Whether some process has written it."""
+        return self.record_path.exists()
+
+    def read_record(self) -> PartRecord:
+        """What it holds."""
+        return decode(PartRecord, json.loads(self.record_path.read_text(encoding="utf-8")))
+
+    def claim(self) -> Claim:
+        """The right to write it."""
+        return Claim(self._stem.with_name(f"{self._stem.name}.claim"))
+
+
+class Claim:
+    """A lock that the kernel frees when its holder dies."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor = -1
+
+    def take(self) -> bool:
+        """Take it; False where another process has it."""
+        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._close()
+            return False
+        return True
+
+    def _close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> Claim:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+
+
+def write_part(
+    part: Part,
+    source: Source,
+    unit: Unit,
+    rules: EncodingRules,
+    on_batch: Callable[[PartRecord], None],
+) -> PartRecord:
+    """Encode a unit and write its files.
+
+    Args:
+        part: where to.
+        source: of the unit.
+        unit: what to read.
+        rules: how text becomes tokens.
+        on_batch: called after each batch with what there is so far.
+
+    Returns:
+        What was written.
+
+    Raises:
+        InputError: an unreadable source, too many rejects, a document of too many tokens or one that encodes
+            to the mask id.
+    """
+    num_keys = len(rules.keys)
+    nothing = (0,) * num_keys
+    record = PartRecord(
+        num_documents=nothing, num_text_bytes=nothing, num_tokens=nothing, num_prompt_tokens=nothing
+    )
+    files = {
+        (key, kind): part.path(key, kind).open("wb")
+        for key in range(num_keys)
+        for kind in ("tokens", "lengths", "documents")
+    }
+    rejects = part.rejects_path.open("w", encoding="utf-8")
+    try:
+        keys = keys_read(rules.keys, rules.prompt_key)
+        for batch in read_batches(source, unit, keys, rules.max_line_bytes):
+            if rules.prompt_key:
+                batch = _of_prompts_and_responses(batch, rules)
+            counts = []
+            for key in range(num_keys):
+                texts = [document[key] for document in batch.texts]
+                ids, lengths, sequences = _encode(texts, rules)
+                if fault := _fault(ids, lengths, sequences, rules):
+                    line = lines_before(source, unit) + batch.lines[fault[0]]
+                    raise InputError(f"input: {source.path}:{line}: {fault[1]}")
+                files[key, "tokens"].write(ids.astype(rules.dtype, copy=False).data)
+                files[key, "lengths"].write(lengths.astype("<i4").data)
+                files[key, "documents"].write(sequences.astype("<i4").data)
+                prompt_tokens = int(lengths[::2].sum()) if rules.prompt_key else 0
+                num_documents = int((sequences > 0).sum())
+                counts.append((num_documents, _text_bytes(texts, rules), len(ids), prompt_tokens))
+            record = PartRecord(
+                num_bytes=record.num_bytes + batch.num_bytes,
+                num_lines=record.num_lines + batch.num_lines,
+                **{
+                    name: tuple(a + c[i] for a, c in zip(getattr(record, name), counts, strict=True))
+                    for i, name in enumerate(
+                        ("num_documents", "num_text_bytes", "num_tokens", "num_prompt_tokens")
+                    )
+                },
+                num_rejects=record.num_rejects + len(batch.rejects),
+            )
+            rejects.writelines(json.dumps(reject) + "\n" for reject in batch.rejects)
+            if record.num_rejects > rules.max_rejects:
+                line, reason = batch.rejects[0]
+                raise too_many_rejects(
+                    source.path, lines_before(source, unit) + line, reason, rules.max_rejects
+                )
+            on_batch(record)
+    finally:
+        rejects.close()
+        for file in files.values():
+            file.close()
+    write_json(part.record_path, encode(record))
+    return record
+
+
+def _of_prompts_and_responses(batch: Batch, rules: EncodingRules) -> Batch:
+    """The batch with one text in two sequences for each document; one of them without tokens is a reject."""
+    texts: list[list[Text]] = [[[whole(part) for part in document]] for document in batch.texts]
+    _, _, sequences = _encode([document[0] for document in texts], rules)
+    bad = [(batch.lines[i], "a prompt or response without tokens") for i in np.flatnonzero(sequences != 2)]
+    good = np.flatnonzero(sequences == 2).tolist()
+    return replace(
+        batch,
+        texts=[texts[i] for i in good],
+        lines=[batch.lines[i] for i in good],
+        rejects=sorted([*batch.rejects, *bad]),
+    )
+
+
+def too_many_rejects(source: str, line: int, reason: str, max_rejects: int) -> InputError:
+    """The complaint of a run with more unusable lines than allowed; names one of them."""
+    return InputError(
+        f"input: {source}:{line}: {reason} (more than --max-rejects {max_rejects} unusable lines)"
+    )
+
+
+def _encode(
+    texts: Sequence[Text], rules: EncodingRules
+) -> tuple[NDArray[np.uint32], NDArray[np.int64], NDArray[np.int64]]:
+    """Ids of all sequences with the ends of documents, lengths of sequences, sequences of documents.
+
+    As Megatron-LM's tools/preprocess_data.py has it: a sequence without tokens is none, and a document
+    without tokens has no end either, but keeps its place in the index.
+    """
+    flat: list[str] = []
+    sizes = np.ones(len(texts), dtype=np.int64)
+    for index, text in enumerate(texts):
+        if isinstance(text, str):
+            flat.append(text)
+        else:
+            flat += text
+            sizes[index] = len(text)
+    ids, offsets = rules.encode(flat)
+    lengths = np.diff(offsets)
+    document_of = np.repeat(np.arange(len(texts)), sizes)
+    kept = lengths > 0
+    sequences = np.bincount(document_of[kept], minlength=len(texts))
+    lengths, document_of = lengths[kept], document_of[kept]
+    if rules.append_eos and len(lengths):
+        last = np.append(document_of[1:] != document_of[:-1], True)
+        ends = np.cumsum(lengths)[last]
+        ids = np.insert(ids, ends, np.uint32(rules.vocabulary.eos_token_id))
+        lengths = lengths + last
+    return ids, lengths, sequences
+
+
+def _fault(
+    ids: NDArray[np.uint32], lengths: NDArray[np.int64], sequences: NDArray[np.int64], rules: EncodingRules
+) -> tuple[int, str] | None:
+    """The first document that cannot be stored, and why."""
+    size, mask = rules.vocabulary.size, rules.vocabulary.mask_token_id
+    ends = np.cumsum(lengths)
+    found = [
+        (np.flatnonzero(lengths > MAX_DOCUMENT_TOKENS), f"more than {MAX_DOCUMENT_TOKENS} tokens"),
+        (np.searchsorted(ends, np.flatnonzero(ids == mask), side="right"), "encodes to the mask id"),
+        (
+            np.searchsorted(ends, np.flatnonzero(ids >= size), side="right"),
+            f"encodes to an id outside [0, {size})",
+        ),
+    ]
+    for bad_sequences, reason in found:
+        if len(bad_sequences):
+            return int(np.searchsorted(np.cumsum(sequences), bad_sequences[0], side="right")), reason
+    return None
+
+
+def _text_bytes(texts: Sequence[Text], rules: EncodingRules) -> int:
+    scored = (text[1] if rules.prompt_key else whole(text) for text in texts)
+    return sum(len(text.encode()) for text in scored)

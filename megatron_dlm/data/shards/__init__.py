@@ -1,0 +1,1 @@
+"""Indexed token files and what describes them."""

@@ -1,0 +1,1 @@
+"""Tokenizers: training, reading their files, encoding."""

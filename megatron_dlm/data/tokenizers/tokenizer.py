@@ -1,0 +1,165 @@
+"""Hugging Face tokenizers, `tokenizer.json` with its special tokens, and training one.
+
+Text that spells a special token is encoded as plain text, so no document can contain a mask, <eos> or <bos>
+id. Other tokenizers are in `tokenizer_files.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from megatron_dlm.data.tokenizers.encoders import (
+    Encoder,
+    LoadedTokenizer,
+    encoder_of,
+    joined,
+    refuse_huge,
+    vocabulary_of,
+)
+from megatron_dlm.data.tokenizers.tokenizer_files import BYTES, load_tokenizer_file
+from megatron_dlm.interfaces import InputError
+from megatron_dlm.platform.files import write_json
+
+TOKENIZER_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
+EOS_TOKEN, BOS_TOKEN, MASK_TOKEN = "<eos>", "<bos>", "[MASK]"
+
+
+def load_tokenizer(path: Path, *, special_tokens_as_text: bool = True) -> LoadedTokenizer:
+    """Read a tokenizer; nothing is downloaded and no code beside it is run.
+
+    Args:
+        path: a directory with tokenizer.json and tokenizer_config.json, which names the special tokens, or a
+            file of `tokenizer_files.py`.
+        special_tokens_as_text: encode text that spells a special token as plain text.
+
+    Returns:
+        The tokenizer; a missing mask token gets a new last id, for a missing <bos> there is <eos>.
+
+    Raises:
+        InputError: a file is missing or unreadable, or a special token is not in the vocabulary.
+    """
+    if (path.suffix or str(path) == BYTES) and not path.is_dir():
+        return load_tokenizer_file(path, special_tokens_as_text=special_tokens_as_text)
+    try:
+        refuse_huge(path / TOKENIZER_FILE)
+        content = (path / TOKENIZER_FILE).read_bytes()
+        tokenizer = Tokenizer.from_str(content.decode("utf-8"))
+        config = dict(json.loads((path / CONFIG_FILE).read_text(encoding="utf-8")))
+    except OSError as error:
+        raise InputError(f"tokenizer: {error.filename}: {error.strerror}") from error
+    except InputError:
+        raise
+    except Exception as error:  # tokenizers raises plain Exception for a bad file
+        raise InputError(f"tokenizer: {path}: not a readable tokenizer: {error}") from error
+    tokenizer.encode_special_tokens = special_tokens_as_text
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    eos = _special_id(tokenizer, config, "eos_token", path)
+    if eos is None:
+        raise InputError(f"tokenizer: {path / CONFIG_FILE}: names no eos_token")
+
+    # Not the number of entries: ids may have gaps.
+    size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode(texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+        try:
+            encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        except BaseException as error:
+            # A pattern that backtracks without end is stopped by a panic, which is no Exception.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise InputError(f"tokenizer: {path}: cannot encode: {error}") from error
+        return joined([encoding.ids for encoding in encodings])
+
+    return LoadedTokenizer(
+        path=path,
+        library="tokenizers",
+        tokenizer=tokenizer,
+        encode=encode,
+        fast_encoder=lambda: _fast_encoder(content, special_tokens_as_text=special_tokens_as_text),
+        decode=tokenizer.decode,
+        size=size,
+        vocabulary=vocabulary_of(
+            size,
+            mask=_special_id(tokenizer, config, "mask_token", path),
+            eos=eos,
+            bos=_special_id(tokenizer, config, "bos_token", path),
+        ),
+        fingerprint=hashlib.sha256(content).hexdigest(),
+        special_tokens_as_text=special_tokens_as_text,
+    )
+
+
+def _special_id(tokenizer: Tokenizer, config: dict[str, object], role: str, path: Path) -> int | None:
+    entry = config.get(role)
+    token = entry.get("content") if isinstance(entry, dict) else entry
+    if token is None:
+        return None
+    token_id: int | None = tokenizer.token_to_id(token) if isinstance(token, str) else None
+    if token_id is None:
+        raise InputError(f"tokenizer: {path / CONFIG_FILE}: {role} {token!r} is not in the vocabulary")
+    return token_id
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary_size: int, directory: Path) -> None:
+    """Train a byte-level BPE and write it as a Hugging Face tokenizer directory.
+
+    Args:
+        texts: documents.
+        vocabulary_size: ids in all: 3 special tokens, 256 bytes, merges.
+        directory: made if absent.
+
+    Raises:
+        InputError: vocabulary_size is below 259, or the texts hold too few merges to reach it.
+    """
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special_tokens = [EOS_TOKEN, BOS_TOKEN, MASK_TOKEN]
+    smallest = len(alphabet) + len(special_tokens)
+    if vocabulary_size < smallest:
+        raise InputError(f"vocab-size: {vocabulary_size} is below {smallest} (bytes and special tokens)")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        special_tokens=special_tokens,
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if tokenizer.get_vocab_size() < vocabulary_size:
+        raise InputError(
+            f"vocab-size: the text yields only {tokenizer.get_vocab_size()} of {vocabulary_size} tokens; "
+            "ask for fewer or give more text"
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(directory / TOKENIZER_FILE, json.loads(tokenizer.to_str()))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": EOS_TOKEN,
+        "bos_token": BOS_TOKEN,
+        "mask_token": MASK_TOKEN,
+        "clean_up_tokenization_spaces": False,
+    }
+    write_json(directory / CONFIG_FILE, config)
+
+
+def _fast_encoder(content: bytes, *, special_tokens_as_text: bool) -> Encoder:
+    import gigatoken
+
+    if not special_tokens_as_text:
+        raise ValueError("it has no way to encode special tokens as Megatron-LM does")
+    description = json.loads(content)
+    if any(not token["special"] for token in description["added_tokens"]):
+        raise ValueError("it has added tokens that are not special")
+    # Without added tokens, text that spells one is plain text.
+    description["added_tokens"] = []
+    return encoder_of(gigatoken.Tokenizer.from_json(json.dumps(description)))

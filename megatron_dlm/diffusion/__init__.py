@@ -1,0 +1,1 @@
+"""What diffusion families are made of: schedules, times, corruptions, targets and losses."""

@@ -1,0 +1,82 @@
+"""Forward processes: how clean tokens become noisy ones, as functions of their draws."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_dlm.diffusion.context import CorruptionContext
+from megatron_dlm.interfaces import TokenBatch
+
+
+def absorb(
+    clean_BL: NDArray[np.int64],
+    alpha_BL: NDArray[np.float64],
+    uniform_BL: NDArray[np.float64],
+    mask_token_id: int,
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Absorbing-state corruption: each token independently becomes the mask with probability 1 - alpha.
+
+    Args:
+        clean_BL: int64 [B, L].
+        alpha_BL: float64 [B, L] or [B, 1], probability that a token stays clean.
+        uniform_BL: float64 [B, L] draws in [0, 1).
+        mask_token_id: the absorbing state.
+
+    Returns:
+        int64 [B, L] noisy tokens, and bool [B, L] where they are masked.
+    """
+    masked_BL = uniform_BL < 1.0 - alpha_BL
+    return np.where(masked_BL, mask_token_id, clean_BL), masked_BL
+
+
+def replace_uniformly(
+    clean_BL: NDArray[np.int64],
+    alpha_BL: NDArray[np.float64],
+    uniform_BL: NDArray[np.float64],
+    drawn_BL: NDArray[np.int64],
+) -> NDArray[np.int64]:
+    """Uniform-state corruption: with probability 1 - alpha a token becomes its draw, which may equal it.
+
+    Args:
+        clean_BL: int64 [B, L].
+        alpha_BL: float64 [B, L] or [B, 1].
+        uniform_BL: float64 [B, L] draws in [0, 1).
+        drawn_BL: int64 [B, L] uniform draws over the states of the noise.
+
+    Returns:
+        int64 [B, L] noisy tokens.
+    """
+    return np.where(uniform_BL < 1.0 - alpha_BL, drawn_BL, clean_BL)
+
+
+def coins(batch: TokenBatch, context: CorruptionContext, stream: str, length: int) -> NDArray[np.float64]:
+    """Draws that decide, against 1 - alpha, which tokens become noise.
+
+    Args:
+        batch: clean blocks.
+        context: address of the draws.
+        stream: name of the draws.
+        length: tokens of each sample that are left.
+
+    Returns:
+        float64 [B, length] in [0, 1); at tokens that are never noised 1, which is below no probability.
+    """
+    uniform_BL = context.noise.uniform(stream, batch.sample_indices, length)
+    return np.where(noised_tokens(batch, length), uniform_BL, 1.0)
+
+
+def noised_tokens(batch: TokenBatch, length: int) -> NDArray[np.bool_]:
+    """Where tokens may become noise: everywhere but in prompts and padding.
+
+    Args:
+        batch: clean blocks.
+        length: tokens of each sample that are left.
+
+    Returns:
+        bool [B, length].
+    """
+    if batch.loss_mask is None:
+        return np.ones((len(batch.sample_indices), length), dtype=np.bool_)
+    mask_BL: NDArray[np.bool_] = batch.loss_mask[:, :length].numpy()
+    return mask_BL

@@ -1,0 +1,116 @@
+"""Targets of masked (absorbing-state) diffusion, in any order, and with a clean copy behind them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megatron_dlm.interfaces import AttentionMask, ModelInputs, Targets
+
+
+def masked_targets(
+    clean_BL: NDArray[np.int64],
+    noisy_BL: NDArray[np.int64],
+    masked_BL: NDArray[np.bool_],
+    alpha_BL: NDArray[np.float64],
+    dalpha_BL: NDArray[np.float64],
+    *,
+    token_count: int,
+    low_variance: bool,
+) -> Targets:
+    """Targets of absorbing-state diffusion: masked tokens, weighted -alpha'/(1 - alpha) in the NELBO.
+
+    Args:
+        clean_BL: int64 [B, L].
+        noisy_BL: int64 [B, L].
+        masked_BL: bool [B, L].
+        alpha_BL: float64 [B, L] or [B, 1].
+        dalpha_BL: float64, as alpha.
+        token_count: tokens the sum is divided by.
+        low_variance: train with weight 1 instead (arXiv:2602.15014 eq. 8).
+
+    Returns:
+        Targets over the L positions.
+    """
+    bound_BL = np.where(masked_BL, -dalpha_BL / (1.0 - alpha_BL), 0.0)
+    return Targets(
+        clean_BL=torch.from_numpy(clean_BL),
+        noisy_BL=torch.from_numpy(noisy_BL),
+        alpha_BL=torch.from_numpy(np.broadcast_to(alpha_BL, clean_BL.shape).copy()),
+        weight_BL=torch.from_numpy(masked_BL.astype(np.float64) if low_variance else bound_BL),
+        bound_weight_BL=torch.from_numpy(bound_BL),
+        token_count=token_count,
+    )
+
+
+def reordered(targets: Targets, order_BL: NDArray[np.int64]) -> Targets:
+    """The targets with their positions in the order of `order_BL` (int64 [B, L], a permutation a row)."""
+    order = torch.from_numpy(order_BL)
+    moved = {name: value.gather(1, order) for name, value in vars(targets).items() if name.endswith("_BL")}
+    return replace(targets, **moved)
+
+
+def scaled(targets: Targets, factor: float) -> Targets:
+    """The targets with both weights times `factor`."""
+    return replace(
+        targets,
+        weight_BL=targets.weight_BL * factor,
+        bound_weight_BL=targets.bound_weight_BL * factor,
+    )
+
+
+def append_clean(targets: Targets, position_ids: Tensor, *, block_size: int) -> tuple[ModelInputs, Targets]:
+    """Inputs [noisy ; clean] and targets of the same 2 L positions; the clean half carries no loss.
+
+    Args:
+        targets: over the L positions of the noisy half.
+        position_ids: int64 [B, L] or [1, L], of each half.
+        block_size: tokens that are noised together and see each other.
+
+    Returns:
+        Inputs and targets of one microbatch.
+    """
+    clean_BL = targets.clean_BL
+    nothing = torch.zeros_like(targets.weight_BL)
+    inputs = ModelInputs(
+        token_ids_BL=torch.cat([targets.noisy_BL, clean_BL], dim=1),
+        position_ids_BL=torch.cat([position_ids, position_ids], dim=1),
+        sigma_B=torch.zeros(len(clean_BL)),
+        attention_mask=noisy_then_clean_mask(clean_BL.shape[1], block_size),
+    )
+    doubled = Targets(
+        clean_BL=torch.cat([clean_BL, clean_BL], dim=1),
+        noisy_BL=inputs.token_ids_BL,
+        alpha_BL=torch.cat([targets.alpha_BL, torch.ones_like(nothing)], dim=1),
+        weight_BL=torch.cat([targets.weight_BL, nothing], dim=1),
+        bound_weight_BL=torch.cat([targets.bound_weight_BL, nothing], dim=1),
+        token_count=targets.token_count,
+    )
+    return inputs, doubled
+
+
+@lru_cache(maxsize=8)
+def noisy_then_clean_mask(length: int, block_size: int) -> AttentionMask:
+    """Who may look at whom in [noisy ; clean], cut into blocks alike.
+
+    A noisy position sees its own noisy block and the clean blocks before it; a clean one those up to its own.
+
+    Args:
+        length: L, positions of one half.
+        block_size: tokens of a block.
+
+    Returns:
+        Of 2 L positions.
+    """
+    block = torch.arange(length, dtype=torch.int32) // block_size
+    return AttentionMask.of(
+        reach=torch.cat([block - 1, block]),
+        query_group=torch.cat([block, torch.full_like(block, -2)]),
+        order=torch.cat([torch.full_like(block, AttentionMask.NEVER), block]),
+        key_group=torch.cat([block, torch.full_like(block, -1)]),
+    )

@@ -1,0 +1,193 @@
+"""Two checkpoints, or one at two precisions, scored on the same noisy copies of the same sequences."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_dlm.checkpointing.layout import MANIFEST, CheckpointRoot
+from megatron_dlm.evaluation.checkpoint_scoring import copies_by, held_out, scoring_config
+from megatron_dlm.interfaces import InputError
+from megatron_dlm.models.config import Precision
+from megatron_dlm.models.precision.fp8 import Fp8Config
+from megatron_dlm.platform.launch import detect_environment
+from megatron_dlm.platform.parallel import start_parallel, stop_parallel
+from megatron_dlm.platform.parallel_config import ParallelConfig
+from megatron_dlm.run.open_checkpoint import load_denoiser, refuse_training_layouts
+from megatron_dlm.run.run_record import RunRecord, read_run_record
+from megatron_dlm.telemetry.writers import read_metrics
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from megatron_dlm.diffusion.context import CorruptionContext
+    from megatron_dlm.evaluation.nelbo import Progress, RunCopies
+    from megatron_dlm.evaluation.nelbo_statistics import Bound, BoundConfig
+    from megatron_dlm.families.base import ObjectiveConfig
+    from megatron_dlm.interfaces import TokenBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """A checkpoint and how it multiplies."""
+
+    record: RunRecord
+    precision: Precision
+    fp8: Fp8Config
+
+
+def side(path: Path, precision: Precision | None, fp8: Fp8Config) -> Side:
+    """What a path and a precision stand for.
+
+    Args:
+        path: a run's directory, whose newest checkpoint is meant, or a checkpoint.
+        precision: None for that of the training, with its recipe.
+        fp8: recipe of an FP8 that is asked for.
+
+    Returns:
+        The side.
+
+    Raises:
+        InputError: no checkpoint there.
+    """
+    checkpoint = path
+    if not (path / MANIFEST).is_file():
+        complete = CheckpointRoot(path / "checkpoints").complete()
+        if not complete:
+            raise InputError(f"{path}: neither a checkpoint (step-NNNNNNNN) nor a run with one")
+        checkpoint = complete[-1]
+    record = read_run_record(checkpoint)
+    if precision is None:
+        return Side(record=record, precision=record.config.training.precision, fp8=record.config.fp8)
+    return Side(record=record, precision=precision, fp8=fp8)
+
+
+def refuse_unlike(a: RunRecord, b: RunRecord) -> None:
+    """Refuse checkpoints between which a difference says nothing.
+
+    Args:
+        a: one.
+        b: the other.
+
+    Raises:
+        InputError: other shapes, families, ids, tokenizers or lengths.
+    """
+    for name, mine, theirs in (
+        ("model", a.config.model, b.config.model),
+        ("objective", a.config.objective, b.config.objective),
+        ("vocabulary", a.vocabulary, b.vocabulary),
+        ("data.tokenizer", a.tokenizer_fingerprint, b.tokenizer_fingerprint),
+        ("data.seq_length", a.config.data.seq_length, b.config.data.seq_length),
+    ):
+        if mine != theirs:
+            raise InputError(f"a, b: {name} differs: {mine} and {theirs}")
+
+
+def compare_checkpoints(
+    a: Side,
+    b: Side,
+    data: str,
+    config: BoundConfig,
+    parallel_config: ParallelConfig,
+    micro_batch_size: int,
+    *,
+    progress: Progress,
+) -> tuple[Bound, Bound, bool]:
+    """Score both on one shard. All processes of the job call it.
+
+    Args:
+        a: one side.
+        b: the other.
+        data: prefix of the held-out shard.
+        config: how much of it, and how much noise.
+        parallel_config: layout to evaluate on.
+        micro_batch_size: copies of one forward pass.
+        progress: told of sequences done and in all, on rank 0.
+
+    Returns:
+        The bound of A; B less A as a bound, whose intervals and figures by time are the difference's; and
+        whether this process is rank 0.
+
+    Raises:
+        InputError: unlike or unusable checkpoints, shard or sizes.
+    """
+    refuse_unlike(a.record, b.record)
+    refuse_training_layouts(parallel_config)
+    record = a.record
+    shard, rows, run_config = held_out(record.config, record.tokenizer_fingerprint, data, False)
+    configs = []
+    for one in (a, b):
+        as_asked = replace(
+            run_config, fp8=one.fp8, training=replace(one.record.config.training, precision=one.precision)
+        )
+        configs.append(scoring_config(as_asked, config, parallel_config))
+    parallel = start_parallel(detect_environment(), parallel_config)
+    from megatron_dlm.evaluation.nelbo import held_out_bound, share_of_rank
+
+    runs = [
+        copies_by(load_denoiser(one.record, one_config, parallel), one_config, parallel)
+        for one, one_config in zip((a, b), configs, strict=True)
+    ]
+    paired = _Paired(*runs)
+    bounds = [
+        held_out_bound(
+            run,
+            rows,
+            run_config.objective,
+            record.vocabulary,
+            config,
+            bytes_per_token=shard.manifest.bytes_per_token,
+            share=share_of_rank(micro_batch_size, parallel.data_rank, parallel.data_size),
+            progress=told if parallel.rank == 0 else _silent,
+        )
+        for run, told in ((paired.difference, progress), (paired.first, _silent))
+    ]
+    is_first = parallel.rank == 0
+    stop_parallel()
+    return bounds[1], bounds[0], is_first
+
+
+def _silent(done: int, total: int) -> None:
+    """Tell nobody."""
+
+
+class _Paired:
+    """Two models on the same copies; the first one's nats are kept and given again in the same order."""
+
+    def __init__(self, a: RunCopies, b: RunCopies) -> None:
+        self._a, self._b = a, b
+        self._kept: deque[NDArray[np.float64]] = deque()
+
+    def difference(
+        self, objective: ObjectiveConfig, batches: Sequence[TokenBatch], context: CorruptionContext
+    ) -> NDArray[np.float64]:
+        """float64 [K] nats, B less A."""
+        mine = self._a(objective, batches, context)
+        self._kept.append(mine)
+        return self._b(objective, batches, context) - mine
+
+    def first(
+        self, objective: ObjectiveConfig, batches: Sequence[TokenBatch], context: CorruptionContext
+    ) -> NDArray[np.float64]:
+        """float64 [K] nats of A, of a call of `difference` before."""
+        return self._kept.popleft()
+
+
+def logged_bounds(run: Path) -> dict[int, tuple[int, float]]:
+    """What a run has logged.
+
+    Args:
+        run: its directory.
+
+    Returns:
+        Noise fingerprint and bound, nats/token, of each training step; of a step written twice the later one.
+    """
+    return {
+        entry["step"]: (entry["fingerprint"], entry["nats_per_token"])
+        for entry in read_metrics(run)
+        if entry["kind"] == "train"
+    }

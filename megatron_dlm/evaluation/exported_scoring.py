@@ -1,0 +1,77 @@
+"""What noisy sequences cost by an exported model, in one process without groups.
+
+Shape legend: B sequences, S positions of the network, R rows that carry a loss, D hidden size, V ids.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from megatron_dlm.families.base import Objective
+from megatron_dlm.interfaces import AttentionPattern, ModelInputs, RowTargets, Targets, Vocabulary
+from megatron_dlm.models.visibility import visibility
+from megatron_dlm.platform.vocab_parallel import VocabShard
+
+
+class ExportedBounds:
+    """Scores by one model."""
+
+    def __init__(
+        self, model: Any, vocabulary: Vocabulary, attention: AttentionPattern, rows_per_chunk: int
+    ) -> None:
+        """Prepare.
+
+        Args:
+            model: exported, in evaluation mode.
+            vocabulary: its ids.
+            attention: of its family.
+            rows_per_chunk: most rows whose logits exist at a time.
+        """
+        self._model = model
+        self._vocab = VocabShard.of_rank(vocabulary, 0, None, 1)
+        self._attention = attention
+        self._rows_per_chunk = rows_per_chunk
+
+    @torch.no_grad()
+    def __call__(self, inputs: ModelInputs, targets: Targets, objective: Objective) -> NDArray[np.float64]:
+        """The bound's sum over each sequence.
+
+        Args:
+            inputs: what the network reads.
+            targets: of them.
+            objective: whose losses are summed.
+
+        Returns:
+            float64 [B] nats.
+        """
+        device = self._model.device
+        inputs = inputs.to(device)
+        wanted_BS = targets.weight_BL > 0
+        hidden_RD = self._model.hidden(
+            inputs.token_ids_BL, inputs.sigma_B, inputs.position_ids_BL, self._visible(inputs)
+        )[wanted_BS.to(device)]
+        fields = {
+            f"{name.removesuffix('_BL')}_R": value[wanted_BS]
+            for name, value in vars(targets).items()
+            if name.endswith("_BL")
+        }
+        nats_BS = torch.zeros(wanted_BS.shape, dtype=torch.float64)
+        losses = []
+        for start in range(0, len(hidden_RD), self._rows_per_chunk):
+            part = slice(start, start + self._rows_per_chunk)
+            rows = RowTargets(**{name: value[part].to(device) for name, value in fields.items()})
+            logits_RV = self._model.output_layer.head(hidden_RD[part])
+            losses.append(objective.loss_and_dlogits(logits_RV, rows, self._vocab)[0].double().cpu())
+        if losses:
+            nats_BS[wanted_BS] = torch.cat(losses) * fields["bound_weight_R"]
+        found: NDArray[np.float64] = nats_BS.sum(1).numpy()
+        return found
+
+    def _visible(self, inputs: ModelInputs) -> torch.Tensor | None:
+        """What each position looks at, where it is not the family's own pattern."""
+        mask = visibility(inputs, self._attention)
+        return None if mask is None else mask.dense()

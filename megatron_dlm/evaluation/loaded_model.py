@@ -1,0 +1,218 @@
+"""A model for sampling and scoring, whole in one process: of a checkpoint or of an exported folder.
+
+Either way it is this package's copy of the exported model that runs; no code of the folder does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from megatron_dlm.checkpointing.layout import MANIFEST
+from megatron_dlm.data.shards.manifest import read_manifest
+from megatron_dlm.data.tokenizers.tokenizer import TOKENIZER_FILE, load_tokenizer
+from megatron_dlm.families.base import ObjectiveConfig
+from megatron_dlm.interfaces import InputError, Vocabulary
+from megatron_dlm.models.config import ModelConfig
+from megatron_dlm.platform.codec import decode
+from megatron_dlm.platform.launch import detect_environment
+from megatron_dlm.run.config import RunConfig
+from megatron_dlm.run.run_record import EXPORT_CONFIG, RunRecord, read_run_record
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_dlm.data.tokenizers.encoders import LoadedTokenizer
+    from megatron_dlm.sampling.network import Network, Process
+
+ModelDtype = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class UsableModel:
+    """A loaded model with what is needed to use it."""
+
+    model: Any
+    """The exported model's class of this package, in evaluation mode."""
+    process: Process
+    tokenizer: LoadedTokenizer
+    vocabulary: Vocabulary
+    config: RunConfig
+    """Of the run that trained it."""
+
+    @property
+    def network(self) -> Network:
+        """The model behind the samplers' protocol."""
+        from megatron_dlm.conversion.hugging_face_model.generation_megatron_dlm import ModelNetwork
+
+        network: Network = ModelNetwork(self.model)
+        return network
+
+    def length(self, wanted: int | None) -> int:
+        """Tokens of a text: those wanted, or of a training sample where it is None."""
+        return self.config.data.seq_length if wanted is None else wanted
+
+    def weights_sha256(self) -> str:
+        """Hexadecimal SHA-256 of all tensors by name: the same for a checkpoint and its fp32 export."""
+        import torch
+
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+
+def open_model(path: Path, *, tokenizer: Path | None, dtype: ModelDtype, device: str | None) -> UsableModel:
+    """Load a model.
+
+    Args:
+        path: a step-NNNNNNNN directory of any layout, or an exported folder.
+        tokenizer: directory of the model's tokenizer; None: the folder's, or that of the run's data.
+        dtype: of the weights.
+        device: torch's name; None: CUDA where there is one.
+
+    Returns:
+        The model.
+
+    Raises:
+        InputError: unusable checkpoint, folder or tokenizer, or transformers is missing.
+    """
+    if find_spec("transformers") is None:
+        raise InputError("sampling and scoring need transformers; install megatron-dlm[hf]")
+    if (world_size := detect_environment().world_size) != 1:
+        raise InputError(f"started on {world_size} processes; a model is used on one")
+    chosen = _device(device)
+    if (path / MANIFEST).is_file():
+        record = read_run_record(path)
+        config, vocabulary, fingerprint = record.config, record.vocabulary, record.tokenizer_fingerprint
+        weights = _checkpoint_weights(record)
+        tokenizer = tokenizer or tokenizer_of_data(config)
+    elif (path / EXPORT_CONFIG).is_file():
+        config, vocabulary, fingerprint, weights = _folder(path)
+        tokenizer = tokenizer or path
+    else:
+        raise InputError(f"model: {path}: neither a checkpoint (step-NNNNNNNN) nor an exported folder")
+    loaded = load_tokenizer(tokenizer)
+    if loaded.fingerprint != fingerprint:
+        raise InputError(f"tokenizer: {tokenizer} is not the one the model was trained with")
+    if loaded.vocabulary != vocabulary:
+        raise InputError(f"tokenizer: {tokenizer}: {loaded.vocabulary} differs from the model's {vocabulary}")
+    return _build(config, vocabulary, loaded, weights, dtype, chosen)
+
+
+def _device(name: str | None) -> torch.device:
+    """One that tensors can be made on."""
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"device: {name}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def is_model(path: Path) -> bool:
+    """Whether a path is a checkpoint or an exported folder of this package."""
+    if (path / MANIFEST).is_file():
+        return True
+    try:
+        config = json.loads((path / EXPORT_CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") == "megatron_dlm"
+
+
+def _checkpoint_weights(record: RunRecord) -> Mapping[str, torch.Tensor]:
+    from megatron_dlm.checkpointing.full_weights import WholeWeights
+
+    weights = WholeWeights(record.directory, record.config.model, record.vocabulary.size)
+    return weights.read(weights.shapes)
+
+
+def _folder(path: Path) -> tuple[RunConfig, Vocabulary, str, Mapping[str, torch.Tensor]]:
+    from megatron_dlm.conversion.from_hugging_face import ExportedFolder
+
+    folder = ExportedFolder(path)
+    config = decode(RunConfig, folder.record.get("config"), f"{path}: config")
+    vocabulary = decode(Vocabulary, folder.record.get("vocabulary"), f"{path}: vocabulary")
+    folder.refuse_other(config.model, vocabulary, config.objective)
+    folder.refuse_altered_weights()
+    if folder.tokenizer_fingerprint is None:
+        raise InputError(f"{path}: has no {TOKENIZER_FILE}")
+    weights = folder.weights(config.model, vocabulary)
+    return config, vocabulary, str(folder.record.get("tokenizer_fingerprint")), weights
+
+
+def tokenizer_of_data(config: RunConfig) -> Path:
+    """Where the tokenizer was when the run's data was indexed.
+
+    Args:
+        config: of the run.
+
+    Returns:
+        Its directory.
+
+    Raises:
+        InputError: the data or the directory is not there any more.
+    """
+    prefix = config.data.validation or config.data.train[0]
+    try:
+        path = Path(read_manifest(Path(prefix)).tokenizer_directory)
+    except InputError as error:
+        raise InputError(f"tokenizer: none given, and {error}") from error
+    if not path.exists():
+        raise InputError(f"tokenizer: {path}, that of {prefix}, is not there; give --tokenizer")
+    return path
+
+
+def _build(
+    config: RunConfig,
+    vocabulary: Vocabulary,
+    tokenizer: LoadedTokenizer,
+    weights: Mapping[str, torch.Tensor],
+    dtype: ModelDtype,
+    device: torch.device,
+) -> UsableModel:
+    import torch
+
+    from megatron_dlm.conversion.hugging_face_model.generation_megatron_dlm import process_of
+
+    model = exported_model(config.model, vocabulary, config.objective, config.data.seq_length)
+    model.load_state_dict(dict(weights))
+    model = model.to(device, torch.bfloat16 if dtype == "bf16" else torch.float32).eval()
+    return UsableModel(
+        model=model,
+        process=process_of(model.config),
+        tokenizer=tokenizer,
+        vocabulary=vocabulary,
+        config=config,
+    )
+
+
+def exported_model(
+    model: ModelConfig, vocabulary: Vocabulary, objective: ObjectiveConfig, seq_length: int
+) -> Any:
+    """This package's copy of the exported model, with weights still to be loaded.
+
+    Args:
+        model: shape.
+        vocabulary: ids.
+        objective: family.
+        seq_length: tokens of a training sample.
+
+    Returns:
+        A torch module.
+    """
+    from megatron_dlm.conversion.hugging_face_model.configuration_megatron_dlm import MegatronDlmConfig
+    from megatron_dlm.conversion.hugging_face_model.modeling_megatron_dlm import MegatronDlmModel
+    from megatron_dlm.conversion.to_hugging_face import hugging_face_fields
+
+    fields = hugging_face_fields(model, vocabulary, objective)
+    return MegatronDlmModel(MegatronDlmConfig(**fields, max_position_embeddings=seq_length))

@@ -1,0 +1,268 @@
+"""The bound of a model on held-out data: which sequences, which noise, which network.
+
+Copies of sequence i are the samples of global batches of their own, so their draws are addressed by the
+sequence's number: the result does not depend on the micro-batch size, the layout or what else is scored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from megatron_dlm.data.loading.data_config import microbatch_positions
+from megatron_dlm.data.loading.packing import Rows
+from megatron_dlm.diffusion.context import CorruptionContext
+from megatron_dlm.diffusion.time_sampling import batch_strata
+from megatron_dlm.evaluation.exported_scoring import ExportedBounds
+from megatron_dlm.evaluation.nelbo_statistics import Bound, BoundConfig, check_copies, summarise
+from megatron_dlm.execution.microbatches import BatchAddress, corrupted_parts
+from megatron_dlm.families.base import Objective, ObjectiveConfig
+from megatron_dlm.families.documents import corrupt
+from megatron_dlm.interfaces import InputError, TokenBatch, Vocabulary
+from megatron_dlm.platform.rng import NoiseSource, Permutation
+
+if TYPE_CHECKING:
+    from megatron_dlm.execution.pipeline_runner import PipelineRunner
+
+DEFAULT_SEQUENCES = 128
+EARLY_SHARE = 4
+"""Of a grid's copies, one in so many is made again at times below time_epsilon."""
+
+
+RunCopies = Callable[[ObjectiveConfig, Sequence[TokenBatch], CorruptionContext], NDArray[np.float64]]
+"""Nats of each sample of one global batch, float64 [K], from this rank's microbatches; all ranks call it."""
+Progress = Callable[[int, int], None]
+"""Told of sequences done and in all."""
+
+
+def held_out_bound(
+    run: RunCopies,
+    rows: Rows,
+    objective: ObjectiveConfig,
+    vocabulary: Vocabulary,
+    config: BoundConfig,
+    *,
+    bytes_per_token: float,
+    share: Callable[[BatchAddress], Sequence[NDArray[np.int64]]],
+    progress: Progress = lambda done, total: None,
+) -> Bound:
+    """Score sequences.
+
+    Args:
+        run: scores copies by the model.
+        rows: sequences to choose from.
+        objective: the model's family.
+        vocabulary: its ids.
+        config: how much.
+        bytes_per_token: UTF-8 bytes of the text.
+        share: this rank's microbatches of a global batch, as positions.
+        progress: told of sequences done and in all.
+
+    Returns:
+        The estimate, equal on all ranks.
+
+    Raises:
+        InputError: more sequences than there are, or copies that the family cannot divide.
+    """
+    scorer = _Scorer(run, rows, objective, vocabulary, config, share)
+    count = config.num_sequences or min(DEFAULT_SEQUENCES, rows.num_rows)
+    if count > rows.num_rows:
+        raise InputError(f"num_sequences: {count} exceed the {rows.num_rows} sequences of the data")
+    order = Permutation(rows.num_rows, scorer.noise, "sequences", 0)
+    chosen = order(np.arange(count))
+    check_copies(objective, config.num_times, rows.read(chosen[:1]).shape[1] - 1)
+    tokens = np.array([scorer.tokens(row) for row in chosen])
+    if not objective.has_times:
+        bounds, strata, early = scorer.exact(chosen, progress)[:, None, None], None, None
+    else:
+        bounds, strata, early = scorer.noisy(chosen, progress)
+    return summarise(
+        bounds,
+        tokens,
+        early_N=early,
+        strata_NRK=strata if objective.has_loss_by_time else None,
+        time_epsilon=_time_epsilon(objective),
+        prior_nats=objective.prior_nats(vocabulary),
+        bytes_per_token=bytes_per_token,
+    )
+
+
+class _Scorer:
+    """Scores chosen sequences, a global batch of copies at a time."""
+
+    def __init__(
+        self,
+        run: RunCopies,
+        rows: Rows,
+        objective: ObjectiveConfig,
+        vocabulary: Vocabulary,
+        config: BoundConfig,
+        share: Callable[[BatchAddress], Sequence[NDArray[np.int64]]],
+    ) -> None:
+        self._run = run
+        self._rows = rows
+        self._objective = objective
+        self._built = objective.build(vocabulary)
+        self._config = config
+        self._share = share
+        self.noise = NoiseSource(config.seed, "held-out")
+
+    def tokens(self, row: int) -> int:
+        """Of a sequence, how many are scored."""
+        alone = BatchAddress(0, 0, 1, training=False).context(self.noise)
+        batch = self._read(np.array([row]), np.zeros(1, np.int64))
+        return corrupt(self._built, batch, alone)[1].token_count
+
+    def exact(self, chosen: NDArray[np.int64], progress: Progress) -> NDArray[np.float64]:
+        """float64 [N] nats where nothing is drawn; copies are of different sequences then."""
+        size, found = self._config.num_times, []
+        for start in range(0, len(chosen), size):
+            some = chosen[start : start + size]
+            # The last batch is filled up, so that it divides among processes as the others do.
+            filled = np.resize(some, size)
+            address = BatchAddress(0, start, size, training=False)
+            batches = [self._read(filled[places - start], places) for places in self._share(address)]
+            bounds = self._run(self._objective, batches, address.context(self.noise))
+            found.append(bounds[: len(some)])
+            progress(start + len(some), len(chosen))
+        return np.concatenate(found)
+
+    def noisy(
+        self, chosen: NDArray[np.int64], progress: Progress
+    ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64]]:
+        """Nats and strata of the copies, [N, R, K] each, and the mean of the early integrand, [N]."""
+        copies, replicates = self._config.num_times, self._config.replicates
+        bounds = np.empty((len(chosen), replicates, copies))
+        strata = np.empty(bounds.shape, dtype=np.int64)
+        early = np.zeros(len(chosen))
+        for number, row in enumerate(chosen):
+            for replicate in range(replicates):
+                first = (number * replicates + replicate) * copies
+                address = BatchAddress(0, first, copies, training=False)
+                context = address.context(self.noise)
+                bounds[number, replicate] = self._copies(self._objective, row, address, context)
+                places = first + np.arange(copies)
+                strata[number, replicate] = batch_strata(places, context, "scrambled")[:, 0]
+            early[number] = self._early(number, row)
+            progress(number + 1, len(chosen))
+        return bounds, strata, early
+
+    def _early(self, number: int, row: int) -> float:
+        """The integrand's mean at times below the protocol's."""
+        objective, latest = self._objective, _time_epsilon(self._objective)
+        if not latest:
+            return 0.0
+        copies = self._config.num_times
+        # A part without times is in the integrand as a whole, and takes its share of the copies.
+        if not objective.has_parts:
+            copies = max(1, copies // EARLY_SHARE)
+        address = BatchAddress(0, number * copies, copies, training=False)
+        noise = NoiseSource(self._config.seed, "held-out-early")
+        context = replace(address.context(noise), time_range=(0.0, latest))
+        return float(self._copies(objective, row, address, context).mean())
+
+    def _copies(
+        self, objective: ObjectiveConfig, row: int, address: BatchAddress, context: CorruptionContext
+    ) -> NDArray[np.float64]:
+        batches = [self._read(np.full(len(places), row), places) for places in self._share(address)]
+        return self._run(objective, batches, context)
+
+    def _read(self, indices: NDArray[np.int64], positions: NDArray[np.int64]) -> TokenBatch:
+        documents, loss_mask = self._rows.read_documents(indices), self._rows.read_loss_mask(indices)
+        return TokenBatch(
+            token_ids=torch.from_numpy(self._rows.read(indices)),
+            sample_indices=positions,
+            document_ids=None if documents is None else torch.from_numpy(documents),
+            loss_mask=None if loss_mask is None else torch.from_numpy(loss_mask),
+        )
+
+
+def _time_epsilon(objective: ObjectiveConfig) -> float:
+    return float(getattr(objective, "time_epsilon", 0.0))
+
+
+def megatron_copies(runner_of: Callable[[Objective], PipelineRunner], vocabulary: Vocabulary) -> RunCopies:
+    """Score by the trainer's model, at any layout.
+
+    Args:
+        runner_of: a runner of the model for an objective.
+        vocabulary: the model's.
+
+    Returns:
+        The function.
+    """
+    runners: dict[ObjectiveConfig, PipelineRunner] = {}
+
+    def run(
+        config: ObjectiveConfig, batches: Sequence[TokenBatch], context: CorruptionContext
+    ) -> NDArray[np.float64]:
+        if config not in runners:
+            runners[config] = runner_of(config.build(vocabulary))
+        runner = runners[config]
+        address = BatchAddress(0, context.batch_start, context.global_batch_size, training=False)
+        microbatches = runner.ready(corrupted_parts(runner.objective, batches, context))
+        bounds = runner.run(microbatches, address).sample_bounds
+        assert bounds is not None
+        return bounds
+
+    return run
+
+
+def exported_copies(score: ExportedBounds, vocabulary: Vocabulary) -> RunCopies:
+    """Score by an exported model, on one process.
+
+    Args:
+        score: by the model.
+        vocabulary: its ids.
+
+    Returns:
+        The function.
+    """
+
+    def run(
+        config: ObjectiveConfig, batches: Sequence[TokenBatch], context: CorruptionContext
+    ) -> NDArray[np.float64]:
+        objective = config.build(vocabulary)
+        bounds = np.zeros(context.global_batch_size)
+        for microbatch in corrupted_parts(objective, batches, context):
+            places = microbatch.sample_indices - context.batch_start
+            bounds[places] += score(microbatch.inputs, microbatch.targets, objective)
+        return bounds
+
+    return run
+
+
+def share_of_rank(
+    micro_batch_size: int, data_rank: int = 0, data_size: int = 1
+) -> Callable[[BatchAddress], list[NDArray[np.int64]]]:
+    """Positions of one rank's microbatches.
+
+    Args:
+        micro_batch_size: copies of one forward pass, at most.
+        data_rank: this rank's place along the data axis.
+        data_size: ranks along it.
+
+    Returns:
+        A function of a global batch.
+    """
+
+    def share(address: BatchAddress) -> list[NDArray[np.int64]]:
+        if address.size % data_size:
+            raise InputError(f"num_times: {address.size} copies do not divide among {data_size} processes")
+        size = max(s for s in range(1, micro_batch_size + 1) if address.size // data_size % s == 0)
+        return list(
+            microbatch_positions(
+                address.first_sample,
+                global_batch_size=address.size,
+                micro_batch_size=size,
+                data_rank=data_rank,
+                data_size=data_size,
+            )
+        )
+
+    return share

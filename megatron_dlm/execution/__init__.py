@@ -1,0 +1,1 @@
+"""Running a model over the microbatches of a global batch, forward only or with gradients."""

@@ -1,0 +1,1 @@
+"""BD3-LM: block diffusion."""

@@ -1,0 +1,94 @@
+"""What every diffusion family configures and draws alike: schedule, times, truncated lengths."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_dlm.diffusion.context import CorruptionContext
+from megatron_dlm.diffusion.noise_schedules import Schedule, alpha_and_slope
+from megatron_dlm.diffusion.time_sampling import TimeOrder
+from megatron_dlm.families.base import ObjectiveConfig
+from megatron_dlm.interfaces import InputError, TokenBatch, Vocabulary
+
+MaskedLoss = Literal["low-variance", "elbo"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig(ObjectiveConfig):
+    """Fields of every diffusion family."""
+
+    noise_schedule: Schedule = "log-linear"
+    """alpha_t: log-linear 1 - 0.999 t, linear 1 - t, cosine 1 - cos(pi (1 - t) / 2)."""
+    time_epsilon: float = 1e-3
+    """Smallest diffusion time."""
+    time_order: TimeOrder = "scrambled"
+    """Which place of the global batch gets which stratum of time; reference ties places to bands."""
+    ssl_ratio: float = 0.0
+    """Probability that a training step cuts its samples to one random length (arXiv:2602.15014: 0.01)."""
+    ssl_multiple: int = 1
+    """Random lengths are rounded up to a multiple of this; sequence and context parallelism ask for one."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.time_epsilon < 1:
+            raise InputError(f"objective.time_epsilon: {self.time_epsilon} is outside [0, 1)")
+        if not 0 <= self.ssl_ratio <= 1:
+            raise InputError(f"objective.ssl_ratio: {self.ssl_ratio} is outside [0, 1]")
+        if self.ssl_multiple < 1:
+            raise InputError(f"objective.ssl_multiple: {self.ssl_multiple} is below 1")
+
+    def check_prompts(self, *, training: bool) -> None:
+        """Refuse random lengths in training too: a sample cut to its prompt has nothing to learn."""
+        super().check_prompts(training=training)
+        if training and self.ssl_ratio:
+            raise InputError(
+                f"objective.ssl_ratio: {self.ssl_ratio} would cut responses off, with data of prompts and "
+                "responses it is 0"
+            )
+
+    def alpha(self, t: float) -> float:
+        """Probability that a token is still clean at time t."""
+        return float(alpha_and_slope(self.noise_schedule, np.array(t))[0])
+
+    def prior_nats(self, vocabulary: Vocabulary) -> float:
+        """Of masked diffusion; the prior draws the few tokens that are clean at t = 1 uniformly."""
+        return self.alpha(1.0) * math.log(vocabulary.size - 1)
+
+    @property
+    def has_times(self) -> bool:
+        """It is."""
+        return True
+
+    def length_multiple(self, seq_length: int) -> int:
+        """A truncated sample's length is a multiple of `ssl_multiple`, or `seq_length`."""
+        return math.gcd(seq_length, self.ssl_multiple) if self.ssl_ratio else seq_length
+
+
+def clean_tokens(
+    batch: TokenBatch, context: CorruptionContext, config: DiffusionConfig, multiple: int = 1
+) -> NDArray[np.int64]:
+    """The tokens to corrupt: a block without its look-ahead, now and then cut short.
+
+    The length is drawn for the whole global batch, so every layout cuts alike.
+
+    Args:
+        batch: clean blocks.
+        context: address of the draw; evaluation never cuts.
+        config: says how often.
+        multiple: the length is rounded up to a multiple of this, too.
+
+    Returns:
+        int64 [B, L'], L' the whole length or one uniform in {1, ..., L}.
+    """
+    tokens_BL: NDArray[np.int64] = batch.token_ids[:, :-1].numpy()
+    length = tokens_BL.shape[1]
+    if context.training and config.ssl_ratio > 0:
+        coin, share = context.noise.uniform("ssl/length", [context.batch_start], 2)[0]
+        if coin < config.ssl_ratio:
+            multiple = math.lcm(multiple, config.ssl_multiple)
+            length = min(length, -(-(1 + int(share * length)) // multiple) * multiple)
+    return np.ascontiguousarray(tokens_BL[:, :length])

@@ -1,0 +1,1 @@
+"""Duo: uniform-state diffusion, with its Gaussian curriculum."""

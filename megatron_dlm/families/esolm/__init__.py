@@ -1,0 +1,1 @@
+"""Eso-LM: masked diffusion, then left to right."""

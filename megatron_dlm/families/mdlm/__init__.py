@@ -1,0 +1,1 @@
+"""MDLM: masked diffusion."""

@@ -1,0 +1,77 @@
+"""What a pass really computes on, and the matrix-product FLOPs of that: the honest count, for MFU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from megatron_dlm.interfaces import AttentionPattern, ModelInputs, Targets
+from megatron_dlm.models.config import ModelConfig
+from megatron_dlm.models.flops.flops_paper import TRAINING_PASSES
+from megatron_dlm.models.time_embedding import FREQUENCY_CHANNELS
+from megatron_dlm.models.visibility import visibility, visible_pairs
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a pass computed on, summed over samples; the same for every layout."""
+
+    body_rows: int = 0
+    """Positions that went through the layers."""
+    attention_pairs: int = 0
+    """Query-key pairs that may see each other, of one layer and head."""
+    head_rows: int = 0
+    """Positions whose logits were made, without padding."""
+    sequences: int = 0
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The fields in order."""
+        return tuple(getattr(self, field.name) for field in fields(self))
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(mine + theirs for mine, theirs in zip(self.numbers, other.numbers, strict=True)))
+
+    def training_flops(self, model: ModelConfig, vocabulary_size: int) -> int:
+        """Matrix-product FLOPs of forward and backward, recomputation not counted.
+
+        Args:
+            model: shape.
+            vocabulary_size: ids, mask token included.
+
+        Returns:
+            3 x 2 x (body weights x rows + 2 d x pairs a layer + V d x head rows + modulations x sequences).
+        """
+        n, d, c = model.num_layers, model.hidden_size, model.conditioning_size
+        layer = 4 * d * d + 2 * d * model.ffn_hidden_size
+        macs = n * (layer * self.body_rows + 2 * d * self.attention_pairs)
+        macs += vocabulary_size * d * self.head_rows
+        macs += (6 * n * d * c + 2 * d * c + FREQUENCY_CHANNELS * c + c * c) * self.sequences
+        return TRAINING_PASSES * 2 * macs
+
+
+def work_of(inputs: ModelInputs, targets: Targets, attention: AttentionPattern) -> Work:
+    """What one microbatch makes the network compute on.
+
+    Args:
+        inputs: of the microbatch.
+        targets: of the microbatch.
+        attention: the family's pattern, where the inputs bring no mask.
+
+    Returns:
+        The counts.
+    """
+    batch_size, length = inputs.token_ids_BL.shape
+    return Work(
+        body_rows=batch_size * length,
+        attention_pairs=_attention_pairs(inputs, attention),
+        head_rows=int(targets.weight_BL.count_nonzero()),
+        sequences=batch_size,
+    )
+
+
+def _attention_pairs(inputs: ModelInputs, attention: AttentionPattern) -> int:
+    batch_size, length = inputs.token_ids_BL.shape
+    mask = visibility(inputs, attention)
+    if mask is not None:
+        return visible_pairs(mask) * (batch_size // len(mask.queries))
+    return batch_size * (length * (length + 1) // 2 if attention == AttentionPattern.CAUSAL else length**2)

@@ -1,0 +1,1 @@
+"""Arithmetic below 32 bits: FP8 recipes, their emulation on a CPU, Transformer Engine."""

@@ -1,1 +1,0 @@
-"""What is learnt: corruption, targets and token losses of each family."""

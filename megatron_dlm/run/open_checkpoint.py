@@ -1,0 +1,98 @@
+"""Opening a checkpoint for evaluation or export, at any layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from megatron_dlm.interfaces import InputError
+from megatron_dlm.models.config import Precision
+from megatron_dlm.platform.launch import detect_environment
+from megatron_dlm.platform.parallel import ParallelState, start_parallel, stop_parallel
+from megatron_dlm.platform.parallel_config import ParallelConfig
+from megatron_dlm.run.config import RunConfig
+from megatron_dlm.run.run_record import RunRecord
+
+if TYPE_CHECKING:
+    from megatron_dlm.models.denoiser import Denoiser
+
+
+@dataclass(frozen=True)
+class OpenedCheckpoint:
+    """A checkpoint's weights on this process, at any layout."""
+
+    record: RunRecord
+    denoiser: Denoiser
+    parallel: ParallelState
+
+
+@contextmanager
+def open_checkpoint(
+    record: RunRecord, parallel_config: ParallelConfig, precision: Precision
+) -> Iterator[OpenedCheckpoint]:
+    """Start the groups, load the weights; stops the groups at the end. All processes of the job enter it.
+
+    Args:
+        record: of the checkpoint.
+        parallel_config: layout to load on.
+        precision: of the loaded weights; fp32 has those of a bf16 run before they were rounded.
+
+    Yields:
+        The loaded stage.
+
+    Raises:
+        InputError: an interleaved or fully sharded layout, recorded layers, or overlap.
+    """
+    refuse_training_layouts(parallel_config)
+    parallel = start_parallel(detect_environment(), parallel_config)
+    training = replace(record.config.training, precision=precision)
+    config = replace(record.config, parallel=parallel_config, training=training)
+    yield OpenedCheckpoint(record, load_denoiser(record, config, parallel), parallel)
+    stop_parallel()
+
+
+def refuse_training_layouts(parallel_config: ParallelConfig) -> None:
+    """Refuse layouts that only training has.
+
+    Args:
+        parallel_config: of an evaluation.
+
+    Raises:
+        InputError: an interleaved or fully sharded layout, recorded layers, or overlap.
+    """
+    for name in (
+        "virtual_pipeline_model_parallel_size",
+        "fully_sharded",
+        "cuda_graphs",
+        "overlap_grad_reduce",
+        "overlap_param_gather",
+        "overlap_tensor_parallel",
+    ):
+        if getattr(parallel_config, name) != getattr(ParallelConfig, name):
+            raise InputError(f"parallel.{name}: for training only")
+
+
+def load_denoiser(record: RunRecord, config: RunConfig, parallel: ParallelState) -> Denoiser:
+    """This process's stage of a checkpoint's model, for evaluation. All processes of the job call it.
+
+    Args:
+        record: of the checkpoint.
+        config: of the run that wrote it, with the layout and the precision to load.
+        parallel: this process's place.
+
+    Returns:
+        The loaded stage.
+
+    Raises:
+        InputError: the checkpoint is damaged.
+    """
+    from megatron_dlm.checkpointing.manager import load_weights, verify_on_all_ranks
+    from megatron_dlm.run.model import build_denoiser
+
+    verify_on_all_ranks(record.directory, parallel)
+    (denoiser,) = build_denoiser(config, record.vocabulary, parallel).chunks
+    # Buffers may be missing; parameters are all there.
+    denoiser.load_state_dict(load_weights(record.directory, denoiser, parallel), strict=False)
+    return denoiser.eval()

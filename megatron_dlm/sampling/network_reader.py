@@ -1,0 +1,147 @@
+"""How a network is asked about tokens to reveal: in the whole noisy text, or behind what its cache holds.
+
+Shape legend: B sequences, L tokens, N tokens fed at a time, R revealed tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_dlm.sampling.decoding_plan import Plan
+from megatron_dlm.sampling.network import Network, Process
+
+Found = tuple[Tensor, Tensor, Tensor]
+"""[R, D] hidden states, and the rows and positions (int64 [R]) whose tokens they predict."""
+
+
+class Reader(Protocol):
+    """Hidden states that predict some positions."""
+
+    def __call__(self, ids_BL: Tensor, wanted_BL: Tensor, step: int) -> Found:
+        """Read the text as it is.
+
+        Args:
+            ids_BL: int64 [B, L]; the mask token where not known.
+            wanted_BL: bool [B, L], positions to predict.
+            step: of the sampler.
+
+        Returns:
+            Hidden states with their places.
+        """
+
+    def drop(self, ended_B: Tensor) -> None:
+        """Take note of sequences (bool [B]) of which nothing will be wanted any more."""
+
+
+class WholeText:
+    """Reads whole sequences, those alone in which something is wanted."""
+
+    def __init__(
+        self,
+        network: Network,
+        process: Process,
+        alpha_of_step: Callable[[int], float] | None = None,
+        window: Callable[[int], int] | None = None,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            network: any.
+            process: says whether it is told the noise level.
+            alpha_of_step: noise level of a step; the share of known tokens where absent.
+            window: of a step, how many tokens from the left exist; all where absent.
+        """
+        self._network = network
+        self._process = process
+        self._alpha_of_step = alpha_of_step
+        self._window = window
+
+    def __call__(self, ids_BL: Tensor, wanted_BL: Tensor, step: int) -> Found:
+        """Hidden states of the wanted positions."""
+        called = wanted_BL.any(1).nonzero()[:, 0]
+        length = ids_BL.shape[1]
+        if self._window is not None:
+            length = min(length, self._window(step))
+        seen_BL, wanted = ids_BL[called, :length], wanted_BL[called, :length]
+        hidden_RD = self._network.hidden(
+            seen_BL, wanted, self._sigma(seen_BL, step), self._visible(length, ids_BL.device)
+        )
+        rows, positions = wanted.nonzero().unbind(1)
+        return hidden_RD, called[rows], positions
+
+    def drop(self, ended_B: Tensor) -> None:
+        """Nothing is kept of any sequence."""
+
+    def _sigma(self, ids_BL: Tensor, step: int) -> Tensor | None:
+        if not self._process.time_conditioning:
+            return None
+        if self._alpha_of_step is None:
+            known_B = (ids_BL != self._process.mask_token_id).double().mean(1)
+            # Less is known than training ever saw, where nothing is.
+            alpha_B = known_B.clamp_min(self._process.alpha(1.0))
+        else:
+            alpha_B = torch.full((len(ids_BL),), self._alpha_of_step(step), dtype=torch.float64)
+        return noise_level(alpha_B).to(ids_BL.device)
+
+    def _visible(self, length: int, device: torch.device) -> Tensor | None:
+        if self._process.family != "block-diffusion":
+            return None
+        block = torch.arange(length, device=device) // self._process.block_size
+        return block[:, None] >= block
+
+
+def noise_level(alpha_B: Tensor) -> Tensor:
+    """float32 sigma = -ln(alpha) of float64 [B]; finite where a schedule ends at alpha 0."""
+    return -alpha_B.clamp_min(1e-9).log().float()
+
+
+class BehindCache:
+    """Feeds a causal network what became known since the last call, and for Eso-LM the masks to reveal.
+
+    A sequence's tokens are fed once, in the order of its plan (arXiv:2506.01928); AR predicts a token from
+    the one before it, so it is fed no masks.
+    """
+
+    def __init__(self, network: Network, process: Process, plan: Plan) -> None:
+        self._mask_token_id = process.mask_token_id
+        self._feeds_masks = process.family != "ar"
+        self._order_BL = plan.order_BL.to(network.device)
+        self._live = torch.arange(len(plan.order_BL), device=network.device)
+        self._fed = torch.zeros_like(self._live)
+        self._cache = network.start_cache(len(self._live))
+
+    def __call__(self, ids_BL: Tensor, wanted_BL: Tensor, step: int) -> Found:
+        """Hidden states of the wanted positions, which follow each other in the order."""
+        live, order = self._live, self._order_BL[self._live]
+        wanted = wanted_BL[live].gather(1, order)
+        count = wanted.sum(1)
+        # Sequences with nothing to reveal in this step feed nothing either.
+        start = torch.where(count > 0, wanted.int().argmax(1), self._fed)
+        stop = start + count if self._feeds_masks else start
+        width = int((stop - self._fed).max())
+        index = self._fed[:, None] + torch.arange(width, device=ids_BL.device)
+        valid, kept = index < stop[:, None], index < start[:, None]
+        index = index.clamp(max=order.shape[1] - 1)
+        positions = order.gather(1, index)
+        ids = ids_BL[live].gather(1, positions)
+        if self._feeds_masks:
+            rows = valid & ~kept
+            targets = positions
+        else:
+            rows = kept & (index == start[:, None] - 1) & (count > 0)[:, None]
+            targets = order.gather(1, (index + 1).clamp(max=order.shape[1] - 1))
+        hidden_RD = self._cache.hidden(ids, positions, valid, kept, rows)
+        self._fed = start
+        which, column = rows.nonzero().unbind(1)
+        return hidden_RD, live[which], targets[which, column]
+
+    def drop(self, ended_B: Tensor) -> None:
+        """Forget sequences of which nothing will be wanted any more."""
+        kept = (~ended_B[self._live]).nonzero()[:, 0]
+        if len(kept) < len(self._live):
+            self._cache.select(kept)
+            self._live, self._fed = self._live[kept], self._fed[kept]

@@ -1,0 +1,124 @@
+"""The plan of each sampler that has one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_dlm.sampling.decoding_plan import (
+    Part,
+    Plan,
+    ancestral_part,
+    block_autoregressive_part,
+    block_part,
+    in_blocks,
+    plan_of,
+    reveal_shares,
+)
+from megatron_dlm.sampling.network import Process
+from megatron_dlm.sampling.noise import SampleNoise
+from megatron_dlm.sampling.settings import SamplingConfig
+
+LAST_TIME = 1e-5
+"""Of the sampler's grid, before the step to 0 that removes what noise is left (arXiv:2602.15014)."""
+PartOfRow = Callable[[int, NDArray[np.int64]], Part]
+
+
+def times(num_steps: int) -> list[float]:
+    """A linear grid from 1 to almost 0, and 0."""
+    return [*np.linspace(1.0, LAST_TIME, num_steps + 1).tolist(), 0.0]
+
+
+def alphas(process: Process, num_steps: int) -> list[float]:
+    """Alpha at the edges of the ancestral sampler's steps; ends at 1, or where Eso-LM goes left to right."""
+    if process.family == "esolm":
+        # Its last step is left to the remaining tokens, so there is no noise to remove.
+        return [process.alpha(t) for t in np.linspace(1.0, 0.0, num_steps + 1).tolist()]
+    return [process.alpha(t) for t in times(num_steps)]
+
+
+def plan(config: SamplingConfig, process: Process, given_BL: NDArray[np.bool_], noise: SampleNoise) -> Plan:
+    """When each token of a batch is revealed.
+
+    Args:
+        config: resolved, of a sampler that has a plan.
+        process: the network's.
+        given_BL: True where a token is given.
+        noise: of the orders.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: steps or segments that do not divide the tokens of a sequence.
+    """
+    builder = {
+        "left-to-right": _left_to_right,
+        "block-autoregressive": _block_autoregressive,
+        "block": _block,
+        "ancestral": _ancestral,
+    }[str(config.sampler)]
+    return plan_of(given_BL, builder(config, process, noise))
+
+
+def _left_to_right(config: SamplingConfig, process: Process, noise: SampleNoise) -> PartOfRow:
+    if process.family == "block-diffusion":
+        # By position, so that a step has one block in all sequences.
+        return lambda row, unknown: (np.arange(len(unknown)), unknown)
+    return lambda row, unknown: (np.arange(len(unknown)), np.arange(len(unknown)))
+
+
+def check_division(config: SamplingConfig, count: int) -> None:
+    """Refuse steps or segments that do not divide the tokens to sample.
+
+    Args:
+        config: resolved.
+        count: unknown tokens of a sequence.
+
+    Raises:
+        ValueError: they do not.
+    """
+    length, groups, steps = config.segment_length, config.num_groups, config.num_steps
+    if config.sampler == "block-autoregressive" and count % ((length or 1) * (groups or 1)):
+        raise ValueError(f"segment_length: {length} x num_groups {groups} does not divide {count} tokens")
+    if config.sampler == "block" and count % (steps or 1):
+        raise ValueError(f"num_steps: {steps} does not divide {count} tokens")
+
+
+def _block_autoregressive(config: SamplingConfig, process: Process, noise: SampleNoise) -> PartOfRow:
+    length, groups = config.segment_length or 0, config.num_groups or 0
+
+    def part_of_row(row: int, unknown: NDArray[np.int64]) -> Part:
+        check_division(config, len(unknown))
+        return block_autoregressive_part(length, groups, len(unknown) // (length * groups))
+
+    return part_of_row
+
+
+def _block(config: SamplingConfig, process: Process, noise: SampleNoise) -> PartOfRow:
+    uniform_BL, steps = noise.uniform("order").cpu().numpy(), config.num_steps or 0
+
+    def part_of_row(row: int, unknown: NDArray[np.int64]) -> Part:
+        check_division(config, len(unknown))
+        return block_part(uniform_BL[row, :steps], len(unknown) // steps)
+
+    return part_of_row
+
+
+def _ancestral(config: SamplingConfig, process: Process, noise: SampleNoise) -> PartOfRow:
+    uniform_BL = noise.uniform("order").cpu().numpy()
+    shares_T = reveal_shares(alphas(process, config.num_steps or 0))
+
+    def part_of_row(row: int, unknown: NDArray[np.int64]) -> Part:
+        uniform_n = uniform_BL[row, : len(unknown)]
+        if process.family == "block-diffusion":
+            block_n = unknown // process.block_size
+        elif config.block_length is not None:
+            block_n = np.arange(len(unknown)) // config.block_length
+        else:
+            return ancestral_part(uniform_n, shares_T)
+        return in_blocks(block_n, lambda members: ancestral_part(uniform_n[members], shares_T), len(shares_T))
+
+    return part_of_row

@@ -1,0 +1,140 @@
+"""Samplers that reveal masked tokens: by a plan made beforehand, or by the network's confidence.
+
+Shape legend: B sequences, L tokens, R tokens predicted in a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from megatron_dlm.sampling.categorical import Sharpening, draw, logit_chunks
+from megatron_dlm.sampling.decoding_plan import Plan, blocks_of
+from megatron_dlm.sampling.eos import finish_ended
+from megatron_dlm.sampling.network import Network, Process
+from megatron_dlm.sampling.network_reader import Reader
+from megatron_dlm.sampling.noise import SampleNoise
+
+CONFIDENCE_STEP = 2.0**-16
+"""Confidences that differ by less are equal, so that rounding, and with it the batch, decides nothing."""
+OnStep = Callable[[int, Tensor], None]
+"""Called with the step and int64 [B, L], the tokens after it; the sampler goes on with the same memory."""
+
+
+class Revealer:
+    """What both ways share: draw, write, stop."""
+
+    def __init__(
+        self,
+        network: Network,
+        process: Process,
+        reader: Reader,
+        sharpen: Sharpening,
+        noise: SampleNoise,
+        eos_token_id: int | None,
+        on_step: OnStep | None,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            network: its head turns hidden states into logits.
+            process: the network's.
+            reader: how it is asked.
+            sharpen: temperature and nucleus.
+            noise: of the draws.
+            eos_token_id: ends a text; None: nothing does.
+            on_step: told of each step.
+        """
+        self._network = network
+        self._process = process
+        self._reader = reader
+        self._sharpen = sharpen
+        self._noise = noise
+        self._eos_token_id = eos_token_id
+        self._on_step = on_step
+
+    def follow(self, plan: Plan, ids_BL: Tensor, given_BL: Tensor) -> None:
+        """Reveal tokens in the order of a plan.
+
+        Args:
+            plan: of the batch.
+            ids_BL: int64 [B, L], the mask token where not given; filled in place.
+            given_BL: bool [B, L].
+        """
+        step_at_BL, known_BL = plan.step_at_BL.to(ids_BL.device), given_BL.clone()
+        # Each token is drawn once, so its position is address enough.
+        uniform_BL = self._noise.uniform("token")
+        for step in range(plan.num_steps):
+            wanted_BL = (step_at_BL == step) & ~known_BL
+            if wanted_BL.any():
+                hidden_RD, rows_R, positions_R = self._reader(ids_BL, wanted_BL, step)
+                for part, logits in logit_chunks(self._network.head, hidden_RD, self._process.vocab_size):
+                    where = rows_R[part], positions_R[part]
+                    ids_BL[where] = draw(self._sharpen(logits), uniform_BL[where])
+                known_BL |= wanted_BL
+                self._stop(ids_BL, known_BL, given_BL)
+            self._tell(step, ids_BL)
+
+    def most_confident(
+        self, ids_BL: Tensor, given_BL: Tensor, num_steps: int, block_length: int | None
+    ) -> None:
+        """In each step predict all masked tokens of the block and keep the most probable of them.
+
+        The others are masked again ("low-confidence remasking", arXiv:2502.09992), as many as leave the
+        rest of the block to the rest of the steps.
+
+        Args:
+            ids_BL: int64 [B, L], the mask token where not given; filled in place.
+            given_BL: bool [B, L].
+            num_steps: of each block.
+            block_length: unknown tokens of a block; None: all are one block.
+        """
+        known_BL = given_BL.clone()
+        # The how-manieth unknown token of its sequence a position holds.
+        ordinal_BL = torch.where(given_BL, -1, (~given_BL).cumsum(1) - 1)
+        unknown_B = (~given_BL).sum(1).tolist()
+        num_blocks = max(len(blocks_of(unknown, block_length)) for unknown in unknown_B)
+        for step in range(num_blocks * num_steps):
+            index, step_of_block = divmod(step, num_steps)
+            first = index * (block_length or 0)
+            sizes = [max(0, min(block_length or unknown, unknown - first)) for unknown in unknown_B]
+            size_B = torch.tensor(sizes, device=ids_BL.device)
+            known_after_B = first + size_B * (step_of_block + 1) // num_steps
+            in_block_BL = (ordinal_BL >= first) & (ordinal_BL < (first + size_B)[:, None])
+            known_now_B = ((ordinal_BL >= 0) & (ordinal_BL < (first + size_B)[:, None]) & known_BL).sum(1)
+            count_B = known_after_B - known_now_B
+            wanted_BL = in_block_BL & ~known_BL & (count_B > 0)[:, None]
+            if wanted_BL.any():
+                self._keep_best(ids_BL, known_BL, wanted_BL, count_B, step)
+                self._stop(ids_BL, known_BL, given_BL)
+            self._tell(step, ids_BL)
+
+    def _keep_best(
+        self, ids_BL: Tensor, known_BL: Tensor, wanted_BL: Tensor, count_B: Tensor, step: int
+    ) -> None:
+        uniform_BL = self._noise.uniform("token", step)
+        drawn_BL, confidence_BL = ids_BL.clone(), torch.full_like(uniform_BL, -1.0)
+        hidden_RD, rows_R, positions_R = self._reader(ids_BL, wanted_BL, step)
+        for part, logits in logit_chunks(self._network.head, hidden_RD, self._process.vocab_size):
+            where = rows_R[part], positions_R[part]
+            drawn = draw(self._sharpen(logits), uniform_BL[where])
+            drawn_BL[where] = drawn
+            # Of the plain distribution: a sharpened one may be equally sure of everything.
+            confidence_BL[where] = logits.double().softmax(-1).gather(1, drawn[:, None])[:, 0]
+        # In a text of masks all predictions are alike but for rounding; then the leftmost comes first.
+        confidence_BL = (confidence_BL / CONFIDENCE_STEP).round()
+        rank_BL = confidence_BL.sort(dim=1, descending=True, stable=True).indices.argsort(1)
+        kept_BL = wanted_BL & (rank_BL < count_B[:, None])
+        ids_BL.copy_(torch.where(kept_BL, drawn_BL, ids_BL))
+        known_BL |= kept_BL
+
+    def _stop(self, ids_BL: Tensor, known_BL: Tensor, given_BL: Tensor) -> None:
+        if self._eos_token_id is not None:
+            ended_B = finish_ended(ids_BL, known_BL, given_BL, self._eos_token_id)
+            self._reader.drop(ended_B)
+
+    def _tell(self, step: int, ids_BL: Tensor) -> None:
+        if self._on_step is not None:
+            self._on_step(step, ids_BL)

@@ -1,0 +1,1 @@
+"""What happens around optimizer steps, one file a hook."""

@@ -1,0 +1,41 @@
+"""Signals that ask a run to save and stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from types import FrameType
+
+from megatron_dlm.platform.subprocess_lifetime import JOB_SIGNALS
+
+REPEATED_SIGNAL_SECONDS = 5.0
+EXIT_PREEMPTED = 3
+"""Stopped by a signal; a later start goes on where this one was saved."""
+
+
+class StopSignals:
+    """SIGTERM, SIGUSR1 and SIGINT, which schedulers and terminals send before they kill.
+
+    Before the ranks have met there is nothing to save, and the process ends at once. Launchers deliver one
+    signal twice (to the process and to its group), so later only one that comes seconds after another means
+    that.
+    """
+
+    def __init__(self) -> None:
+        self.received = False
+        self.ranks_have_met = False
+        self._received_at = 0.0
+        for number in JOB_SIGNALS:
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if not self.ranks_have_met:
+            os._exit(EXIT_PREEMPTED)
+        if not self.received:
+            name = signal.Signals(number).name
+            print(f"{name}: saving and stopping; once more, later, ends at once", file=sys.stderr, flush=True)
+            self.received, self._received_at = True, time.monotonic()
+        elif time.monotonic() - self._received_at > REPEATED_SIGNAL_SECONDS:
+            os._exit(128 + number)

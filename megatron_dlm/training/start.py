@@ -1,0 +1,208 @@
+"""Where a run starts from: its own newest checkpoint, another's weights, or nothing; checked, then loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from megatron_dlm.checkpointing.layout import (
+    REFERENCE_SUFFIX,
+    ChangeableField,
+    read_json,
+)
+from megatron_dlm.data.loading.blending import PlanSegment
+from megatron_dlm.interfaces import InputError
+from megatron_dlm.platform.codec import decode
+from megatron_dlm.platform.launch import detect_environment
+from megatron_dlm.platform.parallel import ParallelState, on_first_rank
+from megatron_dlm.run.config import RunConfig
+from megatron_dlm.run.datasets import RunData
+from megatron_dlm.run.run_record import (
+    EXPORT_CONFIG,
+    OutsideStart,
+    RunRecord,
+    checkpoint_root,
+    read_run_record,
+)
+
+if TYPE_CHECKING:
+    from megatron_dlm.training.loop import Progress
+    from megatron_dlm.training.session import Session
+
+
+def find_start(config: RunConfig, data: RunData) -> RunRecord | OutsideStart | None:
+    """What to start from, checked against this run.
+
+    Args:
+        config: of the run.
+        data: of the run.
+
+    Returns:
+        The run's own newest checkpoint, or what `checkpoint.initialize_from` names; None from scratch.
+
+    Raises:
+        InputError: it belongs to another model, vocabulary or run, or cannot be read.
+    """
+    complete = checkpoint_root(config).complete()
+    source = complete[-1] if complete else config.checkpoint.initialize_from
+    if source is None:
+        return None
+    if source.suffix == REFERENCE_SUFFIX:
+        from megatron_dlm.conversion.reference import read_reference_checkpoint
+
+        return OutsideStart(source, read_reference_checkpoint(source, config.model, data.vocabulary))
+    if (source / EXPORT_CONFIG).is_file():
+        return _exported_start(source, config, data)
+    try:
+        record = read_run_record(source)
+    except InputError as error:
+        if config.checkpoint.on_corrupt == "stop" or len(complete) < 2:
+            raise
+        if detect_environment().rank == 0:
+            print(f"warning: {error}; going back to {complete[-2]}", file=sys.stderr, flush=True)
+        record = read_run_record(complete[-2])
+    _refuse_change(record, "model", record.config.model, config.model)
+    _refuse_change(record, "vocabulary", record.vocabulary, data.vocabulary)
+    saved, asked = record.config, config
+    if complete and read_json(record.directory / "progress.json").get("imported"):
+        raise InputError(
+            f"directory: {record.directory} holds imported weights, no optimizer; take another --directory "
+            f"and --checkpoint.initialize-from {record.directory}"
+        )
+    fixed: dict[str, tuple[Any, Any]] = {
+        "data.tokenizer": (record.tokenizer_fingerprint, data.tokenizer_fingerprint)
+    }
+    if complete:
+        if (
+            type(saved.objective) is not type(asked.objective)
+            or "objective" not in asked.checkpoint.allow_changed
+        ):
+            _refuse_change(record, "objective", saved.objective, asked.objective)
+        fixed |= {
+            "data.train": (record.train_sha256, data.train_sha256),
+            "data.seq_length": (saved.data.seq_length, asked.data.seq_length),
+            "data.document_mask": (saved.data.document_mask, asked.data.document_mask),
+            "training.precision": (saved.training.precision, asked.training.precision),
+            "training.seed": (saved.training.seed, asked.training.seed),
+        }
+    for name, (old, new) in fixed.items():
+        if old != new and name not in asked.checkpoint.allow_changed:
+            _mismatch(record, name, old, new)
+    return record
+
+
+def _exported_start(source: Path, config: RunConfig, data: RunData) -> OutsideStart:
+    """An exported folder whose shape and vocabulary are this run's."""
+    from megatron_dlm.conversion.from_hugging_face import ExportedFolder
+
+    try:
+        folder = ExportedFolder(source)
+        folder.refuse_other(config.model, data.vocabulary, config.objective)
+    except InputError as error:
+        raise InputError(f"checkpoint.initialize_from: {error}") from error
+    fingerprint = folder.tokenizer_fingerprint
+    if fingerprint != data.tokenizer_fingerprint and "data.tokenizer" not in config.checkpoint.allow_changed:
+        raise InputError(
+            f"data.tokenizer: {data.tokenizer_fingerprint} differs from {fingerprint} in {source}; "
+            "--checkpoint.allow-changed data.tokenizer goes on all the same"
+        )
+    weights = folder.weights(config.model, data.vocabulary)
+    return OutsideStart(source, weights, folder.refuse_altered_weights)
+
+
+def agree_on_start(start: RunRecord | OutsideStart | None, parallel: ParallelState) -> None:
+    """Refuse to go on where ranks see different checkpoints, as on storage they do not share.
+
+    Args:
+        start: what this rank has found; all ranks call it.
+        parallel: this process's place.
+
+    Raises:
+        InputError: rank 0 has found another.
+    """
+    mine = None if start is None else str(start.directory.resolve())
+    first = on_first_rank(parallel, lambda: mine)
+    if mine != first:
+        raise InputError(f"directory: rank 0 starts from {first}, rank {parallel.rank} from {mine}")
+
+
+def _refuse_change(record: RunRecord, path: str, saved: Any, asked: Any) -> None:
+    if type(saved) is not type(asked):
+        _mismatch(record, path, type(saved).__name__, type(asked).__name__, changeable=False)
+    for field in dataclasses.fields(saved):
+        old, new = getattr(saved, field.name), getattr(asked, field.name)
+        if old != new:
+            _mismatch(record, f"{path}.{field.name}", old, new)
+
+
+def _mismatch(record: RunRecord, name: str, saved: Any, asked: Any, *, changeable: bool = True) -> None:
+    allowable = get_args(ChangeableField) if changeable else ()
+    field = next((field for field in allowable if name == field or name.startswith(f"{field}.")), None)
+    hint = f"; --checkpoint.allow-changed {field} goes on all the same" if field else ""
+    raise InputError(f"{name}: {asked} differs from {saved} in checkpoint {record.directory}{hint}")
+
+
+def restore(session: Session, start: RunRecord | OutsideStart | None) -> Progress:
+    """Load what `start` holds: everything for this run's own checkpoint, weights alone for another's.
+
+    Args:
+        session: changed in place; all ranks call it.
+        start: from `find_start`.
+
+    Returns:
+        Where to go on.
+
+    Raises:
+        InputError: what it holds is damaged.
+    """
+    from megatron_dlm.checkpointing.manager import PROGRESS_RECORD, load, load_weights, verify_on_all_ranks
+    from megatron_dlm.models.weight_mapping import local_tensors
+    from megatron_dlm.platform.distributed_optimizer import set_weights
+    from megatron_dlm.training.loop import Progress
+
+    if start is None:
+        return Progress()
+    denoiser, parallel = session.denoiser, session.parallel
+    if isinstance(start, OutsideStart):
+        on_first_rank(parallel, start.check)
+        set_weights(session.optimizer, local_tensors(start.state, denoiser, parallel))
+        return Progress()
+    if start.directory.parent != checkpoint_root(session.config).path:
+        verify_on_all_ranks(start.directory, parallel)
+        weights = load_weights(start.directory, denoiser, parallel)
+        set_weights(session.optimizer, {param: weights[name] for name, param in denoiser.named_parameters()})
+        return Progress()
+    directory = _sound(start.directory, session)
+    load(directory, denoiser, session.optimizer, parallel)
+    saved = read_json(directory / PROGRESS_RECORD)
+    if "data_plan" in saved:
+        where = f"{directory / PROGRESS_RECORD}: data_plan"
+        plan = [decode(PlanSegment, segment, where) for segment in saved["data_plan"]]
+        session.follow(plan, int(saved["consumed_samples"]))
+    return Progress(
+        step=int(saved["step"]),
+        consumed_samples=int(saved["consumed_samples"]),
+        fingerprint=int(saved["fingerprint"]),
+        recent_losses=tuple(saved["recent_losses"]),
+        recent_grad_norms=tuple(saved["recent_grad_norms"]),
+    )
+
+
+def _sound(newest: Path, session: Session) -> Path:
+    """The newest checkpoint, or where it is damaged and `checkpoint.on_corrupt` says so the one before."""
+    from megatron_dlm.checkpointing.manager import verify_on_all_ranks
+
+    try:
+        verify_on_all_ranks(newest, session.parallel)
+    except InputError as error:
+        complete = on_first_rank(session.parallel, checkpoint_root(session.config).complete)
+        older = [path for path in complete if path.name < newest.name]
+        if session.config.checkpoint.on_corrupt == "stop" or not older:
+            raise
+        if session.parallel.rank == 0:
+            print(f"warning: {error}; going back to {older[-1]}", file=sys.stderr, flush=True)
+        verify_on_all_ranks(older[-1], session.parallel)
+        return older[-1]
+    return newest

@@ -1,0 +1,112 @@
+"""A training run from configuration to exit: check, start, resume, fit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron_dlm.interfaces import InputError
+from megatron_dlm.platform.failure_report import naming_the_rank_at_fault
+from megatron_dlm.platform.launch import detect_environment
+from megatron_dlm.platform.parallel import on_first_rank, start_parallel, stop_parallel
+from megatron_dlm.run.config import RunConfig
+from megatron_dlm.run.datasets import open_data
+from megatron_dlm.run.run_record import checkpoint_root, read_run_record
+from megatron_dlm.run.validation import check_device, check_run
+from megatron_dlm.training.run_lock import RunLock
+from megatron_dlm.training.signals import StopSignals
+from megatron_dlm.training.start import agree_on_start, find_start, restore
+
+if TYPE_CHECKING:
+    from megatron_dlm.training.loop import Progress
+    from megatron_dlm.training.session import Session
+
+
+def train(config: RunConfig) -> bool:
+    """Run, or continue, one training run; every process of the job calls it.
+
+    Args:
+        config: of the run.
+
+    Returns:
+        True when the run reached its last step, False when a signal ended it early (it is saved).
+
+    Raises:
+        InputError: the configuration, the data or the checkpoint to start from cannot be used, or another job
+            is in the directory; no step has been made then.
+    """
+    signals = StopSignals()
+    environment = detect_environment()
+    check_run(config, environment.world_size)
+    data = open_data(config.data)
+    # Refuses what this vocabulary is too small for.
+    config.objective.build(data.vocabulary)
+    if data.has_prompts and config.parallel.cuda_graphs:
+        raise InputError("parallel.cuda_graphs: True, and rows of prompts have masks of their own")
+    if data.has_prompts:
+        config.objective.check_prompts(training=data.train.has_prompts)
+    # What cannot be used is refused before anything starts; the lock's last holder may have saved since.
+    find_start(config, data)
+    parallel = start_parallel(environment, config.parallel)
+    signals.ranks_have_met = True
+    with naming_the_rank_at_fault(parallel):
+        check_device(config, parallel.device)
+        lock = RunLock(config.directory)
+        on_first_rank(parallel, lambda: lock.acquire(config.checkpoint.lock_timeout_seconds))
+        start = find_start(config, data)
+        agree_on_start(start, parallel)
+        from megatron_dlm.training.session import Session
+
+        session = Session(config, data, parallel)
+        progress = restore(session, start)
+        go_on(session, progress, signals)
+        for chunk in session.denoiser.chunks:
+            chunk.forget_recordings()
+        # Not after an error: the other ranks may never arrive.
+        stop_parallel()
+    return progress.step >= config.training.num_steps
+
+
+def go_on(session: Session, progress: Progress, signals: StopSignals) -> None:
+    """Train a session to its last step, or until a signal, with all that happens around steps.
+
+    Args:
+        session: model, optimizer and data.
+        progress: where to begin; kept up to date.
+        signals: that stop the run.
+    """
+    from megatron_dlm.training.hooks.base import (
+        CheckpointHook,
+        EvaluationHook,
+        LoggingHook,
+        RequestHook,
+        Telemetry,
+    )
+    from megatron_dlm.training.hooks.health import ReplicaHook, WatchdogHook, stop_watching
+    from megatron_dlm.training.hooks.non_finite import NonFiniteHook
+    from megatron_dlm.training.loop import fit
+
+    checkpoints = CheckpointHook(checkpoint_root(session.config), progress.step, session.parallel)
+
+    def roll_back() -> Progress:
+        checkpoints.finish(session)
+        complete = on_first_rank(session.parallel, lambda: checkpoint_root(session.config).complete())
+        if not complete:
+            raise InputError("training.on_non_finite: rollback, and no checkpoint to go back to")
+        return restore(session, read_run_record(complete[-1]))
+
+    telemetry = Telemetry(session, progress.step)
+    # Evaluation and metrics before the checkpoint: what it holds is not done or logged again after a kill.
+    hooks = [
+        WatchdogHook(),
+        NonFiniteHook(roll_back),
+        ReplicaHook(),
+        RequestHook(signals),
+        EvaluationHook(telemetry),
+        LoggingHook(telemetry),
+        checkpoints,
+    ]
+    try:
+        fit(session, progress, hooks)
+    finally:
+        session.stop_reading()
+        stop_watching()
