@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, is_dataclass, replace
 from enum import Enum
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from megatron_dlm.attention_mask import AttentionMask
 
 if TYPE_CHECKING:
     import numpy as np
@@ -119,71 +121,6 @@ class TokenMixture:
     """int64 [B, L, k]."""
     weights_BLk: Tensor
     """float32 [B, L, k], adding up to 1."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionMask:
-    """Which keys each query sees, by three numbers of each position instead of a number for each pair.
-
-    A query sees a key of its document whose order is at most the query's reach, or whose group is its own.
-    Keys with a group have the order NEVER. B is 1 where all sequences have one mask.
-    """
-
-    NEVER: ClassVar[int] = 2**31 - 1
-    """Order of keys that are seen by their group alone."""
-
-    queries: Tensor
-    """int32 [B, 3, s]: reach, group and document."""
-    keys: Tensor
-    """int32 [B, 3, S]: order, group and document."""
-    edges: Tensor | None = None
-    """int32 [documents + 1], for attention that takes documents packed: where they begin in the samples one
-    after the other, and the end; where the mask says nothing else beside the family's pattern."""
-    table: Tensor | None = None
-    """int32 [B, numbers], from models/block_table.py, for attention that passes over blocks."""
-
-    @classmethod
-    def of(
-        cls,
-        *,
-        reach: Tensor,
-        order: Tensor,
-        query_group: Tensor | None = None,
-        key_group: Tensor | None = None,
-    ) -> AttentionMask:
-        """One mask for all sequences, whose positions are in one document.
-
-        Args:
-            reach: int32 [s].
-            order: int32 [S].
-            query_group: int32 [s], below 0 for none; None: no query has one.
-            key_group: int32 [S]; likewise.
-
-        Returns:
-            The mask.
-        """
-        # Queries without a group and keys without one are not of the same.
-        without = (reach.new_full(reach.shape, -2), order.new_full(order.shape, -1))
-        query_group = without[0] if query_group is None else query_group
-        key_group = without[1] if key_group is None else key_group
-        return cls(
-            queries=_stacked(reach, query_group, reach.new_zeros(reach.shape)),
-            keys=_stacked(order, key_group, order.new_zeros(order.shape)),
-        )
-
-    def dense(self) -> Tensor:
-        """Bool [B, 1, s, S], True where a query (row) sees a key."""
-        reach, group, document = (numbers[:, :, None] for numbers in self.queries.unbind(1))
-        order, key_group, key_document = (numbers[:, None] for numbers in self.keys.unbind(1))
-        return ((document == key_document) & ((order <= reach) | (group == key_group)))[:, None]
-
-
-def _stacked(*rows: Tensor) -> Tensor:
-    """[1, rows, positions], in the dtype of the first."""
-    whole = rows[0].new_empty(1, len(rows), rows[0].shape[0])
-    for number, row in enumerate(rows):
-        whole[0, number] = row
-    return whole
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from oracle.networks import Networks
 from oracle.noise import Array
 from oracle.tables import table_method
 
-from megatron_dlm.diffusion.targets import noisy_then_clean_mask
+from megatron_dlm.diffusion.noisy_then_clean import noisy_then_clean_mask
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.platform.launch import detect_environment
 from megatron_dlm.platform.parallel import prepare_device

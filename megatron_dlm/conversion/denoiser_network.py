@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_dlm.interfaces import AttentionMask, ModelInputs
+from megatron_dlm.attention_mask import AttentionMask
+from megatron_dlm.interfaces import ModelInputs
 from megatron_dlm.models.denoiser import Denoiser
 
 

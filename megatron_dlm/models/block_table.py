@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_dlm.interfaces import AttentionMask
+from megatron_dlm.attention_mask import AttentionMask
 
 BLOCK = 128
 """Queries, and keys, of a block; FlexAttention's own choice."""

@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_dlm.interfaces import AttentionMask, AttentionPattern, ModelInputs
+from megatron_dlm.attention_mask import AttentionMask
+from megatron_dlm.interfaces import AttentionPattern, ModelInputs
 from megatron_dlm.models.block_table import pack_table
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_dlm.diffusion.targets import noisy_then_clean_mask
+from megatron_dlm.diffusion.noisy_then_clean import noisy_then_clean_mask
 from megatron_dlm.families.ar.objective import ARConfig
 from megatron_dlm.families.block_diffusion.objective import BlockDiffusionConfig
 from megatron_dlm.families.documents import corrupt

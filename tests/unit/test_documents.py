@@ -6,7 +6,7 @@ import torch
 
 from megatron_dlm.data.loading.packing import TokenBlocks
 from megatron_dlm.data.shards.shard import Shard
-from megatron_dlm.diffusion.targets import noisy_then_clean_mask
+from megatron_dlm.diffusion.noisy_then_clean import noisy_then_clean_mask
 from megatron_dlm.families.ar.objective import ARConfig
 from megatron_dlm.families.block_diffusion.objective import BlockDiffusionConfig
 from megatron_dlm.families.documents import corrupt, document_starts

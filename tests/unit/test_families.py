@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_dlm.diffusion.targets import noisy_then_clean_mask
+from megatron_dlm.diffusion.noisy_then_clean import noisy_then_clean_mask
 from megatron_dlm.diffusion.time_sampling import stratified_times
 from megatron_dlm.families.block_diffusion.objective import BlockDiffusionConfig
 from megatron_dlm.families.duo.curriculum import CurriculumConfig, signal_probability

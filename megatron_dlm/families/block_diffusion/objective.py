@@ -15,14 +15,7 @@ from megatron_dlm.diffusion.targets import append_clean, masked_targets
 from megatron_dlm.diffusion.time_sampling import stratified_times
 from megatron_dlm.families.base import CrossEntropyObjective, Objective
 from megatron_dlm.families.diffusion_family import DiffusionConfig, MaskedLoss, clean_tokens
-from megatron_dlm.interfaces import (
-    AttentionPattern,
-    InputError,
-    ModelInputs,
-    Targets,
-    TokenBatch,
-    Vocabulary,
-)
+from megatron_dlm.interfaces import AttentionPattern, InputError, ModelInputs, Targets, TokenBatch, Vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,14 +21,7 @@ from megatron_dlm.diffusion.targets import append_clean, masked_targets, reorder
 from megatron_dlm.diffusion.time_sampling import batch_strata, times_in_strata
 from megatron_dlm.families.base import CrossEntropyObjective, Objective
 from megatron_dlm.families.diffusion_family import DiffusionConfig, MaskedLoss, clean_tokens
-from megatron_dlm.interfaces import (
-    AttentionPattern,
-    InputError,
-    ModelInputs,
-    Targets,
-    TokenBatch,
-    Vocabulary,
-)
+from megatron_dlm.interfaces import AttentionPattern, InputError, ModelInputs, Targets, TokenBatch, Vocabulary
 
 CLEAN_KEY_RANGE = 0.9
 """Sort keys of clean tokens lie below this, those of masked tokens at 1 or above, of prompts below 0."""
