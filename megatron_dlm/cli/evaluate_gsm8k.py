@@ -77,7 +77,7 @@ def run(arguments: list[str]) -> int:
     problems = read_problems(config.data)[: config.limit]
     usable = open_model(config.model, tokenizer=config.tokenizer, dtype=config.dtype, device=config.device)
     with bad_values():
-        settings = config.sampling.resolved(usable.process)
+        settings = config.sampling.resolved(usable.family)
         prompts = _prompts(problems, config, usable)
         done = _resume(config, settings, usable)
         left = [problem for problem in problems if problem.number not in done]
@@ -168,12 +168,12 @@ def _answer(
     from megatron_dlm.telemetry.writers import duration
 
     length = usable.length(config.length)
-    starts = [start_from([prompts[problem.number]], length, usable.process) for problem in problems]
+    starts = [start_from([prompts[problem.number]], length, usable.family) for problem in problems]
     seconds, tokens, done, correct = 0.0, 0, 0, 0
     with (config.output / ANSWERS).open("a", encoding="utf-8") as file:
         for batch in sample_all(
             usable.network,
-            usable.process,
+            usable.family,
             settings,
             starts,
             batch_size=config.batch_size,

@@ -115,15 +115,17 @@ def _comparable(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _judge(config: ParetoConfig, device: Any) -> Judge:
-    """Of a Hugging Face folder, or this package's own AR model."""
+    """Of a Hugging Face folder, or of this package's own model that predicts next tokens."""
     from megatron_dlm.evaluation.generative import Judge, hugging_face_judge
     from megatron_dlm.evaluation.loaded_model import is_model, open_model
 
     if not is_model(config.judge):
         return hugging_face_judge(config.judge, device)
     usable = open_model(config.judge, tokenizer=None, dtype=config.dtype, device=str(device))
-    if usable.process.family != "ar":
-        raise InputError(f"judge: {config.judge}: {usable.process.family} is no judge; take ar")
+    if not usable.config.objective.predicts_next_token:
+        raise InputError(
+            f"judge: {config.judge}: {usable.family.name} is no judge; take a model that predicts next tokens"
+        )
     bos = usable.vocabulary.bos_token_id
     return Judge(
         lambda ids: usable.model(ids.to(device)).logits,
@@ -148,19 +150,18 @@ def _combinations(config: ParetoConfig, path: Path, usable: UsableModel) -> list
     import torch
 
     from megatron_dlm.sampling.schedules import check_division
-    from megatron_dlm.sampling.settings import SAMPLERS
 
-    process = usable.process
-    offered = SAMPLERS[process.family]
+    family = usable.family
+    offered = [*family.samplers]
     chosen = [cast(SamplerName, name) for name in config.samplers or offered[:1] if name in offered]
     if not chosen:
-        raise InputError(f"samplers: none is one of {process.family}, which has {', '.join(offered)}")
+        raise InputError(f"samplers: none is one of {family.name}, which has {', '.join(offered)}")
     length = usable.length(config.length)
     device = usable.network.device
     common = {
         "model": str(path),
         "weights_sha256": usable.weights_sha256()[:16],
-        "family": process.family,
+        "family": family.name,
         "judge": str(config.judge),
         "length": length,
         "samples": config.num_samples,
@@ -175,8 +176,8 @@ def _combinations(config: ParetoConfig, path: Path, usable: UsableModel) -> list
         steps = (None,) if sampler == "left-to-right" else config.num_steps
         for values in itertools.product(steps, batch_sizes, config.temperatures, config.top_ps):
             num_steps, batch_size, temperature, top_p = values
-            settings = _settings(sampler, num_steps, temperature, top_p).resolved(process)
-            check_division(settings, length - (process.family == "ar"))
+            settings = _settings(sampler, num_steps, temperature, top_p).resolved(family)
+            check_division(settings, length - len(family.empty_prompt))
             keys = common | {"sampler": sampler, "num_steps": num_steps or "", "batch_size": batch_size}
             found.append({key: (keys | {"temperature": temperature, "top_p": top_p})[key] for key in KEYS})
     return found
@@ -189,11 +190,11 @@ def _measure(keys: dict[str, Any], usable: UsableModel, judge: Judge) -> dict[st
     from megatron_dlm.sampling.start import start_from
 
     settings = _settings(keys["sampler"], keys["num_steps"] or None, keys["temperature"], keys["top_p"])
-    starts = [start_from([[]], keys["length"], usable.process)] * keys["samples"]
+    starts = [start_from([[]], keys["length"], usable.family)] * keys["samples"]
     samples: list[list[int]] = []
     tokens, seconds = 0, 0.0
     for batch in sample_all(
-        usable.network, usable.process, settings, starts, batch_size=keys["batch_size"], seed=keys["seed"]
+        usable.network, usable.family, settings, starts, batch_size=keys["batch_size"], seed=keys["seed"]
     ):
         samples += batch.ids_BL.tolist()
         tokens, seconds = tokens + batch.tokens, seconds + batch.seconds

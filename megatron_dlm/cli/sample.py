@@ -78,14 +78,14 @@ def _sample(config: SampleConfig, usable: UsableModel) -> None:
     from megatron_dlm.evaluation.generation import before_end, sample_all
     from megatron_dlm.telemetry.writers import duration
 
-    settings = config.sampling.resolved(usable.process)
+    settings = config.sampling.resolved(usable.family)
     prompts = _prompts(config)
     length = usable.length(config.length)
     starts = [start for prompt in prompts for start in [_start(prompt, length, usable)] * config.num_samples]
     lines: list[dict[str, Any]] = []
     tokens, seconds = 0, 0.0
     for batch in sample_all(
-        usable.network, usable.process, settings, starts, batch_size=config.batch_size, seed=config.seed
+        usable.network, usable.family, settings, starts, batch_size=config.batch_size, seed=config.seed
     ):
         tokens, seconds = tokens + batch.tokens, seconds + batch.seconds
         for number, ids, given in zip(
@@ -137,7 +137,7 @@ def _start(prompt: dict[str, Any], length: int, usable: UsableModel) -> Start:
 
     parts = prompt["parts"] if "parts" in prompt else [prompt["prompt"]]
     encoded = [part if isinstance(part, int) else usable.tokenizer.ids_of(part) for part in parts]
-    return start_of_parts(encoded, length, usable.process)
+    return start_of_parts(encoded, length, usable.family)
 
 
 def _write_trace(
@@ -154,11 +154,11 @@ def _write_trace(
     batch = Start(torch.cat([s.ids_BL for s in starts]), torch.cat([s.given_BL for s in starts]))
     unknown = torch.full_like(batch.ids_BL, usable.vocabulary.mask_token_id)
     trace = Trace(torch.where(batch.given_BL, batch.ids_BL, unknown), batch.given_BL)
-    sample(usable.network, usable.process, settings, batch, seed=config.seed, on_step=trace.keep)
+    sample(usable.network, usable.family, settings, batch, seed=config.seed, on_step=trace.keep)
     chosen = {k: v for k, v in asdict(settings).items() if v is not None and v is not False}
     trace.write(
         config.trace,
-        title=f"{usable.process.family}: {config.model}",
+        title=f"{usable.family.name}: {config.model}",
         facts=", ".join(f"{name} {value}" for name, value in chosen.items()) + f", seed {config.seed}",
         mask_token_id=usable.vocabulary.mask_token_id,
         names=[str(number) for number in range(len(starts))],

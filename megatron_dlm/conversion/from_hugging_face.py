@@ -12,9 +12,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_dlm.conversion.to_hugging_face import CONFIG, INDEX, REPORT, RUN, hugging_face_fields
+from megatron_dlm.conversion.to_hugging_face import CONFIG, INDEX, REPORT, RUN, shape_fields
 from megatron_dlm.data.tokenizers.tokenizer import TOKENIZER_FILE
-from megatron_dlm.families.base import ObjectiveConfig
 from megatron_dlm.interfaces import InputError, Vocabulary
 from megatron_dlm.models.config import ModelConfig
 from megatron_dlm.models.weight_mapping import public_shapes
@@ -143,20 +142,18 @@ class ExportedFolder:
         path = self.path / TOKENIZER_FILE
         return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
-    def refuse_other(self, model: ModelConfig, vocabulary: Vocabulary, objective: ObjectiveConfig) -> None:
+    def refuse_other(self, model: ModelConfig, vocabulary: Vocabulary) -> None:
         """Refuse a folder of another shape or vocabulary; the family may be another.
 
         Args:
             model: wanted.
             vocabulary: wanted.
-            objective: wanted; what it says of itself is not compared.
 
         Raises:
             InputError: a field differs, or tensors are missing, unknown or of another shape.
         """
-        family = {"family", *vars(objective)}
-        for name, wanted in hugging_face_fields(model, vocabulary, objective).items():
-            if name not in family and self.config.get(name) != wanted:
+        for name, wanted in shape_fields(model, vocabulary).items():
+            if self.config.get(name) != wanted:
                 raise self._complaint(f"{CONFIG}: {name} {self.config.get(name)!r} differs from {wanted!r}")
         self.weights(model, vocabulary)
 

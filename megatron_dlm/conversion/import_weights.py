@@ -49,7 +49,7 @@ def read_folder(path: Path) -> Imported:
     record, where = folder.record, f"{path}: megatron_dlm_run.json"
     config = decode(RunConfig, record.get("config"), f"{where}: config")
     vocabulary = decode(Vocabulary, record.get("vocabulary"), f"{where}: vocabulary")
-    folder.refuse_other(config.model, vocabulary, config.objective)
+    folder.refuse_other(config.model, vocabulary)
     weights = folder.weights(config.model, vocabulary)
     step = record.get("step", 0)
     if type(step) is not int or step < 0:

@@ -1,6 +1,7 @@
-"""The Python files of an export: the model, the samplers and what they need, flat and without this package.
+"""The Python files of an export: the model, its family's sampler and likelihood, and what these import.
 
-The samplers are this package's own files. Only their imports are rewritten, so that both sides run one text.
+They are this package's own files, flat beside each other, since transformers finds no others; only their
+imports are rewritten, so that both sides run one text. What no file of an export imports is not in it.
 """
 
 from __future__ import annotations
@@ -8,20 +9,16 @@ from __future__ import annotations
 import re
 from importlib import resources
 
+from megatron_dlm.families.registry import folder_of, likelihood_of, sampler_of
+
 MODEL = "conversion.hugging_face_model"
-SHIPPED = (
-    *(f"{MODEL}.{part}_megatron_dlm" for part in ("configuration", "modeling", "cache", "noise")),
-    *(f"{MODEL}.{part}_megatron_dlm" for part in ("likelihood", "generation", "verify")),
-    "platform.rng",
-    *(f"sampling.{part}" for part in ("categorical", "decoding_plan", "eos", "generate", "network", "noise")),
-    *(f"sampling.{part}" for part in ("network_reader", "schedules", "settings", "start", "uniform")),
-    "sampling.unmasking",
-)
-"""Modules inside this package."""
 MODELING = f"{MODEL}.modeling_megatron_dlm"
+FAMILY = f"{MODEL}.family_megatron_dlm"
+"""Where the model finds its family; written anew for each export."""
 PROGRAM = f"{MODEL}.verify_megatron_dlm"
 """Run by itself; the model does not import it."""
 _IMPORT = re.compile(r"^(\s*)from megatron_dlm\.([\w.]+) import", re.MULTILINE)
+_BESIDE = re.compile(r"^\s*from \.(\w+) import", re.MULTILINE)
 
 
 def file_name(module: str) -> str:
@@ -29,26 +26,65 @@ def file_name(module: str) -> str:
     return module.removeprefix(f"{MODEL}.").replace(".", "_")
 
 
-def remote_code() -> dict[str, str]:
-    """Text of every file by name.
+def remote_code(family: str) -> dict[str, str]:
+    """Text of every Python file of an export.
+
+    Args:
+        family: registered name.
 
     Returns:
-        What an export holds of Python.
+        Texts by file name.
+
+    Raises:
+        InputError: the family has no sampler or no likelihood.
     """
-    files = {}
-    for module in SHIPPED:
-        package, _, name = module.rpartition(".")
-        text = resources.files(f"megatron_dlm.{package}").joinpath(f"{name}.py").read_text(encoding="utf-8")
-        text = _IMPORT.sub(lambda found: f"{found[1]}from .{file_name(found[2])} import", text)
-        files[f"{file_name(module)}.py"] = text
-    files[f"{file_name(MODELING)}.py"] += _names_of_all_files()
-    return files
+    texts = {FAMILY: _family_text(family), PROGRAM: _text(PROGRAM)}
+    waiting = [MODELING, *_imported(texts[FAMILY])]
+    while waiting:
+        module = waiting.pop()
+        if module not in texts:
+            texts[module] = _text(module)
+            waiting += _imported(texts[module])
+    texts[MODELING] += _names_of(sorted(texts.keys() - {MODELING, PROGRAM}))
+    return {
+        f"{file_name(module)}.py": _IMPORT.sub(lambda m: f"{m[1]}from .{file_name(m[2])} import", text)
+        for module, text in sorted(texts.items())
+    }
 
 
-def _names_of_all_files() -> str:
-    lines = [
-        f"from .{file_name(module)} import __name__ as _  # noqa: E402, F401\n"
-        for module in SHIPPED
-        if module not in (MODELING, PROGRAM)
-    ]
+def _text(module: str) -> str:
+    package, _, name = module.rpartition(".")
+    place = resources.files(".".join(filter(None, ("megatron_dlm", package))))
+    return place.joinpath(f"{name}.py").read_text(encoding="utf-8")
+
+
+def _imported(text: str) -> list[str]:
+    """Modules of this package that a file of an export imports."""
+    beside = [f"{MODEL}.{name}" for name in _BESIDE.findall(text)]
+    return [*beside, *(module for _, module in _IMPORT.findall(text))]
+
+
+def _family_text(family: str) -> str:
+    # A missing part is an error before anything is written.
+    sampler_of(family), likelihood_of(family)
+    folder = folder_of(family)
+    return f'''"""Samplers and likelihood of the model's family."""
+
+from megatron_dlm.families.{folder}.likelihood import Likelihood
+from megatron_dlm.families.{folder}.sampler import Sampler
+
+
+def sampler_for(config):
+    """The samplers of the model."""
+    return Sampler.from_config(config)
+
+
+def likelihood_for(config):
+    """The likelihood of the model."""
+    return Likelihood(config)
+'''
+
+
+def _names_of(modules: list[str]) -> str:
+    lines = [f"from .{file_name(module)} import __name__ as _  # noqa: E402, F401\n" for module in modules]
     return "\n# transformers 4 copies the files alone that this one names.\n" + "".join(lines)

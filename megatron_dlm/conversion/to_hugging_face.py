@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_dlm.conversion.remote_code import MODEL, file_name, remote_code
 from megatron_dlm.data.tokenizers.tokenizer import CONFIG_FILE, TOKENIZER_FILE
 from megatron_dlm.families.base import ObjectiveConfig
-from megatron_dlm.interfaces import Vocabulary
+from megatron_dlm.interfaces import AttentionPattern, Vocabulary
 from megatron_dlm.models.config import LAYER_NORM_EPSILON, ROTARY_BASE, ModelConfig
 from megatron_dlm.platform.files import beside, check_new, commit, flush_to_disk, write_json
 
@@ -123,7 +123,7 @@ def write_folder(source: ExportSource, directory: Path, dtype: ExportDtype, max_
     write_json(directory / CONFIG, _config(source, DTYPES[dtype]))
     write_json(directory / GENERATION, _generation_config(source))
     write_json(directory / RUN, source.record)
-    for name, text in remote_code().items():
+    for name, text in remote_code(source.objective.name).items():
         (directory / name).write_text(text, encoding="utf-8")
     for name in (TOKENIZER_FILE, CONFIG_FILE):
         shutil.copyfile(source.tokenizer / name, directory / name)
@@ -165,10 +165,18 @@ def hugging_face_fields(
     model: ModelConfig, vocabulary: Vocabulary, objective: ObjectiveConfig
 ) -> dict[str, Any]:
     """What config.json says of the model: shape, vocabulary and family."""
-    # Whatever a family configures by a plain value; the remote code reads what it needs.
-    family = {name: value for name, value in vars(objective).items() if isinstance(value, int | float | str)}
+    return shape_fields(model, vocabulary) | family_fields(objective)
+
+
+def family_fields(objective: ObjectiveConfig) -> dict[str, Any]:
+    """What config.json says of the family: whatever it configures by a plain value."""
+    plain = {name: value for name, value in vars(objective).items() if isinstance(value, int | float | str)}
+    return {"family": objective.name, "causal": objective.attention is AttentionPattern.CAUSAL, **plain}
+
+
+def shape_fields(model: ModelConfig, vocabulary: Vocabulary) -> dict[str, Any]:
+    """What config.json says of the network and its vocabulary."""
     return {
-        "family": objective.name,
         "vocab_size": vocabulary.size,
         "mask_token_id": vocabulary.mask_token_id,
         "bos_token_id": vocabulary.bos_token_id,
@@ -180,14 +188,12 @@ def hugging_face_fields(
         "conditioning_size": model.conditioning_size,
         "layer_norm_epsilon": LAYER_NORM_EPSILON,
         "rope_theta": ROTARY_BASE,
-        **family,
     }
 
 
 def _config(source: ExportSource, dtype: torch.dtype) -> dict[str, Any]:
     configuration, modeling = (file_name(f"{MODEL}.{p}_megatron_dlm") for p in ("configuration", "modeling"))
     model_class = f"{modeling}.MegatronDlmModel"
-    head = "AutoModelForCausalLM" if source.objective.name == "ar" else "AutoModelForMaskedLM"
     name = str(dtype).removeprefix("torch.")
     return {
         "architectures": ["MegatronDlmModel"],
@@ -195,7 +201,7 @@ def _config(source: ExportSource, dtype: torch.dtype) -> dict[str, Any]:
         "auto_map": {
             "AutoConfig": f"{configuration}.MegatronDlmConfig",
             "AutoModel": model_class,
-            head: model_class,
+            source.objective.auto_model: model_class,
         },
         # The same by the name that transformers 5 uses and by the one before.
         "dtype": name,

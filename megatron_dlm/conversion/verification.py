@@ -12,9 +12,9 @@ from torch import Tensor
 
 from megatron_dlm.conversion.denoiser_network import MegatronNetwork
 from megatron_dlm.conversion.hugging_face_model.configuration_megatron_dlm import MegatronDlmConfig
-from megatron_dlm.conversion.hugging_face_model.generation_megatron_dlm import process_of
 from megatron_dlm.conversion.to_hugging_face import ExportDtype, hugging_face_fields
 from megatron_dlm.families.base import ObjectiveConfig
+from megatron_dlm.families.registry import sampler_of
 from megatron_dlm.interfaces import HeadRows, ModelInputs, Targets
 from megatron_dlm.models.denoiser import Denoiser
 from megatron_dlm.platform.files import write_json
@@ -105,12 +105,12 @@ def _greedy_trace(
     denoiser: Denoiser, objective: ObjectiveConfig, length: int
 ) -> tuple[Tensor, dict[str, Any]]:
     """int64 [steps, B, L], the tokens after each step, and how to sample them again."""
-    process = process_of(
-        MegatronDlmConfig(**hugging_face_fields(denoiser.model, denoiser.vocabulary, objective))
-    )
+    config = MegatronDlmConfig(**hugging_face_fields(denoiser.model, denoiser.vocabulary, objective))
+    family = sampler_of(objective.name).from_config(config)
     settings: dict[str, Any] = {"temperature": 0.0}
-    if process.family != "ar":
-        settings |= {"sampler": "ancestral", "num_steps": TRACE_STEPS}
+    default, taken = next(iter(family.samplers.items()))
+    if "num_steps" in taken:
+        settings |= {"sampler": default, "num_steps": TRACE_STEPS}
     network, states, margins = _Margins(denoiser), [], []
 
     def keep(step: int, ids_BL: Tensor) -> None:
@@ -118,11 +118,11 @@ def _greedy_trace(
         margins.append(network.smallest)
         network.smallest = float("inf")
 
-    start = start_from([[process.bos_token_id]] * TRACE_SAMPLES, length, process)
-    sample(network, process, SamplingConfig(**settings), start, seed=0, on_step=keep)
+    start = start_from([[family.bos_token_id]] * TRACE_SAMPLES, length, family)
+    sample(network, family, SamplingConfig(**settings), start, seed=0, on_step=keep)
     record = {
         "settings": settings,
-        "prompt": [[process.bos_token_id]] * TRACE_SAMPLES,
+        "prompt": [[family.bos_token_id]] * TRACE_SAMPLES,
         "length": length,
         "seed": 0,
         # Where no token is drawn in a step nothing is decided: no margin.

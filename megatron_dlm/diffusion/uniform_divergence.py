@@ -1,50 +1,24 @@
 """The continuous-time NELBO of uniform-state diffusion, vocabulary-parallel, with its closed-form gradient.
 
-With K states of the noise, q = 1 - alpha, r = K alpha / q and p the prediction, a row costs, per unit of
--alpha' dt / (K alpha) (arXiv:2506.10892, the Rao-Blackwellised NELBO, rearranged so that nothing cancels):
-
-    noisy = clean:  K/q [1/(1 + r p_z) - 1/(1 + r)] + c [(K-1) ln((1 + r p_z)/(1 + r)) - S + ln(1 + r p_z)]
-    otherwise:      (K+r) ln(1 + r p_z) + (1+r) ln(1+r) - r ln(1 + r p_x) - S - K/q  r p_z / (1 + r p_z)
-
-where S = sum_v ln(1 + r p_v) and c = 1/(1 + r). Only S, p at the noisy token z and at the clean token x, and,
-for the gradient, U = sum_v r p_v / (1 + r p_v) reduce over the vocabulary.
+The formula is that of `uniform_divergence_rows.py`. Only its sum S, p at the noisy token and at the clean
+token, and, for the gradient, U = sum_v r p_v / (1 + r p_v) reduce over the vocabulary.
 Shape legend: R rows, Vp vocabulary columns of this rank.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from megatron_dlm.diffusion.cross_entropy import softmax
+from megatron_dlm.diffusion.uniform_divergence_rows import UniformRows
 from megatron_dlm.interfaces import RowTargets
 from megatron_dlm.platform.vocab_parallel import VocabShard
 
 if TYPE_CHECKING:
     from megatron_dlm.kernels.row_softmax import UniformDivergence
-
-
-@dataclass(frozen=True)
-class _Row:
-    """float64 [R] numbers of a row that do not depend on the logits."""
-
-    states: int
-    q: Tensor
-    r: Tensor
-    same: Tensor
-    """bool [R], the noise left the token as it was."""
-    c: Tensor
-
-    @classmethod
-    def of(cls, targets: RowTargets, states: int) -> _Row:
-        # A row that only pads a chunk has alpha 0.
-        q = 1.0 - targets.alpha_R.double()
-        r = states * targets.alpha_R.double() / q
-        same = targets.noisy_R == targets.clean_R
-        return cls(states, q, r, same, torch.where(same, 1.0 / (1.0 + r), 1.0))
 
 
 def uniform_divergence(logits_RVp: Tensor, targets: RowTargets, vocab: VocabShard, states: int) -> Tensor:
@@ -63,11 +37,11 @@ def uniform_divergence(logits_RVp: Tensor, targets: RowTargets, vocab: VocabShar
     shifted_RVp = logits_RVp - vocab.max(logits_RVp.amax(dim=1))[:, None]
     unnormalised_RVp = shifted_RVp.exp()
     p_RVp = unnormalised_RVp / vocab.share(vocab.sum(unnormalised_RVp.sum(dim=1)))[:, None]
-    row = _Row.of(targets, states)
+    row = _rows_of(targets, states)
     s = torch.log1p(p_RVp * row.r[:, None].to(p_RVp.dtype)).sum(dim=1)
     p_z, p_x = (_pick(p_RVp, ids, vocab) for ids in (targets.noisy_R, targets.clean_R))
     s, p_z, p_x = vocab.sum(torch.stack([s, p_z, p_x]))
-    return _loss(row, s.double(), p_z.double(), p_x.double()).to(logits_RVp.dtype)
+    return row.loss(s.double(), p_z.double(), p_x.double()).to(logits_RVp.dtype)
 
 
 @torch.no_grad()
@@ -85,14 +59,20 @@ def uniform_divergence_and_dlogits(
     Returns:
         [R] losses, at least float32, and [R, Vp] gradients of the logits' dtype.
     """
-    row = _Row.of(targets, states)
+    row = _rows_of(targets, states)
     passes = _passes(vocab)(logits_RVp, row.r, targets.noisy_R, targets.clean_R, vocab)
     sums = vocab.sum(passes.sums())
     s, u, p_z, p_x = sums.double()
-    slope_z, slope_x = _slopes(row, p_z, p_x)
+    slope_z, slope_x = row.slopes(p_z, p_x)
     mean = -row.c * u + p_z * slope_z + p_x * slope_x
     dlogits_RVp = passes.gradient_(row.c, mean, p_z * slope_z, p_x * slope_x)
-    return _loss(row, s, p_z, p_x).to(sums.dtype), dlogits_RVp
+    return row.loss(s, p_z, p_x).to(sums.dtype), dlogits_RVp
+
+
+def _rows_of(targets: RowTargets, states: int) -> UniformRows:
+    # A row that only pads a chunk has alpha 0.
+    alpha_R = targets.alpha_R.double()
+    return UniformRows.of(states, alpha_R, 1.0 - alpha_R, targets.noisy_R == targets.clean_R)
 
 
 def _passes(vocab: VocabShard) -> type[_PlainPasses] | type[UniformDivergence]:
@@ -137,22 +117,3 @@ class _PlainPasses:
 def _pick(p_RVp: Tensor, ids_R: Tensor, vocab: VocabShard) -> Tensor:
     column_R, present_R = vocab.locate(ids_R)
     return torch.where(present_R, p_RVp.gather(1, column_R[:, None])[:, 0], 0.0)
-
-
-def _loss(row: _Row, s: Tensor, p_z: Tensor, p_x: Tensor) -> Tensor:
-    k, q, r = row.states, row.q, row.r
-    log_z, log_x, log_r = torch.log1p(r * p_z), torch.log1p(r * p_x), torch.log1p(r)
-    # (1 + r p_z) / (1 + r) = 1 - r (1 - p_z) / (1 + r)
-    missing = r * (1.0 - p_z) / (1.0 + r)
-    unchanged = k / q * missing / (1.0 + r * p_z) + row.c * ((k - 1) * torch.log1p(-missing) - s + log_z)
-    replaced = (k + r) * log_z + (1.0 + r) * log_r - r * log_x - s - k / q * r * p_z / (1.0 + r * p_z)
-    return torch.where(row.same, unchanged, replaced)
-
-
-def _slopes(row: _Row, p_z: Tensor, p_x: Tensor) -> tuple[Tensor, Tensor]:
-    """D loss / d p_z and d loss / d p_x, without the part -c h_v that every column has."""
-    k, q, r = row.states, row.q, row.r
-    h_z, h_x = r / (1.0 + r * p_z), r / (1.0 + r * p_x)
-    shared = -k / q * r / (1.0 + r * p_z) ** 2
-    slope_z = torch.where(row.same, row.c * k, k + r) * h_z + shared
-    return slope_z, torch.where(row.same, 0.0, -r * h_x)

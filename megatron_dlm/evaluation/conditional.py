@@ -67,7 +67,7 @@ class Scored:
     nats: list[float]
     """Of each copy; their mean is the bound."""
     is_greedy: bool = False
-    """Whether the continuation is what the model finds most likely, token by token; told for AR alone."""
+    """Whether each token of the continuation is the most likely one; of models that predict next tokens."""
 
     @property
     def mean(self) -> float:
@@ -116,10 +116,10 @@ class ConditionalScorer:
         self._vocabulary = vocabulary
         self._config = config
         self._score = ExportedBounds(model, vocabulary, objective.attention, rows_per_chunk)
-        check_copies(objective, config.num_times, getattr(objective, "block_size", 1))
+        check_copies(objective, config.num_times, objective.text_multiple)
         self._is_exact = not objective.has_times
-        # A block that text does not fill is filled with ends of documents, which are not scored.
-        self._multiple = getattr(objective, "block_size", 1)
+        # What text does not fill is filled with ends of documents, which are not scored.
+        self._multiple = objective.text_multiple
 
     def score(
         self, questions: Sequence[Sequence[Choice]], progress: Callable[[int], None] = lambda done: None
@@ -191,7 +191,7 @@ class ConditionalScorer:
         for question, number in jobs:
             place = scored[question][number]
             place.nats += totals[question, number].tolist()
-            if self._objective.name == "ar":
+            if self._objective.predicts_next_token:
                 place.is_greedy = self._is_greedy(questions[question][number])
 
     def _context(self, first: Choice, round_number: int, copies: int) -> CorruptionContext:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_dlm.sampling.family_sampler import FamilySampler
 from megatron_dlm.sampling.generate import sample
-from megatron_dlm.sampling.network import Network, Process
+from megatron_dlm.sampling.network import Network
 from megatron_dlm.sampling.settings import SamplingConfig
 from megatron_dlm.sampling.start import Start, start_from
 
@@ -32,7 +33,7 @@ class Generated:
 
 def sample_all(
     network: Network,
-    process: Process,
+    family: FamilySampler,
     config: SamplingConfig,
     starts: Sequence[Start],
     *,
@@ -44,7 +45,7 @@ def sample_all(
 
     Args:
         network: trained.
-        process: its noise.
+        family: its samplers.
         config: of the sampler.
         starts: of one sequence each, all of one length.
         batch_size: sequences at a time.
@@ -62,18 +63,18 @@ def sample_all(
         places = range(first, first + len(some))
         samples = places if numbers is None else numbers[first : first + len(some)]
         begun = time.perf_counter()
-        ids_BL = sample(network, process, config, batch, seed=seed, samples=samples).cpu()
+        ids_BL = sample(network, family, config, batch, seed=seed, samples=samples).cpu()
         seconds = time.perf_counter() - begun
         yield Generated(places, ids_BL, batch.given_BL, int((~batch.given_BL).sum()), seconds)
 
 
-def start_of_parts(parts: Sequence[Sequence[int] | int], length: int, process: Process) -> Start:
+def start_of_parts(parts: Sequence[Sequence[int] | int], length: int, family: FamilySampler) -> Start:
     """A text with gaps: given tokens, and numbers of tokens to fill in between them.
 
     Args:
         parts: token ids or a number of unknown tokens, in the order of the text.
         length: tokens in all; what the parts leave is unknown.
-        process: the network's.
+        family: the network's.
 
     Returns:
         One sequence.
@@ -87,7 +88,7 @@ def start_of_parts(parts: Sequence[Sequence[int] | int], length: int, process: P
         if isinstance(part, int):
             if not 1 <= part <= length:
                 raise ValueError(f"parts: a gap of {part} tokens is outside [1, {length}]")
-            ids += [process.mask_token_id] * part
+            ids += [family.mask_token_id] * part
             given += [False] * part
         else:
             ids += part
@@ -95,9 +96,9 @@ def start_of_parts(parts: Sequence[Sequence[int] | int], length: int, process: P
     if len(ids) > length:
         raise ValueError(f"parts: {len(ids)} tokens exceed the length {length}")
     rest = length - len(ids)
-    if process.family == "ar" and not any(given):
-        return start_from([[]], length, process)
-    return Start(torch.tensor([ids + [process.mask_token_id] * rest]), torch.tensor([given + [False] * rest]))
+    if family.empty_prompt and not any(given):
+        return start_from([[]], length, family)
+    return Start(torch.tensor([ids + [family.mask_token_id] * rest]), torch.tensor([given + [False] * rest]))
 
 
 def before_end(ids: Sequence[int], given: Sequence[bool], eos_token_id: int) -> list[int]:

@@ -63,7 +63,7 @@ class HarnessModel(LM):
             Path(path), tokenizer=Path(tokenizer) if tokenizer else None, dtype=dtype, device=device
         )
         sampling = sampling or SamplingConfig(sampler="left-to-right", stop_at_eos=True)
-        self._sampling = sampling.resolved(self._usable.process)
+        self._sampling = sampling.resolved(self._usable.family)
         self._seed = seed
         self._config = ConditionalConfig(
             num_times=num_times,
@@ -95,8 +95,7 @@ class HarnessModel(LM):
         if not after:
             # Its characters went into a token of the context.
             after = self._usable.tokenizer.ids_of(continuation)
-        if not before and self._usable.process.family == "ar":
-            before = [self._usable.vocabulary.bos_token_id]
+        before = before or list(self._usable.family.empty_prompt)
         if len(before) + len(after) > self._length and len(after) >= self._length:
             raise InputError(
                 f"harness: a continuation of {len(after)} tokens does not fit the model's {self._length}"
@@ -142,9 +141,9 @@ class HarnessModel(LM):
             size = self._length - 1
             for start in range(0, len(tokens), size):
                 part = tuple(tokens[start : start + size])
-                seen: tuple[int, ...] = ()
-                if self._usable.process.family == "ar":
-                    seen = (tokens[start - 1] if start else self._usable.vocabulary.bos_token_id,)
+                seen = self._usable.family.empty_prompt
+                if start and self._usable.config.objective.predicts_next_token:
+                    seen = (tokens[start - 1],)
                 windows.append([Choice(seen, part)])
                 owner.append(index)
         totals = [0.0] * len(requests)
@@ -171,10 +170,10 @@ class HarnessModel(LM):
             for (length, temperature), group in groupby(order, key=lambda i: (jobs[i][1], jobs[i][2])):
                 members = list(group)
                 settings = SamplingConfig(**vars(self._sampling) | {"temperature": temperature})
-                starts = [start_from([jobs[i][0]], length, self._usable.process) for i in members]
+                starts = [start_from([jobs[i][0]], length, self._usable.family) for i in members]
                 for batch in sample_all(
                     self._usable.network,
-                    self._usable.process,
+                    self._usable.family,
                     settings,
                     starts,
                     batch_size=self._config.batch_size,

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     import torch
 
     from megatron_dlm.data.tokenizers.encoders import LoadedTokenizer
-    from megatron_dlm.sampling.network import Network, Process
+    from megatron_dlm.sampling.family_sampler import FamilySampler
+    from megatron_dlm.sampling.network import Network
 
 ModelDtype = Literal["fp32", "bf16"]
 
@@ -39,7 +40,8 @@ class UsableModel:
 
     model: Any
     """The exported model's class of this package, in evaluation mode."""
-    process: Process
+    family: FamilySampler
+    """Its samplers."""
     tokenizer: LoadedTokenizer
     vocabulary: Vocabulary
     config: RunConfig
@@ -142,7 +144,7 @@ def _folder(path: Path) -> tuple[RunConfig, Vocabulary, str, Mapping[str, torch.
     folder = ExportedFolder(path)
     config = decode(RunConfig, folder.record.get("config"), f"{path}: config")
     vocabulary = decode(Vocabulary, folder.record.get("vocabulary"), f"{path}: vocabulary")
-    folder.refuse_other(config.model, vocabulary, config.objective)
+    folder.refuse_other(config.model, vocabulary)
     folder.refuse_altered_weights()
     if folder.tokenizer_fingerprint is None:
         raise InputError(f"{path}: has no {TOKENIZER_FILE}")
@@ -182,14 +184,14 @@ def _build(
 ) -> UsableModel:
     import torch
 
-    from megatron_dlm.conversion.hugging_face_model.generation_megatron_dlm import process_of
+    from megatron_dlm.families.registry import sampler_of
 
     model = exported_model(config.model, vocabulary, config.objective, config.data.seq_length)
     model.load_state_dict(dict(weights))
     model = model.to(device, torch.bfloat16 if dtype == "bf16" else torch.float32).eval()
     return UsableModel(
         model=model,
-        process=process_of(model.config),
+        family=sampler_of(config.objective.name).from_config(model.config),
         tokenizer=tokenizer,
         vocabulary=vocabulary,
         config=config,

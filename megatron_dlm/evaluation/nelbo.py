@@ -86,7 +86,7 @@ def held_out_bound(
         tokens,
         early_N=early,
         strata_NRK=strata if objective.has_loss_by_time else None,
-        time_epsilon=_time_epsilon(objective),
+        time_epsilon=objective.min_time,
         prior_nats=objective.prior_nats(vocabulary),
         bytes_per_token=bytes_per_token,
     )
@@ -154,7 +154,7 @@ class _Scorer:
 
     def _early(self, number: int, row: int) -> float:
         """The integrand's mean at times below the protocol's."""
-        objective, latest = self._objective, _time_epsilon(self._objective)
+        objective, latest = self._objective, self._objective.min_time
         if not latest:
             return 0.0
         copies = self._config.num_times
@@ -180,10 +180,6 @@ class _Scorer:
             document_ids=None if documents is None else torch.from_numpy(documents),
             loss_mask=None if loss_mask is None else torch.from_numpy(loss_mask),
         )
-
-
-def _time_epsilon(objective: ObjectiveConfig) -> float:
-    return float(getattr(objective, "time_epsilon", 0.0))
 
 
 def megatron_copies(runner_of: Callable[[Objective], PipelineRunner], vocabulary: Vocabulary) -> RunCopies:

@@ -39,6 +39,10 @@ class ObjectiveConfig:
     """Whether all tokens of a sample have the same diffusion time; AR has none at all."""
     takes_document_masks: ClassVar[bool] = True
     """Whether a document in a block of several is treated as it would be alone."""
+    predicts_next_token: ClassVar[bool] = False
+    """Whether a position predicts the token behind it, from those up to it, without any noise."""
+    auto_model: ClassVar[str] = "AutoModelForMaskedLM"
+    """Class of transformers, beside AutoModel, that loads an export."""
 
     def check_sizes(self, batch_size: int, seq_length: int) -> None:
         """Refuse a global batch or length that the family cannot divide.
@@ -86,6 +90,16 @@ class ObjectiveConfig:
     def has_times(self) -> bool:
         """Whether the bound is an integral over the diffusion time, which noisy copies estimate."""
         return False
+
+    @property
+    def min_time(self) -> float:
+        """Smallest diffusion time of the bound; 0 where there are no times."""
+        return 0.0
+
+    @property
+    def text_multiple(self) -> int:
+        """What the length of a text must be a multiple of, which ends of documents fill up."""
+        return 1
 
     @property
     def has_loss_by_time(self) -> bool:

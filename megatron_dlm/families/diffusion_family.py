@@ -63,6 +63,11 @@ class DiffusionConfig(ObjectiveConfig):
         """It is."""
         return True
 
+    @property
+    def min_time(self) -> float:
+        """`time_epsilon`."""
+        return self.time_epsilon
+
     def length_multiple(self, seq_length: int) -> int:
         """A truncated sample's length is a multiple of `ssl_multiple`, or `seq_length`."""
         return math.gcd(seq_length, self.ssl_multiple) if self.ssl_ratio else seq_length

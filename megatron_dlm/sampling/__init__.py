@@ -1,4 +1,4 @@
-"""Samplers of all families behind one network protocol; torch and numpy alone, since exports carry them.
+"""What samplers are made of, behind one network protocol; torch and numpy alone, since exports carry it.
 
-Use: `sample(network, process, SamplingConfig(num_steps=64), start_from(prompts, length, process), seed=0)`.
+Use: `sample(network, family, SamplingConfig(num_steps=64), start_from(prompts, length, family), seed=0)`.
 """

@@ -1,12 +1,10 @@
-"""What samplers ask of a network, and what they must know of the process it was trained on.
+"""What samplers ask of a network.
 
 Shape legend: B sequences, L tokens, N tokens fed at a time, R rows that reach the head, D hidden size, V ids.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -61,33 +59,3 @@ class Network(Protocol):
 
     def start_cache(self, batch_size: int) -> Cache:
         """An empty cache, for networks that only look back."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Process:
-    """The noise a network was trained to undo."""
-
-    family: str
-    """ar, mdlm, duo, esolm or block-diffusion."""
-    alpha: Callable[[float], float]
-    """Probability that a token is still clean at time t in [0, 1]."""
-    vocab_size: int
-    mask_token_id: int
-    bos_token_id: int
-    eos_token_id: int
-    mask_in_noise: bool = True
-    """Whether uniform noise draws the mask token too."""
-    time_conditioning: bool = False
-    """Whether the network is told sigma."""
-    block_size: int = 1
-    """Tokens of a block of block diffusion."""
-
-    @property
-    def num_states(self) -> int:
-        """Ids that uniform noise draws from."""
-        return self.vocab_size if self.mask_in_noise else self.vocab_size - 1
-
-    def random_states(self, uniform: Tensor) -> Tensor:
-        """Ids of uniform noise from draws in [0, 1), of any shape."""
-        ordinal = (uniform * self.num_states).long()
-        return ordinal if self.mask_in_noise else ordinal + (ordinal >= self.mask_token_id)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_dlm.sampling.decoding_plan import Plan
-from megatron_dlm.sampling.network import Network, Process
+from megatron_dlm.sampling.network import Network
 
 Found = tuple[Tensor, Tensor, Tensor]
 """[R, D] hidden states, and the rows and positions (int64 [R]) whose tokens they predict."""
@@ -43,22 +43,23 @@ class WholeText:
     def __init__(
         self,
         network: Network,
-        process: Process,
-        alpha_of_step: Callable[[int], float] | None = None,
+        *,
+        alpha_of: Callable[[Tensor, int], Tensor] | None = None,
         window: Callable[[int], int] | None = None,
+        visible_of: Callable[[int, torch.device], Tensor] | None = None,
     ) -> None:
         """Prepare.
 
         Args:
             network: any.
-            process: says whether it is told the noise level.
-            alpha_of_step: noise level of a step; the share of known tokens where absent.
+            alpha_of: (int64 [B, L] texts, step) -> float64 [B], for networks that are told the noise level.
             window: of a step, how many tokens from the left exist; all where absent.
+            visible_of: (length, device) -> bool [L, L], who looks at whom; the network's own where absent.
         """
         self._network = network
-        self._process = process
-        self._alpha_of_step = alpha_of_step
+        self._alpha_of = alpha_of
         self._window = window
+        self._visible_of = visible_of
 
     def __call__(self, ids_BL: Tensor, wanted_BL: Tensor, step: int) -> Found:
         """Hidden states of the wanted positions."""
@@ -67,31 +68,14 @@ class WholeText:
         if self._window is not None:
             length = min(length, self._window(step))
         seen_BL, wanted = ids_BL[called, :length], wanted_BL[called, :length]
-        hidden_RD = self._network.hidden(
-            seen_BL, wanted, self._sigma(seen_BL, step), self._visible(length, ids_BL.device)
-        )
+        sigma_B = None if self._alpha_of is None else noise_level(self._alpha_of(seen_BL, step))
+        visible_LL = None if self._visible_of is None else self._visible_of(length, ids_BL.device)
+        hidden_RD = self._network.hidden(seen_BL, wanted, sigma_B, visible_LL)
         rows, positions = wanted.nonzero().unbind(1)
         return hidden_RD, called[rows], positions
 
     def drop(self, ended_B: Tensor) -> None:
         """Nothing is kept of any sequence."""
-
-    def _sigma(self, ids_BL: Tensor, step: int) -> Tensor | None:
-        if not self._process.time_conditioning:
-            return None
-        if self._alpha_of_step is None:
-            known_B = (ids_BL != self._process.mask_token_id).double().mean(1)
-            # Less is known than training ever saw, where nothing is.
-            alpha_B = known_B.clamp_min(self._process.alpha(1.0))
-        else:
-            alpha_B = torch.full((len(ids_BL),), self._alpha_of_step(step), dtype=torch.float64)
-        return noise_level(alpha_B).to(ids_BL.device)
-
-    def _visible(self, length: int, device: torch.device) -> Tensor | None:
-        if self._process.family != "block-diffusion":
-            return None
-        block = torch.arange(length, device=device) // self._process.block_size
-        return block[:, None] >= block
 
 
 def noise_level(alpha_B: Tensor) -> Tensor:
@@ -100,15 +84,21 @@ def noise_level(alpha_B: Tensor) -> Tensor:
 
 
 class BehindCache:
-    """Feeds a causal network what became known since the last call, and for Eso-LM the masks to reveal.
+    """Feeds a causal network what became known since the last call; its tokens, each once, in a plan's order.
 
-    A sequence's tokens are fed once, in the order of its plan (arXiv:2506.01928); AR predicts a token from
-    the one before it, so it is fed no masks.
+    With masks, those to reveal are fed behind them and predict themselves (arXiv:2506.01928); without, a
+    token is predicted from the one before it.
     """
 
-    def __init__(self, network: Network, process: Process, plan: Plan) -> None:
-        self._mask_token_id = process.mask_token_id
-        self._feeds_masks = process.family != "ar"
+    def __init__(self, network: Network, plan: Plan, *, feeds_masks: bool) -> None:
+        """Prepare.
+
+        Args:
+            network: causal.
+            plan: of the batch.
+            feeds_masks: whether the masks to reveal are fed.
+        """
+        self._feeds_masks = feeds_masks
         self._order_BL = plan.order_BL.to(network.device)
         self._live = torch.arange(len(plan.order_BL), device=network.device)
         self._fed = torch.zeros_like(self._live)

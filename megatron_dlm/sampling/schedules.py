@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +18,11 @@ from megatron_dlm.sampling.decoding_plan import (
     plan_of,
     reveal_shares,
 )
-from megatron_dlm.sampling.network import Process
 from megatron_dlm.sampling.noise import SampleNoise
 from megatron_dlm.sampling.settings import SamplingConfig
+
+if TYPE_CHECKING:
+    from megatron_dlm.sampling.masked_sampler import MaskedSampler
 
 LAST_TIME = 1e-5
 """Of the sampler's grid, before the step to 0 that removes what noise is left (arXiv:2602.15014)."""
@@ -31,20 +34,14 @@ def times(num_steps: int) -> list[float]:
     return [*np.linspace(1.0, LAST_TIME, num_steps + 1).tolist(), 0.0]
 
 
-def alphas(process: Process, num_steps: int) -> list[float]:
-    """Alpha at the edges of the ancestral sampler's steps; ends at 1, or where Eso-LM goes left to right."""
-    if process.family == "esolm":
-        # Its last step is left to the remaining tokens, so there is no noise to remove.
-        return [process.alpha(t) for t in np.linspace(1.0, 0.0, num_steps + 1).tolist()]
-    return [process.alpha(t) for t in times(num_steps)]
-
-
-def plan(config: SamplingConfig, process: Process, given_BL: NDArray[np.bool_], noise: SampleNoise) -> Plan:
+def plan(
+    config: SamplingConfig, family: MaskedSampler, given_BL: NDArray[np.bool_], noise: SampleNoise
+) -> Plan:
     """When each token of a batch is revealed.
 
     Args:
         config: resolved, of a sampler that has a plan.
-        process: the network's.
+        family: the network's.
         given_BL: True where a token is given.
         noise: of the orders.
 
@@ -60,14 +57,11 @@ def plan(config: SamplingConfig, process: Process, given_BL: NDArray[np.bool_], 
         "block": _block,
         "ancestral": _ancestral,
     }[str(config.sampler)]
-    return plan_of(given_BL, builder(config, process, noise))
+    return plan_of(given_BL, builder(config, family, noise))
 
 
-def _left_to_right(config: SamplingConfig, process: Process, noise: SampleNoise) -> PartOfRow:
-    if process.family == "block-diffusion":
-        # By position, so that a step has one block in all sequences.
-        return lambda row, unknown: (np.arange(len(unknown)), unknown)
-    return lambda row, unknown: (np.arange(len(unknown)), np.arange(len(unknown)))
+def _left_to_right(config: SamplingConfig, family: MaskedSampler, noise: SampleNoise) -> PartOfRow:
+    return lambda row, unknown: (np.arange(len(unknown)), family.left_to_right_steps(unknown))
 
 
 def check_division(config: SamplingConfig, count: int) -> None:
@@ -87,7 +81,7 @@ def check_division(config: SamplingConfig, count: int) -> None:
         raise ValueError(f"num_steps: {steps} does not divide {count} tokens")
 
 
-def _block_autoregressive(config: SamplingConfig, process: Process, noise: SampleNoise) -> PartOfRow:
+def _block_autoregressive(config: SamplingConfig, family: MaskedSampler, noise: SampleNoise) -> PartOfRow:
     length, groups = config.segment_length or 0, config.num_groups or 0
 
     def part_of_row(row: int, unknown: NDArray[np.int64]) -> Part:
@@ -97,7 +91,7 @@ def _block_autoregressive(config: SamplingConfig, process: Process, noise: Sampl
     return part_of_row
 
 
-def _block(config: SamplingConfig, process: Process, noise: SampleNoise) -> PartOfRow:
+def _block(config: SamplingConfig, family: MaskedSampler, noise: SampleNoise) -> PartOfRow:
     uniform_BL, steps = noise.uniform("order").cpu().numpy(), config.num_steps or 0
 
     def part_of_row(row: int, unknown: NDArray[np.int64]) -> Part:
@@ -107,17 +101,14 @@ def _block(config: SamplingConfig, process: Process, noise: SampleNoise) -> Part
     return part_of_row
 
 
-def _ancestral(config: SamplingConfig, process: Process, noise: SampleNoise) -> PartOfRow:
+def _ancestral(config: SamplingConfig, family: MaskedSampler, noise: SampleNoise) -> PartOfRow:
     uniform_BL = noise.uniform("order").cpu().numpy()
-    shares_T = reveal_shares(alphas(process, config.num_steps or 0))
+    shares_T = reveal_shares(family.alphas(config.num_steps or 0))
 
     def part_of_row(row: int, unknown: NDArray[np.int64]) -> Part:
         uniform_n = uniform_BL[row, : len(unknown)]
-        if process.family == "block-diffusion":
-            block_n = unknown // process.block_size
-        elif config.block_length is not None:
-            block_n = np.arange(len(unknown)) // config.block_length
-        else:
+        block_n = family.block_of(unknown, config)
+        if block_n is None:
             return ancestral_part(uniform_n, shares_T)
         return in_blocks(block_n, lambda members: ancestral_part(uniform_n[members], shares_T), len(shares_T))
 

@@ -1,29 +1,17 @@
-"""Which samplers a family has, and their settings."""
+"""Settings of samplers."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
-from megatron_dlm.sampling.network import Process
+if TYPE_CHECKING:
+    from megatron_dlm.sampling.family_sampler import FamilySampler
 
 SamplerName = Literal["ancestral", "confidence", "block", "block-autoregressive", "left-to-right"]
-SAMPLERS: dict[str, tuple[str, ...]] = {
-    "ar": ("left-to-right",),
-    "mdlm": ("ancestral", "confidence", "block", "block-autoregressive", "left-to-right"),
-    "duo": ("ancestral", "left-to-right"),
-    "esolm": ("ancestral", "block", "block-autoregressive", "left-to-right"),
-    "block-diffusion": ("ancestral", "left-to-right"),
-}
-"""Of each family, its default first."""
-_USED_BY: dict[str, dict[str, tuple[str, ...]]] = {
-    # field -> family -> samplers that use it
-    "num_steps": dict.fromkeys(SAMPLERS, ("ancestral", "confidence", "block")),
-    "block_length": {"mdlm": ("ancestral", "confidence"), "duo": ("ancestral",)},
-    "segment_length": dict.fromkeys(SAMPLERS, ("block-autoregressive",)),
-    "num_groups": dict.fromkeys(SAMPLERS, ("block-autoregressive",)),
-}
+_SETTINGS = ("num_steps", "block_length", "segment_length", "num_groups")
+"""Those that not every sampler takes."""
 _DEFAULTS: dict[str, dict[str, int]] = {
     "ancestral": {"num_steps": 64},
     "confidence": {"num_steps": 64},
@@ -40,7 +28,7 @@ class SamplingConfig:
     sampler: SamplerName | None = None
     """ancestral: the reverse process; confidence: most probable tokens first, the others masked again; block:
     tokens num_steps apart together; block-autoregressive: groups of segments side by side; left-to-right: one
-    token at a time. None: ancestral, for ar left-to-right."""
+    token at a time. None: the family's first."""
     num_steps: int | None = None
     """Denoising steps of ancestral (64), confidence (64) and block; of each block where there are blocks."""
     block_length: int | None = None
@@ -54,7 +42,7 @@ class SamplingConfig:
     top_p: float = 1.0
     """Probability mass of the most likely tokens that are kept, in (0, 1]."""
     greedy_tail: bool = False
-    """Duo: take the most likely token in the last step."""
+    """With uniform noise: take the most likely token in the last step."""
     stop_at_eos: bool = False
     """End a text with its first <eos> and fill up with <eos>; sequences that have ended cost nothing more."""
 
@@ -70,11 +58,11 @@ class SamplingConfig:
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: {self.top_p} is outside (0, 1]")
 
-    def resolved(self, process: Process) -> SamplingConfig:
+    def resolved(self, family: FamilySampler) -> SamplingConfig:
         """The same with the family's defaults in place of None.
 
         Args:
-            process: the network's.
+            family: the network's.
 
         Returns:
             Settings whose sampler and numbers are all given.
@@ -82,21 +70,19 @@ class SamplingConfig:
         Raises:
             ValueError: a sampler the family has not, or a field that the sampler does not use or lacks.
         """
-        offered = SAMPLERS[process.family]
-        sampler = self.sampler or offered[0]
+        offered = family.samplers
+        sampler: str = self.sampler or next(iter(offered))
         if sampler not in offered:
-            raise ValueError(
-                f"sampler: {sampler} is none of {process.family}, which has {', '.join(offered)}"
-            )
-        for name, users in _USED_BY.items():
-            if getattr(self, name) is not None and sampler not in users.get(process.family, ()):
-                raise ValueError(f"{name}: not used by sampler {sampler} of {process.family}")
-        if self.greedy_tail and process.family != "duo":
-            raise ValueError(f"greedy_tail: not used by {process.family}")
+            raise ValueError(f"sampler: {sampler} is none of {family.name}, which has {', '.join(offered)}")
+        for name in _SETTINGS:
+            if getattr(self, name) is not None and name not in offered[sampler]:
+                raise ValueError(f"{name}: not used by sampler {sampler} of {family.name}")
+        if self.greedy_tail and "greedy_tail" not in offered[sampler]:
+            raise ValueError(f"greedy_tail: not used by {family.name}")
         needed = {"block": "num_steps", "block-autoregressive": "segment_length"}.get(sampler)
         if needed and getattr(self, needed) is None:
             raise ValueError(f"{needed}: sampler {sampler} needs it")
         defaults = {
             name: value for name, value in _DEFAULTS.get(sampler, {}).items() if getattr(self, name) is None
         }
-        return SamplingConfig(**vars(self) | {"sampler": sampler} | defaults)
+        return replace(self, sampler=sampler, **defaults)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_dlm.sampling.network import Process
+from megatron_dlm.sampling.family_sampler import FamilySampler
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ class Start:
             )
 
 
-def start_from(prompts: Sequence[Sequence[int]], length: int, process: Process) -> Start:
+def start_from(prompts: Sequence[Sequence[int]], length: int, family: FamilySampler) -> Start:
     """Texts that begin with prompts, which may be of unequal length.
 
     Args:
-        prompts: token ids; an empty one of ar begins with <bos>.
+        prompts: token ids; in place of an empty one stands the family's, which may be <bos>.
         length: tokens in all.
-        process: the network's.
+        family: the network's.
 
     Returns:
         Their start.
@@ -50,34 +50,29 @@ def start_from(prompts: Sequence[Sequence[int]], length: int, process: Process) 
     Raises:
         ValueError: a prompt longer than `length`.
     """
-    ids = np.full((len(prompts), length), process.mask_token_id, dtype=np.int64)
+    ids = np.full((len(prompts), length), family.mask_token_id, dtype=np.int64)
     given = np.zeros((len(prompts), length), dtype=bool)
     for row, prompt in enumerate(prompts):
-        tokens = list(prompt) or ([process.bos_token_id] if process.family == "ar" else [])
+        tokens = list(prompt or family.empty_prompt)
         if len(tokens) > length:
             raise ValueError(f"prompt {row}: {len(tokens)} tokens exceed the length {length}")
         ids[row, : len(tokens)], given[row, : len(tokens)] = tokens, True
     return Start(torch.from_numpy(ids), torch.from_numpy(given))
 
 
-def check_tokens(start: Start, process: Process) -> None:
+def check_tokens(start: Start, family: FamilySampler) -> None:
     """Refuse given tokens that the family cannot start from.
 
     Args:
         start: the batch.
-        process: the network's.
+        family: the network's.
 
     Raises:
-        ValueError: an id outside the vocabulary, the mask token, or gaps that ar would have to fill.
+        ValueError: an id outside the vocabulary, the mask token, or gaps that the family cannot fill in.
     """
     given = start.ids_BL[start.given_BL]
-    if bool(((given < 0) | (given >= process.vocab_size)).any()):
-        raise ValueError(f"prompt: a token is outside [0, {process.vocab_size})")
-    if bool((given == process.mask_token_id).any()):
-        raise ValueError(f"prompt: contains the mask token {process.mask_token_id}")
-    if process.family == "ar":
-        places = start.given_BL.long()
-        if not bool(places[:, 0].all()):
-            raise ValueError("prompt: ar needs at least its first token, for example <bos>")
-        if bool((places.diff(dim=1) > 0).any()):
-            raise ValueError("prompt: ar continues a text and cannot fill in gaps")
+    if bool(((given < 0) | (given >= family.vocab_size)).any()):
+        raise ValueError(f"prompt: a token is outside [0, {family.vocab_size})")
+    if bool((given == family.mask_token_id).any()):
+        raise ValueError(f"prompt: contains the mask token {family.mask_token_id}")
+    family.check_given(start.given_BL)

@@ -1,4 +1,4 @@
-"""Uniform-state diffusion (Duo, arXiv:2506.10892): every position may change in every step.
+"""Uniform-state diffusion (arXiv:2506.10892): every position may change in every step.
 
 The exact posterior is a mixture of three: the token stays, is drawn from the prediction, or uniformly.
 Whether it stays is decided by one number, and below a bound that needs no prediction, so in a step of many
@@ -9,18 +9,20 @@ Shape legend: B sequences, L tokens, R positions that may change, V ids.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from megatron_dlm.diffusion.uniform_states import UniformStates
 from megatron_dlm.sampling.categorical import Sharpening, draw, logit_chunks
 from megatron_dlm.sampling.decoding_plan import blocks_of
 from megatron_dlm.sampling.eos import finish_ended
-from megatron_dlm.sampling.network import Network, Process
+from megatron_dlm.sampling.family_sampler import OnStep
+from megatron_dlm.sampling.network import Network
 from megatron_dlm.sampling.network_reader import noise_level
 from megatron_dlm.sampling.noise import SampleNoise
-from megatron_dlm.sampling.unmasking import OnStep
 
 
 class Shares(NamedTuple):
@@ -61,7 +63,9 @@ class UniformSampler:
     def __init__(
         self,
         network: Network,
-        process: Process,
+        alpha: Callable[[float], float],
+        states: UniformStates,
+        vocab_size: int,
         sharpen: Sharpening,
         noise: SampleNoise,
         on_step: OnStep | None,
@@ -70,13 +74,17 @@ class UniformSampler:
 
         Args:
             network: is told the noise level.
-            process: states and schedule.
+            alpha: probability that a token is still clean, by time.
+            states: ids that the noise draws from.
+            vocab_size: ids that the head has logits for.
             sharpen: temperature and nucleus of the prediction.
             noise: of the draws.
             on_step: told of each step.
         """
         self._network = network
-        self._process = process
+        self._alpha = alpha
+        self._states = states
+        self._vocab_size = vocab_size
         self._sharpen = sharpen
         self._noise = noise
         self._on_step = on_step
@@ -102,7 +110,7 @@ class UniformSampler:
             greedy_tail: take the most likely ids in the last step.
             eos_token_id: ends a text; None: nothing does.
         """
-        start_BL = self._process.random_states(self._noise.uniform("start"))
+        start_BL = self._random(self._noise.uniform("start"))
         ids_BL.copy_(torch.where(given_BL, ids_BL, start_BL))
         ordinal_BL = torch.where(given_BL, -1, (~given_BL).cumsum(1) - 1)
         unknown_B = (~given_BL).sum(1)
@@ -115,13 +123,17 @@ class UniformSampler:
             for step, (t, s) in enumerate(itertools.pairwise(times)):
                 number = index * (len(times) - 1) + step
                 last = s == times[-1]
-                alphas = self._process.alpha(t), 1.0 if last else self._process.alpha(s)
+                alphas = self._alpha(t), 1.0 if last else self._alpha(s)
                 self._step(ids_BL, open_BL, end_B, alphas, number, greedy=greedy_tail and last)
                 if self._on_step is not None:
                     self._on_step(number, ids_BL)
             known_BL |= open_BL
             if eos_token_id is not None:
                 finish_ended(ids_BL, known_BL, given_BL, eos_token_id)
+
+    def _random(self, uniform: Tensor) -> Tensor:
+        """Ids of the noise from draws in [0, 1), of any shape."""
+        return self._states.token((uniform * self._states.count).long())
 
     def _step(
         self,
@@ -135,7 +147,7 @@ class UniformSampler:
     ) -> None:
         """One step from alpha_t to alpha_s of the open positions; a sequence is read up to its end."""
         alpha_t, alpha_s = torch.tensor(alphas, dtype=torch.float64, device=ids_BL.device)
-        states = self._process.num_states
+        states = self._states.count
         mixture_BL, token_BL = self._noise.uniform("mixture", number), self._noise.uniform("token", number)
         # A prediction can only add to what stays.
         surely = posterior_shares(alpha_t.new_zeros(()), alpha_t, alpha_s, states).stays
@@ -148,7 +160,7 @@ class UniformSampler:
             hidden_RD = self._network.hidden(ids_BL[called, :end], wanted, sigma_B)
             rows, positions = wanted.nonzero().unbind(1)
             rows = called[rows]
-            for part, logits in logit_chunks(self._network.head, hidden_RD, self._process.vocab_size):
+            for part, logits in logit_chunks(self._network.head, hidden_RD, self._vocab_size):
                 where = rows[part], positions[part]
                 if greedy:
                     ids_BL[where] = logits.argmax(-1)
@@ -156,7 +168,7 @@ class UniformSampler:
                 p = self._sharpen(logits)
                 now, mixture = ids_BL[where], mixture_BL[where]
                 shares = posterior_shares(p.gather(1, now[:, None])[:, 0], alpha_t, alpha_s, states)
-                random = self._process.random_states(token_BL[where])
+                random = self._random(token_BL[where])
                 is_predicted = mixture < shares.stays + shares.predicted
                 changed = torch.where(is_predicted, draw(p, token_BL[where]), random)
                 ids_BL[where] = torch.where(mixture < shares.stays, now, changed)

@@ -5,31 +5,28 @@ Shape legend: B sequences, L tokens, R tokens predicted in a step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from megatron_dlm.sampling.categorical import Sharpening, draw, logit_chunks
 from megatron_dlm.sampling.decoding_plan import Plan, blocks_of
 from megatron_dlm.sampling.eos import finish_ended
-from megatron_dlm.sampling.network import Network, Process
+from megatron_dlm.sampling.family_sampler import OnStep
+from megatron_dlm.sampling.network import Network
 from megatron_dlm.sampling.network_reader import Reader
 from megatron_dlm.sampling.noise import SampleNoise
 
 CONFIDENCE_STEP = 2.0**-16
 """Confidences that differ by less are equal, so that rounding, and with it the batch, decides nothing."""
-OnStep = Callable[[int, Tensor], None]
-"""Called with the step and int64 [B, L], the tokens after it; the sampler goes on with the same memory."""
 
 
-class Revealer:
+class Unmasking:
     """What both ways share: draw, write, stop."""
 
     def __init__(
         self,
         network: Network,
-        process: Process,
+        vocab_size: int,
         reader: Reader,
         sharpen: Sharpening,
         noise: SampleNoise,
@@ -40,7 +37,7 @@ class Revealer:
 
         Args:
             network: its head turns hidden states into logits.
-            process: the network's.
+            vocab_size: ids that the head has logits for.
             reader: how it is asked.
             sharpen: temperature and nucleus.
             noise: of the draws.
@@ -48,7 +45,7 @@ class Revealer:
             on_step: told of each step.
         """
         self._network = network
-        self._process = process
+        self._vocab_size = vocab_size
         self._reader = reader
         self._sharpen = sharpen
         self._noise = noise
@@ -70,7 +67,7 @@ class Revealer:
             wanted_BL = (step_at_BL == step) & ~known_BL
             if wanted_BL.any():
                 hidden_RD, rows_R, positions_R = self._reader(ids_BL, wanted_BL, step)
-                for part, logits in logit_chunks(self._network.head, hidden_RD, self._process.vocab_size):
+                for part, logits in logit_chunks(self._network.head, hidden_RD, self._vocab_size):
                     where = rows_R[part], positions_R[part]
                     ids_BL[where] = draw(self._sharpen(logits), uniform_BL[where])
                 known_BL |= wanted_BL
@@ -117,7 +114,7 @@ class Revealer:
         uniform_BL = self._noise.uniform("token", step)
         drawn_BL, confidence_BL = ids_BL.clone(), torch.full_like(uniform_BL, -1.0)
         hidden_RD, rows_R, positions_R = self._reader(ids_BL, wanted_BL, step)
-        for part, logits in logit_chunks(self._network.head, hidden_RD, self._process.vocab_size):
+        for part, logits in logit_chunks(self._network.head, hidden_RD, self._vocab_size):
             where = rows_R[part], positions_R[part]
             drawn = draw(self._sharpen(logits), uniform_BL[where])
             drawn_BL[where] = drawn

@@ -99,7 +99,7 @@ def _exported_start(source: Path, config: RunConfig, data: RunData) -> OutsideSt
 
     try:
         folder = ExportedFolder(source)
-        folder.refuse_other(config.model, data.vocabulary, config.objective)
+        folder.refuse_other(config.model, data.vocabulary)
     except InputError as error:
         raise InputError(f"checkpoint.initialize_from: {error}") from error
     fingerprint = folder.tokenizer_fingerprint

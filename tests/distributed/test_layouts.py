@@ -273,8 +273,8 @@ PLAIN_FAMILIES = [name for name in FAMILIES if name != "duo-curriculum"]
 def test_gradients_are_those_of_an_independent_model(corpus, one_process, name):
     """Full logits and autograd through the exported model's code, first step."""
     from megatron_dlm.conversion.hugging_face_model.configuration_megatron_dlm import MegatronDlmConfig
+    from megatron_dlm.conversion.hugging_face_model.family_megatron_dlm import likelihood_for
     from megatron_dlm.conversion.hugging_face_model.modeling_megatron_dlm import MegatronDlmModel
-    from megatron_dlm.conversion.hugging_face_model.noise_megatron_dlm import token_nats
     from megatron_dlm.conversion.to_hugging_face import hugging_face_fields
     from megatron_dlm.run.datasets import open_data
 
@@ -292,7 +292,9 @@ def test_gradients_are_those_of_an_independent_model(corpus, one_process, name):
             position_ids=inputs.position_ids_BL,
             visible_mask=None if mask is None else mask.dense(),
         ).logits
-        nats = token_nats(plain.config, logits, inputs.token_ids_BL, targets.clean_BL, inputs.sigma_B)
+        nats = likelihood_for(plain.config).token_nats(
+            logits, inputs.token_ids_BL, targets.clean_BL, inputs.sigma_B
+        )
         seen = targets.weight_BL > 0
         loss = loss + (nats[seen] * targets.weight_BL[seen]).sum()
         tokens += targets.token_count

@@ -248,12 +248,12 @@ def test_an_export_that_is_not_the_trained_model_is_not_written(checkpoint_of, t
     (patched / "sitecustomize.py").write_text(
         "import megatron_dlm.conversion.remote_code as code\n"
         "original = code.remote_code\n"
-        "def changed():\n"
-        "    files = original()\n"
+        "def changed(family):\n"
+        "    files = original(family)\n"
         "    old = 'np.searchsorted(revealed_by_T, uniform_n,'\n"
-        "    assert old in files['sampling_plans.py']\n"
+        "    assert old in files['sampling_decoding_plan.py']\n"
         "    new = old.replace('uniform_n', '1 - uniform_n')\n"
-        "    files['sampling_plans.py'] = files['sampling_plans.py'].replace(old, new)\n"
+        "    files['sampling_decoding_plan.py'] = files['sampling_decoding_plan.py'].replace(old, new)\n"
         "    return files\n"
         "code.remote_code = changed\n"
     )

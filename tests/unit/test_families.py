@@ -50,7 +50,7 @@ def test_duo_replaces_uniformly_at_the_right_rate(mask_in_noise):
 
 
 def test_uniform_states_skip_the_mask():
-    states = UniformStates(VOCABULARY, mask_in_noise=False)
+    states = UniformStates(SIZE, MASK, mask_in_noise=False)
     ids = states.token(np.arange(states.count))
     assert sorted(ids) == [i for i in range(SIZE) if i != MASK]
     assert (states.ordinal(ids) == np.arange(states.count)).all()

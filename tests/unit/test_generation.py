@@ -6,8 +6,8 @@ import pytest
 
 from megatron_dlm.cli.sample import SampleConfig, _prompts
 from megatron_dlm.evaluation.generation import before_end, start_of_parts
+from megatron_dlm.families.mdlm.sampler import Sampler
 from megatron_dlm.interfaces import InputError
-from megatron_dlm.sampling.network import Process
 
 
 def test_a_text_ends_at_the_first_end_that_was_sampled():
@@ -19,8 +19,8 @@ def test_a_text_ends_at_the_first_end_that_was_sampled():
 
 @pytest.mark.parametrize("gap", [0, -1, 10**12])
 def test_a_gap_that_the_text_cannot_hold_is_refused(gap):
-    process = Process(
-        family="mdlm",
+    family = Sampler(
+        name="mdlm",
         alpha=lambda t: 1 - t,
         vocab_size=11,
         mask_token_id=4,
@@ -28,7 +28,7 @@ def test_a_gap_that_the_text_cannot_hold_is_refused(gap):
         eos_token_id=2,
     )
     with pytest.raises(ValueError, match=r"parts: a gap of -?\d+ tokens is outside \[1, 8\]"):
-        start_of_parts([[5], gap], 8, process)
+        start_of_parts([[5], gap], 8, family)
 
 
 @pytest.mark.parametrize(

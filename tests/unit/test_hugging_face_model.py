@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from megatron_dlm.conversion.hugging_face_model.configuration_megatron_dlm import MegatronDlmConfig
+from megatron_dlm.conversion.hugging_face_model.family_megatron_dlm import likelihood_for
 from megatron_dlm.conversion.hugging_face_model.modeling_megatron_dlm import MegatronDlmModel
-from megatron_dlm.conversion.hugging_face_model.noise_megatron_dlm import token_nats
 from megatron_dlm.conversion.to_hugging_face import hugging_face_fields
 from megatron_dlm.families.ar.objective import ARConfig
 from megatron_dlm.families.block_diffusion.objective import BlockDiffusionConfig
@@ -61,7 +61,8 @@ def package_bound(model, objective, ids, batches):
                     position_ids=inputs.position_ids_BL,
                     visible_mask=None if mask is None else mask.dense()[0, 0],
                 ).logits
-            nats = token_nats(model.config, logits, inputs.token_ids_BL, targets.clean_BL, inputs.sigma_B)
+            tokens = inputs.token_ids_BL, targets.clean_BL
+            nats = likelihood_for(model.config).token_nats(logits, *tokens, inputs.sigma_B)
             seen = targets.bound_weight_BL > 0
             total += float((nats[seen] * targets.bound_weight_BL[seen]).sum())
         means.append(total / size)

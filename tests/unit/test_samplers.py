@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from megatron_dlm.conversion.hugging_face_model.generation_megatron_dlm import ModelNetwork, process_of
+from megatron_dlm.conversion.hugging_face_model.family_megatron_dlm import sampler_for
+from megatron_dlm.conversion.hugging_face_model.generation_megatron_dlm import ModelNetwork
+from megatron_dlm.families.registry import sampler_of
 from megatron_dlm.sampling.generate import sample
-from megatron_dlm.sampling.settings import SAMPLERS, SamplingConfig
+from megatron_dlm.sampling.settings import SamplingConfig
 from megatron_dlm.sampling.start import Start, start_from
 from tests.unit.test_hugging_face_model import FAMILIES, LENGTH, VOCABULARY, build
 
@@ -19,7 +21,7 @@ SETTINGS = {
 CASES = [
     (family, {"sampler": sampler} | SETTINGS[sampler])
     for family in FAMILIES
-    for sampler in SAMPLERS[family if family == "block-diffusion" else family.split("-")[0]]
+    for sampler in sampler_of(FAMILIES[family].name).samplers
 ]
 CASES += [
     ("mdlm", {"sampler": "ancestral", "num_steps": 3, "block_length": 4}),
@@ -48,7 +50,7 @@ def test_prompts_are_kept_and_seeds_matter(case):
 def test_a_sample_does_not_depend_on_its_batch(case):
     """Alone, beside prompts of other lengths, and by number at another place in the batch."""
     model, settings = case
-    network, process, config = ModelNetwork(model), process_of(model.config), SamplingConfig(**settings)
+    network, process, config = ModelNetwork(model), sampler_for(model.config), SamplingConfig(**settings)
     prompts = [[1, 5, 6], [1, 2, 3, 5, 6, 7], [1, 3, 5, 9, 9, 2, 2, 1, 7], [1, 8, 2]]
     together = sample(network, process, config, start_from(prompts, LENGTH, process), seed=3)
     for number, prompt in enumerate(prompts):
@@ -136,7 +138,7 @@ class Recomputing:
 def test_the_cache_gives_what_reading_all_again_gives(name, attention):
     model = build(FAMILIES[name])
     model.config._attn_implementation = attention
-    process = process_of(model.config)
+    process = sampler_for(model.config)
     start = start_from([[1, 5], [1, 2, 3, 5, 6, 7], [1]], LENGTH, process)
     for stop in (False, True):
         config = SamplingConfig(num_steps=None if name == "ar" else 4, stop_at_eos=stop)
@@ -159,13 +161,13 @@ class Counting(ModelNetwork):
 
 def test_the_network_reads_sequences_that_change_and_the_head_runs_on_rows_that_may():
     mdlm, duo = build(FAMILIES["mdlm"]), build(FAMILIES["duo"])
-    start = start_from([[]] * 8, LENGTH, process_of(mdlm.config))
+    start = start_from([[]] * 8, LENGTH, sampler_for(mdlm.config))
     network = Counting(mdlm)
-    sample(network, process_of(mdlm.config), SamplingConfig(num_steps=200), start)
+    sample(network, sampler_for(mdlm.config), SamplingConfig(num_steps=200), start)
     # Each token is revealed once; of 200 steps at most 12 reveal anything in a sequence.
     assert network.rows == 8 * LENGTH and network.sequences <= 8 * LENGTH
     network = Counting(duo)
-    sample(network, process_of(duo.config), SamplingConfig(num_steps=200), start)
+    sample(network, sampler_for(duo.config), SamplingConfig(num_steps=200), start)
     assert network.rows < 0.15 * 8 * LENGTH * 201
 
 

@@ -145,6 +145,7 @@ class Networks:
         shape = self._shape
         config = MegatronDlmConfig(
             family=family,
+            causal=True,
             vocab_size=shape["vocab"],
             mask_token_id=shape["mask"],
             hidden_size=shape["hidden"],

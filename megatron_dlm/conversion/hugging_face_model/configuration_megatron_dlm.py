@@ -4,13 +4,14 @@ from transformers import PretrainedConfig
 
 
 class MegatronDlmConfig(PretrainedConfig):
-    """Shape, vocabulary and family of the model."""
+    """Shape, vocabulary and family of the model; settings of the family are further fields."""
 
     model_type = "megatron_dlm"
 
     def __init__(
         self,
-        family="mdlm",
+        family=None,
+        causal=False,
         vocab_size=32,
         mask_token_id=2,
         hidden_size=64,
@@ -21,15 +22,10 @@ class MegatronDlmConfig(PretrainedConfig):
         max_position_embeddings=256,
         layer_norm_epsilon=1e-5,
         rope_theta=10000.0,
-        time_epsilon=1e-3,
-        noise_schedule="log-linear",
-        time_conditioning=False,
-        mask_in_noise=True,
-        alpha_0=1.0,
-        block_size=1,
         **kwargs,
     ):
         self.family = family
+        self.causal = causal
         self.vocab_size = vocab_size
         self.mask_token_id = mask_token_id
         self.hidden_size = hidden_size
@@ -40,11 +36,5 @@ class MegatronDlmConfig(PretrainedConfig):
         self.max_position_embeddings = max_position_embeddings
         self.layer_norm_epsilon = layer_norm_epsilon
         self.rope_theta = rope_theta
-        self.time_epsilon = time_epsilon
-        self.noise_schedule = noise_schedule
-        self.time_conditioning = time_conditioning
-        self.mask_in_noise = mask_in_noise
-        self.alpha_0 = alpha_0
-        self.block_size = block_size
         kwargs.setdefault("tie_word_embeddings", False)
         super().__init__(**kwargs)

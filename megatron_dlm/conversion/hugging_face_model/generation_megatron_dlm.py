@@ -5,11 +5,10 @@ from dataclasses import fields
 import torch
 
 from megatron_dlm.sampling.generate import sample
-from megatron_dlm.sampling.network import Process
 from megatron_dlm.sampling.settings import SamplingConfig
 from megatron_dlm.sampling.start import Start, start_from
 
-from .noise_megatron_dlm import alpha_and_slope
+from .family_megatron_dlm import sampler_for
 
 
 class ModelNetwork:
@@ -24,17 +23,6 @@ class ModelNetwork:
     def hidden(self, ids, rows, sigma=None, visible=None):
         """[R, hidden] where `rows`."""
         return self.model.hidden(ids, sigma=sigma, visible_mask=visible)[rows]
-
-
-def process_of(config):
-    """The noise the model was trained to undo."""
-
-    def alpha(t):
-        return float(alpha_and_slope(config, torch.tensor(t, dtype=torch.float64))[0])
-
-    names = ("family", "vocab_size", "mask_token_id", "bos_token_id", "eos_token_id")
-    names += ("mask_in_noise", "time_conditioning", "block_size")
-    return Process(alpha=alpha, **{name: getattr(config, name) for name in names})
 
 
 def prompts_of(input_ids, attention_mask, batch_size):
@@ -54,7 +42,7 @@ def prompts_of(input_ids, attention_mask, batch_size):
 
 def generate(model, prompts, max_length, max_new_tokens, given, seed, on_step, settings):
     """int64 [B, max_length]; the arguments are those of `MegatronDlmModel.generate`."""
-    process = process_of(model.config)
+    family = sampler_for(model.config)
     known = [field.name for field in fields(SamplingConfig)]
     for name in settings:
         if name not in known:
@@ -70,5 +58,5 @@ def generate(model, prompts, max_length, max_new_tokens, given, seed, on_step, s
         length = model.config.max_position_embeddings if max_length is None else max_length
         if length < 1:
             raise ValueError(f"max_length: {length} is below 1")
-        start = start_from(prompts, length, process)
-    return sample(ModelNetwork(model), process, config, start, seed=seed, on_step=on_step)
+        start = start_from(prompts, length, family)
+    return sample(ModelNetwork(model), family, config, start, seed=seed, on_step=on_step)

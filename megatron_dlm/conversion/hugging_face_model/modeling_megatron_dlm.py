@@ -14,11 +14,10 @@ from transformers.modeling_outputs import MaskedLMOutput
 # transformers copies only what is imported in this form.
 from .cache_megatron_dlm import KeyValueCache
 from .configuration_megatron_dlm import MegatronDlmConfig
+from .family_megatron_dlm import likelihood_for
 from .generation_megatron_dlm import generate, prompts_of
-from .likelihood_megatron_dlm import bound_at_noise, estimate_nll
 
 FREQUENCY_CHANNELS = 256
-CAUSAL_FAMILIES = ("ar", "esolm")
 
 
 class VocabularyEmbedding(nn.Module):
@@ -79,7 +78,7 @@ class Block(nn.Module):
         width = config.hidden_size
         self.config = config
         self.heads = config.num_attention_heads
-        self.causal = config.family in CAUSAL_FAMILIES
+        self.causal = config.causal
         self.norm1 = Norm(config)
         self.attn_qkv = nn.Linear(width, 3 * width, bias=False)
         self.attn_out = nn.Linear(width, width, bias=False)
@@ -149,7 +148,7 @@ class OutputLayer(nn.Module):
 
 
 class MegatronDlmModel(PreTrainedModel):
-    """Logits, bound and sampler of one family (ar, mdlm, duo, esolm or block-diffusion)."""
+    """Logits, bound and samplers of one family of language models."""
 
     config_class = MegatronDlmConfig
     base_model_prefix = "megatron_dlm"
@@ -182,8 +181,8 @@ class MegatronDlmModel(PreTrainedModel):
 
         Args:
             input_ids: int64 [B, L].
-            sigma: [B] noise level -ln(alpha) for families that condition on it (duo); zeros when absent.
-            position_ids: int64 [B, L] or [1, L]; 0 to L - 1 when absent. esolm reads tokens in any order.
+            sigma: [B] noise level -ln(alpha) for families that condition on it; zeros when absent.
+            position_ids: int64 [B, L] or [1, L]; 0 to L - 1 when absent. Tokens may be in any order.
             visible_mask: bool [L, L], True where a row may look at a column; the family's own when absent.
             labels: refused: use `bound` or `nll`.
             attention_mask: all ones, as tokenizers give it; padding would be read as text and is refused.
@@ -233,7 +232,7 @@ class MegatronDlmModel(PreTrainedModel):
         return logits
 
     def start_cache(self, batch_size):
-        """An empty `KeyValueCache`, for families that only look back (ar, esolm)."""
+        """An empty `KeyValueCache`, for families that only look back."""
         return KeyValueCache(self, batch_size)
 
     def _rotary(self, position_ids):
@@ -259,23 +258,27 @@ class MegatronDlmModel(PreTrainedModel):
         Returns:
             float: sum of weight * token cost over the number of tokens.
         """
-        return bound_at_noise(self, input_ids, target_ids, weights, sigma, position_ids, visible_mask)
+        logits = self(input_ids, sigma=sigma, position_ids=position_ids, visible_mask=visible_mask).logits
+        nats = likelihood_for(self.config).token_nats(logits, input_ids, target_ids, sigma)
+        tokens = input_ids.numel() // (1 if visible_mask is None else 2)
+        return float((nats * weights).sum() / tokens)
 
     @torch.no_grad()
     def nll(self, input_ids, num_samples=16, seed=0, t_grid=None):
-        """NLL (ar) or Monte-Carlo NELBO (the others) of sequences.
+        """Negative log-likelihood of sequences, or for diffusion its Monte-Carlo bound.
 
         Args:
             input_ids: int64 [B, L] clean tokens.
-            num_samples: draws of time and noise for each sequence, stratified over time; ar needs none.
+            num_samples: draws of time and noise for each sequence, stratified over time; causal language
+                models need none.
             seed: of the draws.
             t_grid: times in (0, 1] instead of random ones, one draw of noise at each: the mean of the
                 integrand over them.
 
         Returns:
-            float64 [B] nats; ar scores tokens 1 to L - 1.
+            float64 [B] nats; causal language models score tokens 1 to L - 1.
         """
-        return estimate_nll(self, input_ids, num_samples, seed, t_grid)
+        return likelihood_for(self.config).nll(self, input_ids, num_samples, seed, t_grid)
 
     def generate(
         self,
@@ -292,8 +295,9 @@ class MegatronDlmModel(PreTrainedModel):
         """Sample token ids.
 
         Args:
-            input_ids: int64 [B, P] prompts that are kept, or a list of B lists of unequal length; ar begins
-                with <bos> where there are none. With `given`, int64 [B, max_length].
+            input_ids: int64 [B, P] prompts that are kept, or a list of B lists of unequal length; a
+                causal language model begins with <bos> where there are none. With `given`, int64
+                [B, max_length].
             max_length: tokens in all; the training length when absent.
             max_new_tokens: instead of it, tokens behind the longest prompt.
             given: bool [B, max_length], True where `input_ids` holds a token to keep: filling in.

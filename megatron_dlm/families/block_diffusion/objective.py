@@ -38,6 +38,11 @@ class BlockDiffusionConfig(DiffusionConfig):
         if self.block_size < 1:
             raise InputError(f"objective.block_size: {self.block_size} is below 1")
 
+    @property
+    def text_multiple(self) -> int:
+        """Whole blocks."""
+        return self.block_size
+
     def check_sizes(self, batch_size: int, seq_length: int) -> None:
         """Refuse a length that blocks do not fill."""
         if seq_length % self.block_size:

@@ -8,7 +8,6 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_dlm.diffusion.context import CorruptionContext
@@ -16,6 +15,7 @@ from megatron_dlm.diffusion.corruptions import coins, noised_tokens, replace_uni
 from megatron_dlm.diffusion.noise_schedules import alpha_and_slope
 from megatron_dlm.diffusion.time_sampling import stratified_times
 from megatron_dlm.diffusion.uniform_divergence import uniform_divergence, uniform_divergence_and_dlogits
+from megatron_dlm.diffusion.uniform_states import UniformStates
 from megatron_dlm.families.base import Objective
 from megatron_dlm.families.diffusion_family import DiffusionConfig, clean_tokens
 from megatron_dlm.families.duo.curriculum import CurriculumConfig, GaussianCurriculum
@@ -52,12 +52,16 @@ class DuoConfig(DiffusionConfig):
 
     def prior_nats(self, vocabulary: Vocabulary) -> float:
         """Divergence of a token's law at t = 1 from the uniform one."""
-        states, alpha = UniformStates(vocabulary, mask_in_noise=self.mask_in_noise).count, self.alpha(1.0)
+        states, alpha = self.states(vocabulary).count, self.alpha(1.0)
         others = 1.0 - alpha
         same = states * alpha + others
         return same / states * math.log(same) + (states - 1) / states * (
             others * math.log(others) if others else 0.0
         )
+
+    def states(self, vocabulary: Vocabulary) -> UniformStates:
+        """The ids that the noise draws from."""
+        return UniformStates(vocabulary.size, vocabulary.mask_token_id, mask_in_noise=self.mask_in_noise)
 
     def build(self, vocabulary: Vocabulary) -> Objective:
         """The family over `vocabulary`."""
@@ -69,7 +73,7 @@ class Duo(Objective):
 
     def __init__(self, config: DuoConfig, vocabulary: Vocabulary) -> None:
         self._config = config
-        self._states = UniformStates(vocabulary, mask_in_noise=config.mask_in_noise)
+        self._states = config.states(vocabulary)
         self._curriculum = GaussianCurriculum(config.curriculum, self._states.count)
 
     def corrupt(self, batch: TokenBatch, context: CorruptionContext) -> tuple[ModelInputs, Targets]:
@@ -127,19 +131,3 @@ class Duo(Objective):
     ) -> tuple[Tensor, Tensor]:
         """Divergence with its closed-form gradient."""
         return uniform_divergence_and_dlogits(logits_RVp, targets, vocab, self._states.count)
-
-
-class UniformStates:
-    """The ids that uniform noise draws from, in order: all, or all but the mask token."""
-
-    def __init__(self, vocabulary: Vocabulary, *, mask_in_noise: bool) -> None:
-        self.count = vocabulary.size if mask_in_noise else vocabulary.size - 1
-        self._left_out = vocabulary.size if mask_in_noise else vocabulary.mask_token_id
-
-    def token(self, ordinal: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The id of the n-th state, n in [0, count)."""
-        return ordinal + (ordinal >= self._left_out)
-
-    def ordinal(self, token: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Inverse of `token`."""
-        return token - (token > self._left_out)

@@ -1,0 +1,13 @@
+"""Samplers and likelihood of a model's family; an export has the names of its own family's here instead."""
+
+from megatron_dlm.families.registry import likelihood_of, sampler_of
+
+
+def sampler_for(config):
+    """The samplers of the model."""
+    return sampler_of(config.family).from_config(config)
+
+
+def likelihood_for(config):
+    """The likelihood of the model."""
+    return likelihood_of(config.family)(config)

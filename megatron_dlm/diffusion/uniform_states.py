@@ -1,0 +1,34 @@
+"""The token ids that uniform noise draws from."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from numpy.typing import NDArray
+from torch import Tensor
+
+Ids = TypeVar("Ids", NDArray, Tensor)  # type: ignore[type-arg]
+
+
+class UniformStates:
+    """All ids in order, or all but the mask token."""
+
+    def __init__(self, vocab_size: int, mask_token_id: int, *, mask_in_noise: bool) -> None:
+        """Choose.
+
+        Args:
+            vocab_size: ids, mask token included.
+            mask_token_id: any of them.
+            mask_in_noise: whether it is a state too.
+        """
+        self.count = vocab_size if mask_in_noise else vocab_size - 1
+        """K, the number of states."""
+        self._left_out = vocab_size if mask_in_noise else mask_token_id
+
+    def token(self, ordinal: Ids) -> Ids:
+        """The id of the n-th state, n in [0, count), of any shape."""
+        return ordinal + (ordinal >= self._left_out)
+
+    def ordinal(self, token: Ids) -> Ids:
+        """Inverse of `token`."""
+        return token - (token > self._left_out)

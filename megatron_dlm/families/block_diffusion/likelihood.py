@@ -1,0 +1,28 @@
+"""Block diffusion's bound on an exported model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_dlm.diffusion.likelihood import DiffusionLikelihood, Draws
+from megatron_dlm.diffusion.noisy_then_clean import noisy_then_clean_mask
+
+
+class Likelihood(DiffusionLikelihood):
+    """Each block from itself, masked, and from those before it, clean."""
+
+    def copy(self, model: Any, ids_BL: Tensor, draws: Draws, index: int) -> Tensor:
+        """Masked at a time of its own in each block."""
+        length, size = ids_BL.shape[1], int(self.config.block_size)
+        times = draws.times(index, -(-length // size)).repeat_interleave(size, dim=1)
+        noisy_BL, _, weight_BL, _ = self.mask(ids_BL, draws, times[:, :length])
+        places = torch.arange(length, device=ids_BL.device)[None]
+        logits_BLV = model(
+            torch.cat([noisy_BL, ids_BL], dim=1),
+            position_ids=torch.cat([places, places], dim=1),
+            visible_mask=noisy_then_clean_mask(length, size).dense()[0, 0].to(ids_BL.device),
+        ).logits[:, :length]
+        return (self.token_nats(logits_BLV, noisy_BL, ids_BL, None) * weight_BL).sum(1)

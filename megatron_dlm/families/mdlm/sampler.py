@@ -1,0 +1,45 @@
+"""MDLM's samplers: the reverse process, the most confident tokens first, and plans in blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from megatron_dlm.sampling.masked_sampler import MaskedSampler, level_of_step
+from megatron_dlm.sampling.settings import SamplingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler(MaskedSampler):
+    """Reads the whole text in each step."""
+
+    samplers: ClassVar = {
+        "ancestral": ("num_steps", "block_length"),
+        "confidence": ("num_steps", "block_length"),
+        "block": ("num_steps",),
+        "block-autoregressive": ("segment_length", "num_groups"),
+        "left-to-right": (),
+    }
+
+    time_conditioning: bool = False
+    """Whether the network is told the noise level."""
+
+    def reading(self, config: SamplingConfig) -> dict[str, Any]:
+        """With the noise level of the step, or where steps have none, of what is known."""
+        if not self.time_conditioning:
+            return {}
+        if config.sampler != "ancestral":
+            return {"alpha_of": self._share_known}
+        levels = self.alphas(config.num_steps or 0)
+
+        def alpha_of(ids_BL: Tensor, step: int) -> Tensor:
+            return torch.full((len(ids_BL),), level_of_step(levels, step), dtype=torch.float64)
+
+        return {"alpha_of": alpha_of}
+
+    def _share_known(self, ids_BL: Tensor, step: int) -> Tensor:
+        """Where nothing is known, that is less than training ever saw."""
+        return (ids_BL != self.mask_token_id).double().mean(1).clamp_min(self.alpha(1.0))
