@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from megatron_dlm.checkpointing.layout import CheckpointRoot  # noqa: E402
+from megatron_dlm.checkpointing.layout import CHECKPOINTS, CheckpointRoot  # noqa: E402
 from megatron_dlm.families.registry import OBJECTIVES  # noqa: E402
 from megatron_dlm.run.config import RunConfig  # noqa: E402
 from megatron_dlm.telemetry.writers import read_metrics  # noqa: E402
@@ -126,7 +126,7 @@ def result_of(config: RunConfig) -> Any:
         for entry in read_metrics(config.directory)
         if entry["kind"] == "train"
     }
-    final = CheckpointRoot(config.directory / "checkpoints").final(config.training.num_steps)
+    final = CheckpointRoot(config.directory / CHECKPOINTS).final(config.training.num_steps)
     return steps, {path.name: path.read_bytes() for path in final.glob("*.distcp")}
 
 
@@ -208,7 +208,7 @@ def seen_saving(config: RunConfig, ranks: list[Any], save: int) -> bool:
 
 def temporaries(config: RunConfig) -> list[Path]:
     """Checkpoints that are being written."""
-    found = (config.directory / "checkpoints").glob("step-*.tmp")
+    found = (config.directory / CHECKPOINTS).glob("step-*.tmp")
     return [path for path in found if not path.name.endswith(".old.tmp")]
 
 
@@ -226,7 +226,7 @@ def count_kill(run: Run, ranks: list[Any], dice: random.Random) -> None:
 
 def damage_newest(run: Run, dice: random.Random) -> None:
     """Cut the newest of at least two checkpoints, or flip one bit of it."""
-    complete = CheckpointRoot(run.config.directory / "checkpoints").complete()
+    complete = CheckpointRoot(run.config.directory / CHECKPOINTS).complete()
     if len(complete) < 2:
         return
     path = dice.choice(sorted(complete[-1].iterdir()))

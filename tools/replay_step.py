@@ -23,7 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from megatron_dlm.checkpointing.layout import CheckpointRoot, read_json, step_of
+from megatron_dlm.checkpointing.layout import CHECKPOINTS, CheckpointRoot, read_json, step_of
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.platform.codec import decode
 from megatron_dlm.platform.launch import detect_environment
@@ -36,7 +36,7 @@ from megatron_dlm.run.run_record import read_run_record
 
 def newest_before(run: Path, step: int) -> Path | None:
     """The newest complete checkpoint of a run that a step could have started from."""
-    complete = CheckpointRoot(run / "checkpoints").complete()
+    complete = CheckpointRoot(run / CHECKPOINTS).complete()
     return next((path for path in reversed(complete) if step_of(path) < step), None)
 
 

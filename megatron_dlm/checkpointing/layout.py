@@ -13,7 +13,16 @@ from typing import Any, Literal
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.platform.files import commit, flush_to_disk, sha256_of, write_json
 
+CHECKPOINTS = "checkpoints"
+"""Directory of a run's checkpoints, in the run's."""
 MANIFEST = "manifest.json"
+RUN_RECORD = "run.json"
+"""Configuration and data of the run that wrote a checkpoint."""
+PROGRESS_RECORD = "progress.json"
+"""How far the run was."""
+SAVE_REQUEST = "save-now"
+"""Making this file in a run's directory asks for a checkpoint after the current step or the next, which
+removes it."""
 REFERENCE_SUFFIX = ".ckpt"
 """Of checkpoints of the paper's code."""
 VERSION = 1

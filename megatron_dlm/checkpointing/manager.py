@@ -32,7 +32,6 @@ from megatron_dlm.platform.fully_sharded import sharded_names, stand_ins
 from megatron_dlm.platform.parallel import ParallelState, on_first_rank
 
 OPTIMIZER_STEP = "optimizer_step"
-RUN_RECORD, PROGRESS_RECORD = "run.json", "progress.json"
 
 # common.pt and byte objects are pickles too; with this torch accepts tensors and plain containers only.
 os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"

@@ -10,7 +10,14 @@ from typing import Annotated
 
 import tyro
 
-from megatron_dlm.checkpointing.layout import MANIFEST, CheckpointRoot, read_json, verify
+from megatron_dlm.checkpointing.layout import (
+    CHECKPOINTS,
+    MANIFEST,
+    PROGRESS_RECORD,
+    CheckpointRoot,
+    read_json,
+    verify,
+)
 from megatron_dlm.cli.arguments import parse
 from megatron_dlm.interfaces import InputError
 
@@ -77,9 +84,9 @@ def run(arguments: list[str]) -> int:
 
 
 def _root(directory: Path) -> CheckpointRoot:
-    if not (directory / "checkpoints").is_dir():
+    if not (directory / CHECKPOINTS).is_dir():
         raise InputError(f"run: {directory}: has no directory checkpoints")
-    return CheckpointRoot(directory / "checkpoints")
+    return CheckpointRoot(directory / CHECKPOINTS)
 
 
 def _size(checkpoint: Path) -> int:
@@ -93,7 +100,7 @@ def _list(arguments: list[str]) -> None:
 
     table = Table("checkpoint", "step", "samples", "GiB", "saved (UTC)", "processes", box=None)
     for checkpoint in _root(config.run).complete():
-        progress = read_json(checkpoint / "progress.json")
+        progress = read_json(checkpoint / PROGRESS_RECORD)
         saved = datetime.datetime.fromtimestamp(
             (checkpoint / MANIFEST).stat().st_mtime, tz=datetime.timezone.utc
         )
@@ -119,7 +126,7 @@ def _inspect(arguments: list[str]) -> None:
 
     record = read_run_record(config.checkpoint)
     check_metadata(config.checkpoint)
-    run_config, progress = record.config, read_json(config.checkpoint / "progress.json")
+    run_config, progress = record.config, read_json(config.checkpoint / PROGRESS_RECORD)
     parallel = run_config.parallel
     for name, value in {
         "objective": run_config.objective,

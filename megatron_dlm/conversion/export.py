@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_dlm.checkpointing.layout import read_json
+from megatron_dlm.checkpointing.layout import PROGRESS_RECORD, RUN_RECORD, read_json
 from megatron_dlm.data.tokenizers.tokenizer import load_tokenizer
 from megatron_dlm.interfaces import InputError, TokenBatch, TrainingError
 from megatron_dlm.models.config import Precision
@@ -25,7 +25,6 @@ from megatron_dlm.run.run_record import RunRecord
 if TYPE_CHECKING:
     from megatron_dlm.conversion.to_hugging_face import ExportDtype, ExportSource
 
-PROGRESS_RECORD, RUN_RECORD = "progress.json", "run.json"
 VERIFY_SECONDS = 3600
 CHECK_SAMPLES = 8
 

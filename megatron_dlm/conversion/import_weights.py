@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_dlm.checkpointing.layout import CheckpointRoot
+from megatron_dlm.checkpointing.layout import CHECKPOINTS, CheckpointRoot
 from megatron_dlm.interfaces import InputError, Vocabulary
 from megatron_dlm.platform.codec import decode, encode
 from megatron_dlm.platform.files import check_new
@@ -110,7 +110,8 @@ def import_weights(imported: Imported, output: Path) -> Path:
     imported.weights.check()
     parallel = start_parallel(environment, ParallelConfig())
     from megatron_dlm.checkpointing.async_writer import SavePlans
-    from megatron_dlm.checkpointing.manager import PROGRESS_RECORD, RUN_RECORD, PendingSave
+    from megatron_dlm.checkpointing.layout import PROGRESS_RECORD, RUN_RECORD
+    from megatron_dlm.checkpointing.manager import PendingSave
     from megatron_dlm.models.weight_mapping import local_tensors
     from megatron_dlm.run.model import build_denoiser
 
@@ -123,7 +124,7 @@ def import_weights(imported: Imported, output: Path) -> Path:
     denoiser = build_denoiser(config, imported.vocabulary, parallel)
     for parameter, tensor in local_tensors(imported.weights.state, denoiser, parallel).items():
         parameter.data.copy_(tensor)
-    root = CheckpointRoot(output / "checkpoints")
+    root = CheckpointRoot(output / CHECKPOINTS)
     records: dict[str, Any] = {
         RUN_RECORD: {
             "config": encode(config),

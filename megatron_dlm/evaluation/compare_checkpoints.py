@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_dlm.checkpointing.layout import MANIFEST, CheckpointRoot
+from megatron_dlm.checkpointing.layout import CHECKPOINTS, MANIFEST, CheckpointRoot
 from megatron_dlm.evaluation.checkpoint_scoring import copies_by, held_out, scoring_config
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.models.config import Precision
@@ -56,7 +56,7 @@ def side(path: Path, precision: Precision | None, fp8: Fp8Config) -> Side:
     """
     checkpoint = path
     if not (path / MANIFEST).is_file():
-        complete = CheckpointRoot(path / "checkpoints").complete()
+        complete = CheckpointRoot(path / CHECKPOINTS).complete()
         if not complete:
             raise InputError(f"{path}: neither a checkpoint (step-NNNNNNNN) nor a run with one")
         checkpoint = complete[-1]

@@ -96,6 +96,6 @@ def _part(family: str, part: str, name: str) -> Any:
     try:
         return getattr(import_module(module), name)
     except ModuleNotFoundError as error:
-        if error.name != module:
+        if error.name not in (module, module.rpartition(".")[0]):
             raise
         raise InputError(f"family {family} has no {part}: families/{folder}/{part}.py is missing") from error

@@ -1,6 +1,6 @@
 """Strict JSON for frozen dataclasses: the record of a run's configuration.
 
-Encoding writes plain values and, where a field's declared type is a base class, the name of the concrete
+Encoding writes plain values and, where a field may hold one of several classes, the registered name of its
 class; decoding refuses unknown fields, missing fields and wrong types and names the path.
 """
 
@@ -23,7 +23,8 @@ def encode(value: Any) -> Any:
     """A dataclass, tuple, enum, path or scalar as plain JSON values."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {CLASS_KEY: type(value).__name__, **fields}
+        name = _registered_name(type(value))
+        return fields if name is None else {CLASS_KEY: name, **fields}
     if isinstance(value, tuple):
         return [encode(item) for item in value]
     if isinstance(value, Enum):
@@ -54,7 +55,7 @@ def decode(declared: type[T], data: Any, path: str = "config") -> T:
     """
     if not isinstance(data, dict):
         raise InputError(f"{path}: expected an object, found {type(data).__name__}")
-    cls = _resolve_class(declared, data.get(CLASS_KEY, declared.__name__), path)
+    cls = _resolve_class(declared, data.get(CLASS_KEY), path)
     hints = get_type_hints(cls)
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     known = {field.name for field in fields}
@@ -75,14 +76,26 @@ def decode(declared: type[T], data: Any, path: str = "config") -> T:
         raise InputError(f"{path}: {error}") from error
 
 
-def _resolve_class(declared: type[T], name: str, path: str) -> type[T]:
-    """`declared` or its subclass called `name`; only classes that are already imported can be named."""
-    candidates = [declared]
-    while candidates:
-        candidate = candidates.pop()
-        if candidate.__name__ == name:
-            return candidate
-        candidates.extend(candidate.__subclasses__())
+def _registered_name(cls: type) -> str | None:
+    """By which a record tells a class from others that its field may hold; no other class is named."""
+    name = getattr(cls, "name", None)
+    return name if isinstance(name, str) else None
+
+
+def _resolve_class(declared: type[T], name: object, path: str) -> type[T]:
+    """`declared`, or its subclass of that registered name among those that are already imported."""
+    choices: list[type[T]] = []
+    waiting = declared.__subclasses__()
+    while waiting:
+        choice = waiting.pop()
+        waiting += choice.__subclasses__()
+        choices += [choice] if _registered_name(choice) else []
+    if name is None or not choices:
+        return declared
+    for choice in choices:
+        # Records of earlier versions have the names of classes in Python.
+        if name in (_registered_name(choice), choice.__name__):
+            return choice
     raise InputError(f"{path}: {name!r} is not a {declared.__name__}")
 
 

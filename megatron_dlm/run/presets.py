@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_dlm.checkpointing.layout import CheckpointConfig
+from megatron_dlm.checkpointing.layout import CHECKPOINTS, CheckpointConfig
 from megatron_dlm.data.loading.data_config import DataConfig
 from megatron_dlm.families.base import ObjectiveConfig
 from megatron_dlm.interfaces import InputError
@@ -119,7 +119,7 @@ def gsm8k_run(objective: ObjectiveConfig) -> RunConfig:
     """
     num_steps = 40 * GSM8K_TRAINING_PROBLEMS // 256
     run = phase2_run(objective)
-    start = run.directory / "checkpoints" / "step-00350000"
+    start = run.directory / CHECKPOINTS / "step-00350000"
     return replace(
         run,
         directory=Path(f"runs/{objective.name}-1.7b-gsm8k"),

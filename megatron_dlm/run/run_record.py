@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_dlm.checkpointing.layout import CheckpointRoot, read_json, read_manifest
+from megatron_dlm.checkpointing.layout import (
+    CHECKPOINTS,
+    RUN_RECORD,
+    CheckpointRoot,
+    read_json,
+    read_manifest,
+)
 from megatron_dlm.interfaces import Vocabulary
 from megatron_dlm.platform.codec import decode
 from megatron_dlm.run.config import RunConfig
@@ -43,7 +49,7 @@ def read_run_record(checkpoint: Path) -> RunRecord:
         InputError: not a complete checkpoint, or a record of another version.
     """
     read_manifest(checkpoint)
-    path = checkpoint / "run.json"
+    path = checkpoint / RUN_RECORD
     data = read_json(path)
     return RunRecord(
         directory=checkpoint,
@@ -56,7 +62,7 @@ def read_run_record(checkpoint: Path) -> RunRecord:
 
 def checkpoint_root(config: RunConfig) -> CheckpointRoot:
     """Where the run's checkpoints are."""
-    return CheckpointRoot(config.directory / "checkpoints")
+    return CheckpointRoot(config.directory / CHECKPOINTS)
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from megatron_dlm.checkpointing.layout import (
-    REFERENCE_SUFFIX,
-    ChangeableField,
-    read_json,
-)
+from megatron_dlm.checkpointing.layout import PROGRESS_RECORD, REFERENCE_SUFFIX, ChangeableField, read_json
 from megatron_dlm.data.loading.blending import PlanSegment
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.platform.codec import decode
@@ -66,7 +62,7 @@ def find_start(config: RunConfig, data: RunData) -> RunRecord | OutsideStart | N
     _refuse_change(record, "model", record.config.model, config.model)
     _refuse_change(record, "vocabulary", record.vocabulary, data.vocabulary)
     saved, asked = record.config, config
-    if complete and read_json(record.directory / "progress.json").get("imported"):
+    if complete and read_json(record.directory / PROGRESS_RECORD).get("imported"):
         raise InputError(
             f"directory: {record.directory} holds imported weights, no optimizer; take another --directory "
             f"and --checkpoint.initialize-from {record.directory}"
@@ -157,7 +153,8 @@ def restore(session: Session, start: RunRecord | OutsideStart | None) -> Progres
     Raises:
         InputError: what it holds is damaged.
     """
-    from megatron_dlm.checkpointing.manager import PROGRESS_RECORD, load, load_weights, verify_on_all_ranks
+    from megatron_dlm.checkpointing.layout import PROGRESS_RECORD
+    from megatron_dlm.checkpointing.manager import load, load_weights, verify_on_all_ranks
     from megatron_dlm.models.weight_mapping import local_tensors
     from megatron_dlm.platform.distributed_optimizer import set_weights
     from megatron_dlm.training.loop import Progress

@@ -74,15 +74,14 @@ def go_on(session: Session, progress: Progress, signals: StopSignals) -> None:
         progress: where to begin; kept up to date.
         signals: that stop the run.
     """
-    from megatron_dlm.training.hooks.base import (
-        CheckpointHook,
-        EvaluationHook,
-        LoggingHook,
-        RequestHook,
-        Telemetry,
-    )
-    from megatron_dlm.training.hooks.health import ReplicaHook, WatchdogHook, stop_watching
+    from megatron_dlm.training.hooks.checkpoint import CheckpointHook
+    from megatron_dlm.training.hooks.evaluation import EvaluationHook
+    from megatron_dlm.training.hooks.logging import LoggingHook
     from megatron_dlm.training.hooks.non_finite import NonFiniteHook
+    from megatron_dlm.training.hooks.replicas import ReplicaHook
+    from megatron_dlm.training.hooks.requests import RequestHook
+    from megatron_dlm.training.hooks.telemetry import Telemetry
+    from megatron_dlm.training.hooks.watchdog import WatchdogHook, stop_watching
     from megatron_dlm.training.loop import fit
 
     checkpoints = CheckpointHook(checkpoint_root(session.config), progress.step, session.parallel)

@@ -39,7 +39,7 @@ def test_a_step_that_does_not_end_shows_where_it_is(corpus, tmp_path):
 
 def with_a_flipped_bit(state, config, faulty_rank):
     """What each rank is told after a step, where one rank's memory has changed."""
-    from megatron_dlm.training.hooks.health import ReplicaHook
+    from megatron_dlm.training.hooks.replicas import ReplicaHook
     from megatron_dlm.training.loop import Progress, train_step
 
     session, progress = build(state, config), Progress()
@@ -57,7 +57,7 @@ def with_a_flipped_bit(state, config, faulty_rank):
 
 def differences_of_gathered_weights(state, config):
     """What a comparison says in the middle of a run that gathers weights in its forward passes."""
-    from megatron_dlm.training.hooks.health import ReplicaHook
+    from megatron_dlm.training.hooks.replicas import ReplicaHook
     from megatron_dlm.training.loop import Progress, train_step
 
     session, progress, hook = build(state, config), Progress(), ReplicaHook()

@@ -12,7 +12,7 @@ cpu.install()
 
 for name in (
     "megatron_dlm.checkpointing.manager",
-    "megatron_dlm.training.hooks.base",
+    "megatron_dlm.training.train",
     "megatron_dlm.training.session",
     # What is imported when a model is built.
     "megatron.core.models.backends",

@@ -160,8 +160,11 @@ def measure_hooks(
     from megatron_dlm.families.mdlm.objective import MDLMConfig
     from megatron_dlm.models.sizes import paper_model
     from megatron_dlm.run.datasets import open_data
-    from megatron_dlm.training.hooks.base import LoggingHook, RequestHook, Telemetry
-    from megatron_dlm.training.hooks.health import ReplicaHook, WatchdogHook, stop_watching
+    from megatron_dlm.training.hooks.logging import LoggingHook
+    from megatron_dlm.training.hooks.replicas import ReplicaHook
+    from megatron_dlm.training.hooks.requests import RequestHook
+    from megatron_dlm.training.hooks.telemetry import Telemetry
+    from megatron_dlm.training.hooks.watchdog import WatchdogHook, stop_watching
     from megatron_dlm.training.loop import Progress, train_step
     from megatron_dlm.training.session import Session
     from megatron_dlm.training.signals import StopSignals

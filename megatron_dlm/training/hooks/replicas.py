@@ -1,9 +1,6 @@
-"""Watches a run for what raises no error: steps that do not end, replicas that have come apart."""
+"""Compares replicas of the weights, which raise no error where they come apart."""
 
 from __future__ import annotations
-
-import faulthandler
-import signal
 
 import torch
 import torch.distributed as dist
@@ -14,34 +11,6 @@ from megatron_dlm.platform.distributed_optimizer import complete_weights
 from megatron_dlm.platform.fp8_weights import bits
 from megatron_dlm.training.loop import Hook, Progress, StepReport
 from megatron_dlm.training.session import Session
-
-
-class WatchdogHook(Hook):
-    """Ends the process with the stacks of its threads where a step takes too long; SIGUSR2 prints them."""
-
-    def on_start(self, session: Session, progress: Progress) -> None:
-        """Begin to watch."""
-        # NCCL's own watchdog ends a process that waits in vain by SIGABRT.
-        faulthandler.enable()
-        faulthandler.register(signal.SIGUSR2)
-        self._watch(session)
-
-    def after_step(self, session: Session, progress: Progress, report: StepReport) -> None:
-        """Begin anew."""
-        self._watch(session)
-
-    def on_end(self, session: Session, progress: Progress) -> None:
-        """Leave the last save the same time as a step."""
-        self._watch(session)
-
-    def _watch(self, session: Session) -> None:
-        # A thread in C: it also wakes where Python hangs.
-        faulthandler.dump_traceback_later(session.config.training.step_timeout_seconds, exit=True)
-
-
-def stop_watching() -> None:
-    """No step is under way any more."""
-    faulthandler.cancel_dump_traceback_later()
 
 
 class ReplicaHook(Hook):

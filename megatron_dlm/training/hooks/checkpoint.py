@@ -1,0 +1,128 @@
+"""Checkpoints during training."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from megatron_dlm.checkpointing.async_writer import SavePlans
+from megatron_dlm.checkpointing.layout import (
+    PROGRESS_RECORD,
+    RUN_RECORD,
+    SAVE_REQUEST,
+    CheckpointConfig,
+    CheckpointRoot,
+)
+from megatron_dlm.checkpointing.manager import PendingSave
+from megatron_dlm.interfaces import SaveError
+from megatron_dlm.platform.codec import encode
+from megatron_dlm.platform.parallel import ParallelState
+from megatron_dlm.training.loop import Hook, Progress, StepReport
+from megatron_dlm.training.session import Session
+
+
+class CheckpointHook(Hook):
+    """Saves every few steps and at the end, whether the run is done or asked to stop."""
+
+    def __init__(self, root: CheckpointRoot, saved_step: int, parallel: ParallelState) -> None:
+        self._root = root
+        self._plans = SavePlans(parallel)
+        self._saved_step = saved_step
+        self._pending: PendingSave | None = None
+        self._failures = 0
+
+    def on_start(self, session: Session, progress: Progress) -> None:
+        """Ask in each step whether a save is still being written."""
+        session.votes["writing"] = lambda: self._pending is not None and not self._pending.is_done()
+
+    def after_step(self, session: Session, progress: Progress, report: StepReport) -> None:
+        """Save when due or asked to."""
+        if self._pending and not session.agreed["writing"]:
+            self.finish(session)
+        if progress.save_requested or progress.step % session.config.checkpoint.save_every == 0:
+            self._save(session, progress)
+
+    def on_end(self, session: Session, progress: Progress) -> None:
+        """Save what has not been saved; here a failure is final."""
+        self.finish(session)
+        if progress.step != self._saved_step:
+            self._failures = session.config.checkpoint.max_failed_saves
+            self._save(session, progress)
+            self.finish(session)
+        # One that came too late to be seen has been answered too.
+        self._forget_request(session)
+
+    def _save(self, session: Session, progress: Progress) -> None:
+        self.finish(session)
+        records = {
+            RUN_RECORD: {
+                "config": encode(session.config),
+                "vocabulary": encode(session.data.vocabulary),
+                "tokenizer_fingerprint": session.data.tokenizer_fingerprint,
+                "train_sha256": session.data.train_sha256,
+            },
+            PROGRESS_RECORD: {
+                "step": progress.step,
+                "consumed_samples": progress.consumed_samples,
+                "fingerprint": progress.fingerprint,
+                "recent_losses": progress.recent_losses,
+                "recent_grad_norms": progress.recent_grad_norms,
+                "world_size": session.parallel.world_size,
+                "data_plan": encode(session.plan),
+            },
+        }
+        checkpoint = session.config.checkpoint
+        with self._failures_counted(session, progress.step):
+            self._pending = PendingSave(
+                self._root,
+                progress.step,
+                session.denoiser,
+                session.optimizer,
+                session.parallel,
+                self._plans,
+                records,
+                checkpoint.save_timeout_seconds,
+            )
+        if progress.save_requested:
+            self._forget_request(session)
+        if not checkpoint.async_save:
+            self.finish(session)
+
+    def _forget_request(self, session: Session) -> None:
+        if session.parallel.rank == 0:
+            with suppress(OSError):
+                # What cannot be removed asks again after the next step.
+                (session.config.directory / SAVE_REQUEST).unlink(missing_ok=True)
+
+    def finish(self, session: Session) -> None:
+        """Wait for a save that is under way; all ranks call it."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        with self._failures_counted(session, pending.step):
+            pending.finish()
+            self._saved_step = pending.step
+            self._failures = 0
+            if session.parallel.rank == 0:
+                self._remove_superfluous(session.config.checkpoint)
+
+    def _remove_superfluous(self, config: CheckpointConfig) -> None:
+        try:
+            self._root.retain(config.keep_last, config.keep_every)
+        except OSError as error:
+            # The next save tries again; what it leaves is complete.
+            print(f"warning: older checkpoints stay: {error}", file=sys.stderr, flush=True)
+
+    @contextmanager
+    def _failures_counted(self, session: Session, step: int) -> Iterator[None]:
+        """Let training go on after a failed save, some times."""
+        try:
+            yield
+        except SaveError as error:
+            self._failures += 1
+            failed = f"checkpoint of step {step} was not saved: {error}"
+            if self._failures >= session.config.checkpoint.max_failed_saves:
+                raise SaveError(failed) from error
+            if session.parallel.rank == 0:
+                print(f"warning: {failed}; training goes on", file=sys.stderr, flush=True)

@@ -1,0 +1,36 @@
+"""Validation during training."""
+
+from __future__ import annotations
+
+from megatron_dlm.training.hooks.telemetry import Telemetry
+from megatron_dlm.training.loop import Hook, Progress, StepReport
+from megatron_dlm.training.session import Session
+
+
+class EvaluationHook(Hook):
+    """Validation bound before the first step, every few steps and at the end."""
+
+    def __init__(self, telemetry: Telemetry) -> None:
+        self._telemetry = telemetry
+
+    def on_start(self, session: Session, progress: Progress) -> None:
+        """Evaluate a new run's initial model."""
+        if progress.step == 0 and not progress.stop_requested:
+            self._evaluate(session, progress)
+
+    def after_step(self, session: Session, progress: Progress, report: StepReport) -> None:
+        """Evaluate when due."""
+        last = progress.step == session.config.training.num_steps
+        if last or progress.step % session.config.evaluation.every == 0:
+            self._evaluate(session, progress)
+
+    def _evaluate(self, session: Session, progress: Progress) -> None:
+        result = session.validation.run(session.config.evaluation)
+        metrics: dict[str, float | int] = {
+            "nats_per_token": result.nats_per_token,
+            "bits_per_byte": result.bits_per_byte,
+            "tokens": result.tokens,
+        }
+        if result.standard_error is not None:
+            metrics["standard_error"] = result.standard_error
+        self._telemetry.write("validation", progress.step, metrics)

@@ -1,0 +1,50 @@
+"""Where metrics go."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from megatron_dlm.telemetry.writers import ConsoleWriter, JsonLinesWriter, TensorBoardWriter, Writer
+from megatron_dlm.training.session import Session
+
+
+class Telemetry:
+    """The writers of rank 0; on other ranks it takes everything and writes nothing.
+
+    A full disk costs metrics, never a run: the first failure of a writer is told.
+    """
+
+    def __init__(self, session: Session, first_step: int) -> None:
+        self._writers: list[Writer] = []
+        self._failed: set[str] = set()
+        if session.parallel.rank == 0:
+            directory = session.config.directory
+            self._writers = [
+                JsonLinesWriter(directory, first_step),
+                TensorBoardWriter(directory, first_step),
+                ConsoleWriter(session.config.training.num_steps, first_step),
+            ]
+
+    def write(self, kind: str, step: int, metrics: dict[str, float | int]) -> None:
+        """Pass on to all writers."""
+        for writer in self._writers:
+            with self._failure_told(writer):
+                writer.write(kind, step, metrics)
+
+    def close(self) -> None:
+        """Close all writers."""
+        for writer in self._writers:
+            with self._failure_told(writer):
+                writer.close()
+
+    @contextmanager
+    def _failure_told(self, writer: Writer) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            name = type(writer).__name__
+            if name not in self._failed:
+                print(f"warning: {name}: {error}; training goes on", file=sys.stderr, flush=True)
+            self._failed.add(name)

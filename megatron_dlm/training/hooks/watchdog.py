@@ -1,0 +1,37 @@
+"""Watches for steps that do not end."""
+
+from __future__ import annotations
+
+import faulthandler
+import signal
+
+from megatron_dlm.training.loop import Hook, Progress, StepReport
+from megatron_dlm.training.session import Session
+
+
+class WatchdogHook(Hook):
+    """Ends the process with the stacks of its threads where a step takes too long; SIGUSR2 prints them."""
+
+    def on_start(self, session: Session, progress: Progress) -> None:
+        """Begin to watch."""
+        # NCCL's own watchdog ends a process that waits in vain by SIGABRT.
+        faulthandler.enable()
+        faulthandler.register(signal.SIGUSR2)
+        self._watch(session)
+
+    def after_step(self, session: Session, progress: Progress, report: StepReport) -> None:
+        """Begin anew."""
+        self._watch(session)
+
+    def on_end(self, session: Session, progress: Progress) -> None:
+        """Leave the last save the same time as a step."""
+        self._watch(session)
+
+    def _watch(self, session: Session) -> None:
+        # A thread in C: it also wakes where Python hangs.
+        faulthandler.dump_traceback_later(session.config.training.step_timeout_seconds, exit=True)
+
+
+def stop_watching() -> None:
+    """No step is under way any more."""
+    faulthandler.cancel_dump_traceback_later()
