@@ -29,6 +29,14 @@ class UniformStates:
         """The id of the n-th state, n in [0, count), of any shape."""
         return ordinal + (ordinal >= self._left_out)
 
+    def draw(self, uniform: Tensor) -> Tensor:
+        """Ids from draws in [0, 1), of any shape."""
+        return self.token((uniform * self.count).long())
+
+    def inverse_probability(self, ids: Tensor) -> int:
+        """1 over the probability that a draw gives each of the ids."""
+        return self.count
+
     def ordinal(self, token: Ids) -> Ids:
         """Inverse of `token`."""
         return token - (token > self._left_out)

@@ -235,7 +235,7 @@ class UniformDivergence:
     def __init__(
         self, logits_RVp: Tensor, ratio_R: Tensor, noisy_R: Tensor, clean_R: Tensor, vocab: VocabShard
     ) -> None:
-        """`ratio_R`: r of diffusion/uniform_divergence.py, float64 [R]."""
+        """`ratio_R`: r of diffusion/divergence.py, float64 [R]."""
         self._logits_RVp, self._vocab = logits_RVp, vocab
         if vocab.group is None:
             # Taken in the same pass as the sums.

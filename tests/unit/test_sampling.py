@@ -15,7 +15,7 @@ from megatron_dlm.sampling.decoding_plan import (
     reveal_shares,
 )
 from megatron_dlm.sampling.eos import finish_ended
-from megatron_dlm.sampling.uniform import posterior_shares
+from megatron_dlm.sampling.replacing import posterior_shares
 
 DRAWS = 40_000
 
@@ -81,7 +81,7 @@ def test_posterior_is_bayes_rule(mask_in_noise):
         p[noisy], *(torch.tensor(a, dtype=torch.float64) for a in (alpha_t, alpha_s)), count
     )
     assert sum(shares) == pytest.approx(1, abs=1e-15)
-    found = shares.predicted * p + shares.uniform * states / count
+    found = shares.predicted * p + shares.noise * states / count
     found[noisy] += shares.stays
     assert torch.allclose(found, expected, atol=1e-14)
 

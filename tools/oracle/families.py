@@ -19,7 +19,7 @@ from megatron_dlm.families.mdlm.objective import MDLMConfig
 from megatron_dlm.interfaces import HeadRows, TokenBatch, Vocabulary
 from megatron_dlm.platform.vocab_parallel import VocabShard
 from megatron_dlm.sampling.decoding_plan import reveal_shares
-from megatron_dlm.sampling.uniform import posterior_shares
+from megatron_dlm.sampling.replacing import posterior_shares
 from oracle.draws import exponential_race
 from oracle.noise import TIME_EPSILON, Array, RecordedNoise
 
@@ -184,7 +184,7 @@ class Case:
         noisy_BL1 = torch.from_numpy(self.duo_xt())[..., None]
         alpha_t, alpha_s = (torch.from_numpy(a).reshape(-1, 1, 1) for a in (self.alpha_t(), alpha_s))
         shares = posterior_shares(prediction.gather(-1, noisy_BL1), alpha_t, alpha_s, self._size)
-        posterior = shares.predicted * prediction + shares.uniform / self._size
+        posterior = shares.predicted * prediction + shares.noise / self._size
         return posterior.scatter_add(-1, noisy_BL1, shares.stays)
 
     def duo_post(self) -> Array:

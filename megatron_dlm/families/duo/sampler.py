@@ -12,9 +12,9 @@ from megatron_dlm.sampling.categorical import Sharpening
 from megatron_dlm.sampling.family_sampler import FamilySampler, OnStep
 from megatron_dlm.sampling.network import Network
 from megatron_dlm.sampling.noise import SampleNoise
+from megatron_dlm.sampling.replacing import ReplacingSampler
 from megatron_dlm.sampling.schedules import times
 from megatron_dlm.sampling.settings import SamplingConfig
-from megatron_dlm.sampling.uniform import UniformSampler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class Sampler(FamilySampler):
         one_by_one = config.sampler == "left-to-right"
         states = UniformStates(self.vocab_size, self.mask_token_id, mask_in_noise=self.mask_in_noise)
         sharpen = Sharpening(config.temperature, config.top_p)
-        UniformSampler(network, self.alpha, states, self.vocab_size, sharpen, noise, on_step).run(
+        ReplacingSampler(network, self.alpha, states, self.vocab_size, sharpen, noise, on_step).run(
             ids_BL,
             given_BL,
             [1.0, 0.0] if one_by_one else times(config.num_steps or 0),

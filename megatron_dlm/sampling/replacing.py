@@ -1,6 +1,6 @@
-"""Uniform-state diffusion (arXiv:2506.10892): every position may change in every step.
+"""Ancestral sampling where noise replaces tokens by draws (arXiv:2506.10892): each may change in each step.
 
-The exact posterior is a mixture of three: the token stays, is drawn from the prediction, or uniformly.
+The exact posterior is a mixture of three: the token stays, is drawn from the prediction, or from the noise.
 Whether it stays is decided by one number, and below a bound that needs no prediction, so in a step of many
 the head runs on the few positions that may change; the law is that of drawing from the whole posterior.
 Shape legend: B sequences, L tokens, R positions that may change, V ids.
@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from megatron_dlm.diffusion.uniform_states import UniformStates
 from megatron_dlm.sampling.categorical import Sharpening, draw, logit_chunks
 from megatron_dlm.sampling.decoding_plan import blocks_of
 from megatron_dlm.sampling.eos import finish_ended
@@ -32,39 +31,52 @@ class Shares(NamedTuple):
     """The token stays as it is."""
     predicted: Tensor
     """It is drawn from the network's prediction."""
-    uniform: Tensor
-    """It is drawn from all states alike."""
+    noise: Tensor
+    """It is drawn from the noise."""
 
 
-def posterior_shares(p_noisy: Tensor, alpha_t: Tensor, alpha_s: Tensor, num_states: int) -> Shares:
+def posterior_shares(
+    p_noisy: Tensor, alpha_t: Tensor, alpha_s: Tensor, inverse_probability: Tensor | int
+) -> Shares:
     """q(z_s | z_t, prediction) as a mixture.
 
     Args:
         p_noisy: float64 [...], predicted probability of the token that is there at t.
         alpha_t: broadcasts to it.
         alpha_s: not below alpha_t; 1 gives the last step.
-        num_states: ids that the noise draws from.
+        inverse_probability: 1 over the probability of the token at t as a draw of the noise; K where K ids
+            are drawn alike.
 
     Returns:
         Three of its shape.
     """
     ratio = alpha_t / alpha_s
-    total = num_states * alpha_t * p_noisy + 1.0 - alpha_t
+    total = inverse_probability * alpha_t * p_noisy + 1.0 - alpha_t
     return Shares(
-        stays=(num_states * alpha_t * p_noisy + ratio - alpha_t) / total,
+        stays=(inverse_probability * alpha_t * p_noisy + ratio - alpha_t) / total,
         predicted=(alpha_s - alpha_t) / total,
-        uniform=(1.0 - ratio) * (1.0 - alpha_s) / total,
+        noise=(1.0 - ratio) * (1.0 - alpha_s) / total,
     )
 
 
-class UniformSampler:
+class NoiseDraws(Protocol):
+    """The noise that replaces tokens."""
+
+    def draw(self, uniform: Tensor) -> Tensor:
+        """Ids from draws in [0, 1), of any shape."""
+
+    def inverse_probability(self, ids: Tensor) -> Tensor | int:
+        """1 over the probability that a draw gives each of the ids; infinite where none does."""
+
+
+class ReplacingSampler:
     """Ancestral sampling of one batch."""
 
     def __init__(
         self,
         network: Network,
         alpha: Callable[[float], float],
-        states: UniformStates,
+        draws: NoiseDraws,
         vocab_size: int,
         sharpen: Sharpening,
         noise: SampleNoise,
@@ -75,7 +87,7 @@ class UniformSampler:
         Args:
             network: is told the noise level.
             alpha: probability that a token is still clean, by time.
-            states: ids that the noise draws from.
+            draws: of the noise.
             vocab_size: ids that the head has logits for.
             sharpen: temperature and nucleus of the prediction.
             noise: of the draws.
@@ -83,7 +95,7 @@ class UniformSampler:
         """
         self._network = network
         self._alpha = alpha
-        self._states = states
+        self._draws = draws
         self._vocab_size = vocab_size
         self._sharpen = sharpen
         self._noise = noise
@@ -110,7 +122,7 @@ class UniformSampler:
             greedy_tail: take the most likely ids in the last step.
             eos_token_id: ends a text; None: nothing does.
         """
-        start_BL = self._random(self._noise.uniform("start"))
+        start_BL = self._draws.draw(self._noise.uniform("start"))
         ids_BL.copy_(torch.where(given_BL, ids_BL, start_BL))
         ordinal_BL = torch.where(given_BL, -1, (~given_BL).cumsum(1) - 1)
         unknown_B = (~given_BL).sum(1)
@@ -131,10 +143,6 @@ class UniformSampler:
             if eos_token_id is not None:
                 finish_ended(ids_BL, known_BL, given_BL, eos_token_id)
 
-    def _random(self, uniform: Tensor) -> Tensor:
-        """Ids of the noise from draws in [0, 1), of any shape."""
-        return self._states.token((uniform * self._states.count).long())
-
     def _step(
         self,
         ids_BL: Tensor,
@@ -147,11 +155,12 @@ class UniformSampler:
     ) -> None:
         """One step from alpha_t to alpha_s of the open positions; a sequence is read up to its end."""
         alpha_t, alpha_s = torch.tensor(alphas, dtype=torch.float64, device=ids_BL.device)
-        states = self._states.count
         mixture_BL, token_BL = self._noise.uniform("mixture", number), self._noise.uniform("token", number)
         # A prediction can only add to what stays.
-        surely = posterior_shares(alpha_t.new_zeros(()), alpha_t, alpha_s, states).stays
+        surely = posterior_shares(alpha_t.new_zeros(()), alpha_t, alpha_s, 1).stays
         may_change_BL = open_BL & ((mixture_BL >= surely) | greedy)
+        # A token that no noise gives is none.
+        may_change_BL &= torch.isfinite(torch.as_tensor(self._draws.inverse_probability(ids_BL)))
         may_change_B = may_change_BL.any(1)
         for end in end_B[may_change_B].unique().tolist():
             called = (may_change_B & (end_B == end)).nonzero()[:, 0]
@@ -167,8 +176,9 @@ class UniformSampler:
                     continue
                 p = self._sharpen(logits)
                 now, mixture = ids_BL[where], mixture_BL[where]
-                shares = posterior_shares(p.gather(1, now[:, None])[:, 0], alpha_t, alpha_s, states)
-                random = self._random(token_BL[where])
+                inverse = self._draws.inverse_probability(now)
+                shares = posterior_shares(p.gather(1, now[:, None])[:, 0], alpha_t, alpha_s, inverse)
+                random = self._draws.draw(token_BL[where])
                 is_predicted = mixture < shares.stays + shares.predicted
                 changed = torch.where(is_predicted, draw(p, token_BL[where]), random)
                 ids_BL[where] = torch.where(mixture < shares.stays, now, changed)
