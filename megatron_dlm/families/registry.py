@@ -20,6 +20,7 @@ FOLDERS = (
     "duo",
     "esolm",
     "block_diffusion",
+    "mask_uniform",
 )
 
 
