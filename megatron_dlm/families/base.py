@@ -1,6 +1,8 @@
 """The contract of a family: how to corrupt a microbatch and what a row of logits costs.
 
-A new family is one file with a config and a class, and one line in `registry.py`.
+A family is a folder with three files. `objective.py` derives from the classes here, `sampler.py` from
+`sampling/family_sampler.py` and `likelihood.py` from `diffusion/likelihood.py`, which exports carry;
+`registry.py` has a line for it. docs/add-a-family.md goes through all of it.
 Shape legend: B microbatch sequences, L tokens, R rows that need the head, Vp this rank's vocabulary columns.
 """
 
