@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -58,6 +59,43 @@ class AttentionMask:
             queries=_stacked(reach, query_group, reach.new_zeros(reach.shape)),
             keys=_stacked(order, key_group, order.new_zeros(order.shape)),
         )
+
+    @classmethod
+    def concat(cls, masks: Sequence[AttentionMask], sizes: Sequence[int]) -> AttentionMask:
+        """The masks of several batches of sequences as one.
+
+        Args:
+            masks: of equal lengths, before tables are made of them.
+            sizes: sequences of each batch.
+
+        Returns:
+            One mask for all where all have the same, else one for each sequence.
+
+        Raises:
+            ValueError: a mask has edges or a table, which hold for its own batch alone.
+        """
+        import torch
+
+        if any(mask.edges is not None or mask.table is not None for mask in masks):
+            raise ValueError("attention mask: with edges or a table it cannot be joined")
+        first = masks[0]
+        if len(first.queries) == 1 and all(
+            torch.equal(mask.queries, first.queries) and torch.equal(mask.keys, first.keys) for mask in masks
+        ):
+            return first
+        pairs = list(zip(masks, sizes, strict=True))
+        return cls(
+            queries=torch.cat([mask.queries.expand(size, -1, -1) for mask, size in pairs]),
+            keys=torch.cat([mask.keys.expand(size, -1, -1) for mask, size in pairs]),
+        )
+
+    def sequences(self, part: slice) -> AttentionMask:
+        """The mask of some of the sequences; itself where all have one."""
+        if len(self.queries) == 1:
+            return self
+        if self.edges is not None or self.table is not None:
+            raise ValueError("attention mask: with edges or a table it cannot be divided")
+        return type(self)(queries=self.queries[part], keys=self.keys[part])
 
     def dense(self) -> Tensor:
         """Bool [B, 1, s, S], True where a query (row) sees a key."""

@@ -5,6 +5,7 @@ Shape legend: B microbatch sequences, L tokens, S positions, R rows that reach t
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -122,6 +123,10 @@ class TokenMixture:
     weights_BLk: Tensor
     """float32 [B, L, k], adding up to 1."""
 
+    def sequences(self, part: slice) -> TokenMixture:
+        """The soft tokens of some of the sequences."""
+        return TokenMixture(token_ids_BLk=self.token_ids_BLk[part], weights_BLk=self.weights_BLk[part])
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelInputs:
@@ -146,6 +151,66 @@ class ModelInputs:
         """The same inputs on `device`."""
         return on_device(self, device)
 
+    def sequences(self, part: slice) -> ModelInputs:
+        """Inputs of some of the sequences.
+
+        Args:
+            part: of [0, B).
+
+        Returns:
+            All that belongs to them.
+        """
+        positions, mixture = self.position_ids_BL, self.mixture
+        return ModelInputs(
+            token_ids_BL=self.token_ids_BL[part],
+            position_ids_BL=positions if len(positions) == 1 else positions[part],
+            sigma_B=self.sigma_B[part],
+            attention_mask=None if self.attention_mask is None else self.attention_mask.sequences(part),
+            mixture=None if mixture is None else mixture.sequences(part),
+            document_ids_BL=None if self.document_ids_BL is None else self.document_ids_BL[part],
+        )
+
+    @classmethod
+    def concat(cls, parts: Sequence[ModelInputs]) -> ModelInputs:
+        """Inputs of equal length as those of one batch.
+
+        Args:
+            parts: at least one.
+
+        Returns:
+            All sequences in order.
+
+        Raises:
+            ValueError: some have a mask, soft tokens or documents and others have none.
+        """
+        import torch
+
+        def joined(name: str, join: Callable[[list[Any]], Any]) -> Any:
+            values = [getattr(part, name) for part in parts]
+            if all(value is None for value in values):
+                return None
+            if any(value is None for value in values):
+                raise ValueError(f"{name}: some inputs have it and others do not")
+            return join(values)
+
+        return cls(
+            token_ids_BL=torch.cat([part.token_ids_BL for part in parts]),
+            position_ids_BL=torch.cat([part.position_ids_BL.expand_as(part.token_ids_BL) for part in parts]),
+            sigma_B=torch.cat([part.sigma_B for part in parts]),
+            attention_mask=joined(
+                "attention_mask",
+                lambda masks: AttentionMask.concat(masks, [len(part.token_ids_BL) for part in parts]),
+            ),
+            mixture=joined(
+                "mixture",
+                lambda mixtures: TokenMixture(
+                    token_ids_BLk=torch.cat([mixture.token_ids_BLk for mixture in mixtures]),
+                    weights_BLk=torch.cat([mixture.weights_BLk for mixture in mixtures]),
+                ),
+            ),
+            document_ids_BL=joined("document_ids_BL", torch.cat),
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class RowTargets:
@@ -161,6 +226,20 @@ class RowTargets:
     """float64 [R], weight of the row in the training loss."""
     bound_weight_R: Tensor
     """float64 [R], weight of the row in the NELBO."""
+
+    def part(self, part: slice) -> RowTargets:
+        """Targets of some of the rows."""
+        return self.each(lambda rows: rows[part])
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> RowTargets:
+        """The targets with `change` made to every tensor."""
+        return RowTargets(
+            clean_R=change(self.clean_R),
+            noisy_R=change(self.noisy_R),
+            alpha_R=change(self.alpha_R),
+            weight_R=change(self.weight_R),
+            bound_weight_R=change(self.bound_weight_R),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +259,52 @@ class Targets:
     token_count: int
     """Tokens the sum is divided by: all of the data, not only those with a loss."""
 
+    def sequences(self, part: slice) -> Targets:
+        """Targets of some of the sequences; the tokens are counted as before."""
+        return self.each(lambda values_BL: values_BL[part])
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Targets:
+        """The targets with `change` made to every tensor; the tokens are counted as before."""
+        return Targets(
+            clean_BL=change(self.clean_BL),
+            noisy_BL=change(self.noisy_BL),
+            alpha_BL=change(self.alpha_BL),
+            weight_BL=change(self.weight_BL),
+            bound_weight_BL=change(self.bound_weight_BL),
+            token_count=self.token_count,
+        )
+
+    def rows(self, choose: Callable[[Tensor], Tensor]) -> RowTargets:
+        """Targets of some positions.
+
+        Args:
+            choose: [B, S] -> [R], the same positions of each tensor.
+
+        Returns:
+            Of these rows.
+        """
+        return RowTargets(
+            clean_R=choose(self.clean_BL),
+            noisy_R=choose(self.noisy_BL),
+            alpha_R=choose(self.alpha_BL),
+            weight_R=choose(self.weight_BL),
+            bound_weight_R=choose(self.bound_weight_BL),
+        )
+
+    @classmethod
+    def concat(cls, parts: Sequence[Targets]) -> Targets:
+        """Targets of equal length as those of one batch, all tokens counted."""
+        import torch
+
+        return cls(
+            clean_BL=torch.cat([part.clean_BL for part in parts]),
+            noisy_BL=torch.cat([part.noisy_BL for part in parts]),
+            alpha_BL=torch.cat([part.alpha_BL for part in parts]),
+            weight_BL=torch.cat([part.weight_BL for part in parts]),
+            bound_weight_BL=torch.cat([part.bound_weight_BL for part in parts]),
+            token_count=sum(part.token_count for part in parts),
+        )
+
 
 @dataclass(frozen=True)
 class HeadRows:
@@ -188,20 +313,16 @@ class HeadRows:
     places_R: Tensor
     """int64 [R], in the [s, b] grid of positions."""
     targets: RowTargets
-    """Theirs."""
+    """Targets of the rows in `places_R`."""
     num_sequences: int
-    """b."""
+    """Sequences of the microbatch."""
 
     @classmethod
     def of(cls, targets: Targets) -> HeadRows:
         """Those whose weight is not 0; made beside the draws, so that no device is asked for their number."""
         places_R = targets.weight_BL.t().reshape(-1).nonzero()[:, 0]
-        per_row = {
-            f"{name.removesuffix('_BL')}_R": value.t().reshape(-1)[places_R]
-            for name, value in vars(targets).items()
-            if name.endswith("_BL")
-        }
-        return cls(places_R, RowTargets(**per_row), targets.weight_BL.shape[0])
+        rows = targets.rows(lambda values_BL: values_BL.t().reshape(-1)[places_R])
+        return cls(places_R, rows, targets.weight_BL.shape[0])
 
     def to(self, device: torch.device) -> HeadRows:
         """The same rows on `device`."""

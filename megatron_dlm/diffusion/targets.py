@@ -51,8 +51,7 @@ def masked_targets(
 def reordered(targets: Targets, order_BL: NDArray[np.int64]) -> Targets:
     """The targets with their positions in the order of `order_BL` (int64 [B, L], a permutation a row)."""
     order = torch.from_numpy(order_BL)
-    moved = {name: value.gather(1, order) for name, value in vars(targets).items() if name.endswith("_BL")}
-    return replace(targets, **moved)
+    return targets.each(lambda values_BL: values_BL.gather(1, order))
 
 
 def scaled(targets: Targets, factor: float) -> Targets:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -222,19 +222,12 @@ class ConditionalScorer:
         self, forwards: Sequence[_Forward], totals: dict[tuple[int, int], NDArray[np.float64]]
     ) -> None:
         """Read them at most `batch_size` sequences at a time, and add what they cost."""
-        inputs = _joined([forward.inputs for forward in forwards])
-        targets = _joined_targets([forward.targets for forward in forwards])
+        inputs = ModelInputs.concat([forward.inputs for forward in forwards])
+        targets = Targets.concat([forward.targets for forward in forwards])
         size, nats = self._config.batch_size, []
         for start in range(0, len(inputs.token_ids_BL), size):
             part = slice(start, start + size)
-            some = replace(
-                inputs,
-                token_ids_BL=inputs.token_ids_BL[part],
-                position_ids_BL=inputs.position_ids_BL[part],
-                sigma_B=inputs.sigma_B[part],
-            )
-            fields = {n: v[part] for n, v in vars(targets).items() if n != "token_count"}
-            nats.append(self._score(some, Targets(**fields, token_count=1), self._built))
+            nats.append(self._score(inputs.sequences(part), targets.sequences(part), self._built))
         found, first = np.concatenate(nats), 0
         for forward in forwards:
             totals[forward.job][forward.places] += found[first : first + len(forward.places)]
@@ -245,21 +238,3 @@ class ConditionalScorer:
         ids = torch.tensor([[*choice.context, *choice.continuation]], device=self._model.device)
         logits = self._model(ids[:, :-1]).logits[0, len(choice.context) - 1 :]
         return bool((logits.argmax(-1).cpu() == torch.tensor(choice.continuation)).all())
-
-
-def _joined(parts: Sequence[ModelInputs]) -> ModelInputs:
-    """Inputs of equal length as one; their masks are equal."""
-    return ModelInputs(
-        token_ids_BL=torch.cat([part.token_ids_BL for part in parts]),
-        position_ids_BL=torch.cat([part.position_ids_BL.expand_as(part.token_ids_BL) for part in parts]),
-        sigma_B=torch.cat([part.sigma_B for part in parts]),
-        attention_mask=parts[0].attention_mask,
-    )
-
-
-def _joined_targets(parts: Sequence[Targets]) -> Targets:
-    names = [name for name in vars(parts[0]) if name != "token_count"]
-    return Targets(
-        **{name: torch.cat([getattr(part, name) for part in parts]) for name in names},
-        token_count=sum(part.token_count for part in parts),
-    )

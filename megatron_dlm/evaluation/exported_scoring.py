@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_dlm.families.base import Objective
-from megatron_dlm.interfaces import AttentionPattern, ModelInputs, RowTargets, Targets, Vocabulary
+from megatron_dlm.interfaces import AttentionPattern, ModelInputs, Targets, Vocabulary
 from megatron_dlm.models.visibility import visibility
 from megatron_dlm.platform.vocab_parallel import VocabShard
 
@@ -54,20 +54,16 @@ class ExportedBounds:
         hidden_RD = self._model.hidden(
             inputs.token_ids_BL, inputs.sigma_B, inputs.position_ids_BL, self._visible(inputs)
         )[wanted_BS.to(device)]
-        fields = {
-            f"{name.removesuffix('_BL')}_R": value[wanted_BS]
-            for name, value in vars(targets).items()
-            if name.endswith("_BL")
-        }
+        all_rows = targets.rows(lambda values_BS: values_BS[wanted_BS])
         nats_BS = torch.zeros(wanted_BS.shape, dtype=torch.float64)
         losses = []
         for start in range(0, len(hidden_RD), self._rows_per_chunk):
             part = slice(start, start + self._rows_per_chunk)
-            rows = RowTargets(**{name: value[part].to(device) for name, value in fields.items()})
+            rows = all_rows.part(part).each(lambda values_R: values_R.to(device))
             logits_RV = self._model.output_layer.head(hidden_RD[part])
             losses.append(objective.loss_and_dlogits(logits_RV, rows, self._vocab)[0].double().cpu())
         if losses:
-            nats_BS[wanted_BS] = torch.cat(losses) * fields["bound_weight_R"]
+            nats_BS[wanted_BS] = torch.cat(losses) * all_rows.bound_weight_R
         found: NDArray[np.float64] = nats_BS.sum(1).numpy()
         return found
 

@@ -64,5 +64,5 @@ def own_share(inputs: ModelInputs, targets: Targets, rank: int, size: int) -> tu
         attention_mask=None if mask is None else own_queries(mask, own),
         mixture=mixture,
     )
-    per_position = {name: value[:, own] for name, value in vars(targets).items() if name.endswith("_BL")}
-    return inputs, replace(targets, **per_position, token_count=0 if rank else targets.token_count)
+    targets = targets.each(lambda values_BL: values_BL[:, own])
+    return inputs, replace(targets, token_count=0 if rank else targets.token_count)

@@ -159,9 +159,7 @@ class _ChunkedLoss(torch.autograd.Function):
         buffer_RVp = weight.new_empty(chunk_rows, weight.shape[0]) if weight.dtype == logits_dtype else None
         for start, stop in _chunk_bounds(num_rows, rows_per_chunk):
             chunk_RD = _pad_rows(hidden_RD[start:stop])
-            chunk_targets = RowTargets(
-                **{name: _pad_rows(rows[start:stop]) for name, rows in vars(targets).items()}
-            )
+            chunk_targets = targets.part(slice(start, stop)).each(_pad_rows)
             chunk_losses_R, dlogits_RVp = row_loss(
                 _logits(chunk_RD, weight, bias, logits_dtype, buffer_RVp), chunk_targets, vocab
             )

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from megatron_dlm.diffusion.context import CorruptionContext
-from megatron_dlm.interfaces import RowTargets, TokenBatch, Vocabulary
+from megatron_dlm.interfaces import TokenBatch, Vocabulary
 from megatron_dlm.platform.rng import NoiseSource
 from megatron_dlm.platform.vocab_parallel import VocabShard
 
@@ -48,9 +48,7 @@ def corrupt(config, x, draws, *, training=False):
 def nats(config, targets, logits_BLV):
     """The bound's sum over one sample, by the objective's own row losses."""
     rows = targets.weight_BL.nonzero(as_tuple=True)
-    row_targets = RowTargets(
-        **{f"{n.removesuffix('_BL')}_R": v[rows] for n, v in vars(targets).items() if n.endswith("_BL")}
-    )
+    row_targets = targets.rows(lambda values: values[rows])
     vocab = VocabShard.of_rank(VOCABULARY, 0, None, 1)
     losses, _ = config.build(VOCABULARY).loss_and_dlogits(logits_BLV[rows].clone(), row_targets, vocab)
     return float((losses * row_targets.bound_weight_R).sum())

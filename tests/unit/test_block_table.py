@@ -97,7 +97,7 @@ def test_ranks_of_a_context_have_tables_of_their_own_queries(name):
     config, inputs, targets = inputs_of(name)
     length = inputs.token_ids_BL.shape[1] // 4 * 4
     whole = with_one_mask(inputs, config.attention, MaskForms(table=True))
-    fields = {n: v[:, :length] for n, v in vars(targets).items() if n.endswith("_BL")}
+    fields = vars(targets.each(lambda values: values[:, :length]))
     mask = whole.attention_mask
     whole = replace(
         whole,
