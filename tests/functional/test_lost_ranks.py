@@ -27,7 +27,7 @@ FATES = {
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_the_others_end_and_name_the_rank(corpus, tmp_path, fate, rank):
     number, seconds = FATES[fate]
-    more = ["--parallel.collective-timeout-seconds", 4]
+    more = ["--parallel.collective-timeout-seconds", 8]
     process = start(arguments_for(corpus, tmp_path, *more, steps=5000), processes=2)
     wait_for_step(process, tmp_path, 3)
     lost, left = (rank_process(process, r) for r in (rank, 1 - rank))
