@@ -42,9 +42,8 @@ class FamilyLikelihood(ABC):
         Returns:
             float64 [B, L]; the cross-entropy, unless a family has another loss.
         """
-        return functional.cross_entropy(logits_BLV.transpose(1, 2), clean_BL, reduction="none").double()
+        return cross_entropy_nats(logits_BLV, clean_BL)
 
-    @abstractmethod
     def nll(
         self, model: Any, ids_BL: Tensor, num_samples: int, seed: int, t_grid: Sequence[float] | None
     ) -> Tensor:
@@ -59,16 +58,10 @@ class FamilyLikelihood(ABC):
 
         Returns:
             float64 [B] nats.
+
+        Raises:
+            ValueError: no times, or one outside (0, 1].
         """
-
-
-class DiffusionLikelihood(FamilyLikelihood):
-    """The mean of the bound's integrand over noisy copies, stratified over the time."""
-
-    def nll(
-        self, model: Any, ids_BL: Tensor, num_samples: int, seed: int, t_grid: Sequence[float] | None
-    ) -> Tensor:
-        """Score sequences by `copy`."""
         if t_grid is not None:
             num_samples = len(t_grid)
             for t in t_grid:
@@ -76,6 +69,22 @@ class DiffusionLikelihood(FamilyLikelihood):
                     raise ValueError(f"t_grid: {t} is outside (0, 1]")
         if num_samples < 1:
             raise ValueError(f"num_samples, t_grid: {num_samples} times; at least one is needed")
+        return self.estimate(model, ids_BL, num_samples, seed, t_grid)
+
+    @abstractmethod
+    def estimate(
+        self, model: Any, ids_BL: Tensor, num_samples: int, seed: int, t_grid: Sequence[float] | None
+    ) -> Tensor:
+        """As `nll`, whose arguments are checked."""
+
+
+class DiffusionLikelihood(FamilyLikelihood):
+    """The mean of the bound's integrand over noisy copies, stratified over the time."""
+
+    def estimate(
+        self, model: Any, ids_BL: Tensor, num_samples: int, seed: int, t_grid: Sequence[float] | None
+    ) -> Tensor:
+        """By `copy`."""
         draws = Draws(ids_BL, seed, num_samples, self.config.time_epsilon, t_grid)
         total_B = torch.zeros(len(ids_BL), dtype=torch.float64, device=ids_BL.device)
         for index in range(num_samples):
@@ -122,6 +131,11 @@ class DiffusionLikelihood(FamilyLikelihood):
         masked_BL = draws.uniform(*ids_BL.shape) < 1 - alpha
         noisy_BL = torch.where(masked_BL, self.config.mask_token_id, ids_BL)
         return noisy_BL, masked_BL, masked_BL * -slope / (1 - alpha), alpha
+
+
+def cross_entropy_nats(logits_BLV: Tensor, clean_BL: Tensor) -> Tensor:
+    """Cross-entropy of each position, float64 [B, L]."""
+    return functional.cross_entropy(logits_BLV.transpose(1, 2), clean_BL, reduction="none").double()
 
 
 class Draws:

@@ -38,12 +38,39 @@ def masked_targets(
         Targets over the L positions.
     """
     bound_BL = np.where(masked_BL, -dalpha_BL / (1.0 - alpha_BL), 0.0)
+    targets = weighted_targets(clean_BL, noisy_BL, alpha_BL, bound_BL, token_count=token_count)
+    if not low_variance:
+        return targets
+    return replace(targets, weight_BL=torch.from_numpy(masked_BL.astype(np.float64)))
+
+
+def weighted_targets(
+    clean_BL: NDArray[np.int64],
+    noisy_BL: NDArray[np.int64],
+    alpha_BL: NDArray[np.float64],
+    weight_BL: NDArray[np.float64],
+    *,
+    token_count: int,
+) -> Targets:
+    """Targets that train with the NELBO's own weights.
+
+    Args:
+        clean_BL: int64 [B, L].
+        noisy_BL: int64 [B, L].
+        alpha_BL: float64 [B, L] or [B, 1].
+        weight_BL: float64 [B, L].
+        token_count: tokens the sum is divided by.
+
+    Returns:
+        Targets over the L positions.
+    """
+    weight = torch.from_numpy(weight_BL)
     return Targets(
         clean_BL=torch.from_numpy(clean_BL),
         noisy_BL=torch.from_numpy(noisy_BL),
         alpha_BL=torch.from_numpy(np.broadcast_to(alpha_BL, clean_BL.shape).copy()),
-        weight_BL=torch.from_numpy(masked_BL.astype(np.float64) if low_variance else bound_BL),
-        bound_weight_BL=torch.from_numpy(bound_BL),
+        weight_BL=weight,
+        bound_weight_BL=weight,
         token_count=token_count,
     )
 

@@ -14,6 +14,7 @@ from megatron_dlm.interfaces import InputError, TrainingError
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+    from torch.distributed import Store
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 ACTIVATION_CURES = (
@@ -108,20 +109,26 @@ def refuse_shared_gpus(rank: int, world_size: int, gpu: str) -> None:
     first = int(store.compare_set(f"gpu/{gpu}", "", str(rank)))
     if first != rank:
         store.set("gpu/shared", f"ranks {first} and {rank} have the same one ({gpu})")
-    if store.add("gpu/ranks", 1) == world_size:
-        store.set("gpu/all", "")
-    store.wait(["gpu/all"])
+    asked = _all_there(store, "gpu/asked", world_size)
+    store.wait([asked])
     shared = store.get("gpu/shared").decode() if store.check(["gpu/shared"]) else ""
     # Rank 0's process may keep the store: it goes on when the others have their answer.
-    if store.add("gpu/answered", 1) == world_size:
-        store.set("gpu/all_answered", "")
+    answered = _all_there(store, "gpu/answered", world_size)
     if rank == 0:
-        store.wait(["gpu/all_answered"])
+        store.wait([answered])
     if shared:
         raise InputError(
             f"parallel.device: {shared}, and NCCL needs a GPU for each rank: start as many processes on a "
             "node as it has GPUs"
         )
+
+
+def _all_there(store: Store, place: str, world_size: int) -> str:
+    """Say that this rank has come to a place; the key that is there once all have."""
+    key = f"{place}/all"
+    if store.add(place, 1) == world_size:
+        store.set(key, "")
+    return key
 
 
 waits: list[str] = []

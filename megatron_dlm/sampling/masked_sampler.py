@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,9 +27,6 @@ from megatron_dlm.sampling.unmasking import Unmasking
 @dataclass(frozen=True, kw_only=True)
 class MaskedSampler(FamilySampler):
     """Reveals masked tokens, by a plan made beforehand or by the network's confidence."""
-
-    has_cache: ClassVar[bool] = False
-    """Whether the network only looks back, so that what it has read is kept."""
 
     def alphas(self, num_steps: int) -> list[float]:
         """Alpha at the edges of the ancestral sampler's steps.

@@ -9,8 +9,10 @@ Shape legend: B sequences, L tokens, R positions that may change, V ids.
 from __future__ import annotations
 
 import itertools
+from abc import abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,10 +20,12 @@ from torch import Tensor
 from megatron_dlm.sampling.categorical import Sharpening, draw, logit_chunks
 from megatron_dlm.sampling.decoding_plan import blocks_of
 from megatron_dlm.sampling.eos import finish_ended
-from megatron_dlm.sampling.family_sampler import OnStep
+from megatron_dlm.sampling.family_sampler import FamilySampler, OnStep
 from megatron_dlm.sampling.network import Network
 from megatron_dlm.sampling.network_reader import noise_level
 from megatron_dlm.sampling.noise import SampleNoise
+from megatron_dlm.sampling.schedules import times
+from megatron_dlm.sampling.settings import SamplingConfig
 
 
 class Shares(NamedTuple):
@@ -182,3 +186,39 @@ class ReplacingSampler:
                 is_predicted = mixture < shares.stays + shares.predicted
                 changed = torch.where(is_predicted, draw(p, token_BL[where]), random)
                 ids_BL[where] = torch.where(mixture < shares.stays, now, changed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplacingFamilySampler(FamilySampler):
+    """Samplers of families whose noise replaces tokens: every token may change in every step."""
+
+    samplers: ClassVar = {
+        "ancestral": ("num_steps", "block_length", "greedy_tail"),
+        "left-to-right": ("greedy_tail",),
+    }
+
+    @property
+    @abstractmethod
+    def draws(self) -> NoiseDraws:
+        """The family's noise."""
+
+    def fill_in(
+        self,
+        network: Network,
+        config: SamplingConfig,
+        ids_BL: Tensor,
+        given_BL: Tensor,
+        noise: SampleNoise,
+        on_step: OnStep | None,
+    ) -> None:
+        """Begin with noise; left to right is a step from noise to data for each token."""
+        one_by_one = config.sampler == "left-to-right"
+        sharpen = Sharpening(config.temperature, config.top_p)
+        ReplacingSampler(network, self.alpha, self.draws, self.vocab_size, sharpen, noise, on_step).run(
+            ids_BL,
+            given_BL,
+            [1.0, 0.0] if one_by_one else times(config.num_steps or 0),
+            1 if one_by_one else config.block_length,
+            greedy_tail=config.greedy_tail,
+            eos_token_id=self.eos_token_id if config.stop_at_eos else None,
+        )

@@ -157,3 +157,12 @@ def test_a_noise_level_stays_within_training():
     model.config.noise_schedule = "log-linear"
     model.generate(max_length=8, sampler="confidence", num_steps=4)
     assert float(torch.cat(seen).max()) == pytest.approx(-np.log(1e-3), rel=1e-6)
+
+
+@pytest.mark.parametrize("family", ["ar", "mdlm", "duo"])
+def test_times_that_cannot_be_are_refused_by_every_family(family):
+    model, ids = build(FAMILIES[family]), torch.full((1, LENGTH), 5)
+    with pytest.raises(ValueError, match="num_samples, t_grid: 0 times; at least one is needed"):
+        model.nll(ids, num_samples=0)
+    with pytest.raises(ValueError, match=r"t_grid: 2\.0 is outside \(0, 1\]"):
+        model.nll(ids, t_grid=[2.0])

@@ -13,7 +13,7 @@ from megatron_dlm.diffusion.likelihood import FamilyLikelihood
 class Likelihood(FamilyLikelihood):
     """Tokens 1 to L - 1, each given those before it."""
 
-    def nll(
+    def estimate(
         self, model: Any, ids_BL: Tensor, num_samples: int, seed: int, t_grid: Sequence[float] | None
     ) -> Tensor:
         """Nothing is drawn."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_dlm.diffusion.context import CorruptionContext
 from megatron_dlm.diffusion.corruptions import coins, noised_tokens, replace_uniformly
 from megatron_dlm.diffusion.noise_schedules import alpha_and_slope
+from megatron_dlm.diffusion.targets import weighted_targets
 from megatron_dlm.diffusion.time_sampling import stratified_times
 from megatron_dlm.diffusion.uniform_divergence import uniform_divergence, uniform_divergence_and_dlogits
 from megatron_dlm.diffusion.uniform_states import UniformStates
@@ -112,14 +113,7 @@ class Duo(Objective):
         weight_B1 = -dalpha_B1 / (self._states.count * alpha_B1)
         noised_BL = noised_tokens(batch, clean_BL.shape[1])
         weight_BL = np.where(noised_BL, weight_B1, 0.0)
-        targets = Targets(
-            clean_BL=torch.from_numpy(clean_BL),
-            noisy_BL=inputs.token_ids_BL,
-            alpha_BL=torch.from_numpy(np.broadcast_to(alpha_B1, clean_BL.shape).copy()),
-            weight_BL=torch.from_numpy(weight_BL),
-            bound_weight_BL=torch.from_numpy(weight_BL),
-            token_count=int(noised_BL.sum()),
-        )
+        targets = weighted_targets(clean_BL, noisy_BL, alpha_B1, weight_BL, token_count=int(noised_BL.sum()))
         return inputs, targets
 
     def token_losses(self, logits_RVp: Tensor, targets: RowTargets, vocab: VocabShard) -> Tensor:

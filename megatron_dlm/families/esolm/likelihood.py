@@ -11,7 +11,7 @@ from megatron_dlm.diffusion.likelihood import DiffusionLikelihood, Draws
 from megatron_dlm.diffusion.noisy_then_clean import noisy_then_clean_mask
 
 CLEAN_KEYS = 0.9
-"""Sort keys of clean tokens lie below this, those of masked ones at 1 or above."""
+"""Sort keys of clean tokens lie below this, those of masked ones at 1 or above, of prompts below 0."""
 
 
 class Likelihood(DiffusionLikelihood):

@@ -17,14 +17,12 @@ from numpy.typing import NDArray
 from megatron_dlm.diffusion.context import CorruptionContext
 from megatron_dlm.diffusion.corruptions import absorb, coins, noised_tokens
 from megatron_dlm.diffusion.noise_schedules import alpha_and_slope
-from megatron_dlm.diffusion.targets import append_clean, masked_targets, reordered, scaled
+from megatron_dlm.diffusion.targets import append_clean, masked_targets, reordered, scaled, weighted_targets
 from megatron_dlm.diffusion.time_sampling import batch_strata, times_in_strata
 from megatron_dlm.families.base import CrossEntropyObjective, Objective
 from megatron_dlm.families.diffusion_family import DiffusionConfig, MaskedLoss, clean_tokens
+from megatron_dlm.families.esolm.likelihood import CLEAN_KEYS
 from megatron_dlm.interfaces import AttentionPattern, InputError, ModelInputs, Targets, TokenBatch, Vocabulary
-
-CLEAN_KEY_RANGE = 0.9
-"""Sort keys of clean tokens lie below this, those of masked tokens at 1 or above, of prompts below 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +122,7 @@ class EsoLM(CrossEntropyObjective):
         length = clean_BL.shape[1]
         uniform_BL = coins(batch, context, "mask", length)
         noisy_BL, masked_BL = absorb(clean_BL, alpha_B1, uniform_BL, self._mask_token_id)
-        random_BL = CLEAN_KEY_RANGE * context.noise.uniform("esolm/order", batch.sample_indices, length)
+        random_BL = CLEAN_KEYS * context.noise.uniform("esolm/order", batch.sample_indices, length)
         key_BL = masked_BL + random_BL - ~noised_tokens(batch, length)
         order_BL = np.argsort(key_BL, axis=1, kind="stable")
         low_variance = context.training and config.loss == "low-variance"
@@ -156,18 +154,14 @@ class EsoLM(CrossEntropyObjective):
         alpha_B1 = np.full((batch_size, 1), config.alpha_0)
         uniform_BL = coins(batch, context, "esolm/sequential-mask", length)
         noisy_BL, masked_BL = absorb(clean_BL, alpha_B1, uniform_BL, self._mask_token_id)
-        random_BL = CLEAN_KEY_RANGE * context.noise.uniform(
-            "esolm/sequential-order", batch.sample_indices, length
-        )
+        random_BL = CLEAN_KEYS * context.noise.uniform("esolm/sequential-order", batch.sample_indices, length)
         key_BL = np.where(masked_BL, 1.0 + np.arange(length), random_BL - ~noised_tokens(batch, length))
         order_BL = np.argsort(key_BL, axis=1, kind="stable")
-        weight_BL = torch.from_numpy(masked_BL.astype(np.float64))
-        targets = Targets(
-            clean_BL=torch.from_numpy(clean_BL),
-            noisy_BL=torch.from_numpy(noisy_BL),
-            alpha_BL=torch.from_numpy(np.broadcast_to(alpha_B1, clean_BL.shape).copy()),
-            weight_BL=weight_BL,
-            bound_weight_BL=weight_BL,
+        targets = weighted_targets(
+            clean_BL,
+            noisy_BL,
+            alpha_B1,
+            masked_BL.astype(np.float64),
             token_count=int(noised_tokens(batch, length).sum()),
         )
         num_sequential = context.global_batch_size - config.num_diffusion(context.global_batch_size)

@@ -7,40 +7,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_dlm.diffusion.likelihood import DiffusionLikelihood, Draws
+from megatron_dlm.diffusion.divergence_likelihood import DivergenceLikelihood
+from megatron_dlm.diffusion.likelihood import Draws, cross_entropy_nats
 from megatron_dlm.families.mask_uniform.noise import MaskUniformNoise
 from megatron_dlm.families.mask_uniform.rows import MixtureRows
 
 
-class Likelihood(DiffusionLikelihood):
-    """Every token from all others and the noise level."""
+class Likelihood(DivergenceLikelihood):
+    """The divergence of `rows.py`, weighted as it says."""
 
     @property
     def _noise(self) -> MaskUniformNoise:
         config = self.config
         return MaskUniformNoise(config.vocab_size, config.mask_token_id, config.uniform_share)
 
+    def rows(self, alpha_L: Tensor, q: Tensor, noisy_L: Tensor, clean_L: Tensor) -> MixtureRows:
+        """Of the mixture's noise."""
+        noise = self._noise
+        masked_L = noisy_L == noise.mask_token_id
+        return MixtureRows.of(alpha_L, q, noise.probability, noisy_L == clean_L, masked_L)
+
     def token_nats(
         self, logits_BLV: Tensor, noisy_BL: Tensor, clean_BL: Tensor, sigma_B: Tensor | None
     ) -> Tensor:
-        """The divergence of `rows.py`, to be weighted as it says; with masks alone the cross-entropy."""
+        """The divergence; with masks alone the cross-entropy."""
         if not self.config.uniform_share:
-            return super().token_nats(logits_BLV, noisy_BL, clean_BL, sigma_B)
-        assert sigma_B is not None
-        rows = zip(logits_BLV, noisy_BL, clean_BL, sigma_B.double(), strict=True)
-        return torch.stack([self._sequence_nats(*row) for row in rows])
-
-    def _sequence_nats(self, logits_LV: Tensor, noisy_L: Tensor, clean_L: Tensor, sigma: Tensor) -> Tensor:
-        """float64 [L]; one sequence at a time, since [B, L, V] in float64 may be too much."""
-        p_LV = logits_LV.double().softmax(-1)
-        alpha_L, q = (-sigma).exp().expand(len(noisy_L)), -(-sigma).expm1()
-        noise = self._noise
-        rows = MixtureRows.of(
-            alpha_L, q, noise.probability, noisy_L == clean_L, noisy_L == noise.mask_token_id
-        )
-        s_L = torch.log1p(p_LV * rows.r[:, None]).sum(-1)
-        p_noisy_L, p_clean_L = (p_LV.gather(1, ids[:, None])[:, 0] for ids in (noisy_L, clean_L))
-        return rows.loss(s_L, p_noisy_L, p_clean_L)
+            return cross_entropy_nats(logits_BLV, clean_BL)
+        return super().token_nats(logits_BLV, noisy_BL, clean_BL, sigma_B)
 
     def copy(self, model: Any, ids_BL: Tensor, draws: Draws, index: int) -> Tensor:
         """Replaced at one time."""

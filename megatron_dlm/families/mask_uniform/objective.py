@@ -19,6 +19,7 @@ from megatron_dlm.diffusion.corruptions import coins, noised_tokens, replace_uni
 from megatron_dlm.diffusion.cross_entropy import cross_entropy, cross_entropy_and_dlogits
 from megatron_dlm.diffusion.divergence import divergence, divergence_and_dlogits
 from megatron_dlm.diffusion.noise_schedules import alpha_and_slope
+from megatron_dlm.diffusion.targets import weighted_targets
 from megatron_dlm.diffusion.time_sampling import stratified_times
 from megatron_dlm.families.base import Objective
 from megatron_dlm.families.diffusion_family import DiffusionConfig, clean_tokens
@@ -109,14 +110,7 @@ class MaskUniform(Objective):
             position_ids_BL=torch.arange(length)[None],
             sigma_B=torch.from_numpy(sigma_B).float(),
         )
-        targets = Targets(
-            clean_BL=torch.from_numpy(clean_BL),
-            noisy_BL=inputs.token_ids_BL,
-            alpha_BL=torch.from_numpy(np.broadcast_to(alpha_B1, clean_BL.shape).copy()),
-            weight_BL=torch.from_numpy(weight_BL),
-            bound_weight_BL=torch.from_numpy(weight_BL),
-            token_count=int(noised_BL.sum()),
-        )
+        targets = weighted_targets(clean_BL, noisy_BL, alpha_B1, weight_BL, token_count=int(noised_BL.sum()))
         return inputs, targets
 
     def token_losses(self, logits_RVp: Tensor, targets: RowTargets, vocab: VocabShard) -> Tensor:

@@ -224,7 +224,7 @@ class Conditioned(Laws):
 
     def __init__(self, model, grid):
         super().__init__(model)
-        self._grid, self._groups = grid, 0
+        self._grid = grid
 
     def of_plans(self):
         alphas = [*(1 - 0.999 * t for t in self._grid[:-1]), 1.0]
