@@ -103,15 +103,17 @@ def prepare(directory: Path, arguments: argparse.Namespace) -> list[Run]:
         base = tiny.run_config(corpus, directory / family, OBJECTIVES[family]())
         base = replace(base, training=replace(base.training, num_steps=arguments.steps))
         checkpoint = replace(base.checkpoint, save_every=1, keep_last=3, on_corrupt="previous")
-        whole = Run(family, False, replace(base, checkpoint=checkpoint))
-        began = time.monotonic()
-        code = attempt(whole, arguments.processes, None, random.Random(0))
-        if code != 0:
-            sys.exit(f"{family}: the undisturbed run ended with exit code {code}")
-        result, seconds = result_of(whole.config), time.monotonic() - began
-        for asynchronous in (False, True):
+        for asynchronous, log_every in ((False, 1), (True, 10)):
+            # Means over 10 steps: what is summed up so far must survive too.
+            logged = replace(base, telemetry=replace(base.telemetry, log_every=log_every))
+            whole = replace(logged, directory=directory / f"{family}-{log_every}", checkpoint=checkpoint)
+            began = time.monotonic()
+            code = attempt(Run(family, False, whole), arguments.processes, None, random.Random(0))
+            if code != 0:
+                sys.exit(f"{family}: the undisturbed run ended with exit code {code}")
+            result, seconds = result_of(whole), time.monotonic() - began
             config = replace(
-                base,
+                logged,
                 directory=directory / f"{family}-{asynchronous}",
                 checkpoint=replace(checkpoint, async_save=asynchronous),
             )
@@ -122,7 +124,9 @@ def prepare(directory: Path, arguments: argparse.Namespace) -> list[Run]:
 def result_of(config: RunConfig) -> Any:
     """What must be equal: every step's logged loss, gradient norm and fingerprint, and the last tensors."""
     steps = {
-        entry["step"]: (entry["loss"], entry["grad_norm"], entry["fingerprint"])
+        entry["step"]: [
+            entry[n] for n in ("first_step", "loss", "nats_per_token", "grad_norm", "fingerprint")
+        ]
         for entry in read_metrics(config.directory)
         if entry["kind"] == "train"
     }

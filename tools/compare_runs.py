@@ -3,8 +3,8 @@
     python tools/compare_runs.py RUN_A RUN_B [--tolerance 1e-5] [--plot differences.png]
 
 RUN is a run's directory. Noise fingerprints must be equal; losses, bounds and gradient norms may differ by
-the relative tolerance, by default not at all. Exit code 0 where they agree, 1 where they do not or share no
-step, 2 where there is no run.
+the relative tolerance, by default not at all. Lines are compared where they are means over the same steps.
+Exit code 0 where they agree, 1 where they do not or share no step, 2 where there is no run.
 """
 
 from __future__ import annotations
@@ -19,16 +19,26 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_dlm.interfaces import InputError
-from megatron_dlm.telemetry.writers import METRICS_FILE, read_metrics
+from megatron_dlm.telemetry.writers import FIRST_STEP, METRICS_FILE, read_metrics
 
 COMPARED = ("loss", "nats_per_token", "grad_norm", "lr", "fingerprint")
 
 
 def training_steps(run: Path) -> dict[int, dict[str, Any]]:
-    """Entries of training steps by step; of a step written twice the later one."""
+    """Entries of training steps by step; where the window of a line ends with a skipped step, one of both."""
     if not (run / METRICS_FILE).is_file():
         raise InputError(f"{run}: has no {METRICS_FILE}")
-    return {entry["step"]: entry for entry in read_metrics(run) if entry["kind"] in ("train", "skipped")}
+    steps: dict[int, dict[str, Any]] = {}
+    for entry in read_metrics(run):
+        if entry["kind"] in ("train", "skipped"):
+            steps.setdefault(entry["step"], {}).update(entry)
+    return steps
+
+
+def same_window(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two lines are means over the same steps; logs of earlier versions do not say of which."""
+    first, second = a.get(FIRST_STEP), b.get(FIRST_STEP)
+    return first == second or None in (first, second)
 
 
 def difference(a: dict[str, Any], b: dict[str, Any], name: str) -> float:
@@ -72,7 +82,8 @@ def main() -> int:
     except InputError as error:
         print(f"compare_runs: error: {error}", file=sys.stderr)
         return 2
-    shared = sorted(first.keys() & second.keys())
+    both = first.keys() & second.keys()
+    shared = sorted(step for step in both if same_window(first[step], second[step]))
     differences = {
         name: {step: difference(first[step], second[step], name) for step in shared} for name in COMPARED
     }
@@ -90,8 +101,9 @@ def main() -> int:
         plot(differences, arguments.plot)
     worst = max((value for by_step in differences.values() for value in by_step.values()), default=math.inf)
     alone = len(first.keys() ^ second.keys())
+    other = f", {len(both) - len(shared)} with means over other steps" if len(both) > len(shared) else ""
     print(
-        f"{len(shared)} steps in both, {alone} in one alone; "
+        f"{len(shared)} steps in both, {alone} in one alone{other}; "
         + ("agree" if worst <= arguments.tolerance else "differ")
     )
     return int(worst > arguments.tolerance)

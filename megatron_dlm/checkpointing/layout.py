@@ -30,7 +30,7 @@ VERSION = 1
 ChangeableField = Literal[
     "data.train", "data.tokenizer", "data.seq_length", "data.document_mask", "training.seed", "objective"
 ]
-_STEP = re.compile(r"step-(\d{8})")
+_STEP = re.compile(r"step-(\d{8})(\.replaced)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,16 +94,30 @@ class CheckpointRoot:
         """Where the checkpoint of `step` is written."""
         return self.path / f"step-{step:08d}.tmp"
 
+    def replaced(self, step: int) -> Path:
+        """Where the old checkpoint of `step` waits while a new one takes its place."""
+        return self.path / f"step-{step:08d}.replaced"
+
     def complete(self) -> list[Path]:
-        """Complete checkpoints, oldest first; unfinished ones are passed over."""
+        """Complete checkpoints, oldest first, one a step; unfinished ones are passed over.
+
+        Where a save was killed between renaming an old checkpoint of the same step aside and the new one
+        in, the old one is listed under its other name.
+        """
         if not self.path.is_dir():
             return []
-        return sorted(p for p in self.path.iterdir() if _STEP.fullmatch(p.name) and (p / MANIFEST).is_file())
+        found = sorted(p for p in self.path.iterdir() if _STEP.fullmatch(p.name) and (p / MANIFEST).is_file())
+        # In this order the final name comes before the other one of the same step.
+        return list({step_of(path): path for path in reversed(found)}.values())[::-1]
 
     def prepare(self, step: int) -> Path:
         """An empty temporary directory for `step`; leftovers of killed saves are removed."""
         for leftover in self.path.glob("step-*.tmp"):
             shutil.rmtree(leftover)
+        listed = self.complete()
+        for replaced in self.path.glob("step-*.replaced"):
+            if replaced not in listed:
+                self.remove(replaced)
         temporary = self.temporary(step)
         temporary.mkdir(parents=True)
         return temporary
@@ -119,7 +133,8 @@ class CheckpointRoot:
     def publish(self, step: int, digests: Mapping[str, str]) -> Path:
         """Write the manifest of the temporary directory, flush everything, make it visible.
 
-        An older directory of the same step is replaced.
+        An older checkpoint of the same step is replaced: it is renamed aside, and removed once the new one
+        is in place, so that at each moment one of both is complete.
 
         Args:
             step: of the checkpoint.
@@ -138,10 +153,32 @@ class CheckpointRoot:
                 "sha256": digests.get(path.name) or sha256_of(path),
             }
         write_json(temporary / MANIFEST, {"version": VERSION, "files": files})
-        if final.exists():
-            self.remove(final)
+        replaced = self.replaced(step)
+        if (final / MANIFEST).is_file():
+            if replaced.exists():
+                self.remove(replaced)
+            final.rename(replaced)
+        elif final.exists():
+            shutil.rmtree(final)
         commit(temporary, final)
+        if replaced.exists():
+            self.remove(replaced)
         return final
+
+    def set_aside_after(self, step: int) -> None:
+        """Rename checkpoints of later steps to step-NNNNNNNN.damaged, so that none is taken for the newest.
+
+        A run that goes on from before a damaged checkpoint would otherwise keep the damaged one as its
+        newest and remove its own.
+
+        Args:
+            step: the run goes on from here.
+        """
+        for later in self.complete():
+            if step_of(later) > step:
+                aside = later.with_name(f"{later.name}.damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                later.rename(aside)
 
     def superfluous(self, keep_last: int, keep_every: int) -> list[Path]:
         """Complete checkpoints beyond the newest ones and the multiples of a number of steps.
@@ -169,8 +206,11 @@ class CheckpointRoot:
 
 
 def step_of(checkpoint: Path) -> int:
-    """Optimizer steps done in a step-NNNNNNNN directory."""
-    return int(checkpoint.name.removeprefix("step-"))
+    """Optimizer steps done in a step-NNNNNNNN directory, or one renamed aside."""
+    found = _STEP.fullmatch(checkpoint.name)
+    if found is None:
+        raise InputError(f"checkpoint: {checkpoint}: not named step-NNNNNNNN")
+    return int(found[1])
 
 
 def verify(directory: Path) -> None:

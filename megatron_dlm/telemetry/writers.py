@@ -9,13 +9,20 @@ from pathlib import Path
 from typing import Any, Protocol
 
 METRICS_FILE = "metrics.jsonl"
+FIRST_STEP = "first_step"
+"""First step of the window that a line's means are taken over; the line's step is the last."""
+
+Metrics = dict[str, float | int | str]
 
 
 class Writer(Protocol):
     """Takes one set of metrics at a time."""
 
-    def write(self, kind: str, step: int, metrics: dict[str, float | int]) -> None:
-        """Record `metrics` of `step`; `kind` is train, validation or skipped."""
+    def write(self, kind: str, step: int, metrics: Metrics) -> None:
+        """Record `metrics` of `step`; `kind` is train, validation, skipped or rollback."""
+
+    def rewind(self, step: int) -> None:
+        """Take back what was recorded of steps after `step`, which will be made again."""
 
     def close(self) -> None:
         """Flush everything."""
@@ -27,16 +34,27 @@ class JsonLinesWriter:
     def __init__(self, directory: Path, first_step: int) -> None:
         """Drop lines of steps after `first_step`, which a resumed run will write again."""
         directory.mkdir(parents=True, exist_ok=True)
-        path = directory / METRICS_FILE
-        kept = [json.dumps(entry) for entry in read_metrics(directory) if entry["step"] <= first_step]
+        self._directory = directory
+        self._pending: list[bytes] = []
+        self._open(first_step)
+
+    def _open(self, last_step: int) -> None:
+        path = self._directory / METRICS_FILE
+        kept = [json.dumps(entry) for entry in read_metrics(self._directory) if entry["step"] <= last_step]
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         temporary.replace(path)
         self._file = path.open("ab", buffering=0)
-        self._pending: list[bytes] = []
         self._whole = self._file.seek(0, os.SEEK_END)
 
-    def write(self, kind: str, step: int, metrics: dict[str, float | int]) -> None:
+    def rewind(self, step: int) -> None:
+        """Drop lines of steps after `step`, also those that wait for room on the disk."""
+        self._pending = [line for line in self._pending if json.loads(line)["step"] <= step]
+        previous = self._file
+        self._open(step)
+        previous.close()
+
+    def write(self, kind: str, step: int, metrics: Metrics) -> None:
         """Append one line; lines that the disk had no room for come with the next one that it has."""
         self._pending.append(json.dumps({"kind": kind, "step": step, **metrics}).encode() + b"\n")
         self._write_pending()
@@ -64,14 +82,26 @@ class TensorBoardWriter:
     """Scalars `kind/name` over steps."""
 
     def __init__(self, directory: Path, first_step: int) -> None:
+        self._directory = directory
+        self._open(first_step)
+
+    def _open(self, last_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step + 1)
+        self._writer = SummaryWriter(str(self._directory / "tensorboard"), purge_step=last_step + 1)
 
-    def write(self, kind: str, step: int, metrics: dict[str, float | int]) -> None:
-        """One scalar a metric."""
+    def write(self, kind: str, step: int, metrics: Metrics) -> None:
+        """One scalar a number, one text a string."""
         for name, value in metrics.items():
-            self._writer.add_scalar(f"{kind}/{name}", value, step)
+            if isinstance(value, str):
+                self._writer.add_text(f"{kind}/{name}", value, step)
+            elif name != FIRST_STEP:
+                self._writer.add_scalar(f"{kind}/{name}", value, step)
+
+    def rewind(self, step: int) -> None:
+        """Let a new event file say that points after `step` no longer hold."""
+        self._writer.close()
+        self._open(step)
 
     def close(self) -> None:
         """Flush and close."""
@@ -92,7 +122,7 @@ class ConsoleWriter:
             self._task = self._live.add_task("starting", total=num_steps, completed=first_step)
             self._live.start()
 
-    def write(self, kind: str, step: int, metrics: dict[str, float | int]) -> None:
+    def write(self, kind: str, step: int, metrics: Metrics) -> None:
         """Show one line; validation lines stay on the screen."""
         line = self._line(kind, step, metrics)
         if self._live is None:
@@ -102,7 +132,7 @@ class ConsoleWriter:
         else:
             self._live.console.print(line)
 
-    def _line(self, kind: str, step: int, metrics: dict[str, float | int]) -> str:
+    def _line(self, kind: str, step: int, metrics: Metrics) -> str:
         head = f"{kind} step {step}/{self._num_steps}"
         if kind == "validation":
             error = f" +- {metrics['standard_error']:.4f}" if "standard_error" in metrics else ""
@@ -111,12 +141,17 @@ class ConsoleWriter:
                 f"| {metrics['bits_per_byte']:.4f} bits/byte"
             )
         if kind == "skipped":
-            return f"{head} | not finite, {metrics['samples_at_fault']} samples at fault"
+            return f"{head} | {metrics['fault']}, {metrics['samples_at_fault']} samples at fault"
+        if kind == "rollback":
+            return f"{head} | back from step {metrics['failed_step']}: {metrics['fault']}"
         return (
             f"{head} | loss {metrics['loss']:.4f} | {metrics['nats_per_token']:.4f} nats/token "
-            f"| {metrics['tokens_per_second']:,.0f} tokens/s | ETA {duration(metrics['eta_seconds'])} "
+            f"| {metrics['tokens_per_second']:,.0f} tokens/s | ETA {duration(float(metrics['eta_seconds']))} "
             f"| MFU {metrics['mfu']:.0%} | lr {metrics['lr']:.2e} | gradient norm {metrics['grad_norm']:.3f}"
         )
+
+    def rewind(self, step: int) -> None:
+        """Nothing: what was shown stays on the screen."""
 
     def close(self) -> None:
         """End the live line."""

@@ -5,73 +5,37 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from megatron_dlm.models.flops.flops_actual import Work
 from megatron_dlm.platform.gpu import STATE_CURES, allocating
 from megatron_dlm.training.optimizer import set_learning_rate, step_if_finite
+from megatron_dlm.training.progress import StepReport, TrainingProgress
 from megatron_dlm.training.session import Session
 from megatron_dlm.training.spike_detection import extended, spike_limit
-
-
-@dataclass
-class Progress:
-    """How far a run has come; all that a resume needs besides the tensors."""
-
-    step: int = 0
-    """Optimizer steps done."""
-    consumed_samples: int = 0
-    fingerprint: int = 0
-    """Digest of the last step's corruption."""
-    recent_losses: tuple[float, ...] = ()
-    """Of the last steps, where spikes are looked for."""
-    recent_grad_norms: tuple[float, ...] = ()
-    stop_requested: bool = False
-    """Set by a hook; the loop ends after the current step."""
-    save_requested: bool = False
-    """Set by a hook; a checkpoint is saved after the current step."""
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What one optimizer step did."""
-
-    loss: float
-    """Training loss per token; for low-variance weights not an NLL."""
-    nats_per_token: float
-    """The NELBO (AR: NLL) on the step's own batch and noise."""
-    lr: float
-    grad_norm: float
-    batch_size: int
-    """Samples, over all processes."""
-    tokens: int
-    work: Work
-    seconds: float
-    bad_samples: tuple[int, ...]
-    """Samples at fault where loss or gradient is not finite or a spike, and no parameter has changed."""
-    fault: str
-    """What it is, where there are such samples."""
-
-    @property
-    def applied(self) -> bool:
-        """The optimizer has made a step."""
-        return not self.bad_samples
 
 
 class Hook:
     """Something done at the edges of steps; a subclass overrides what it needs."""
 
-    def on_start(self, session: Session, progress: Progress) -> None:
+    def on_start(self, session: Session, progress: TrainingProgress) -> None:
         """Before the first step of this process."""
 
-    def after_step(self, session: Session, progress: Progress, report: StepReport) -> None:
-        """After each optimizer step, on all ranks."""
+    def after_step(self, session: Session, progress: TrainingProgress, report: StepReport) -> None:
+        """After each optimizer step, on all ranks, but not after one that was rolled back."""
 
-    def on_end(self, session: Session, progress: Progress) -> None:
+    def after_rollback(self, session: Session, progress: TrainingProgress, report: StepReport) -> None:
+        """After a step that sent the run back to a checkpoint, on all ranks.
+
+        Args:
+            session: holds the weights and optimizer state of the checkpoint.
+            progress: of the checkpoint.
+            report: of the step at fault.
+        """
+
+    def on_end(self, session: Session, progress: TrainingProgress) -> None:
         """After the last step, on all ranks."""
 
 
-def fit(session: Session, progress: Progress, hooks: Sequence[Hook]) -> None:
+def fit(session: Session, progress: TrainingProgress, hooks: Sequence[Hook]) -> None:
     """Train from `progress` to the configured number of steps, or until a hook asks to stop.
 
     Args:
@@ -84,12 +48,14 @@ def fit(session: Session, progress: Progress, hooks: Sequence[Hook]) -> None:
     while progress.step < session.config.training.num_steps and not progress.stop_requested:
         report = train_step(session, progress)
         for hook in hooks:
-            hook.after_step(session, progress, report)
+            # The first hook may have gone back to an earlier step.
+            is_rolled_back = progress.step != report.step
+            (hook.after_rollback if is_rolled_back else hook.after_step)(session, progress, report)
     for hook in hooks:
         hook.on_end(session, progress)
 
 
-def train_step(session: Session, progress: Progress) -> StepReport:
+def train_step(session: Session, progress: TrainingProgress) -> StepReport:
     """One optimizer step; moves `progress` on."""
     started = time.monotonic()
     size = session.config.training.batch_size_at(progress.consumed_samples)
@@ -116,6 +82,8 @@ def train_step(session: Session, progress: Progress) -> StepReport:
     progress.consumed_samples += size
     progress.fingerprint = sums.fingerprint
     return StepReport(
+        step=progress.step,
+        fingerprint=sums.fingerprint,
         loss=loss,
         nats_per_token=sums.bound / sums.tokens,
         lr=lr,
@@ -125,5 +93,5 @@ def train_step(session: Session, progress: Progress) -> StepReport:
         work=sums.work,
         seconds=time.monotonic() - started,
         bad_samples=bad_samples,
-        fault=fault,
+        fault=fault if bad_samples else "",
     )

@@ -7,7 +7,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from megatron_dlm.checkpointing.layout import PROGRESS_RECORD, REFERENCE_SUFFIX, ChangeableField, read_json
+from megatron_dlm.checkpointing.layout import (
+    PROGRESS_RECORD,
+    REFERENCE_SUFFIX,
+    ChangeableField,
+    read_json,
+    step_of,
+)
 from megatron_dlm.data.loading.blending import PlanSegment
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.platform.codec import decode
@@ -24,7 +30,7 @@ from megatron_dlm.run.run_record import (
 )
 
 if TYPE_CHECKING:
-    from megatron_dlm.training.loop import Progress
+    from megatron_dlm.training.progress import TrainingProgress
     from megatron_dlm.training.session import Session
 
 
@@ -140,7 +146,7 @@ def _mismatch(record: RunRecord, name: str, saved: Any, asked: Any, *, changeabl
     raise InputError(f"{name}: {asked} differs from {saved} in checkpoint {record.directory}{hint}")
 
 
-def restore(session: Session, start: RunRecord | OutsideStart | None) -> Progress:
+def restore(session: Session, start: RunRecord | OutsideStart | None) -> TrainingProgress:
     """Load what `start` holds: everything for this run's own checkpoint, weights alone for another's.
 
     Args:
@@ -153,38 +159,50 @@ def restore(session: Session, start: RunRecord | OutsideStart | None) -> Progres
     Raises:
         InputError: what it holds is damaged.
     """
-    from megatron_dlm.checkpointing.layout import PROGRESS_RECORD
     from megatron_dlm.checkpointing.manager import load, load_weights, verify_on_all_ranks
     from megatron_dlm.models.weight_mapping import local_tensors
     from megatron_dlm.platform.distributed_optimizer import set_weights
-    from megatron_dlm.training.loop import Progress
+    from megatron_dlm.training.progress import TrainingProgress
 
-    if start is None:
-        return Progress()
     denoiser, parallel = session.denoiser, session.parallel
+    if parallel.rank == 0:
+        _tell_of_lost_steps(session.config)
+    if start is None:
+        return TrainingProgress()
     if isinstance(start, OutsideStart):
         on_first_rank(parallel, start.check)
         set_weights(session.optimizer, local_tensors(start.state, denoiser, parallel))
-        return Progress()
+        return TrainingProgress()
     if start.directory.parent != checkpoint_root(session.config).path:
         verify_on_all_ranks(start.directory, parallel)
         weights = load_weights(start.directory, denoiser, parallel)
         set_weights(session.optimizer, {param: weights[name] for name, param in denoiser.named_parameters()})
-        return Progress()
+        return TrainingProgress()
     directory = _sound(start.directory, session)
     load(directory, denoiser, session.optimizer, parallel)
+    on_first_rank(parallel, lambda: checkpoint_root(session.config).set_aside_after(step_of(directory)))
     saved = read_json(directory / PROGRESS_RECORD)
     if "data_plan" in saved:
         where = f"{directory / PROGRESS_RECORD}: data_plan"
         plan = [decode(PlanSegment, segment, where) for segment in saved["data_plan"]]
         session.follow(plan, int(saved["consumed_samples"]))
-    return Progress(
-        step=int(saved["step"]),
-        consumed_samples=int(saved["consumed_samples"]),
-        fingerprint=int(saved["fingerprint"]),
-        recent_losses=tuple(saved["recent_losses"]),
-        recent_grad_norms=tuple(saved["recent_grad_norms"]),
-    )
+    return TrainingProgress.of_record(saved, str(directory / PROGRESS_RECORD))
+
+
+def _tell_of_lost_steps(config: RunConfig) -> None:
+    """Warn where the run has been further than what is left of it."""
+    from megatron_dlm.telemetry.writers import read_metrics
+
+    if checkpoint_root(config).complete():
+        return
+    step = max((entry["step"] for entry in read_metrics(config.directory)), default=0)
+    if step:
+        print(
+            f"warning: {config.directory} has metrics up to step {step} and no complete checkpoint; "
+            "the run begins anew at step 0",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _sound(newest: Path, session: Session) -> Path:
@@ -195,7 +213,7 @@ def _sound(newest: Path, session: Session) -> Path:
         verify_on_all_ranks(newest, session.parallel)
     except InputError as error:
         complete = on_first_rank(session.parallel, checkpoint_root(session.config).complete)
-        older = [path for path in complete if path.name < newest.name]
+        older = [path for path in complete if step_of(path) < step_of(newest)]
         if session.config.checkpoint.on_corrupt == "stop" or not older:
             raise
         if session.parallel.rank == 0:

@@ -17,7 +17,7 @@ from megatron_dlm.training.signals import StopSignals
 from megatron_dlm.training.start import agree_on_start, find_start, restore
 
 if TYPE_CHECKING:
-    from megatron_dlm.training.loop import Progress
+    from megatron_dlm.training.progress import TrainingProgress
     from megatron_dlm.training.session import Session
 
 
@@ -66,7 +66,7 @@ def train(config: RunConfig) -> bool:
     return progress.step >= config.training.num_steps
 
 
-def go_on(session: Session, progress: Progress, signals: StopSignals) -> None:
+def go_on(session: Session, progress: TrainingProgress, signals: StopSignals) -> None:
     """Train a session to its last step, or until a signal, with all that happens around steps.
 
     Args:
@@ -86,7 +86,7 @@ def go_on(session: Session, progress: Progress, signals: StopSignals) -> None:
 
     checkpoints = CheckpointHook(checkpoint_root(session.config), progress.step, session.parallel)
 
-    def roll_back() -> Progress:
+    def roll_back() -> TrainingProgress:
         checkpoints.finish(session)
         complete = on_first_rank(session.parallel, lambda: checkpoint_root(session.config).complete())
         if not complete:

@@ -62,9 +62,12 @@ def build_random(state, config):
 
 def steps(session, first, count):
     """Losses and gradient norms of `count` steps from step `first`."""
-    from megatron_dlm.training.loop import Progress, train_step
+    from megatron_dlm.training.loop import train_step
+    from megatron_dlm.training.progress import TrainingProgress
 
-    progress = Progress(step=first, consumed_samples=first * session.config.training.global_batch_size)
+    progress = TrainingProgress(
+        step=first, consumed_samples=first * session.config.training.global_batch_size
+    )
     reports = [train_step(session, progress) for _ in range(count)]
     return [(report.loss, report.nats_per_token, report.grad_norm) for report in reports]
 

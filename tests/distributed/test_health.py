@@ -40,9 +40,10 @@ def test_a_step_that_does_not_end_shows_where_it_is(corpus, tmp_path):
 def with_a_flipped_bit(state, config, faulty_rank):
     """What each rank is told after a step, where one rank's memory has changed."""
     from megatron_dlm.training.hooks.replicas import ReplicaHook
-    from megatron_dlm.training.loop import Progress, train_step
+    from megatron_dlm.training.loop import train_step
+    from megatron_dlm.training.progress import TrainingProgress
 
-    session, progress = build(state, config), Progress()
+    session, progress = build(state, config), TrainingProgress()
     report, hook = train_step(session, progress), ReplicaHook()
     hook.after_step(session, progress, report)
     if state.rank == faulty_rank:
@@ -58,9 +59,10 @@ def with_a_flipped_bit(state, config, faulty_rank):
 def differences_of_gathered_weights(state, config):
     """What a comparison says in the middle of a run that gathers weights in its forward passes."""
     from megatron_dlm.training.hooks.replicas import ReplicaHook
-    from megatron_dlm.training.loop import Progress, train_step
+    from megatron_dlm.training.loop import train_step
+    from megatron_dlm.training.progress import TrainingProgress
 
-    session, progress, hook = build(state, config), Progress(), ReplicaHook()
+    session, progress, hook = build(state, config), TrainingProgress(), ReplicaHook()
     for _ in range(3):
         hook.after_step(session, progress, train_step(session, progress))
     return progress.step

@@ -53,9 +53,10 @@ def spoil(session, kind, steps):
 
 def four_steps(state, config, kind):
     """Reports of four steps with a fault in the second, and the parameters after each."""
-    from megatron_dlm.training.loop import Progress, train_step
+    from megatron_dlm.training.loop import train_step
+    from megatron_dlm.training.progress import TrainingProgress
 
-    session, progress, seen = build(state, config), Progress(), []
+    session, progress, seen = build(state, config), TrainingProgress(), []
     if kind is not None:
         spoil(session, kind, {1})
     for step in range(4):
@@ -101,11 +102,11 @@ def test_a_bad_step_changes_nothing_and_the_run_goes_on(corpus, layout, kind, pr
 
 def whole_run(state, config, kind, steps):
     """What a run with faults ends with: its last progress, or its complaint."""
-    from megatron_dlm.training.loop import Progress
+    from megatron_dlm.training.progress import TrainingProgress
     from megatron_dlm.training.signals import StopSignals
     from megatron_dlm.training.train import go_on
 
-    session, progress = build(state, config), Progress()
+    session, progress = build(state, config), TrainingProgress()
     seen = []
     spoil(session, kind, steps)
     run_batch = session.run_batch
@@ -166,14 +167,83 @@ def test_single_bad_steps_are_skipped_and_stop_ends_at_once(corpus, tmp_path):
         assert seen == [(0, 0), (1, 8)]
 
 
+def behind_the_bad_samples(state, config):
+    """Losses of an undisturbed run that reads the samples of one that went back from step 4 to step 2."""
+    from megatron_dlm.training.loop import train_step
+    from megatron_dlm.training.progress import TrainingProgress
+
+    session, progress, losses = build(state, config), TrainingProgress(), {}
+    while progress.step < 6:
+        if progress.step == 2:
+            progress.consumed_samples = 32
+        report = train_step(session, progress)
+        losses[report.step] = (report.loss, report.grad_norm)
+    return losses
+
+
 def test_rollback_goes_on_from_the_checkpoint_behind_the_bad_samples(corpus, tmp_path):
     """Checkpoints at steps 2 and 4; the fourth step is bad the first time."""
-    config = config_for(corpus, tmp_path, "rollback")
+    config = config_for(corpus, tmp_path / "run", "rollback")
+    config = replace(config, evaluation=replace(config.evaluation, every=2))
     for end, seen in run_distributed(whole_run, 2, config, "gradient", {3}):
         assert end == (6, 64)
         assert seen == [(0, 0), (1, 8), (2, 16), (3, 24), (2, 32), (3, 40), (4, 48), (5, 56)]
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert all(line["loss"] == line["loss"] for line in lines if line["kind"] == "train")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    expected = run_distributed(behind_the_bad_samples, 2, config_for(corpus, tmp_path / "other", "skip"))[0]
+    train = [line for line in lines if line["kind"] == "train"]
+    assert [line["step"] for line in train] == [1, 2, 3, 4, 5, 6]
+    assert {line["step"]: (line["loss"], line["grad_norm"]) for line in train} == expected
+    # The loaded step is neither called bad nor evaluated again.
+    assert [(line["kind"], line["step"]) for line in lines if line["kind"] != "train"] == [
+        *(("validation", 0), ("validation", 2), ("rollback", 2), ("validation", 4), ("validation", 6))
+    ]
+    (rollback,) = [line for line in lines if line["kind"] == "rollback"]
+    assert rollback["failed_step"] == 4 and rollback["fault"] == "gradient norm: not finite"
+    fingerprints = {line["step"]: line["fingerprint"] for line in train}
+    assert rollback["fingerprint"] not in fingerprints.values()
+
+
+def checkpoints_in_a_rollback(state, config):
+    """Inodes of the run's newest checkpoint before and after the run goes back to it."""
+    from megatron_dlm.training.hooks.non_finite import NonFiniteHook
+    from megatron_dlm.training.progress import TrainingProgress
+    from megatron_dlm.training.signals import StopSignals
+    from megatron_dlm.training.train import go_on
+
+    checkpoints, inodes = config.directory / "checkpoints", []
+
+    def note():
+        inodes.append({path.name: path.stat().st_ino for path in checkpoints.iterdir()})
+
+    go_back = NonFiniteHook.after_step
+
+    def noting(self, session, progress, report):
+        go_back(self, session, progress, report)
+        if not report.applied:
+            note()
+
+    NonFiniteHook.after_step = noting
+    session, progress, steps = build(state, config), TrainingProgress(), {3}
+    spoil(session, "loss", steps)
+    run_batch = session.run_batch
+
+    def once(step, first_sample):
+        if first_sample == 32:
+            # The step after the rollback begins.
+            steps.clear()
+            note()
+        return run_batch(step, first_sample)
+
+    session.run_batch = once
+    go_on(session, progress, StopSignals())
+    return inodes
+
+
+def test_the_checkpoint_that_was_gone_back_to_is_not_written_again(corpus, tmp_path):
+    config = config_for(corpus, tmp_path, "rollback")
+    config = replace(config, checkpoint=replace(config.checkpoint, keep_last=1, save_every=2))
+    ((loaded, begun),) = run_distributed(checkpoints_in_a_rollback, 1, config)
+    assert list(loaded) == ["step-00000002"] and loaded == begun
 
 
 def validation_of_spoiled_weights(state, config):

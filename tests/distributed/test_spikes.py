@@ -9,6 +9,7 @@ from megatron_dlm.families.ar.objective import ARConfig
 from megatron_dlm.telemetry.writers import read_metrics
 from megatron_dlm.training.spike_detection import FEWEST, extended, spike_limit
 from tests.helpers import faulty, tiny
+from tests.helpers.runs import without_speed
 
 
 def test_the_limit_is_so_many_deviations_above_the_mean():
@@ -42,8 +43,9 @@ def make_spikes(kind, steps, fatal=None):
     Session.run_batch = spiked
 
 
+@pytest.mark.parametrize("log_every", [1, 10])
 @pytest.mark.parametrize("kind", ["loss", "gradient norm"])
-def test_spikes_are_skipped_also_right_after_a_resume(corpus, tmp_path, kind):
+def test_spikes_are_skipped_also_right_after_a_resume(corpus, tmp_path, kind, log_every):
     def config_for(name):
         config = tiny.run_config(
             corpus,
@@ -51,7 +53,9 @@ def test_spikes_are_skipped_also_right_after_a_resume(corpus, tmp_path, kind):
             ARConfig(),
             training__num_steps=48,
             training__spike_sigmas=6.0,
-            checkpoint__save_every=40,
+            # Between two lines where ten steps are one.
+            checkpoint__save_every=36,
+            telemetry__log_every=log_every,
         )
         return config
 
@@ -63,9 +67,11 @@ def test_spikes_are_skipped_also_right_after_a_resume(corpus, tmp_path, kind):
     assert code == -9
     code, output = faulty.train_in_child(config_for("cut"), make_spikes, kind, spikes)
     assert code == 0 and output.count(f"warning: {kind}: ") == 2, output
-    logs = [
-        [{k: e.get(k) for k in ("kind", "step", "loss", "grad_norm")} for e in read_metrics(tmp_path / name)]
-        for name in ("whole", "cut")
-    ]
+    logs = [[without_speed(entry) for entry in read_metrics(tmp_path / name)] for name in ("whole", "cut")]
     assert logs[0] == logs[1]
-    assert sum(entry["kind"] == "skipped" for entry in logs[0]) == 2
+    skipped = [entry for entry in logs[0] if entry["kind"] == "skipped"]
+    assert [entry["step"] for entry in skipped] == [42, 46]
+    assert all(entry["fault"].startswith(f"{kind}: ") and " is above " in entry["fault"] for entry in skipped)
+    if log_every == 10:
+        windows = [(entry["first_step"], entry["step"]) for entry in logs[0] if entry["kind"] == "train"]
+        assert windows == [(1, 10), (11, 20), (21, 30), (31, 40), (41, 48)]

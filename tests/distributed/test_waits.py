@@ -37,7 +37,7 @@ def places_of_waits(state, config):
     loop.train_step = watched
     signals = StopSignals()
     signals.ranks_have_met = True
-    go_on(session, loop.Progress(), signals)
+    go_on(session, loop.TrainingProgress(), signals)
     # The first step makes what later ones use.
     return found[2:]
 

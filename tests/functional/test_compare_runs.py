@@ -63,3 +63,21 @@ def test_nothing_shared_and_no_run(run, tmp_path):
     assert compare(run, tmp_path / "b").returncode == 1
     finished = compare(run, tmp_path / "none")
     assert finished.returncode == 2 and "has no metrics.jsonl" in finished.stderr
+
+
+def test_means_over_other_steps_are_not_compared(run, tmp_path):
+    logs = {"a": [(1, 1), (2, 2), (4, 4)], "b": [(1, 2), (3, 4)], "c": [(4, 4)]}
+    for name, windows in logs.items():
+        lines = [
+            {"kind": "train", "first_step": first, "step": last, "loss": 1.0 + (first != last)}
+            for first, last in windows
+        ]
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    finished = compare(tmp_path / "a", tmp_path / "b")
+    assert (
+        finished.returncode == 1
+        and "0 steps in both, 1 in one alone, 2 with means over other steps; differ" in (finished.stdout)
+    )
+    finished = compare(tmp_path / "a", tmp_path / "c")
+    assert finished.returncode == 0 and "1 steps in both, 2 in one alone; agree" in finished.stdout

@@ -28,6 +28,8 @@ def test_a_damaged_checkpoint_is_named_and_gone_behind_only_on_request(corpus, t
     assert code == 2 and str(damaged) in output, output
     code, output = finish(start(arguments_for(corpus, directory, "--checkpoint.on-corrupt", "previous")))
     assert code == 0 and f"going back to {directory}/checkpoints/step-00000008" in output, output
+    # Set aside: it would be taken for the newest one to keep.
+    assert (directory / "checkpoints" / "step-00000012.damaged").is_dir()
     assert min(train_metrics(directory)) == 9
     assert tensor_files(directory) == tensor_files(uninterrupted[0])
 
@@ -77,6 +79,14 @@ def test_a_flipped_byte_stops_the_resume_naming_the_file(corpus, copied):
     code, output = finish(start(arguments_for(corpus, copied, steps=16)))
     assert code == 2 and str(file) in output and "SHA-256 differs" in output
     assert "Traceback" not in output
+
+
+def test_a_run_without_its_checkpoints_says_how_far_it_was(corpus, copied):
+    shutil.rmtree(copied / "checkpoints")
+    code, output = finish(start(arguments_for(corpus, copied, steps=2)))
+    assert code == 0, output
+    warning = f"warning: {copied} has metrics up to step 14 and no complete checkpoint; the run begins anew"
+    assert output.count(warning) == 1 and "train step 1/2" in output, output
 
 
 def test_a_half_written_checkpoint_is_passed_over(corpus, copied):

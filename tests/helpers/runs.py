@@ -93,14 +93,16 @@ def finish(process, seconds=120):
     return process.returncode, output
 
 
-def train_metrics(directory):
-    """Everything a step reports except its speed."""
+def without_speed(entry):
+    """Everything a line of metrics has except what depends on the clock."""
     timing = {"tokens_per_second", "eta_seconds", "tflops_per_second_per_device", "mfu"}
-    return {
-        entry["step"]: {k: v for k, v in entry.items() if k not in timing}
-        for entry in read_metrics(directory)
-        if entry["kind"] == "train"
-    }
+    return {name: value for name, value in entry.items() if name not in timing}
+
+
+def train_metrics(directory):
+    """Everything a training step reports except its speed."""
+    entries = [entry for entry in read_metrics(directory) if entry["kind"] == "train"]
+    return {entry["step"]: without_speed(entry) for entry in entries}
 
 
 def tensor_files(directory):

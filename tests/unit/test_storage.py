@@ -1,9 +1,10 @@
 import json
 import pickle
+import sys
 
 import pytest
 
-from megatron_dlm.checkpointing.layout import CheckpointConfig, CheckpointRoot, verify
+from megatron_dlm.checkpointing.layout import CheckpointConfig, CheckpointRoot, step_of, verify
 from megatron_dlm.checkpointing.safe_metadata import check_metadata
 from megatron_dlm.interfaces import InputError
 
@@ -58,6 +59,63 @@ def test_the_same_step_can_be_saved_again(tmp_path):
     assert (make(root, 1, b"new") / "a.distcp").read_bytes() == b"new"
 
 
+FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
+left = []
+"""File operations until the next one is cut; empty where none is."""
+
+
+def _cut(event, arguments):
+    if left and event in FILE_EVENTS:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt(event)
+
+
+sys.addaudithook(_cut)
+
+
+def cut_at(operation, action):
+    """Do `action` until so many file operations are done; whether it came to its end."""
+    left[:] = [operation]
+    try:
+        action()
+    except KeyboardInterrupt:
+        return False
+    finally:
+        left.clear()
+    return True
+
+
+def test_a_step_saved_again_is_complete_at_each_moment(tmp_path):
+    """Cut before each file operation, twice in a row, the newer or the older of both is there and sound."""
+    for operation in range(200):
+        root = CheckpointRoot(tmp_path / str(operation))
+        make(root, 1, b"old")
+        ended = cut_at(operation, lambda root=root: make(root, 1, b"new"))
+        for _ in range(2):
+            (found,) = root.complete()
+            verify(found)
+            assert (found / "a.distcp").read_bytes() in (b"old", b"new") and step_of(found) == 1
+            cut_at(operation, lambda root=root: make(root, 1, b"new"))
+        assert (make(root, 2).parent / "step-00000001").is_dir() == (root.complete()[0] == root.final(1))
+        root.retain(1, 0)
+        assert [path.name for path in root.path.iterdir()] == ["step-00000002"]
+        if ended:
+            break
+    # Fewer and the save itself would not be in it.
+    assert 10 < operation < 199
+
+
+def test_damaged_later_checkpoints_do_not_count_as_the_newest(tmp_path):
+    root = CheckpointRoot(tmp_path)
+    for step in (2, 4, 8):
+        make(root, step)
+    root.set_aside_after(4)
+    make(root, 6)
+    root.retain(1, 0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000006", "step-00000008.damaged"]
+
+
 DAMAGE = {
     "flip": (lambda d: (d / "a.distcp").write_bytes(b"weighty"), "SHA-256 differs"),
     "cut": (lambda d: (d / "a.distcp").write_bytes(b"we"), "not the 7 bytes"),
@@ -104,6 +162,29 @@ def test_hostile_metadata_runs_nothing(tmp_path):
     with pytest.raises(InputError, match=r"names \w+.system, which checkpoint metadata never does"):
         check_metadata(tmp_path)
     assert not (tmp_path / "ran").exists()
+
+
+def by_getattr(owner, name):
+    """An object that is pickled as `getattr(owner, name)`, as Python 3.11.2 does members of enums."""
+    return type("ByGetattr", (), {"__reduce__": lambda self: (getattr, (owner, name))})()
+
+
+def test_members_of_enums_are_read_as_every_python_writes_them(tmp_path):
+    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
+
+    write = (tmp_path / ".metadata").write_bytes
+    member = by_getattr(_MEM_FORMAT_ENCODING, "TORCH_CONTIGUOUS_FORMAT")
+    write(pickle.dumps(Metadata(state_dict_metadata={"a": member}, storage_data={})))
+    check_metadata(tmp_path)
+    for owner, name in (
+        (_MEM_FORMAT_ENCODING, "__init__"),
+        (_MEM_FORMAT_ENCODING, "mro"),
+        (Metadata, "__module__"),
+    ):
+        hidden = by_getattr(owner, name)
+        write(pickle.dumps(Metadata(state_dict_metadata={"a": hidden}, storage_data={})))
+        with pytest.raises(InputError, match="getattr for something else"):
+            check_metadata(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../../x.distcp", "/etc/x.distcp", "a.txt"])

@@ -165,7 +165,8 @@ def measure_hooks(
     from megatron_dlm.training.hooks.requests import RequestHook
     from megatron_dlm.training.hooks.telemetry import Telemetry
     from megatron_dlm.training.hooks.watchdog import WatchdogHook, stop_watching
-    from megatron_dlm.training.loop import Progress, train_step
+    from megatron_dlm.training.loop import train_step
+    from megatron_dlm.training.progress import TrainingProgress
     from megatron_dlm.training.session import Session
     from megatron_dlm.training.signals import StopSignals
     from tests.helpers import tiny
@@ -179,7 +180,7 @@ def measure_hooks(
     every = config.training.check_replicas_every
     training = replace(config.training, check_replicas_every=1, num_steps=1000)
     config = replace(config, model=paper_model(size), training=training)
-    session, progress = Session(config, open_data(config.data), parallel), Progress()
+    session, progress = Session(config, open_data(config.data), parallel), TrainingProgress()
     telemetry = Telemetry(session, 0)
     hooks = {
         f"replica check (every {every} steps)": (ReplicaHook(), every),

@@ -18,7 +18,8 @@ from megatron_dlm.checkpointing.manager import PendingSave
 from megatron_dlm.interfaces import SaveError
 from megatron_dlm.platform.codec import encode
 from megatron_dlm.platform.parallel import ParallelState
-from megatron_dlm.training.loop import Hook, Progress, StepReport
+from megatron_dlm.training.loop import Hook
+from megatron_dlm.training.progress import StepReport, TrainingProgress
 from megatron_dlm.training.session import Session
 
 
@@ -32,18 +33,24 @@ class CheckpointHook(Hook):
         self._pending: PendingSave | None = None
         self._failures = 0
 
-    def on_start(self, session: Session, progress: Progress) -> None:
+    def on_start(self, session: Session, progress: TrainingProgress) -> None:
         """Ask in each step whether a save is still being written."""
         session.votes["writing"] = lambda: self._pending is not None and not self._pending.is_done()
 
-    def after_step(self, session: Session, progress: Progress, report: StepReport) -> None:
+    def after_step(self, session: Session, progress: TrainingProgress, report: StepReport) -> None:
         """Save when due or asked to."""
         if self._pending and not session.agreed["writing"]:
             self.finish(session)
         if progress.save_requested or progress.step % session.config.checkpoint.save_every == 0:
             self._save(session, progress)
 
-    def on_end(self, session: Session, progress: Progress) -> None:
+    def after_rollback(self, session: Session, progress: TrainingProgress, report: StepReport) -> None:
+        """Leave the checkpoint that was just loaded as it is; it answers a request to save too."""
+        self._saved_step = progress.step
+        if progress.save_requested:
+            self._forget_request(session)
+
+    def on_end(self, session: Session, progress: TrainingProgress) -> None:
         """Save what has not been saved; here a failure is final."""
         self.finish(session)
         if progress.step != self._saved_step:
@@ -53,7 +60,7 @@ class CheckpointHook(Hook):
         # One that came too late to be seen has been answered too.
         self._forget_request(session)
 
-    def _save(self, session: Session, progress: Progress) -> None:
+    def _save(self, session: Session, progress: TrainingProgress) -> None:
         self.finish(session)
         records = {
             RUN_RECORD: {
@@ -63,11 +70,7 @@ class CheckpointHook(Hook):
                 "train_sha256": session.data.train_sha256,
             },
             PROGRESS_RECORD: {
-                "step": progress.step,
-                "consumed_samples": progress.consumed_samples,
-                "fingerprint": progress.fingerprint,
-                "recent_losses": progress.recent_losses,
-                "recent_grad_norms": progress.recent_grad_norms,
+                **progress.record(),
                 "world_size": session.parallel.world_size,
                 "data_plan": encode(session.plan),
             },

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from megatron_dlm.telemetry.writers import Metrics
 from megatron_dlm.training.hooks.telemetry import Telemetry
-from megatron_dlm.training.loop import Hook, Progress, StepReport
+from megatron_dlm.training.loop import Hook
+from megatron_dlm.training.progress import StepReport, TrainingProgress
 from megatron_dlm.training.session import Session
 
 
@@ -13,20 +15,20 @@ class EvaluationHook(Hook):
     def __init__(self, telemetry: Telemetry) -> None:
         self._telemetry = telemetry
 
-    def on_start(self, session: Session, progress: Progress) -> None:
+    def on_start(self, session: Session, progress: TrainingProgress) -> None:
         """Evaluate a new run's initial model."""
         if progress.step == 0 and not progress.stop_requested:
             self._evaluate(session, progress)
 
-    def after_step(self, session: Session, progress: Progress, report: StepReport) -> None:
+    def after_step(self, session: Session, progress: TrainingProgress, report: StepReport) -> None:
         """Evaluate when due."""
         last = progress.step == session.config.training.num_steps
         if last or progress.step % session.config.evaluation.every == 0:
             self._evaluate(session, progress)
 
-    def _evaluate(self, session: Session, progress: Progress) -> None:
+    def _evaluate(self, session: Session, progress: TrainingProgress) -> None:
         result = session.validation.run(session.config.evaluation)
-        metrics: dict[str, float | int] = {
+        metrics: Metrics = {
             "nats_per_token": result.nats_per_token,
             "bits_per_byte": result.bits_per_byte,
             "tokens": result.tokens,

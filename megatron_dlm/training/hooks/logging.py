@@ -2,68 +2,79 @@
 
 from __future__ import annotations
 
-from megatron_dlm.models.flops.flops_actual import Work
 from megatron_dlm.platform.device_flops import matmul_flops_per_second
+from megatron_dlm.telemetry.writers import FIRST_STEP, Metrics
 from megatron_dlm.training.hooks.telemetry import Telemetry
-from megatron_dlm.training.loop import Hook, Progress, StepReport
+from megatron_dlm.training.loop import Hook
+from megatron_dlm.training.progress import MetricsWindow, StepReport, TrainingProgress
 from megatron_dlm.training.session import Session
 
 
 class LoggingHook(Hook):
-    """Reports every few steps: losses and speed are means over the tokens since the last report.
+    """Writes a line of metrics every few steps: losses and speed are means over the tokens since the last.
 
+    Lines are written at multiples of `telemetry.log_every`, and one more at the last step of the run.
     Utilisation is the model's matrix products, recomputation and padding left out, over the speed of this
     device's own matrix product, measured at the start.
     """
 
     def __init__(self, telemetry: Telemetry) -> None:
         self._telemetry = telemetry
-        self._reports: list[StepReport] = []
         self._peak = 0.0
 
-    def on_start(self, session: Session, progress: Progress) -> None:
+    def on_start(self, session: Session, progress: TrainingProgress) -> None:
         """Measure the device, on all ranks at once."""
         dtype = session.denoiser.config.params_dtype
         self._peak = matmul_flops_per_second(session.parallel.device, dtype)
 
-    def after_step(self, session: Session, progress: Progress, report: StepReport) -> None:
-        """Write the means, and this step's learning rate, gradient norm and noise fingerprint."""
+    def after_step(self, session: Session, progress: TrainingProgress, report: StepReport) -> None:
+        """Add the step to the window; write the window's means where it ends."""
         if not report.applied:
-            skipped: dict[str, float | int] = {
-                "samples_at_fault": len(report.bad_samples),
-                "fingerprint": progress.fingerprint,
-            }
-            self._telemetry.write("skipped", progress.step, skipped)
-            return
-        self._reports.append(report)
-        if progress.step % session.config.telemetry.log_every:
-            return
-        tokens = sum(r.tokens for r in self._reports)
-        seconds = sum(r.seconds for r in self._reports)
-        speed = tokens / seconds
-        work = sum((r.work for r in self._reports), Work())
-        flops = work.training_flops(session.config.model, session.data.vocabulary.size)
-        device_flops_per_second = flops / seconds / session.parallel.world_size
-        training = session.config.training
+            self._telemetry.write("skipped", report.step, _fault(report))
+        progress.window = progress.window.extended(report)
+        ends = progress.step % session.config.telemetry.log_every == 0
+        if ends or progress.step == session.config.training.num_steps:
+            if progress.window.tokens:
+                self._telemetry.write("train", progress.step, self._means(session, progress))
+        if ends:
+            # A run that is given more steps later goes on with the short window of its last step.
+            progress.window = MetricsWindow()
+
+    def after_rollback(self, session: Session, progress: TrainingProgress, report: StepReport) -> None:
+        """Take back the lines of steps that will be made again, and tell of the step at fault."""
+        self._telemetry.rewind(progress.step)
+        self._telemetry.write("rollback", progress.step, {"failed_step": report.step} | _fault(report))
+
+    def _means(self, session: Session, progress: TrainingProgress) -> Metrics:
+        window, training = progress.window, session.config.training
+        flops = window.work.training_flops(session.config.model, session.data.vocabulary.size)
+        device_flops_per_second = flops / window.seconds / session.parallel.world_size
         samples_left = training.samples_ahead(progress.consumed_samples, training.num_steps - progress.step)
-        metrics: dict[str, float | int] = {
-            "loss": sum(r.loss * r.tokens for r in self._reports) / tokens,
-            "nats_per_token": sum(r.nats_per_token * r.tokens for r in self._reports) / tokens,
-            "lr": report.lr,
-            "grad_norm": report.grad_norm,
-            "tokens_per_second": speed,
+        epochs = session.epochs(progress.consumed_samples)
+        return {
+            FIRST_STEP: window.first_step,
+            "loss": window.loss / window.tokens,
+            "nats_per_token": window.nats / window.tokens,
+            "lr": window.lr,
+            "grad_norm": window.grad_norm,
+            "tokens_per_second": window.tokens / window.seconds,
             "tflops_per_second_per_device": device_flops_per_second / 1e12,
             "mfu": device_flops_per_second / self._peak,
-            "eta_seconds": samples_left * seconds / sum(r.batch_size for r in self._reports),
-            "batch_size": report.batch_size,
+            "eta_seconds": samples_left * window.seconds / window.samples,
+            "batch_size": window.batch_size,
             "consumed_samples": progress.consumed_samples,
             "fingerprint": progress.fingerprint,
+            **{f"epochs/{name}": value for name, value in epochs.items()},
         }
-        epochs = session.epochs(progress.consumed_samples)
-        metrics |= {f"epochs/{name}": value for name, value in epochs.items()}
-        self._telemetry.write("train", progress.step, metrics)
-        self._reports = []
 
-    def on_end(self, session: Session, progress: Progress) -> None:
+    def on_end(self, session: Session, progress: TrainingProgress) -> None:
         """Close the writers; what else writes metrics comes before this hook."""
         self._telemetry.close()
+
+
+def _fault(report: StepReport) -> Metrics:
+    return {
+        "fault": report.fault,
+        "samples_at_fault": len(report.bad_samples),
+        "fingerprint": report.fingerprint,
+    }

@@ -11,7 +11,8 @@ import numpy as np
 from megatron_dlm.interfaces import TrainingError
 from megatron_dlm.platform.codec import encode
 from megatron_dlm.platform.files import write_json
-from megatron_dlm.training.loop import Hook, Progress, StepReport
+from megatron_dlm.training.loop import Hook
+from megatron_dlm.training.progress import StepReport, TrainingProgress
 from megatron_dlm.training.session import Session
 
 NAMED_SAMPLES = 8
@@ -24,13 +25,13 @@ class NonFiniteHook(Hook):
     Must come first: the others may take a step for granted.
     """
 
-    def __init__(self, roll_back: Callable[[], Progress]) -> None:
+    def __init__(self, roll_back: Callable[[], TrainingProgress]) -> None:
         """`roll_back` reloads the newest checkpoint and gives its progress; all ranks call it."""
         self._roll_back = roll_back
         self._in_a_row = 0
         self._rolled_back: Counter[int] = Counter()
 
-    def after_step(self, session: Session, progress: Progress, report: StepReport) -> None:
+    def after_step(self, session: Session, progress: TrainingProgress, report: StepReport) -> None:
         """Skip, stop or roll back, as configured."""
         if report.applied:
             self._in_a_row = 0
@@ -46,29 +47,25 @@ class NonFiniteHook(Hook):
                 f"{session.config.directory / self._name(progress)}.json runs its samples once more"
             )
         if config.on_non_finite == "rollback":
-            saved, consumed_samples = self._roll_back(), progress.consumed_samples
+            saved = self._roll_back()
             self._rolled_back[saved.step] += 1
             if self._rolled_back[saved.step] > config.max_skipped_steps:
                 raise TrainingError(f"{what}, rolled back to step {saved.step} too often")
-            progress.step, progress.fingerprint = saved.step, saved.fingerprint
-            progress.recent_losses = saved.recent_losses
-            progress.recent_grad_norms = saved.recent_grad_norms
-            # Its samples are not read again.
-            progress.consumed_samples = consumed_samples
+            progress.go_back_to(saved)
             what += f"; back to step {saved.step}"
         if first:
             print(f"warning: {what}; no parameter was changed", file=sys.stderr, flush=True)
 
-    def _describe(self, progress: Progress, report: StepReport) -> str:
+    def _describe(self, progress: TrainingProgress, report: StepReport) -> str:
         named = ", ".join(map(str, report.bad_samples[:NAMED_SAMPLES]))
         more = len(report.bad_samples) - NAMED_SAMPLES
         rest = f" and {more} more" if more > 0 else ""
-        return f"{report.fault} in step {progress.step}, samples {named}{rest}"
+        return f"{report.fault} in step {report.step}, samples {named}{rest}"
 
-    def _name(self, progress: Progress) -> str:
+    def _name(self, progress: TrainingProgress) -> str:
         return f"bad-step-{progress.step:08d}"
 
-    def _dump(self, session: Session, progress: Progress, report: StepReport) -> None:
+    def _dump(self, session: Session, progress: TrainingProgress, report: StepReport) -> None:
         """For tools/replay_step.py: configuration, the step's address, samples as the network saw them."""
         directory, first_sample = session.config.directory, progress.consumed_samples - report.batch_size
         record = {

@@ -9,14 +9,15 @@ from torch import Tensor
 from megatron_dlm.interfaces import TrainingError
 from megatron_dlm.platform.distributed_optimizer import complete_weights
 from megatron_dlm.platform.fp8_weights import bits
-from megatron_dlm.training.loop import Hook, Progress, StepReport
+from megatron_dlm.training.loop import Hook
+from megatron_dlm.training.progress import StepReport, TrainingProgress
 from megatron_dlm.training.session import Session
 
 
 class ReplicaHook(Hook):
     """Compares the bits of all weights between replicas, which nothing else would notice to differ."""
 
-    def after_step(self, session: Session, progress: Progress, report: StepReport) -> None:
+    def after_step(self, session: Session, progress: TrainingProgress, report: StepReport) -> None:
         """Compare when due; where replicas differ, stop and name the parameter and the ranks at fault."""
         every = session.config.training.check_replicas_every
         group = session.parallel.replica_group

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_dlm.checkpointing.layout import SAVE_REQUEST
-from megatron_dlm.training.loop import Hook, Progress, StepReport
+from megatron_dlm.training.loop import Hook
+from megatron_dlm.training.progress import StepReport, TrainingProgress
 from megatron_dlm.training.session import Session
 from megatron_dlm.training.signals import StopSignals
 
@@ -21,7 +22,7 @@ class RequestHook(Hook):
         self._signals = signals
         self._started_at = time.monotonic()
 
-    def on_start(self, session: Session, progress: Progress) -> None:
+    def on_start(self, session: Session, progress: TrainingProgress) -> None:
         """Make no step where a signal has come before the first; the time limit lets each start make one."""
         config, is_first = session.config, session.parallel.rank == 0
         limit_seconds = 60 * config.checkpoint.stop_after_minutes
@@ -37,7 +38,11 @@ class RequestHook(Hook):
         session.votes["stop"] = must_stop
         session.votes["save"] = lambda: is_first and os.path.exists(config.directory / SAVE_REQUEST)
 
-    def after_step(self, session: Session, progress: Progress, report: StepReport) -> None:
+    def after_step(self, session: Session, progress: TrainingProgress, report: StepReport) -> None:
         """Stop or save after this step, or where asked late in it, after the next."""
         progress.stop_requested = session.agreed["stop"]
         progress.save_requested = session.agreed["save"]
+
+    def after_rollback(self, session: Session, progress: TrainingProgress, report: StepReport) -> None:
+        """Stop or save all the same."""
+        self.after_step(session, progress, report)

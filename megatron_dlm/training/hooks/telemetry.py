@@ -6,7 +6,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from megatron_dlm.telemetry.writers import ConsoleWriter, JsonLinesWriter, TensorBoardWriter, Writer
+from megatron_dlm.telemetry.writers import (
+    ConsoleWriter,
+    JsonLinesWriter,
+    Metrics,
+    TensorBoardWriter,
+    Writer,
+)
 from megatron_dlm.training.session import Session
 
 
@@ -27,7 +33,13 @@ class Telemetry:
                 ConsoleWriter(session.config.training.num_steps, first_step),
             ]
 
-    def write(self, kind: str, step: int, metrics: dict[str, float | int]) -> None:
+    def rewind(self, step: int) -> None:
+        """Take back what was written of steps after `step`, as a resume at that step does."""
+        for writer in self._writers:
+            with self._failure_told(writer):
+                writer.rewind(step)
+
+    def write(self, kind: str, step: int, metrics: Metrics) -> None:
         """Pass on to all writers."""
         for writer in self._writers:
             with self._failure_told(writer):

@@ -5,25 +5,30 @@ from __future__ import annotations
 import faulthandler
 import signal
 
-from megatron_dlm.training.loop import Hook, Progress, StepReport
+from megatron_dlm.training.loop import Hook
+from megatron_dlm.training.progress import StepReport, TrainingProgress
 from megatron_dlm.training.session import Session
 
 
 class WatchdogHook(Hook):
     """Ends the process with the stacks of its threads where a step takes too long; SIGUSR2 prints them."""
 
-    def on_start(self, session: Session, progress: Progress) -> None:
+    def on_start(self, session: Session, progress: TrainingProgress) -> None:
         """Begin to watch."""
         # NCCL's own watchdog ends a process that waits in vain by SIGABRT.
         faulthandler.enable()
         faulthandler.register(signal.SIGUSR2)
         self._watch(session)
 
-    def after_step(self, session: Session, progress: Progress, report: StepReport) -> None:
+    def after_step(self, session: Session, progress: TrainingProgress, report: StepReport) -> None:
         """Begin anew."""
         self._watch(session)
 
-    def on_end(self, session: Session, progress: Progress) -> None:
+    def after_rollback(self, session: Session, progress: TrainingProgress, report: StepReport) -> None:
+        """Begin anew."""
+        self._watch(session)
+
+    def on_end(self, session: Session, progress: TrainingProgress) -> None:
         """Leave the last save the same time as a step."""
         self._watch(session)
 

@@ -1,0 +1,144 @@
+"""What one optimizer step did, what is summed up for the next line of metrics, and how far a run has come."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_dlm.models.flops.flops_actual import Work
+from megatron_dlm.platform.codec import decode, encode
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimizer step did."""
+
+    step: int
+    """Number of the step, counted from 1."""
+    fingerprint: int
+    """Digest of the step's corruption."""
+    loss: float
+    """Training loss per token; for low-variance weights not an NLL."""
+    nats_per_token: float
+    """The NELBO (AR: NLL) on the step's own batch and noise."""
+    lr: float
+    grad_norm: float
+    batch_size: int
+    """Samples, over all processes."""
+    tokens: int
+    work: Work
+    seconds: float
+    bad_samples: tuple[int, ...]
+    """Samples at fault where loss or gradient is not finite or a spike, and no parameter has changed."""
+    fault: str
+    """What is wrong, where there are such samples; empty otherwise."""
+
+    @property
+    def applied(self) -> bool:
+        """The optimizer has made a step."""
+        return not self.bad_samples
+
+
+@dataclass(frozen=True)
+class MetricsWindow:
+    """Sums over the steps since the last line of metrics; saved with a checkpoint.
+
+    A resumed run goes on with the sums of the run before, so that its lines are those of a run that was
+    never interrupted.
+    """
+
+    first_step: int = 0
+    """Number of the first step after the last line."""
+    loss: float = 0.0
+    """Nats, weighted as the training loss is."""
+    nats: float = 0.0
+    """Nats of the NELBO (AR: NLL)."""
+    tokens: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+    """Time spent in steps, without the time between two runs."""
+    work: Work = field(default_factory=Work)
+    lr: float = 0.0
+    """Learning rate of the last applied step."""
+    grad_norm: float = 0.0
+    """Gradient norm of the last applied step."""
+    batch_size: int = 0
+    """Samples of the last applied step."""
+
+    def extended(self, report: StepReport) -> MetricsWindow:
+        """The window with one more step in it; a skipped step only opens an empty window."""
+        first_step = self.first_step or report.step
+        if not report.applied:
+            return dataclasses.replace(self, first_step=first_step)
+        return MetricsWindow(
+            first_step=first_step,
+            loss=self.loss + report.loss * report.tokens,
+            nats=self.nats + report.nats_per_token * report.tokens,
+            tokens=self.tokens + report.tokens,
+            samples=self.samples + report.batch_size,
+            seconds=self.seconds + report.seconds,
+            work=self.work + report.work,
+            lr=report.lr,
+            grad_norm=report.grad_norm,
+            batch_size=report.batch_size,
+        )
+
+
+@dataclass
+class TrainingProgress:
+    """How far a run has come: all that a resume needs besides tensors and the data plan."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    consumed_samples: int = 0
+    fingerprint: int = 0
+    """Digest of the last step's corruption."""
+    recent_losses: tuple[float, ...] = ()
+    """Losses of the last steps, in nats per token; kept where spikes are looked for."""
+    recent_grad_norms: tuple[float, ...] = ()
+    """Gradient norms of the last steps; kept where spikes are looked for."""
+    window: MetricsWindow = field(default_factory=MetricsWindow)
+    """Steps that no line of metrics has told of yet."""
+    stop_requested: bool = False
+    """Set by a hook; the loop ends after the current step. Not saved."""
+    save_requested: bool = False
+    """Set by a hook; a checkpoint is saved after the current step. Not saved."""
+
+    def record(self) -> dict[str, Any]:
+        """The saved fields as JSON values."""
+        return {name: encode(getattr(self, name)) for name in _SAVED}
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any], where: str) -> TrainingProgress:
+        """The progress that `record` was made of.
+
+        Args:
+            record: from `record`, now or in an earlier version; other entries are passed over.
+            where: name of the record in error messages.
+
+        Returns:
+            Where to go on.
+
+        Raises:
+            InputError: a field is missing or of the wrong type.
+        """
+        return decode(cls, {name: record[name] for name in _SAVED if name in record}, where)
+
+    def go_back_to(self, saved: TrainingProgress) -> None:
+        """Go on from an earlier checkpoint, behind the samples read so far, which are not read again.
+
+        Args:
+            saved: progress of the checkpoint.
+        """
+        for name in _SAVED:
+            if name != "consumed_samples":
+                setattr(self, name, getattr(saved, name))
+
+
+_SAVED = tuple(
+    entry.name
+    for entry in dataclasses.fields(TrainingProgress)
+    if entry.name not in ("stop_requested", "save_requested")
+)
