@@ -45,6 +45,7 @@ setup(
         "numpy>=1.26",
         "packaging>=23",
         "safetensors>=0.4",
+        "scipy>=1.11",
         "huggingface-hub>=0.25",
         "tokenizers>=0.20",
         "gigatoken>=0.10",

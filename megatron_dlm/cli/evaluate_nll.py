@@ -19,7 +19,8 @@ from megatron_dlm.interfaces import InputError
 from megatron_dlm.platform.parallel_config import ParallelConfig
 
 if TYPE_CHECKING:
-    from megatron_dlm.evaluation.nelbo_statistics import Bound, Mean
+    from megatron_dlm.evaluation.intervals import Mean
+    from megatron_dlm.evaluation.nelbo_statistics import Bound
     from megatron_dlm.families.base import ObjectiveConfig
 
 REPORT_SECONDS = 5.0
@@ -203,7 +204,7 @@ def draw_by_time(bound: Bound, output: Path, *, title: str, of: str = "bound") -
     """
     from megatron_dlm.telemetry.plots import plot_by_time
 
-    bands = [(b.first, b.last, b.nats_per_token, b.standard_error or 0.0) for b in bound.by_time]
+    bands = [(b.first, b.last, b.nats_per_token, b.half_width or 0.0) for b in bound.by_time]
     plot_by_time(bands, output, title=title, of=of)
 
 

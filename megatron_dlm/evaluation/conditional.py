@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from megatron_dlm.diffusion.context import CorruptionContext
 from megatron_dlm.evaluation.exported_scoring import ExportedBounds
+from megatron_dlm.evaluation.intervals import leader
 from megatron_dlm.evaluation.nelbo_statistics import check_copies
 from megatron_dlm.families.base import ObjectiveConfig
 from megatron_dlm.families.documents import corrupt
@@ -44,7 +45,8 @@ class ConditionalConfig:
     max_copies: int = 128
     """Copies of a continuation at most."""
     confidence: float = 0.99
-    """Sampling ends when the best choice leads all others with this probability; 1 never ends early."""
+    """Stop sampling a question once its best choice is the right one with this probability, over all looks
+    at the copies so far; 1 never stops early."""
     batch_size: int = 32
     """Sequences of one forward pass, at most."""
     seed: int = 0
@@ -153,16 +155,12 @@ class ConditionalScorer:
             return True
         if len(choices) < 2 or self._config.confidence == 1:
             return False
-        quantile = statistics.NormalDist().inv_cdf(1 - (1 - self._config.confidence) / (len(choices) - 1))
+        looks = self._config.max_copies // self._config.num_times
         for weights in ([1.0] * len(choices), [choice.weight for choice in choices]):
+            # Copies at the same time and noise are paired; strata make their mean better than assumed.
             nats = [np.array(s.nats) / weight for s, weight in zip(scored, weights, strict=True)]
-            best = min(range(len(nats)), key=lambda c: float(nats[c].mean()))
-            for other, values in enumerate(nats):
-                # Copies at the same time and noise are paired; strata make their mean better than this error.
-                lead = values - nats[best]
-                error = lead.std(ddof=1) / len(lead) ** 0.5 if len(lead) > 1 else float("inf")
-                if other != best and not lead.mean() > quantile * error:
-                    return False
+            if leader(nats, confidence=self._config.confidence, looks=looks) is None:
+                return False
         return True
 
     def _run_round(

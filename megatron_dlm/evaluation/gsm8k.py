@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
+from megatron_dlm.evaluation.intervals import wilson
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.platform.json_lines import read_json_lines
 
@@ -85,8 +86,5 @@ def accuracy(correct: Sequence[bool]) -> tuple[float, float, float]:
     Returns:
         Share, lower and upper end.
     """
-    n, z = len(correct), 1.959964
-    share = sum(correct) / n
-    center = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
-    return share, max(0.0, center - half), min(1.0, center + half)
+    successes, count = sum(correct), len(correct)
+    return successes / count, *wilson(successes, count)

@@ -13,11 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_dlm.evaluation.intervals import Mean, half_width, interval
 from megatron_dlm.families.base import ObjectiveConfig
 from megatron_dlm.interfaces import InputError
-
-NORMAL_95 = 1.959964
-"""Standard errors to each side of a 95% interval."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,16 +40,6 @@ class BoundConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mean:
-    """An estimate with its 95% interval."""
-
-    nats_per_token: float
-    low: float | None
-    """None with one sequence."""
-    high: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
 class TimeBand:
     """What the times of one stratum contribute."""
 
@@ -60,6 +48,9 @@ class TimeBand:
     nats_per_token: float
     """Of the bound's integrand, so that the mean over the bands is the bound."""
     standard_error: float | None
+    """Over sequences; None with one."""
+    half_width: float | None
+    """To each side of a 95% interval; None with one sequence."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,11 +105,8 @@ def ratio(bounds_N: NDArray[np.float64], tokens_N: NDArray[np.int64]) -> Mean:
         The mean with its interval.
     """
     count, total = len(bounds_N), tokens_N.sum()
-    mean = float(bounds_N.sum() / total)
-    if count < 2:
-        return Mean(nats_per_token=mean, low=None, high=None)
-    error = _clustered_error(bounds_N, tokens_N)
-    return Mean(nats_per_token=mean, low=mean - NORMAL_95 * error, high=mean + NORMAL_95 * error)
+    error = _clustered_error(bounds_N, tokens_N) if count > 1 else None
+    return interval(float(bounds_N.sum() / total), error, count)
 
 
 def _clustered_error(bounds_N: NDArray[np.float64], tokens_N: NDArray[np.int64]) -> float:
@@ -201,6 +189,7 @@ def _by_time(
                 last=float(edges[index + 1]),
                 nats_per_token=mean,
                 standard_error=error,
+                half_width=None if error is None else half_width(error, len(own_N)),
             )
         )
     return tuple(bands)

@@ -5,13 +5,12 @@ The question is one-sided: B may be better than A, and may be worse by no more t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_dlm.evaluation.nelbo_statistics import NORMAL_95, Mean
+from megatron_dlm.evaluation.intervals import Mean, block_means
 from megatron_dlm.interfaces import InputError
 
 LEAST_STEPS = 200
@@ -61,10 +60,8 @@ def training_difference(
     differences = np.array([b[step][1] - a[step][1] for step in later])
     if not np.isfinite(differences).all():
         raise InputError("a, b: a logged bound is not finite")
-    means = np.array([block.mean() for block in np.array_split(differences, BLOCKS)])
-    mean, error = float(differences.mean()), float(means.std(ddof=1) / math.sqrt(BLOCKS))
     return TrainingDifference(
-        difference=Mean(nats_per_token=mean, low=mean - NORMAL_95 * error, high=mean + NORMAL_95 * error),
+        difference=block_means(differences, BLOCKS),
         steps=len(steps),
         first_step=later[0],
         largest=float(np.abs(differences).max()),

@@ -132,7 +132,10 @@ def _logits(
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Sum of weighted row losses; the gradients are made in forward and scaled in backward."""
+    """Sum of weighted row losses; the gradients are made in forward and scaled in backward, in place.
+
+    A second backward over a retained graph would scale them twice, and is refused.
+    """
 
     @staticmethod
     def forward(
@@ -179,13 +182,16 @@ class _ChunkedLoss(torch.autograd.Function):
                 else:
                     dweight.add_(torch.mm(low_RVp.t(), weighted_RD))
         if wants_gradient:
-            ctx.group = vocab.group
+            ctx.is_used, ctx.group = False, vocab.group
             ctx.save_for_backward(dhidden_RD, dweight.to(weight.dtype), dbias.to(bias.dtype))
         ctx.mark_non_differentiable(losses_R)
         return torch.dot(losses_R, targets.weight_R.to(dtype)), losses_R
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, unused: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.is_used:
+            raise RuntimeError("the head's gradients are used up: its loss goes backward once a forward pass")
+        ctx.is_used = True
         dhidden_RD, dweight, dbias = ctx.saved_tensors
         dhidden_RD.mul_(grad)
         if ctx.group is not None:

@@ -36,10 +36,11 @@ class ProcessEnvironment:
 def detect_environment(environ: Mapping[str, str] = os.environ) -> ProcessEnvironment:
     """The launcher's view of this process.
 
-    Order: torchrun (RANK), Open MPI (OMPI_COMM_WORLD_RANK; inside Slurm its processes carry the variables of
-    the srun that started its daemons), srun (SLURM_STEP_ID: a bare shell in an allocation does not count),
-    MPICH (PMI_RANK), else one process. A preset MASTER_ADDR or MASTER_PORT always
-    wins, since node names do not resolve on every cluster.
+    Order: torchrun (RANK), Open MPI (OMPI_COMM_WORLD_RANK), MPICH and Intel MPI (PMI_RANK), srun
+    (SLURM_STEP_ID: a bare shell in an allocation does not count), else one process. Processes of an MPI
+    launcher inside Slurm also carry the variables of the srun that started the launcher's daemons, one a node;
+    srun --mpi=pmi2 sets PMI_RANK and PMI_SIZE itself, to Slurm's own numbers. A preset MASTER_ADDR or
+    MASTER_PORT always wins, since node names do not resolve on every cluster.
 
     Args:
         environ: environment variables.
@@ -56,11 +57,11 @@ def detect_environment(environ: Mapping[str, str] = os.environ) -> ProcessEnviro
         prefix = "OMPI_COMM_WORLD_"
         names = (f"{prefix}RANK", f"{prefix}SIZE", f"{prefix}LOCAL_RANK", f"{prefix}LOCAL_SIZE")
         return _build(environ, "mpi", names)
-    if "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ:
+    if "PMI_RANK" in environ and _is_of_mpich(environ):
+        return _build(environ, "mpi", ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"))
+    if _is_of_srun(environ):
         names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
         return _build(environ, "slurm", names)
-    if "PMI_RANK" in environ:
-        return _build(environ, "mpi", ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"))
     return ProcessEnvironment(
         launcher="single",
         rank=0,
@@ -70,6 +71,18 @@ def detect_environment(environ: Mapping[str, str] = os.environ) -> ProcessEnviro
         master_addr="127.0.0.1",
         master_port=_number(environ, "MASTER_PORT", 0),
     )
+
+
+def _is_of_srun(environ: Mapping[str, str]) -> bool:
+    return "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ
+
+
+def _is_of_mpich(environ: Mapping[str, str]) -> bool:
+    """Whether PMI_RANK is of MPICH's launcher, not of an srun that speaks its protocol."""
+    if not _is_of_srun(environ):
+        return True
+    by_slurm = {"PMI_RANK": "SLURM_PROCID", "PMI_SIZE": "SLURM_STEP_NUM_TASKS"}
+    return "PMI_SIZE" in environ and any(environ[pmi] != environ.get(own) for pmi, own in by_slurm.items())
 
 
 def _build(environ: Mapping[str, str], launcher: str, names: tuple[str, str, str, str]) -> ProcessEnvironment:

@@ -38,16 +38,17 @@ def plot_by_time(
     """Draw what the diffusion times contribute to a bound.
 
     Args:
-        bands: first and last time, nats per token of the bound's integrand, and its standard error.
+        bands: first and last time, nats per token of the bound's integrand, and half the width
+            of its 95% interval.
         output: PNG file.
         title: of the picture.
         of: what is drawn, where it is not a bound.
     """
     pyplot, figure, axes = _canvas()
-    first, last, nats, errors = zip(*bands, strict=True)
+    first, last, nats, half_widths = zip(*bands, strict=True)
     centers = [(a + b) / 2 for a, b in zip(first, last, strict=True)]
     widths = [b - a for a, b in zip(first, last, strict=True)]
-    axes.bar(centers, nats, widths, yerr=[1.96 * error for error in errors], capsize=2, alpha=0.6)
+    axes.bar(centers, nats, widths, yerr=half_widths, capsize=2, alpha=0.6)
     mean = sum(nats) / len(nats)
     axes.axhline(mean, linestyle="--", color="gray", label=f"{of}: {mean:.4g} nats/token")
     axes.set(title=title, xlabel="diffusion time t", ylabel=f"{of}'s integrand (nats/token), 95% interval")

@@ -260,6 +260,42 @@ def test_a_microbatch_without_masked_tokens_costs_nothing():
     assert run_distributed(no_rows, 1) == [(0.0, 0.0, 0.0, 0.0)]
 
 
+def two_backwards(state):
+    """What a second backward over the head's and over the layers' retained graph says or gives."""
+    from megatron_dlm.models.denoiser import Denoiser
+    from megatron_dlm.models.initialization import initialize
+
+    head, hidden, targets, *_ = head_case(0, state.tensor_group, 1)
+    hidden.requires_grad_()
+    objective = MDLMConfig().build(head.vocab.vocabulary)
+    loss = head(hidden, HeadRows.of(targets), objective.loss_and_dlogits, 3).loss
+    (2.0 * loss).backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="gradients are used up"):
+        loss.backward()
+    model = ModelConfig(num_layers=2, hidden_size=16, num_attention_heads=2, ffn_hidden_size=32)
+    vocabulary = Vocabulary(size=SIZE, mask_token_id=MASK, eos_token_id=0, bos_token_id=1)
+    config = transformer_config(model, ParallelConfig(), "fp32", "none")
+    denoiser = Denoiser(model, config, vocabulary, AttentionPattern.BIDIRECTIONAL, state)
+    initialize(denoiser, state, seed=1)
+    inputs = ModelInputs(
+        token_ids_BL=torch.arange(8).view(2, 4) % SIZE,
+        position_ids_BL=torch.arange(4)[None],
+        sigma_B=torch.zeros(2),
+    )
+    output = denoiser(inputs).square().sum()
+    parameters = [p for p in denoiser.parameters() if p.requires_grad]
+    first, second = (
+        torch.autograd.grad(output, parameters, retain_graph=True, allow_unused=True) for _ in range(2)
+    )
+    used = [(a, b) for a, b in zip(first, second, strict=True) if a is not None]
+    return len(used), all(torch.equal(a, b) for a, b in used), max(a.abs().max().item() for a, _ in used)
+
+
+def test_a_second_backward_gives_the_same_or_is_refused():
+    ((count, is_equal, largest),) = run_distributed(two_backwards, 1)
+    assert count > 20 and is_equal and largest > 0
+
+
 def rows_seen(state):
     """Rows for which logits were made, and the largest chunk."""
     head, hidden, targets, *_ = head_case(0, state.tensor_group, 1)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megatron_dlm.evaluation.nelbo_statistics import Mean
+from megatron_dlm.evaluation.intervals import Mean
 from megatron_dlm.evaluation.paired_comparison import passes, training_difference
 from megatron_dlm.interfaces import InputError
 
@@ -21,18 +21,6 @@ def test_common_noise_shows_a_difference_far_below_the_steps_own_spread():
     assert found.difference.low < 0.02 < found.difference.high
     assert found.difference.high - found.difference.low < 0.01
     assert found.largest < 0.1
-
-
-def test_the_interval_covers_the_true_difference():
-    """95% of intervals do, up to what 10 blocks and 200 trials allow."""
-    covered = 0
-    for seed in range(200):
-        generator = np.random.default_rng(seed)
-        a = {step: (0, 0.0) for step in range(1, 401)}
-        b = {step: (0, float(generator.normal())) for step in a}
-        difference = training_difference(a, b).difference
-        covered += difference.low <= 0 <= difference.high
-    assert 0.86 < covered / 200 <= 1.0
 
 
 @pytest.mark.parametrize(

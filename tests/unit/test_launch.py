@@ -69,6 +69,57 @@ def test_mpich():
     assert (found.launcher, found.rank, found.world_size, found.local_rank) == ("mpi", 1, 2, 1)
 
 
+def step(task, tasks, per_node):
+    """What srun sets for one of its tasks, on nodes of `per_node` tasks each."""
+    return {
+        **{"SLURM_STEP_ID": "0", "SLURM_PROCID": str(task), "SLURM_STEP_NUM_TASKS": str(tasks)},
+        **{"SLURM_LOCALID": str(task % per_node), "SLURM_STEP_TASKS_PER_NODE": f"{per_node}(x2)"},
+        **{"SLURM_JOB_ID": "4", "MASTER_ADDR": "node1"},
+    }
+
+
+def pmi(rank, size, per_node):
+    """What MPICH's and Intel MPI's launcher sets."""
+    local = {"MPI_LOCALRANKID": str(rank % per_node), "MPI_LOCALNRANKS": str(per_node)}
+    return {"PMI_RANK": str(rank), "PMI_SIZE": str(size)} | local
+
+
+def open_mpi(rank, size, per_node):
+    prefix = "OMPI_COMM_WORLD_"
+    values = {"RANK": rank, "SIZE": size, "LOCAL_RANK": rank % per_node, "LOCAL_SIZE": per_node}
+    return {prefix + name: str(value) for name, value in values.items()}
+
+
+SHELL = {"SLURM_JOB_ID": "4", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "MASTER_ADDR": "node1"}
+INTERACTIVE_STEP = step(0, 1, 1) | {"SLURM_STEP_ID": "4294967290"}
+LAUNCHES = {
+    # Environments of all processes, and whose ranks they must take.
+    "srun": ([step(r, 4, 2) for r in range(4)], "slurm"),
+    "srun --mpi=pmi2": ([step(r, 4, 2) | {"PMI_RANK": str(r), "PMI_SIZE": "4"} for r in range(4)], "slurm"),
+    "srun --mpi=pmi2 without size": ([step(r, 4, 2) | {"PMI_RANK": str(r)} for r in range(4)], "slurm"),
+    "hydra": ([pmi(r, 4, 4) for r in range(4)], "mpi"),
+    # Its daemons, one a node, are srun's tasks.
+    "hydra in Slurm, 1 node of 4": ([step(0, 1, 1) | pmi(r, 4, 4) for r in range(4)], "mpi"),
+    "hydra in Slurm, 2 nodes of 1": ([step(r, 2, 1) | pmi(r, 2, 1) for r in range(2)], "slurm"),
+    "hydra in Slurm, 2 nodes of 2": ([step(r // 2, 2, 1) | pmi(r, 4, 2) for r in range(4)], "mpi"),
+    "hydra in an interactive step": ([INTERACTIVE_STEP | pmi(r, 4, 4) for r in range(4)], "mpi"),
+    "Open MPI in Slurm, 2 nodes of 2": ([step(r // 2, 2, 1) | open_mpi(r, 4, 2) for r in range(4)], "mpi"),
+    "salloc's shell": ([SHELL], "single"),
+    "salloc's interactive step": ([INTERACTIVE_STEP], "slurm"),
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_no_two_processes_of_a_launch_take_one_rank(name):
+    processes, launcher = LAUNCHES[name]
+    found = [detect_environment(environ) for environ in processes]
+    assert [process.rank for process in found] == list(range(len(processes)))
+    assert {process.world_size for process in found} == {len(processes)}
+    assert {process.launcher for process in found} == {launcher}
+    per_node = found[0].local_world_size
+    assert [process.local_rank for process in found] == [rank % per_node for rank in range(len(processes))]
+
+
 def test_mpi_over_nodes_needs_an_address():
     with pytest.raises(InputError, match="MASTER_ADDR: not set"):
         detect_environment(OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "4"})
