@@ -83,7 +83,11 @@ def main() -> int:
         print(f"compare_runs: error: {error}", file=sys.stderr)
         return 2
     both = first.keys() & second.keys()
-    shared = sorted(step for step in both if same_window(first[step], second[step]))
+    shared = sorted(
+        step
+        for step in both
+        if same_window(first[step], second[step]) and any(name in first[step] for name in COMPARED)
+    )
     differences = {
         name: {step: difference(first[step], second[step], name) for step in shared} for name in COMPARED
     }

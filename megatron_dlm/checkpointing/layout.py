@@ -257,7 +257,7 @@ def read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
             f"checkpoint: {path}: version {manifest.get('version')}, this program reads {VERSION}"
         )
     files = manifest.get("files")
-    if not isinstance(files, dict):
+    if not isinstance(files, dict) or not files:
         raise InputError(f"checkpoint: {path}: lists no files")
     for name, entry in files.items():
         if (

@@ -57,6 +57,13 @@ def test_other_noise_is_never_within_tolerance(run, tmp_path):
     assert line.split()[:4] == ["fingerprint", "3", "3", "7"]
 
 
+def test_lines_without_a_number_are_no_agreement(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text('{"kind": "skipped", "step": 1}\n')
+    assert compare(tmp_path / "a", tmp_path / "b").returncode == 1
+
+
 def test_nothing_shared_and_no_run(run, tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "metrics.jsonl").write_text("")

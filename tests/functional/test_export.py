@@ -263,6 +263,33 @@ def test_an_export_that_is_not_the_trained_model_is_not_written(checkpoint_of, t
     assert [p.name for p in tmp_path.iterdir()] == ["patched"]
 
 
+NOTHING_COMPARED = {
+    # What to change in the recorded trace, bound or logits, and the complaint.
+    "greedy trace": (
+        lambda record, check: record["trace"].update(margins=[None] * len(record["trace"]["margins"])),
+        "no step decides a token",
+    ),
+    "bound": (lambda record, check: record.update(nats_per_token=0.0), "there is nothing to compare"),
+    "logits": (
+        lambda record, check: check.update(logits=check["logits"][:, :0].contiguous()),
+        "there is nothing to compare",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOTHING_COMPARED)
+def test_a_proof_that_compares_nothing_fails(broken, name):
+    change, message = NOTHING_COMPARED[name]
+    record, check = json.loads((broken / "check.json").read_text()), load_file(broken / "check.safetensors")
+    check = {key: tensor.clone() for key, tensor in check.items()}
+    change(record, check)
+    (broken / "check.json").write_text(json.dumps(record))
+    save_file(check, broken / "check.safetensors")
+    (broken / "export_report.json").unlink()
+    finished = verify(broken)
+    assert finished.returncode == 1 and message in finished.stderr, finished.stdout + finished.stderr
+
+
 def spoil(name, text=None):
     def apply(folder):
         path = folder / name

@@ -1,7 +1,9 @@
 """`megatron-dlm evaluate gate`: emulated FP8 against bf16 at equal data and noise."""
 
+import numpy as np
 import pytest
 
+from megatron_dlm.telemetry.writers import read_metrics
 from tests.helpers.runs import arguments_for, finish_ranks
 
 SIZES = ("--num-sequences", 8, "--num-times", 8)
@@ -35,7 +37,31 @@ def test_two_trainings(command, runs, tmp_path, read_json):
     assert found["difference"]["low"] < found["difference"]["nats_per_token"] < found["difference"]["high"]
     # Something was rounded, and it did not matter much.
     assert 0 < abs(found["difference"]["nats_per_token"]) < 0.2
-    assert (tmp_path / "gate.png").stat().st_size > 10_000
+    assert (tmp_path / "gate.png").read_bytes().startswith(b"\x89PNG")
+    # The difference is that of both runs' own bounds on the same noise, and its bands' mean.
+    of_each = []
+    for name in ("bf16", "fp8"):
+        (checkpoint,) = (runs / name / "checkpoints").iterdir()
+        command("evaluate", "nll", checkpoint, *SIZES, "--output", tmp_path / f"{name}.json")
+        of_each.append(read_json(tmp_path / f"{name}.json")["protocol"]["nats_per_token"])
+    expected = pytest.approx(of_each[1] - of_each[0], rel=1e-3)
+    assert found["difference"]["nats_per_token"] == expected
+    assert np.mean([band["nats_per_token"] for band in found["by_time"]]) == expected
+    # Of training: the second half of the logged steps, with Student's interval of ten blocks' means.
+    a, b = (
+        {
+            entry["step"]: entry["nats_per_token"]
+            for entry in read_metrics(runs / name)
+            if entry["kind"] == "train"
+        }
+        for name in ("bf16", "fp8")
+    )
+    differences = np.array([b[step] - a[step] for step in range(106, STEPS + 1)])
+    training = found["training"]["difference"]
+    assert training["nats_per_token"] == pytest.approx(differences.mean(), rel=1e-9)
+    means = [block.mean() for block in np.array_split(differences, 10)]
+    half = 2.2622 * np.std(means, ddof=1) / 10**0.5
+    assert training["high"] - training["low"] == pytest.approx(2 * half, rel=1e-4)
     strict = command(*words, "--tolerance", 0, check=False)
     assert strict.returncode == (0 if found["difference"]["high"] <= 0 else 1)
 

@@ -133,6 +133,10 @@ DAMAGE = {
         ),
         "'../a' has not the name",
     ),
+    "manifest of nothing": (
+        lambda d: (d / "manifest.json").write_text(json.dumps({"version": 1, "files": {}})),
+        "lists no files",
+    ),
     "manifest list": (lambda d: (d / "manifest.json").write_text(json.dumps([1])), "not a JSON object"),
 }
 

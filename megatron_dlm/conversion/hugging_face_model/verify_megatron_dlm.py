@@ -141,6 +141,8 @@ def noise_of(check):
 
 def compare_bound(model, check, trained, tolerance):
     """The bound at the same noise."""
+    if not trained > 0:
+        raise Difference(f"bound of the trained model: {trained} nats/token; there is nothing to compare")
     exported = model.bound(check["input_ids"], check["target_ids"], check["weights"], **noise_of(check))
     difference = abs(exported - trained) / trained
     if not difference <= tolerance:
@@ -155,6 +157,8 @@ def compare_logits(model, check, tolerance):
     with torch.no_grad():
         logits = model(check["input_ids"][:1], **noise).logits[:, : expected.shape[1]]
     visible = torch.isfinite(logits)
+    if not visible.any():
+        raise Difference("logits: none is finite; there is nothing to compare")
     scale = expected[visible].abs().max()
     difference = float((logits - expected)[visible].abs().max() / scale)
     if not difference <= tolerance:
@@ -165,7 +169,8 @@ def compare_logits(model, check, tolerance):
 def compare_trace(model, expected, record, dtype, tolerance):
     """Tokens after every step of greedy sampling, up to where two ids were as likely as each other.
 
-    At fp32 all must be equal; at less, where one early token changes all others, the share is reported.
+    At fp32 all must be equal; at less, where one early token changes all others, the share is reported. Tokens
+    of steps that decide nothing are not counted, and a trace without any other proves nothing.
     """
     states = []
     model.generate(
@@ -191,8 +196,11 @@ def compare_trace(model, expected, record, dtype, tolerance):
                 raise Difference(f"greedy sampling: other tokens than the trained model's in step {step}")
             compared = step
             break
-    equal = int((found[:compared] == expected[:compared]).sum())
-    return {"steps": compared, "compared_tokens": expected[:compared].numel(), "equal_tokens": equal}
+    decided = [step for step in range(compared) if record["margins"][step] is not None]
+    if not decided:
+        raise Difference("greedy sampling: no step decides a token that could be compared")
+    equal = int((found[decided] == expected[decided]).sum())
+    return {"steps": compared, "compared_tokens": expected[decided].numel(), "equal_tokens": equal}
 
 
 if __name__ == "__main__":
