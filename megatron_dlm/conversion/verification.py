@@ -125,8 +125,8 @@ def _deciding_trace(
             return found[0]
         if length == longest:
             raise TrainingError(
-                f"export: greedy samples of {length} tokens decide none of them, so that comparing them would "
-                "show nothing; --no-verify exports the model unproven"
+                f"export: greedy samples of {length} tokens decide none of them, so that comparing them "
+                "would show nothing; --no-verify exports the model unproven"
             )
         length = min(2 * length, longest)
 

@@ -92,9 +92,9 @@ def wilson(successes: int, count: int) -> tuple[float, float]:
 def leader(costs_C: Sequence[NDArray[np.float64]], *, confidence: float, looks: int) -> int | None:
     """The choice that costs least, where it is sure enough.
 
-    One-sided paired t tests of the cheapest choice against each other one. The allowed error is divided by the
-    number of the others and of looks (Bonferroni), so that over all looks together another choice than the
-    truly cheapest is taken for sure with a probability of at most 1 - confidence.
+    One-sided paired t tests of the cheapest choice against each other one. The allowed error is divided by
+    the number of the others and of looks (Bonferroni), so that over all looks together another choice than
+    the truly cheapest is taken for sure with a probability of at most 1 - confidence.
 
     Args:
         costs_C: float64 [n] for each choice; the n-th costs of all choices belong together.

@@ -38,7 +38,7 @@ def detect_environment(environ: Mapping[str, str] = os.environ) -> ProcessEnviro
 
     Order: torchrun (RANK), Open MPI (OMPI_COMM_WORLD_RANK), MPICH and Intel MPI (PMI_RANK), srun
     (SLURM_STEP_ID: a bare shell in an allocation does not count), else one process. Processes of an MPI
-    launcher inside Slurm also carry the variables of the srun that started the launcher's daemons, one a node;
+    launcher inside Slurm also carry the variables of the srun that started its daemons, one a node;
     srun --mpi=pmi2 sets PMI_RANK and PMI_SIZE itself, to Slurm's own numbers. A preset MASTER_ADDR or
     MASTER_PORT always wins, since node names do not resolve on every cluster.
 

@@ -169,8 +169,8 @@ def compare_logits(model, check, tolerance):
 def compare_trace(model, expected, record, dtype, tolerance):
     """Tokens after every step of greedy sampling, up to where two ids were as likely as each other.
 
-    At fp32 all must be equal; at less, where one early token changes all others, the share is reported. Tokens
-    of steps that decide nothing are not counted, and a trace without any other proves nothing.
+    At fp32 all must be equal; at less, where one early token changes all others, the share is reported.
+    Tokens of steps that decide nothing are not counted, and a trace without any other proves nothing.
     """
     states = []
     model.generate(
