@@ -13,24 +13,23 @@ from typing import Any
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
-from megatron.core.dist_checkpointing.strategies.torch import (
-    TorchDistSaveShardedStrategy,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter, Metadata, SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.distributed.checkpoint.utils import _DistWrapper
 
 from megatron_dlm.checkpointing.host_memory import HostMemory
 from megatron_dlm.checkpointing.optimizer_state import SavePlanner, TensorPieces
 from megatron_dlm.platform.files import sha256_of
+from megatron_dlm.platform.megatron import (
+    CHECKPOINT_BACKEND,
+    CHECKPOINT_VERSION,
+    agree_on_plan,
+    by_checkpoint_key,
+    torch_state,
+)
 from megatron_dlm.platform.parallel import ParallelState
 from megatron_dlm.platform.subprocess_lifetime import fork
-
-BACKEND, VERSION = "torch_dist", 1
-"""megatron-core's names of the format."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class SavePlans:
 
     def __init__(self, parallel: ParallelState) -> None:
         self.distribution = FullyParallelSaveStrategyWrapper(
-            TorchDistSaveShardedStrategy(BACKEND, VERSION), parallel.replica_group, True
+            TorchDistSaveShardedStrategy(CHECKPOINT_BACKEND, CHECKPOINT_VERSION), parallel.replica_group, True
         )
         self.agreed: tuple[SavePlan, Metadata] | None = None
         """This process's share, and on rank 0 where all tensors are."""
@@ -93,7 +92,7 @@ class ShareWriter:
         self._directory = directory
         self._is_first = parallel.rank == 0
         plans.distribution.apply_saving_parallelization(weights)
-        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(weights, True)
+        by_key = by_checkpoint_key(weights)
         sharded = [value for value in nested_values(by_key) if isinstance(value, ShardedTensor)]
         tensors = [tensor.data for tensor in sharded]
         tensors += [piece for each in pieces.values() for piece in each.tensors]
@@ -109,7 +108,7 @@ class ShareWriter:
         self._writer = _PathlessWriter(
             directory, single_file_per_rank=True, thread_count=1, per_thread_copy_ahead=0
         )
-        state = mcore_to_pyt_state_dict(by_key, False) | pieces
+        state = torch_state(by_key, False) | pieces
         self._planner.set_up_planner(state, is_coordinator=self._is_first)
         self._writer.set_up_storage_writer(self._is_first)
         if plans.agreed is None:
@@ -135,17 +134,14 @@ class ShareWriter:
             each.replace([next(copies) for _ in each.tensors])
 
     def _agree(self) -> tuple[SavePlan, Metadata]:
-        metadata = Metadata({})
-
-        def plan_share() -> SavePlan:
+        def own_plan() -> SavePlan:
             return self._writer.prepare_local_plan(self._planner.create_local_plan())
 
-        def join_plans(plans: list[SavePlan]) -> list[SavePlan]:
-            nonlocal metadata
+        def join(plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
             plans, metadata = self._planner.create_global_plan(plans)
-            return self._writer.prepare_global_plan(plans)
+            return self._writer.prepare_global_plan(plans), metadata
 
-        return _DistWrapper(None, True, 0).reduce_scatter("plan", plan_share, join_plans), metadata
+        return agree_on_plan(own_plan, join)
 
     def start(self) -> None:
         """Write from a child process, which sees memory as it is now."""

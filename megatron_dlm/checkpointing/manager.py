@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,18 +9,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from torch import Tensor
 
-from megatron_dlm.checkpointing.async_writer import BACKEND, VERSION, SavePlans, ShareWriter
+from megatron_dlm.checkpointing.async_writer import SavePlans, ShareWriter
 from megatron_dlm.checkpointing.layout import CheckpointRoot, verify
 from megatron_dlm.checkpointing.optimizer_state import load_state, state_to_save
-from megatron_dlm.checkpointing.safe_metadata import check_metadata
+from megatron_dlm.checkpointing.safe_metadata import check_metadata, tensors_only
 from megatron_dlm.checkpointing.tensor_chunks import TensorPieces, main_weight_key
 from megatron_dlm.interfaces import InputError, SaveError
 from megatron_dlm.models.denoiser import ChunkedDenoiser, Denoiser
@@ -29,12 +26,10 @@ from megatron_dlm.platform import distributed_optimizer
 from megatron_dlm.platform.files import write_json
 from megatron_dlm.platform.fp8_weights import plain
 from megatron_dlm.platform.fully_sharded import sharded_names, stand_ins
+from megatron_dlm.platform.megatron import save_common_state
 from megatron_dlm.platform.parallel import ParallelState, on_first_rank
 
 OPTIMIZER_STEP = "optimizer_step"
-
-# common.pt and byte objects are pickles too; with this torch accepts tensors and plain containers only.
-os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 
 
 class PendingSave:
@@ -84,7 +79,7 @@ class PendingSave:
                 _without_sharded(denoiser, state) | common_state,
                 validate_access_integrity=plans.agreed is None,
             )
-            self._on_first_rank(lambda: _write_common(root.prepare(step), common))
+            self._on_first_rank(lambda: save_common_state(root.prepare(step), common))
             self._share = ShareWriter(root.temporary(step), weights, pieces, plans, parallel)
             self._require_space()
         except SaveError:
@@ -154,11 +149,6 @@ class PendingSave:
         on_first_rank(self._parallel, act)
 
 
-def _write_common(directory: Path, common: Any) -> None:
-    TorchCommonSaveStrategy("torch", VERSION).save_common(common, directory)
-    save_config(CheckpointingConfig(BACKEND, VERSION), str(directory))
-
-
 def load(
     directory: Path, denoiser: Denoiser | ChunkedDenoiser, optimizer: Any, parallel: ParallelState
 ) -> None:
@@ -217,7 +207,8 @@ def _load(state: dict[str, Any], directory: Path, parallel: ParallelState) -> di
     strategy = FullyParallelLoadStrategyWrapper(
         get_default_load_sharded_strategy(str(directory)), parallel.replica_group
     )
-    loaded: dict[str, Any] = dist_checkpointing.load(state, str(directory), strategy)
+    with tensors_only():
+        loaded: dict[str, Any] = dist_checkpointing.load(state, str(directory), strategy)
     return loaded
 
 

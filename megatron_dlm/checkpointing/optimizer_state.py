@@ -14,15 +14,16 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.tensor import DTensor
 
+from megatron_dlm.checkpointing.safe_metadata import tensors_only
 from megatron_dlm.checkpointing.tensor_chunks import PREFIX, LoadPlanner, TensorPieces, main_weight_key
 from megatron_dlm.platform import distributed_optimizer
 from megatron_dlm.platform.fully_sharded import local
+from megatron_dlm.platform.megatron import SavePlannerBase
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Offset and size along each axis."""
@@ -58,7 +59,7 @@ def boxes(shape: Sequence[int], start: int, end: int) -> list[Box]:
     return found + (part_of_row(last, 0, taken) if taken else [])
 
 
-class SavePlanner(MCoreSavePlanner):
+class SavePlanner(SavePlannerBase):
     """megatron-core's, which also finds pieces."""
 
     def lookup_object(self, index: MetadataIndex) -> Any:
@@ -97,7 +98,8 @@ def load_state(directory: Path, optimizer: Any, sharded: Mapping[torch.nn.Parame
     # What the checkpoint has not is padding that another layout did without.
     for pieces in wanted.values():
         pieces.fill_with_zeros()
-    load(wanted, storage_reader=FileSystemReader(directory), planner=LoadPlanner())
+    with tensors_only():
+        load(wanted, storage_reader=FileSystemReader(directory), planner=LoadPlanner())
 
 
 def _collect(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum, EnumMeta
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,8 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from megatron_dlm.interfaces import InputError
 
 METADATA = ".metadata"
+FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+"""Environment variable by which torch.load takes `weights_only` whatever its caller says."""
 LARGEST_BYTES = 64 << 20
 """Of the metadata; some hundred bytes a tensor and process."""
 _PLAN = "torch.distributed.checkpoint.planner"
@@ -49,6 +54,20 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) not in _ALLOWED:
             raise InputError(f"names {module}.{name}, which checkpoint metadata never does")
         return super().find_class(module, name)
+
+
+@contextmanager
+def tensors_only() -> Iterator[None]:
+    """Let torch unpickle tensors and plain containers only, for as long as a checkpoint is read."""
+    previous = os.environ.get(FORCE_WEIGHTS_ONLY)
+    os.environ[FORCE_WEIGHTS_ONLY] = "1"
+    try:
+        yield
+    finally:
+        if previous is None:
+            del os.environ[FORCE_WEIGHTS_ONLY]
+        else:
+            os.environ[FORCE_WEIGHTS_ONLY] = previous
 
 
 def check_metadata(checkpoint: Path) -> None:

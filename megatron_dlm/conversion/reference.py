@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_dlm.checkpointing.safe_metadata import FORCE_WEIGHTS_ONLY
 from megatron_dlm.interfaces import InputError, Vocabulary
 from megatron_dlm.models.config import ROTARY_BASE, ModelConfig
 from megatron_dlm.models.weight_mapping import public_shapes
 from megatron_dlm.platform.files import beside, check_new, commit
 
 PREFIX = "backbone."
-FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 ROTARY_BUFFER = "rotary_emb.inv_freq"
 """The reference keeps the rotary frequencies as a buffer, which a strict load asks for."""
 INERT_PACKAGES = (
@@ -163,7 +163,7 @@ def _refuse_programs(path: Path) -> None:
 
 @contextmanager
 def _own_unpickler_allowed() -> Iterator[None]:
-    """Lift, for one call, the order that torch unpickles tensors alone (checkpointing/manager.py gives it).
+    """Lift, for one call, the order that torch unpickles tensors alone, where a user has given it.
 
     torch's own restricted unpickler refuses the configuration objects that every real file holds.
     """

@@ -13,13 +13,14 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer import ModuleSpec
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer, get_transformer_layer_offset
 from torch import Tensor, nn
 
 from megatron_dlm.models.config import LAYER_NORM_EPSILON
+from megatron_dlm.models.denoiser_config import DenoiserConfig
 from megatron_dlm.models.precision.fp8_emulation import keep_bf16_layers
 from megatron_dlm.models.recompute import Recomputable, not_keeping
 from megatron_dlm.models.time_embedding import Fp32Linear
@@ -36,7 +37,7 @@ class AdaLNLayerSubmodules:
 class ModulatedNorm(nn.Module):
     """Bias-free LayerNorm in float32, then x * (1 + scale) + shift."""
 
-    def __init__(self, config: TransformerConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: DenoiserConfig, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(config.hidden_size))
         self.dtype = dtype
@@ -81,7 +82,7 @@ class AdaLNTransformerLayer(MegatronModule, BaseTransformerLayer):
 
     def __init__(
         self,
-        config: TransformerConfig,
+        config: DenoiserConfig,
         submodules: AdaLNLayerSubmodules,
         layer_number: int,
         pg_collection: ProcessGroupCollection,
@@ -182,7 +183,7 @@ class AdaLNTransformerLayer(MegatronModule, BaseTransformerLayer):
 class FinalLayer(nn.Module):
     """The modulated norm before the head."""
 
-    def __init__(self, config: TransformerConfig, conditioning_size: int) -> None:
+    def __init__(self, config: DenoiserConfig, conditioning_size: int) -> None:
         super().__init__()
         norm = FusedModulatedNorm if config.fused_kernels else ModulatedNorm
         self.norm = norm(config, torch.float32)

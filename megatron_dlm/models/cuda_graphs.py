@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from megatron.core.transformer import cuda_graphs
 from torch import Tensor, nn
 
 from megatron_dlm.models.adaln_layer import AdaLNTransformerLayer
+from megatron_dlm.platform.megatron import hooks_at_rest
 
 
 class _Computation(nn.Module):
@@ -43,7 +43,7 @@ def record_layers(
         (*(tensor.detach().clone().requires_grad_() for tensor in inputs), *constants) for _ in layers
     )
     computations = tuple(_Computation(layer) for layer in layers)
-    with _hooks_at_rest():
+    with hooks_at_rest():
         torch.cuda.make_graphed_callables(computations, samples)
     for layer, computation in zip(layers, computations, strict=True):
         layer.replay = computation.forward
@@ -78,13 +78,3 @@ def where_recordings_may_join() -> Iterator[None]:
     with torch.cuda.stream(own):
         yield
     usual.wait_stream(own)
-
-
-@contextmanager
-def _hooks_at_rest() -> Iterator[None]:
-    """megatron-core's hooks on modules and gradients do nothing while kernels are recorded."""
-    cuda_graphs._set_capture_start()
-    try:
-        yield
-    finally:
-        cuda_graphs._set_capture_end()

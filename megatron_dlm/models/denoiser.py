@@ -16,7 +16,6 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
     set_tensor_model_parallel_attributes,
 )
-from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ from megatron_dlm.models.adaln_layer import AdaLNTransformerLayer, FinalLayer, M
 from megatron_dlm.models.attention import rotary_table
 from megatron_dlm.models.config import ModelConfig
 from megatron_dlm.models.cuda_graphs import forget_layers, record_layers
+from megatron_dlm.models.denoiser_config import DenoiserConfig
 from megatron_dlm.models.embedding import TokenEmbedding
 from megatron_dlm.models.head import Head
 from megatron_dlm.models.layer_spec import layer_spec
@@ -45,7 +45,7 @@ class Denoiser(MegatronModule):
     def __init__(
         self,
         model: ModelConfig,
-        config: TransformerConfig,
+        config: DenoiserConfig,
         vocabulary: Vocabulary,
         attention: AttentionPattern,
         parallel: ParallelState,

@@ -9,18 +9,18 @@ from megatron.core.tensor_parallel import (
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
-from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_dlm.interfaces import TokenMixture
+from megatron_dlm.models.denoiser_config import DenoiserConfig
 
 
 class TokenEmbedding(VocabParallelEmbedding):
     """megatron-core's, which also embeds mixtures of tokens."""
 
     def __init__(
-        self, num_embeddings: int, hidden_size: int, config: TransformerConfig, tensor_group: ProcessGroup
+        self, num_embeddings: int, hidden_size: int, config: DenoiserConfig, tensor_group: ProcessGroup
     ) -> None:
         super().__init__(
             num_embeddings,

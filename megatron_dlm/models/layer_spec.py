@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer import ModuleSpec
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
@@ -15,6 +15,7 @@ from megatron_dlm.interfaces import AttentionPattern
 from megatron_dlm.models.adaln_layer import AdaLNLayerSubmodules, AdaLNTransformerLayer
 from megatron_dlm.models.attention import RotarySelfAttention, SdpaAttention
 from megatron_dlm.models.config import ModelConfig
+from megatron_dlm.models.denoiser_config import DenoiserConfig
 from megatron_dlm.models.heads_linear import HeadsLinear
 from megatron_dlm.models.precision.fp8_emulation import (
     EmulatedColumnParallelLinear,
@@ -55,7 +56,7 @@ class _Parts:
     down: Any
 
 
-def _parts(config: TransformerConfig) -> _Parts:
+def _parts(config: DenoiserConfig) -> _Parts:
     if config.transformer_impl == "transformer_engine":
         from megatron_dlm.models.precision import transformer_engine as te
 
@@ -73,7 +74,7 @@ def _parts(config: TransformerConfig) -> _Parts:
     return _Parts(QkvLinear, SdpaAttention, AttentionOutputLinear, ColumnParallelLinear, RowParallelLinear)
 
 
-def layer_spec(model: ModelConfig, config: TransformerConfig, attention: AttentionPattern) -> ModuleSpec:
+def layer_spec(model: ModelConfig, config: DenoiserConfig, attention: AttentionPattern) -> ModuleSpec:
     """The adaLN layer on parallel linears and an attention core.
 
     Args:

@@ -8,19 +8,20 @@ from typing import Any
 
 import torch
 from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
-from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
+from megatron_dlm.models.denoiser_config import DenoiserConfig
 
-def recomputes_cheap_ones(config: TransformerConfig) -> bool:
+
+def recomputes_cheap_ones(config: DenoiserConfig) -> bool:
     """Whether values that cost no matrix product are to be made again in the backward pass that follows."""
     # Transformer Engine's FP8 linears keep an FP8 copy of what they read, not the value itself.
     return config.recompute_granularity == "selective" and torch.is_grad_enabled() and not config.fp8
 
 
 @contextmanager
-def not_keeping(value: Tensor, config: TransformerConfig, again: Callable[[], Tensor]) -> Iterator[None]:
+def not_keeping(value: Tensor, config: DenoiserConfig, again: Callable[[], Tensor]) -> Iterator[None]:
     """Let what reads a value keep the way to make it again, not the value, for the backward pass.
 
     Args:
@@ -51,7 +52,7 @@ def not_keeping(value: Tensor, config: TransformerConfig, again: Callable[[], Te
 class Recomputable:
     """A function's value that one linear layer reads; it can be dropped and made again for the gradient."""
 
-    def __init__(self, config: TransformerConfig, function: Callable[..., Tensor], *inputs: Any) -> None:
+    def __init__(self, config: DenoiserConfig, function: Callable[..., Tensor], *inputs: Any) -> None:
         wanted = recomputes_cheap_ones(config)
         # Not the default, False: that makes megatron-core 0.16.1 look for transformer-engine.
         self._checkpoint = CheckpointWithoutOutput(fp8=None) if wanted else None
@@ -71,7 +72,7 @@ class RecomputingMLP(MLP):
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """[s, b, d] before the bias, and the bias [d]."""
         wide, wide_bias = self.linear_fc1(hidden_states)
-        if not self.config.remakes_gelu:
+        if not self.config.recomputes_gelu:
             whole: tuple[Tensor, Tensor] = self.linear_fc2(self._activate(wide, wide_bias))
             return whole
         activated = Recomputable(self.config, self._activate, wide, wide_bias)

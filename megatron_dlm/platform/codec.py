@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -83,16 +83,11 @@ def _registered_name(cls: type) -> str | None:
 
 
 def _resolve_class(declared: type[T], name: object, path: str) -> type[T]:
-    """`declared`, or its subclass of that registered name among those that are already imported."""
-    choices: list[type[T]] = []
-    waiting = declared.__subclasses__()
-    while waiting:
-        choice = waiting.pop()
-        waiting += choice.__subclasses__()
-        choices += [choice] if _registered_name(choice) else []
-    if name is None or not choices:
+    """`declared`, or of a class with a method `choices` the one with that registered name."""
+    choices: Callable[[], Iterable[type[T]]] | None = getattr(declared, "choices", None)
+    if name is None or choices is None:
         return declared
-    for choice in choices:
+    for choice in choices():
         # Records of earlier versions have the names of classes in Python.
         if name in (_registered_name(choice), choice.__name__):
             return choice

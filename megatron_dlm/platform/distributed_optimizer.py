@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from megatron_dlm.platform.fp8_weights import is_fp8
 from megatron_dlm.platform.fully_sharded import local, own_range
+from megatron_dlm.platform.megatron import own_elements, round_main_weights
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -71,8 +72,8 @@ def main_pieces(
         for param, (group, index) in part.model_param_group_index_map.items():
             if param not in parameters:
                 continue
-            own = part._get_model_param_range_map(param)["param"]
-            yield part, param, part.optimizer.param_groups[group]["params"][index], own.start, own.end
+            main = part.optimizer.param_groups[group]["params"][index]
+            yield part, param, main, *own_elements(part, param)
 
 
 def state_of(part: Any, main: Tensor) -> dict[str, Tensor]:
@@ -148,7 +149,7 @@ def weights_from_main(optimizer: Any) -> None:
     """
     for part in _parts(optimizer):
         if _is_distributed(part) and any(map(is_fp8, part.model_param_group_index_map)):
-            part._copy_main_params_to_model_params()
+            round_main_weights(part)
             _gather(part)
 
 

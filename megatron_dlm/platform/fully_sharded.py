@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallelConfig
-from megatron.core.distributed.data_parallel_base import _BaseDataParallel
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 from torch.distributed import DeviceMesh
@@ -23,8 +22,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from megatron_dlm.platform.megatron import DataParallelBase
 
-class FullyShardedDataParallel(_BaseDataParallel):
+
+class FullyShardedDataParallel(DataParallelBase):
     """What megatron-core's schedules need of a wrapper, around a model that FSDP2 shards.
 
     megatron-core's own takes no precision to gather weights in, and does not scale gradients (0.16.1).

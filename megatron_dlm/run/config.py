@@ -10,9 +10,6 @@ from typing import Literal
 
 from megatron_dlm.checkpointing.layout import CheckpointConfig
 from megatron_dlm.data.loading.data_config import DataConfig
-
-# So that a record can name every family.
-from megatron_dlm.families import registry as registry
 from megatron_dlm.families.base import ObjectiveConfig
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.kernels.choice import Kernels

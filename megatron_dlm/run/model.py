@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from megatron_dlm.interfaces import Vocabulary
 from megatron_dlm.kernels.choice import wants_triton
-from megatron_dlm.models.config import transformer_config
 from megatron_dlm.models.denoiser import ChunkedDenoiser, Denoiser
+from megatron_dlm.models.denoiser_config import denoiser_config
 from megatron_dlm.platform.parallel import ParallelState
 from megatron_dlm.run.config import RunConfig
 from megatron_dlm.run.validation import transformer_impl, wants_flex_attention
@@ -26,7 +26,7 @@ def build_denoiser(
     """
     training = config.training
     has_triton = wants_triton(training.kernels, parallel.device)
-    megatron_config = transformer_config(
+    megatron_config = denoiser_config(
         config.model,
         config.parallel,
         training.precision,

@@ -70,7 +70,7 @@ def train_step(session: Session, progress: TrainingProgress) -> StepReport:
     if not bad_samples:
         limit = spike_limit(progress.recent_grad_norms, sigmas)
         with allocating("the optimizer's moments", STATE_CURES):
-            grad_norm = step_if_finite(session.optimizer, limit)
+            grad_norm = step_if_finite(session.optimizer, session.parallel.device, limit)
         if not math.isfinite(grad_norm):
             fault, bad_samples = "gradient norm: not finite", whole_batch
         elif grad_norm > limit:

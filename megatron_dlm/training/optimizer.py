@@ -12,6 +12,7 @@ from megatron_dlm.platform.parallel_config import ParallelConfig
 from megatron_dlm.run.optimizer_config import OptimizerConfig
 
 if TYPE_CHECKING:
+    import torch
     from megatron.core.process_groups_config import ProcessGroupCollection
     from torch import Tensor
 
@@ -129,11 +130,12 @@ def finish_gradients(
         chunk.scale_gradients(scaling)
 
 
-def step_if_finite(optimizer: Any, largest_norm: float = math.inf) -> float:
+def step_if_finite(optimizer: Any, device: torch.device, largest_norm: float = math.inf) -> float:
     """One step with the gradients of the last pass; all ranks call it.
 
     Args:
         optimizer: from `build_optimizer`.
+        device: where ranks exchange numbers.
         largest_norm: gradients above it change nothing.
 
     Returns:
@@ -142,7 +144,7 @@ def step_if_finite(optimizer: Any, largest_norm: float = math.inf) -> float:
     from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
     norm = gradient_norm(optimizer)
-    largest = _largest_of_replicas(optimizer, norm if math.isfinite(norm) else math.inf)
+    largest = _largest_of_replicas(optimizer, device, norm if math.isfinite(norm) else math.inf)
     if not math.isfinite(largest):
         return math.nan
     if largest > largest_norm:
@@ -162,7 +164,7 @@ def gradient_norm(optimizer: Any) -> float:
         return float(optimizer.get_grad_norm())
 
 
-def _largest_of_replicas(optimizer: Any, norm: float) -> float:
+def _largest_of_replicas(optimizer: Any, device: torch.device, norm: float) -> float:
     """A norm that all ranks agree on: where replicas have one each, one may be damaged."""
     import torch
     import torch.distributed as dist
@@ -172,7 +174,6 @@ def _largest_of_replicas(optimizer: Any, norm: float) -> float:
     # A sharded one's is summed over all replicas, too.
     if dist.get_world_size() == 1 or is_sharded(optimizer):
         return norm
-    device = torch.device(torch.cuda.current_device())
     largest = sent(torch.tensor(norm), device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     with waiting_for_gpu("the replicas' norms"):

@@ -178,7 +178,7 @@ def step_with_a_damaged_gradient(state, config):
     session.run_batch(1, 8)
     if state.rank == state.world_size - 1:
         local(session.denoiser.head.weight.grad).view(-1)[0] = float("nan")
-    norm = step_if_finite(session.optimizer)
+    norm = step_if_finite(session.optimizer, session.parallel.device)
     kept = all(torch.equal(a, b) for a, b in zip(before, plain(optimizer_state(session)), strict=True))
     return norm, kept, steps(session, 2, 1)[0][2]
 

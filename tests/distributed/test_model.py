@@ -11,7 +11,8 @@ from megatron_dlm.diffusion.cross_entropy import cross_entropy_and_dlogits
 from megatron_dlm.families.duo.objective import DuoConfig
 from megatron_dlm.families.mdlm.objective import MDLMConfig
 from megatron_dlm.interfaces import AttentionPattern, HeadRows, ModelInputs, RowTargets, Targets, Vocabulary
-from megatron_dlm.models.config import ModelConfig, transformer_config
+from megatron_dlm.models.config import ModelConfig
+from megatron_dlm.models.denoiser_config import denoiser_config
 from megatron_dlm.platform.parallel_config import ParallelConfig
 from megatron_dlm.platform.vocab_parallel import VocabShard
 from tests.helpers import weights
@@ -41,7 +42,7 @@ def recorded_networks(state, arrays, parallel_config):
     vocabulary = Vocabulary(size=cfg["vocab"], mask_token_id=cfg["mask"], eos_token_id=0, bos_token_id=1)
     found = {}
     for name, (pattern, conditioned) in NETWORKS.items():
-        config = transformer_config(model, parallel_config, "fp32", "none")
+        config = denoiser_config(model, parallel_config, "fp32", "none")
         denoiser = Denoiser(model, config, vocabulary, pattern, state)
         for place in weight_places(denoiser, state):
             full = torch.from_numpy(arrays[f"w/{place.name}"])
@@ -274,7 +275,7 @@ def two_backwards(state):
         loss.backward()
     model = ModelConfig(num_layers=2, hidden_size=16, num_attention_heads=2, ffn_hidden_size=32)
     vocabulary = Vocabulary(size=SIZE, mask_token_id=MASK, eos_token_id=0, bos_token_id=1)
-    config = transformer_config(model, ParallelConfig(), "fp32", "none")
+    config = denoiser_config(model, ParallelConfig(), "fp32", "none")
     denoiser = Denoiser(model, config, vocabulary, AttentionPattern.BIDIRECTIONAL, state)
     initialize(denoiser, state, seed=1)
     inputs = ModelInputs(
@@ -323,7 +324,7 @@ def bf16_residual(state):
 
     model = ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=2, ffn_hidden_size=32)
     vocabulary = Vocabulary(size=SIZE, mask_token_id=MASK, eos_token_id=0, bos_token_id=1)
-    config = transformer_config(model, ParallelConfig(), "bf16", "none")
+    config = denoiser_config(model, ParallelConfig(), "bf16", "none")
     denoiser = Denoiser(model, config, vocabulary, AttentionPattern.BIDIRECTIONAL, state)
     initialize(denoiser, state, seed=1)
     inputs = ModelInputs(
@@ -348,7 +349,7 @@ def through_the_denoiser(state, path, parallel_config):
     from megatron_dlm.models.weight_mapping import local_tensors
 
     vocabulary = Vocabulary(size=SIZE, mask_token_id=MASK, eos_token_id=0, bos_token_id=1)
-    config = transformer_config(REFERENCE_MODEL, parallel_config, "fp32", "none")
+    config = denoiser_config(REFERENCE_MODEL, parallel_config, "fp32", "none")
     denoiser = Denoiser(REFERENCE_MODEL, config, vocabulary, AttentionPattern.CAUSAL, state)
     full = read_reference_checkpoint(path, REFERENCE_MODEL, vocabulary)
     return weights.gather(denoiser, state, local_tensors(full, denoiser, state))

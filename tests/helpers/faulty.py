@@ -63,7 +63,7 @@ def die_at(point, save):
         return final.suffix == ""
 
     if point == "before the common state":
-        _on_call(manager, "_write_common", save, _die)
+        _on_call(manager, "save_common_state", save, _die)
     elif point == "while tensors are written":
         _on_call(ShareWriter, "start", save, kill_parents_while_writing)
     elif point == "before the index of tensors":

@@ -78,3 +78,47 @@ def test_tyro_and_gpu_extras_stay_in_their_place():
         assert "apex" not in roots, path
         for root, file in places.items():
             assert root not in roots or path.relative_to(PACKAGE) == Path(file), path
+
+
+def test_private_names_of_others_come_through_one_door():
+    """megatron-core's through platform/megatron.py, torch's through platform/."""
+    wrong = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        file = path.relative_to(PACKAGE)
+        for name in imported_modules(path):
+            root, *rest = name.split(".")
+            if not any(part.startswith("_") for part in rest):
+                continue
+            if root == "megatron" and file != Path("platform/megatron.py"):
+                wrong.append(f"{file} imports {name}")
+            if root == "torch" and file.parts[0] != "platform":
+                wrong.append(f"{file} imports {name}")
+    assert not wrong, wrong
+
+
+def is_harmless(statement):
+    """Whether a statement of a module's body defines something, and does nothing else."""
+    if isinstance(statement, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.AnnAssign)):
+        return True
+    if isinstance(statement, ast.Expr):
+        return isinstance(statement.value, ast.Constant)
+    if isinstance(statement, ast.Assign):
+        return all(isinstance(target, (ast.Name, ast.Tuple)) for target in statement.targets)
+    if isinstance(statement, ast.AugAssign):
+        return isinstance(statement.target, ast.Name)
+    condition = ast.unparse(statement.test) if isinstance(statement, ast.If) else ""
+    return condition in ("TYPE_CHECKING", "__name__ == '__main__'")
+
+
+def test_importing_a_module_changes_nothing_outside_it():
+    """No environment variable, no attribute of another module, no call for its effect, no import for one."""
+    wrong = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        for statement in tree.body:
+            if not is_harmless(statement):
+                wrong.append(f"{path.relative_to(PACKAGE)}:{statement.lineno}")
+            if isinstance(statement, (ast.Import, ast.ImportFrom)):
+                unused = [alias.name for alias in statement.names if alias.asname == alias.name]
+                wrong += [f"{path.relative_to(PACKAGE)}:{statement.lineno}: {name}" for name in unused]
+    assert not wrong, wrong

@@ -98,7 +98,7 @@ def measure_saves(
     for parameter in denoiser.parameters():
         parameter.main_grad.fill_(1e-3)
     set_learning_rate(optimizer, LEARNING_RATE)
-    step_if_finite(optimizer)
+    step_if_finite(optimizer, parallel.device)
     root, plans = CheckpointRoot(directory), SavePlans(parallel)
 
     def begin(step: int) -> Any:

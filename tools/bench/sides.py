@@ -84,12 +84,12 @@ class Shape:
 
 def build_denoiser(shape: Shape, parallel: ParallelState, recompute: Any = "none") -> Any:
     """A denoiser with random head and gates, so that every gradient is real; padding stays zero."""
-    from megatron_dlm.models.config import transformer_config
     from megatron_dlm.models.denoiser import Denoiser
+    from megatron_dlm.models.denoiser_config import denoiser_config
     from megatron_dlm.models.weight_mapping import weight_places
 
     model = paper_model(shape.size)
-    config = transformer_config(
+    config = denoiser_config(
         model,
         shape.layout,
         shape.precision,
@@ -140,7 +140,7 @@ class OurStep:
         self.chunks[0].zero_grad_buffer()
         self.optimizer.zero_grad()
         sums = self._runner.run(self._microbatches_of(index), self._shape.address(index))
-        step_if_finite(self.optimizer)
+        step_if_finite(self.optimizer, self._device)
         return sums
 
 

@@ -26,8 +26,9 @@ class Networks:
 
     @torch.no_grad()
     def _run(self, attention: AttentionPattern, inputs: ModelInputs) -> Array:
-        from megatron_dlm.models.config import ModelConfig, transformer_config
+        from megatron_dlm.models.config import ModelConfig
         from megatron_dlm.models.denoiser import Denoiser
+        from megatron_dlm.models.denoiser_config import denoiser_config
         from megatron_dlm.models.weight_mapping import weight_places
 
         shape = self._shape
@@ -41,7 +42,7 @@ class Networks:
         vocabulary = Vocabulary(
             size=shape["vocab"], mask_token_id=shape["mask"], eos_token_id=0, bos_token_id=0
         )
-        config = transformer_config(model, ParallelConfig(), "fp32", "none")
+        config = denoiser_config(model, ParallelConfig(), "fp32", "none")
         denoiser = Denoiser(model, config, vocabulary, attention, self._state)
         for place in weight_places(denoiser, self._state):
             place.parameter.copy_(place.cut(torch.from_numpy(self._arrays[f"w/{place.name}"])))

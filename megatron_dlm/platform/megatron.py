@@ -1,0 +1,115 @@
+"""The one door to what megatron-core and torch keep private or move between releases.
+
+Public building blocks are imported where they are used. What stands here was tried with megatron-core 0.16.1
+and torch 2.10 to 2.14; look here first when either of them changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from megatron.core.distributed.data_parallel_base import _BaseDataParallel
+from megatron.core.transformer import cuda_graphs
+from torch.distributed.checkpoint import Metadata, SavePlan
+from torch.distributed.checkpoint.utils import _DistWrapper
+
+__all__ = ["DataParallelBase", "SavePlannerBase", "torch_state"]
+
+CHECKPOINT_BACKEND, CHECKPOINT_VERSION = "torch_dist", 1
+"""megatron-core's names of the checkpoint format."""
+DataParallelBase = _BaseDataParallel
+SavePlannerBase = MCoreSavePlanner
+torch_state = mcore_to_pyt_state_dict
+
+
+def by_checkpoint_key(state: dict[str, Any]) -> dict[str, Any]:
+    """Name sharded tensors and objects as the checkpoint does.
+
+    Args:
+        state: megatron-core's, by the module's own names, with tensors of several layers under one key.
+
+    Returns:
+        Lists of what has one key, by that key.
+    """
+    renamed, _, _ = _replace_state_dict_keys_with_sharded_keys(state, True)
+    return renamed
+
+
+def save_common_state(directory: Path, common: dict[str, Any]) -> None:
+    """Write what is the same on all ranks, and the name of the format.
+
+    Args:
+        directory: of the checkpoint.
+        common: state without sharded tensors.
+    """
+    TorchCommonSaveStrategy("torch", CHECKPOINT_VERSION).save_common(common, directory)
+    save_config(CheckpointingConfig(CHECKPOINT_BACKEND, CHECKPOINT_VERSION), str(directory))
+
+
+def agree_on_plan(
+    own_plan: Callable[[], SavePlan], join: Callable[[list[SavePlan]], tuple[list[SavePlan], Metadata]]
+) -> tuple[SavePlan, Metadata]:
+    """Let rank 0 join the ranks' plans of a save. All ranks of the default group call it.
+
+    Args:
+        own_plan: what this rank would write.
+        join: all ranks' final plans and the checkpoint's metadata; called on rank 0.
+
+    Returns:
+        This rank's final plan, and the metadata, which are empty on other ranks than 0.
+
+    Raises:
+        CheckpointException: `own_plan` or `join` has raised, on all ranks.
+    """
+    metadata = Metadata({})
+
+    def join_keeping_metadata(plans: list[SavePlan]) -> list[SavePlan]:
+        nonlocal metadata
+        final, metadata = join(plans)
+        return final
+
+    return _DistWrapper(None, True, 0).reduce_scatter("plan", own_plan, join_keeping_metadata), metadata
+
+
+@contextmanager
+def hooks_at_rest() -> Iterator[None]:
+    """megatron-core's hooks on modules and gradients do nothing meanwhile, as while kernels are recorded."""
+    cuda_graphs._set_capture_start()
+    try:
+        yield
+    finally:
+        cuda_graphs._set_capture_end()
+
+
+def own_elements(part: Any, parameter: torch.nn.Parameter) -> tuple[int, int]:
+    """Which of a parameter's elements this rank optimizes.
+
+    Args:
+        part: megatron-core's distributed optimizer.
+        parameter: one of its own.
+
+    Returns:
+        First element in row-major order, and the one behind the last.
+    """
+    own = part._get_model_param_range_map(parameter)["param"]
+    return own.start, own.end
+
+
+def round_main_weights(part: Any) -> None:
+    """Make this rank's share of the model's weights of the optimizer's main weights again.
+
+    Args:
+        part: megatron-core's distributed optimizer.
+    """
+    part._copy_main_params_to_model_params()
