@@ -26,18 +26,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
+from rich.console import Console
+from rich.table import Table
 
-from megatron_dlm.checkpointing.layout import CHECKPOINTS, CheckpointRoot  # noqa: E402
-from megatron_dlm.families.registry import OBJECTIVES  # noqa: E402
-from megatron_dlm.run.config import RunConfig  # noqa: E402
-from megatron_dlm.telemetry.writers import read_metrics  # noqa: E402
-from tests.helpers import tiny  # noqa: E402
-from tests.helpers.distributed import free_port  # noqa: E402
+from megatron_dlm.checkpointing.layout import CHECKPOINTS, CheckpointRoot
+from megatron_dlm.families.registry import OBJECTIVES
+from megatron_dlm.run.config import RunConfig
+from megatron_dlm.telemetry.writers import read_metrics
+from tools import tiny
+from tools.ports import free_port
 
 FAMILIES = ("ar", "mdlm", "duo", "esolm")
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -47,7 +46,7 @@ DEADLINE_SECONDS = 120.0
 """An attempt that takes longer hangs, which is a failure."""
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.helpers.preload"])
+_context.set_forkserver_preload(["megatron_dlm.training.session", "megatron_dlm.checkpointing.manager"])
 
 
 @dataclass
@@ -191,7 +190,7 @@ def attempt(run: Run, processes: int, fault: str | None, dice: random.Random) ->
         time.sleep(dice.uniform(0.5, 1) * run.seconds)
         for _ in range(5):
             process = dice.choice(ranks)
-            if process.is_alive():
+            if process.pid and process.is_alive():
                 os.kill(process.pid, dice.choice(SIGNALS))
         run.faults[fault] += 1
     elif fault:

@@ -18,18 +18,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import numpy as np
 import torch
-from oracle.families import Case
-from oracle.networks import Networks
-from oracle.noise import Array
-from oracle.tables import table_method
 
 from megatron_dlm.diffusion.noisy_then_clean import noisy_then_clean_mask
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.platform.launch import detect_environment
 from megatron_dlm.platform.parallel import prepare_device
 from megatron_dlm.platform.parallel_config import ParallelConfig
+from tools.oracle.families import Case
+from tools.oracle.networks import Networks
+from tools.oracle.noise import Array
+from tools.oracle.tables import table_method
 
 MASK_LOGIT = -1e5
 """Recorded log-probabilities of the mask lie below this; here they are -inf."""
@@ -126,8 +128,8 @@ class Checker:
         ok = bool((absolute <= tolerance.absolute + tolerance.relative * np.abs(expected))[~same].all())
         self.num_failed += not ok
         note = f" ({tolerance.why})" if ok and tolerance.why else ""
-        largest = (float(values.max(initial=0.0)) for values in (absolute, relative))
-        self.rows.append((key, *(f"{value:.1e}" for value in largest), ("pass" if ok else "FAIL") + note))
+        a, r = (f"{float(values.max(initial=0.0)):.1e}" for values in (absolute, relative))
+        self.rows.append((key, a, r, ("pass" if ok else "FAIL") + note))
 
     def _computation(self, key: str) -> Callable[[], Any]:
         """How to compute `key`; KeyError where it is unknown."""

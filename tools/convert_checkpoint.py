@@ -10,9 +10,9 @@ tensor, pipeline, context or data parallel size is read, and what is written loa
 from __future__ import annotations
 
 import argparse
-import sys
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from megatron_dlm.checkpointing.layout import REFERENCE_SUFFIX
 from megatron_dlm.cli.main import run_and_exit
@@ -46,10 +46,10 @@ def convert(arguments: argparse.Namespace, more: list[str]) -> int:
             raise InputError(f"{path}: only a reference checkpoint ends in {REFERENCE_SUFFIX}")
     verb = "export" if arguments.loader == "megatron" else "import"
     # A keyword of Python is no name for an import statement.
-    run = import_module(f"megatron_dlm.cli.{verb}").run
-    code: int = run([str(arguments.load_dir), str(arguments.save_dir), *more])
+    command: Any = import_module(f"megatron_dlm.cli.{verb}")
+    code: int = command.run([str(arguments.load_dir), str(arguments.save_dir), *more])
     return code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

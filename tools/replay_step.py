@@ -107,7 +107,8 @@ def check_samples(path: Path, arrays: dict[str, Any]) -> None:
         with np.load(path, allow_pickle=False) as saved:
             # Dense masks are in dumps of versions that had them.
             names = [name for name in saved.files if not name.endswith("/attention_mask")]
-            different = [name for name in names if not np.array_equal(saved[name], arrays.get(name))]
+            missing = [name for name in names if name not in arrays]
+            different = missing or [n for n in names if not np.array_equal(saved[n], arrays[n])]
     except (OSError, ValueError, BadZipFile) as error:
         raise InputError(f"{path}: unreadable: {error}") from error
     if different:

@@ -17,13 +17,14 @@ from megatron_dlm.families.mdlm.objective import MDLMConfig
 from megatron_dlm.platform.parallel_config import ParallelConfig
 from megatron_dlm.platform.subprocess_lifetime import fork
 from megatron_dlm.telemetry.writers import read_metrics
-from tests.conftest import ROOT
-from tests.distributed.test_checkpoint import build_random
-from tests.helpers import faulty, tiny
+from tests.helpers import faulty
 from tests.helpers.claimed_cuda import claim_cuda
 from tests.helpers.distributed import run_distributed
+from tests.helpers.paths import ROOT
 from tests.helpers.processes import context
+from tests.helpers.sessions import build_random
 from tests.helpers.skips import needs_dali
+from tools import tiny
 
 RUNS = {
     "a synchronous save": {},

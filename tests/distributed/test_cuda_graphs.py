@@ -10,9 +10,9 @@ from megatron_dlm.families.duo.objective import DuoConfig
 from megatron_dlm.families.esolm.objective import EsoLMConfig
 from megatron_dlm.families.mdlm.objective import MDLMConfig
 from megatron_dlm.platform.parallel_config import ParallelConfig
-from tests.distributed.test_checkpoint import build_random, config_for, steps
 from tests.helpers.distributed import run_distributed
 from tests.helpers.gradients import accumulated_gradients
+from tests.helpers.sessions import build_random, config_for, steps
 
 CASES = {
     "mdlm": (MDLMConfig(loss="elbo", time_conditioning=True), 1, ParallelConfig()),
@@ -137,7 +137,7 @@ def stream_of_the_wrapper(state, config):
         return usual(*arguments, **keywords)
 
     distributed.DistributedDataParallel = noted
-    from tests.distributed.test_checkpoint import build
+    from tests.helpers.sessions import build
 
     build(state, config)
     return places

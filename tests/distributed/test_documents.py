@@ -9,9 +9,10 @@ import torch
 from megatron_dlm.families.ar.objective import ARConfig
 from megatron_dlm.families.mdlm.objective import MDLMConfig
 from megatron_dlm.platform.parallel_config import ParallelConfig
-from tests.distributed.test_layouts import toy_model
-from tests.helpers import tiny, weights
+from tests.helpers import weights
 from tests.helpers.distributed import run_distributed
+from tests.helpers.layouts import toy_model
+from tools import tiny
 
 LENGTHS = (9, 1, 14, 8)
 

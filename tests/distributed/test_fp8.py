@@ -11,9 +11,9 @@ from megatron_dlm.interfaces import InputError
 from megatron_dlm.models.precision.fp8 import Fp8Config
 from megatron_dlm.platform.parallel_config import ParallelConfig
 from megatron_dlm.run.validation import check_run
-from tests.distributed.test_layouts import three_steps
-from tests.helpers import tiny
 from tests.helpers.distributed import run_distributed
+from tests.helpers.layouts import three_steps
+from tools import tiny
 
 RECIPES = ["tensorwise", "delayed", "blockwise", "mxfp8"]
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2

@@ -11,7 +11,10 @@ from megatron_dlm.families.mdlm.objective import MDLMConfig
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.platform.parallel_config import ParallelConfig
 from megatron_dlm.run.validation import check_run
-from tests.distributed.test_checkpoint import (
+from tests.helpers import weights
+from tests.helpers.distributed import run_distributed
+from tests.helpers.layouts import all_families, assert_equal_runs, configs_for
+from tests.helpers.sessions import (
     build,
     build_random,
     config_for,
@@ -21,9 +24,7 @@ from tests.distributed.test_checkpoint import (
     start_from_weights,
     steps,
 )
-from tests.distributed.test_layouts import all_families, assert_equal_runs, configs_for
-from tests.helpers import tiny, weights
-from tests.helpers.distributed import run_distributed
+from tools import tiny
 
 
 def fully_sharded(**changes):

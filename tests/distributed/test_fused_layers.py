@@ -8,8 +8,9 @@ import torch
 
 from megatron_dlm.families.mdlm.objective import MDLMConfig
 from megatron_dlm.platform.parallel_config import ParallelConfig
-from tests.helpers import tiny, weights
+from tests.helpers import weights
 from tests.helpers.distributed import run_distributed
+from tools import tiny
 
 pytest.importorskip("triton")
 

@@ -9,9 +9,10 @@ import torch
 from megatron_dlm.families.mdlm.objective import MDLMConfig
 from megatron_dlm.interfaces import TrainingError
 from megatron_dlm.platform.parallel_config import ParallelConfig
-from tests.distributed.test_checkpoint import build
-from tests.helpers import faulty, tiny
+from tests.helpers import faulty
 from tests.helpers.distributed import run_distributed
+from tests.helpers.sessions import build
+from tools import tiny
 
 
 def sleep_in_a_step():

@@ -12,8 +12,8 @@ from megatron_dlm.families.esolm.objective import EsoLMConfig
 from megatron_dlm.families.mdlm.objective import MDLMConfig
 from megatron_dlm.interfaces import TrainingError
 from megatron_dlm.platform.parallel_config import ParallelConfig
-from tests.helpers import tiny
 from tests.helpers.distributed import run_distributed
+from tools import tiny
 
 NAN = float("nan")
 

@@ -12,10 +12,11 @@ from megatron_dlm.families.duo.objective import DuoConfig
 from megatron_dlm.families.esolm.objective import EsoLMConfig
 from megatron_dlm.families.mdlm.objective import MDLMConfig
 from megatron_dlm.platform.parallel_config import ParallelConfig
-from tests.distributed.test_layouts import all_families, assert_equal_runs, parallel_of, toy_model
-from tests.helpers import tiny, weights
+from tests.helpers import weights
 from tests.helpers.distributed import run_distributed
-from tests.unit.test_prompts import RECORDS, index, write
+from tests.helpers.layouts import all_families, assert_equal_runs, parallel_of, toy_model
+from tests.helpers.prompts import RECORDS, index, write
+from tools import tiny
 
 LENGTH = 192
 FAMILIES = {

@@ -7,7 +7,8 @@ import pytest
 from megatron_dlm.checkpointing.layout import CheckpointRoot
 from megatron_dlm.families.mdlm.objective import MDLMConfig
 from megatron_dlm.telemetry.writers import read_metrics
-from tests.helpers import faulty, tiny
+from tests.helpers import faulty
+from tools import tiny
 
 STEPS, EVERY = 8, 2
 POINTS = [

@@ -8,8 +8,9 @@ import pytest
 from megatron_dlm.families.ar.objective import ARConfig
 from megatron_dlm.telemetry.writers import read_metrics
 from megatron_dlm.training.spike_detection import FEWEST, extended, spike_limit
-from tests.helpers import faulty, tiny
+from tests.helpers import faulty
 from tests.helpers.runs import without_speed
+from tools import tiny
 
 
 def test_the_limit_is_so_many_deviations_above_the_mean():

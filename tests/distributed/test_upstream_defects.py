@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 
 from megatron_dlm.platform.parallel_config import ParallelConfig
-from tests.distributed.test_checkpoint import LAYOUTS, build, config_for, steps
 from tests.helpers.distributed import run_distributed
+from tests.helpers.sessions import LAYOUTS, build, config_for, steps
 
 
 def float32_norm_error(state):

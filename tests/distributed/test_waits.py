@@ -7,10 +7,10 @@ import torch
 
 from megatron_dlm.families.registry import OBJECTIVES
 from megatron_dlm.platform.parallel_config import ParallelConfig
-from tests.distributed.test_checkpoint import build_random
-from tests.helpers import tiny
 from tests.helpers.distributed import run_distributed
+from tests.helpers.sessions import build_random
 from tests.helpers.stand_in_gpu import StandInGpu, Wait
+from tools import tiny
 
 STEPS = 4
 TWO = ["the sums of a batch", "the gradient's norm"]

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.helpers.paths import ROOT
 from tests.helpers.runs import torchrun
 
 OPTIONS = ["pinned memory", "CUDA graphs", "weight gather overlap", "tensor parallel overlap"]

@@ -12,10 +12,11 @@ import pytest
 
 from megatron_dlm.data.shards.manifest import shard_path
 from megatron_dlm.data.tokenizers.tokenizer import load_tokenizer
-from tests.conftest import ROOT
-from tests.functional.test_dataset_tools import find_mpirun
-from tests.helpers import megatron_index, tiny
-from tests.unit.test_indexing import wait_for
+from tests.helpers import megatron_index
+from tests.helpers.indexing import wait_for
+from tests.helpers.mpi import find_mpirun
+from tests.helpers.paths import ROOT
+from tools import tiny
 
 pytestmark = pytest.mark.slow
 

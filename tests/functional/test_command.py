@@ -6,10 +6,10 @@ import time
 
 import pytest
 
-from tests.conftest import ROOT
-from tests.helpers import tiny
+from tests.helpers.paths import ROOT
 from tests.helpers.processes import TRAINER
 from tests.helpers.runs import finish, start_interpreter
+from tools import tiny
 
 RECIPE = "examples/mdlm/tiny.py"
 

@@ -13,9 +13,10 @@ import pytest
 from megatron_dlm.data.shards.manifest import shard_path
 from megatron_dlm.data.shards.shard import Shard
 from megatron_dlm.data.tokenizers.tokenizer import load_tokenizer
-from tests.conftest import ROOT
-from tests.functional.test_examples import find_mpirun
-from tests.helpers import megatron_index, processes, tiny
+from tests.helpers import megatron_index, processes
+from tests.helpers.mpi import find_mpirun
+from tests.helpers.paths import ROOT
+from tools import tiny
 
 
 def run(tool, *words):

@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +13,10 @@ from megatron_dlm.families.registry import OBJECTIVES
 from megatron_dlm.run.config import load_recipe
 from megatron_dlm.run.validation import check_run
 from megatron_dlm.telemetry.writers import read_metrics
-from tests.conftest import ROOT
-from tests.helpers.distributed import free_port
+from tests.helpers.mpi import find_mpirun
+from tests.helpers.paths import ROOT
 from tests.helpers.runs import arguments_for, finish, train_metrics, wait_for_step
+from tools.ports import free_port
 
 RECIPES = sorted(path for family in OBJECTIVES for path in (ROOT / "examples" / family).glob("*.py"))
 WORLD = {"tiny": 2, "113m": 8, "1.7b": 128, "1.7b-phase2": 128, "gsm8k": 8}
@@ -78,11 +78,6 @@ def test_launchers_explain_themselves_and_pass_errors_on(launcher):
     assert usage.returncode == 2 and "train.sh" in usage.stdout and "#!" not in usage.stdout
     wrong = launch(launcher, "--dry-run", "examples/mdlm/tiny.py", "--no.such", "1", check=False)
     assert wrong.returncode == 2 and "--no.such" in wrong.stderr
-
-
-def find_mpirun():
-    beside = Path(sys.executable).with_name("mpirun")
-    return str(beside) if beside.exists() else shutil.which("mpirun")
 
 
 @pytest.fixture(scope="module")

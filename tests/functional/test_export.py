@@ -435,7 +435,7 @@ def test_an_existing_target_is_kept(command, checkpoint_of, mdlm_export):
 
 def test_another_tokenizer_is_refused(command, checkpoint_of, tmp_path):
     from megatron_dlm.data.tokenizers.tokenizer import train_tokenizer
-    from tests.helpers.tiny import sentences
+    from tools.tiny import sentences
 
     train_tokenizer(sentences(100, seed=9), 290, tmp_path / "tok")
     words = ["export", checkpoint_of("mdlm"), tmp_path / "f", "--tokenizer", tmp_path / "tok"]

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.helpers.paths import ROOT
 from tests.helpers.runs import arguments_for
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install megatron-dlm[harness]")

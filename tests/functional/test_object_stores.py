@@ -12,9 +12,9 @@ from megatron_dlm.data.preprocessing.index import IndexConfig, build_shards
 from megatron_dlm.data.shards.manifest import shard_path
 from megatron_dlm.data.shards.shard import Shard
 from megatron_dlm.interfaces import InputError
-from tests.helpers import tiny
+from tests.helpers.indexing import digests
 from tests.helpers.runs import arguments_for, finish, start, train_metrics
-from tests.unit.test_indexing import digests
+from tools import tiny
 
 pytest.importorskip("s3fs", reason="s3fs is not installed: pip install 'megatron-dlm[data]'")
 server = pytest.importorskip("moto.server", reason="moto is not installed: pip install 'moto[s3,server]'")

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_dlm.data.preprocessing.index import IndexConfig, build_shards
 from megatron_dlm.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
-from tests.conftest import DATA
+from tests.helpers.paths import DATA
 
 
 def index(directory, inputs, texts, **fields):

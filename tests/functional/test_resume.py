@@ -128,7 +128,7 @@ def test_a_later_version_is_not_continued(corpus, copied):
 
 
 def test_other_data_is_not_continued(command, corpus, copied, tmp_path):
-    from tests.helpers import tiny
+    from tools import tiny
 
     text = tiny.write_jsonl(tmp_path / "t.jsonl", tiny.sentences(400, seed=77))
     command("index", "--input", text, "--output", tmp_path / "other", "--tokenizer", corpus.tokenizer)
@@ -137,7 +137,7 @@ def test_other_data_is_not_continued(command, corpus, copied, tmp_path):
 
 
 def test_another_tokenizer_of_the_same_size_is_refused(command, corpus, copied, tmp_path):
-    from tests.helpers import tiny
+    from tools import tiny
 
     text = tiny.write_jsonl(tmp_path / "t.jsonl", [s[::-1] for s in tiny.sentences(400, seed=7)])
     command("tokenizer", "train", "--input", text, "--output", tmp_path / "tok", "--vocab-size", 301)

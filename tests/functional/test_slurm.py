@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from megatron_dlm.telemetry.writers import read_metrics
-from tests.conftest import ROOT
+from tests.helpers.paths import ROOT
 from tests.helpers.runs import arguments_for, finish, start, train_metrics
 from tests.helpers.slurm import Slurm, SlurmMissingError, find_programs
 

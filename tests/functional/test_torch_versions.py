@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.helpers.paths import ROOT
 
 FLOOR = "2.10.0"
 VERSIONS = {"floor": f"torch=={FLOOR}", "newest": "torch"}

@@ -5,8 +5,8 @@ import os
 import subprocess
 import sys
 
-from tests.conftest import ROOT
 from tests.helpers.devices import DEVICE, HAS_CUDA
+from tests.helpers.paths import ROOT
 
 
 def test_the_quick_benchmark_begins(tmp_path):

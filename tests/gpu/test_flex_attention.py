@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from megatron_dlm.models.block_table import pack_table
 from megatron_dlm.models.visibility import visibility
 from tests.helpers.devices import DEVICE, HAS_CUDA
-from tests.unit.test_block_table import inputs_of
+from tests.helpers.masked_batches import inputs_of
 
 NAMES = ("block diffusion", "sequential, documents", "causal, documents")
 """Of masks; each is compiled, which takes seconds. All tables are compared with their masks on a CPU."""
@@ -81,8 +81,8 @@ def test_speed_against_dense_masks(capsys):
     from megatron_dlm.families.block_diffusion.objective import BlockDiffusionConfig
     from megatron_dlm.families.documents import corrupt
     from megatron_dlm.models.flex_attention import attend_by_table
-    from tests.unit.test_block_table import VOCABULARY, batch_of
-    from tests.unit.test_objectives import context
+    from tests.helpers.batches import context
+    from tests.helpers.masked_batches import VOCABULARY, batch_of
 
     config = BlockDiffusionConfig(block_size=16)
     batch = batch_of(2048, 0, size=2)

@@ -5,11 +5,11 @@ import pytest
 from megatron_dlm.families.duo.objective import DuoConfig
 from megatron_dlm.families.mdlm.objective import MDLMConfig
 from megatron_dlm.platform.parallel_config import ParallelConfig
-from tests.distributed.test_checkpoint import config_for
-from tests.gpu.test_training import DEVICE_WORDS, curve
 from tests.helpers.devices import HAS_CUDA, run_on_devices
+from tests.helpers.gpu_runs import DEVICE_WORDS, curve
 from tests.helpers.gradients import accumulated_gradients
 from tests.helpers.runs import arguments_for
+from tests.helpers.sessions import config_for
 
 pytestmark = pytest.mark.skipif(
     not HAS_CUDA, reason="CUDA graphs need CUDA; a CPU's stand-in is in tests/distributed/test_cuda_graphs.py"

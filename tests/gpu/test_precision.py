@@ -7,8 +7,8 @@ import torch
 
 from megatron_dlm.families.registry import OBJECTIVES
 from megatron_dlm.models.precision.fp8 import CAPABILITIES
-from tests.gpu.test_training import DEVICE_WORDS, curve
 from tests.helpers.devices import HAS_CUDA
+from tests.helpers.gpu_runs import DEVICE_WORDS, curve
 from tests.helpers.runs import arguments_for
 
 HAS_ENGINE = HAS_CUDA and importlib.util.find_spec("transformer_engine") is not None

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT
 from tests.helpers.devices import HAS_CUDA
+from tests.helpers.paths import ROOT
 
 pytestmark = [
     pytest.mark.sanitizer,
@@ -22,7 +22,7 @@ pytestmark = [
 def test_kernels_under_the_sanitizer(tool):
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
     command += [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not compile"]
-    command.append("tests/unit/test_kernels.py")
+    command.append("tests/unit/kernels/test_kernels.py")
     # Without PyTorch's allocator a read behind a tensor's end is one outside of memory.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     finished = subprocess.run(

@@ -7,8 +7,8 @@ import time
 import pytest
 
 from megatron_dlm.telemetry.writers import read_metrics
-from tests.gpu.test_training import DEVICE_WORDS, curve
 from tests.helpers.devices import HAS_CUDA
+from tests.helpers.gpu_runs import DEVICE_WORDS, curve
 from tests.helpers.processes import TRAINER
 from tests.helpers.runs import arguments_for, finish, start_interpreter, tensor_files, train_metrics
 

@@ -16,9 +16,9 @@ from megatron_dlm.families.duo.objective import DuoConfig
 from megatron_dlm.families.esolm.objective import EsoLMConfig
 from megatron_dlm.families.mdlm.objective import MDLMConfig
 from megatron_dlm.platform.parallel_config import ParallelConfig
-from tests.distributed.test_checkpoint import build_random, config_for, load_and_go_on, save_at_two, steps
-from tests.distributed.test_layouts import three_steps
 from tests.helpers.devices import GPUS, HAS_CUDA, run_on_devices
+from tests.helpers.layouts import three_steps
+from tests.helpers.sessions import build_random, config_for, load_and_go_on, save_at_two, steps
 
 ONE_CARD = GPUS == 1
 LAYOUTS = {

@@ -3,18 +3,9 @@
 import pytest
 
 from megatron_dlm.families.registry import OBJECTIVES
-from megatron_dlm.telemetry.writers import read_metrics
-from tests.helpers.devices import DEVICE
+from tests.helpers.gpu_runs import DEVICE_WORDS, curve
 from tests.helpers.runs import arguments_for
 from tests.helpers.skips import needs_dali
-
-DEVICE_WORDS = ("--parallel.device", DEVICE)
-
-
-def curve(directory):
-    """Noise fingerprint and loss of each step."""
-    entries = read_metrics(directory)
-    return [(entry["fingerprint"], entry["loss"]) for entry in entries if entry["kind"] == "train"]
 
 
 @pytest.mark.parametrize("family", OBJECTIVES)

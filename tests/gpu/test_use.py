@@ -5,8 +5,8 @@ import json
 import pytest
 
 from megatron_dlm.families.registry import OBJECTIVES
-from tests.gpu.test_training import DEVICE_WORDS
 from tests.helpers.devices import DEVICE
+from tests.helpers.gpu_runs import DEVICE_WORDS
 from tests.helpers.runs import arguments_for
 
 SAMPLE_SECONDS, NLL_SECONDS, EXPORT_SECONDS = 20, 20, 60

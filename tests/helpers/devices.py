@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import torch
 
-from tests.helpers.distributed import _collect, free_port, place_of
+from tests.helpers.distributed import _collect, place_of
+from tools.ports import free_port
 
 HAS_CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_CUDA else "cpu"

@@ -4,8 +4,6 @@ The pytest process itself never starts a process group.
 """
 
 import pickle
-import random
-import socket
 import time
 import traceback
 from dataclasses import replace
@@ -15,6 +13,7 @@ import pytest
 from megatron_dlm.platform.launch import ProcessEnvironment
 from megatron_dlm.platform.parallel_config import ParallelConfig
 from tests.helpers.processes import context
+from tools.ports import free_port
 
 
 def run_distributed(body, world_size, *arguments, parallel=None, timeout=150):
@@ -87,15 +86,3 @@ def _child(sender, body, environment, parallel, arguments):
     except BaseException:
         sender.send_bytes(pickle.dumps((False, traceback.format_exc())))
         raise
-
-
-def free_port():
-    """A port below those the kernel hands out, so that no connection takes it before it is used."""
-    while True:
-        port = random.SystemRandom().randrange(10_000, 30_000)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port

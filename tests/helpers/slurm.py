@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.helpers.distributed import free_port
+from tools.ports import free_port
 
 PACKAGES = (
     *("slurmctld", "slurmd", "slurm-client", "slurm-wlm-basic-plugins"),

@@ -122,3 +122,19 @@ def test_importing_a_module_changes_nothing_outside_it():
                 unused = [alias.name for alias in statement.names if alias.asname == alias.name]
                 wrong += [f"{path.relative_to(PACKAGE)}:{statement.lineno}: {name}" for name in unused]
     assert not wrong, wrong
+
+
+def test_tests_mirror_the_package_and_share_through_helpers():
+    """tests/unit has the package's folders, and no test imports from another."""
+    folders = [path for path in (ROOT / "tests" / "unit").rglob("*") if (path / "__init__.py").is_file()]
+    for folder in folders:
+        name = folder.relative_to(ROOT / "tests" / "unit")
+        assert (PACKAGE / name).is_dir() or (ROOT / name).is_dir(), f"{folder} tests no package"
+    wrong = []
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        for module in imported_modules(path):
+            if module.startswith("tests.") and not module.startswith(("tests.helpers", "tests.gpu.CASES")):
+                wrong.append(f"{path.relative_to(ROOT)} imports {module}")
+    assert not wrong, wrong
+    for path in sorted((ROOT / "tools").rglob("*.py")):
+        assert not any(module.startswith("tests") for module in imported_modules(path)), path

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -21,12 +22,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sides import LEARNING_RATE, Shape, build_denoiser
-from step import show
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_dlm.platform.launch import detect_environment
 from megatron_dlm.platform.parallel import ParallelState, on_first_rank, start_parallel
 from megatron_dlm.platform.parallel_config import ParallelConfig
+from tools.bench.sides import LEARNING_RATE, Shape, build_denoiser
+from tools.bench.step import show
 
 TIMEOUT_SECONDS = 600.0
 
@@ -169,7 +171,7 @@ def measure_hooks(
     from megatron_dlm.training.progress import TrainingProgress
     from megatron_dlm.training.session import Session
     from megatron_dlm.training.signals import StopSignals
-    from tests.helpers import tiny
+    from tools import tiny
 
     def make_corpus() -> Any:
         (directory / "corpus").mkdir(parents=True)
@@ -200,7 +202,7 @@ def measure_hooks(
         spent += time.monotonic() - started
         return result
 
-    microbatches.corruption_fingerprint = timed_fingerprint
+    microbatches.corruption_fingerprint = timed_fingerprint  # type: ignore[assignment]
     for _ in range(4 * arguments.repeats + 1):
         spent = 0.0
         started = time.monotonic()

@@ -9,17 +9,22 @@ Both sides in turn; medians.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 import torch
-from sides import Shape
-from step import interleaved, show
 
 from megatron_dlm.execution.microbatches import corrupted_parts, ready
 from megatron_dlm.families.base import ObjectiveConfig
+from megatron_dlm.families.esolm.objective import EsoLMConfig
 from megatron_dlm.families.registry import OBJECTIVES
 from megatron_dlm.models.visibility import MaskForms
+from tools.bench.sides import Shape
+from tools.bench.step import interleaved, show
 
 
 def sides_of(shape: Shape, config: ObjectiveConfig) -> dict[str, Callable[[int], Any]]:
@@ -50,9 +55,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="measured microbatches of each side")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    cases = {name: OBJECTIVES[name]() for name in arguments.families}
+    cases: dict[str, ObjectiveConfig] = {name: OBJECTIVES[name]() for name in arguments.families}
     if "esolm" in cases:
-        cases["esolm, sequential"] = OBJECTIVES["esolm"](alpha_0=0.0, batch_split=0.0)
+        cases["esolm, sequential"] = EsoLMConfig(alpha_0=0.0, batch_split=0.0)
     rows = []
     for name, config in cases.items():
         shape = Shape(

@@ -18,8 +18,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from sides import Shape, build_denoiser
-from step import OWN_PAGES, _status_mib, show
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tools.bench.sides import Shape, build_denoiser
+from tools.bench.step import OWN_PAGES, _status_mib, show
 
 MIB = 1 << 20
 WHOLE = "1TB"

@@ -20,14 +20,22 @@ Python packages, or a shard's.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 import torch
-from gpu_device import device_of
-from gpu_gate import Gate
-from gpu_pieces import (
+
+from megatron_dlm.interfaces import InputError
+from megatron_dlm.platform.launch import detect_environment
+from megatron_dlm.platform.parallel import start_parallel, stop_parallel
+from megatron_dlm.platform.parallel_config import ParallelConfig
+from tools.bench.gpu_device import device_of
+from tools.bench.gpu_gate import Gate
+from tools.bench.gpu_pieces import (
     Bench,
     compiled_speed,
     head_memory,
@@ -35,14 +43,9 @@ from gpu_pieces import (
     step_errors,
     step_speed,
 )
-from gpu_runs import OPTIONS, Runs, isoflop_point, option_speed
-from gpu_schedule import Piece, measured, run_missing
-from gpu_tables import print_tables
-
-from megatron_dlm.interfaces import InputError
-from megatron_dlm.platform.launch import detect_environment
-from megatron_dlm.platform.parallel import start_parallel, stop_parallel
-from megatron_dlm.platform.parallel_config import ParallelConfig
+from tools.bench.gpu_runs import OPTIONS, Runs, isoflop_point, option_speed
+from tools.bench.gpu_schedule import Piece, measured, run_missing
+from tools.bench.gpu_tables import print_tables
 
 FAMILIES = ("mdlm", "ar", "duo", "esolm")
 SIZES = ("2121M", "1028M", "336M", "113M")
@@ -220,10 +223,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--time-limit", type=float, help="seconds; --quick: 240, --gate: 180, otherwise 540")
     parser.add_argument("--tiny", action="store_true", help="toy sizes, for a test of the script itself")
     arguments = parser.parse_args()
-    mode = "quick" if arguments.quick else "gate" if arguments.gate else "rest"
+    kind = "quick" if arguments.quick else "gate" if arguments.gate else "rest"
     if arguments.time_limit is None:
         # A rehearsal on a CPU has no clock to race.
-        arguments.time_limit = 600.0 if arguments.tiny else TIME_LIMITS[mode]
+        arguments.time_limit = 600.0 if arguments.tiny else TIME_LIMITS[kind]
     if arguments.microbatches is None:
         arguments.microbatches = [1, 8] if arguments.quick else [1]
     if arguments.tiny:

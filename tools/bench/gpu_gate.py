@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_runs import finish, make_shards
-from gpu_schedule import Piece
 
 from megatron_dlm.telemetry.writers import read_metrics
+from tools.bench.gpu_runs import finish, make_shards
+from tools.bench.gpu_schedule import Piece
 
 STEPS = 220
 """All logged; `evaluate gate` compares the second half and takes 200 at least."""

@@ -7,19 +7,12 @@ import gc
 import importlib.util
 import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import torch
-from gpu_device import synchronize
-from gpu_profile import profile_step
-from sides import OurStep, Shape, build_denoiser, compiled_step, plain_model
 
 from megatron_dlm.families.registry import OBJECTIVES
 from megatron_dlm.interfaces import HeadRows
@@ -28,6 +21,9 @@ from megatron_dlm.models.sizes import paper_model
 from megatron_dlm.platform.gpu import capability
 from megatron_dlm.platform.parallel import ParallelState
 from megatron_dlm.platform.versions import check_transformer_engine
+from tools.bench.gpu_device import synchronize
+from tools.bench.gpu_profile import profile_step
+from tools.bench.sides import OurStep, Shape, build_denoiser, compiled_step, plain_model
 
 MICRO_BATCH_SIZES = {"2121M": 8, "1028M": 16, "336M": 32, "113M": 32, "tiny": 2}
 """What is measured where nothing is asked for; 80 GB hold it."""
@@ -221,7 +217,7 @@ def compiled_speed(bench: Bench, size: str, family: str, deadline: float) -> dic
 
 def head_memory(bench: Bench, size: str) -> dict[str, Any]:
     """MiB that the head's loss and gradient add, against full logits under autograd; on a GPU alone."""
-    from tests.helpers.naive import naive_loss_of_logits
+    from tools.bench.naive import naive_loss_of_logits
 
     device = bench.parallel.device
     if device.type != "cuda":

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from kernel_names import LAUNCHES, OTHER, PARTS, RUNTIME, WAITS, part_of
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
+
+from tools.bench.kernel_names import LAUNCHES, OTHER, PARTS, RUNTIME, WAITS, part_of
 
 REGION = "bench: one step"
 TOP = 15

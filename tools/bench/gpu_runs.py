@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from text import texts_of, write_text
 
 from megatron_dlm.data.tokenizers.tokenizer import train_tokenizer
 from megatron_dlm.kernels.choice import INTERPRETER
 from megatron_dlm.telemetry.writers import read_metrics
+from tools.bench.text import texts_of, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 START_AND_SAVE_MINUTES = 1.5

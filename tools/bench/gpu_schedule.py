@@ -25,8 +25,8 @@ class Piece:
     """One line of the output."""
 
     name: str
-    run: Callable[[float], dict[str, Any]]
-    """Given the time, on the monotonic clock, by which it should have ended."""
+    run: Callable[..., dict[str, Any]]
+    """Given one argument, the time, on the monotonic clock, by which it should have ended."""
     seconds: float = LONGEST_PIECE_SECONDS
     """That it may take."""
     start_up_seconds: float = 0.0

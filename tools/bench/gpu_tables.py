@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from gpu_runs import OPTIONS
-from step import show
+from tools.bench.gpu_runs import OPTIONS
+from tools.bench.step import show
 
 Lines = dict[str, dict[str, Any]]
 

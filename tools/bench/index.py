@@ -23,14 +23,16 @@ from multiprocessing import Pool
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from text import texts_of, write_text
 
 from megatron_dlm.data.shards.manifest import shard_path
 from megatron_dlm.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
 from megatron_dlm.platform.files import sha256_of
+from tools.bench.text import texts_of, write_text
 
 WORKERS = 2
 

@@ -27,11 +27,11 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import triton
-from step import show
 from torch import Tensor
 
 from megatron_dlm.kernels import biased_gelu, residual_norm
 from megatron_dlm.kernels.block_sizes import tiles_of
+from tools.bench.step import show
 
 COUNTED = (16, 2)
 """Length and batch at which touched bytes are counted."""

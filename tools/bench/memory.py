@@ -9,6 +9,11 @@ Gathered weights are what a pass adds at most; activations and gradients on thei
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 import gc
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -16,14 +21,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from sides import OurStep, Shape
-from step import show
 from torch import Tensor, nn
 
 from megatron_dlm.families.registry import OBJECTIVES
 from megatron_dlm.platform.launch import detect_environment
 from megatron_dlm.platform.parallel import ParallelState, start_parallel, stop_parallel
 from megatron_dlm.platform.parallel_config import ParallelConfig
+from tools.bench.sides import OurStep, Shape
+from tools.bench.step import show
 
 SIDES = {
     "distributed optimizer": ParallelConfig(),

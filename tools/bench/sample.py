@@ -24,7 +24,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from step import OWN_PAGES, _status_mib, show
+
+from tools.bench.step import OWN_PAGES, _status_mib, show
 
 FAMILIES = ("mdlm", "duo", "esolm", "ar")
 SIDES = ("ours", "naive")
@@ -60,7 +61,7 @@ def settings_of(family: str, steps: int) -> dict[str, object]:
 
 def measure(arguments: argparse.Namespace) -> None:
     """One side, in this process: seconds and MiB."""
-    from tests.helpers.naive_sampling import NAIVE
+    from tools.bench.naive_sampling import NAIVE
 
     torch.set_num_threads(arguments.threads)
     family, steps, length = arguments.families[0], arguments.steps[0], arguments.length

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
@@ -164,7 +160,7 @@ def plain_step(
 
 def naive_step(shape: Shape, parallel: ParallelState) -> Callable[[int], None]:
     """Full logits, autograd losses."""
-    from tests.helpers.naive import naive_loss
+    from tools.bench.naive import naive_loss
 
     def loss_of(denoiser: Any, inputs: ModelInputs, targets: Any) -> torch.Tensor:
         head = denoiser.head
@@ -211,7 +207,7 @@ def compiled_step(shape: Shape, parallel: ParallelState) -> Callable[[int], None
 
     Parameters are float32 and AdamW is torch's fused one, as in the paper's repository; compiled on CUDA.
     """
-    from tests.helpers.naive import naive_loss_of_logits
+    from tools.bench.naive import naive_loss_of_logits
 
     plain = plain_model(shape).to(parallel.device)
     optimizer = torch.optim.AdamW(
@@ -265,7 +261,11 @@ def plain_model(shape: Shape) -> Any:
     return plain
 
 
-BUILDERS = {"ours": OurStep, "naive": naive_step, "floor": floor_step}
+BUILDERS: dict[str, Callable[[Shape, ParallelState], Callable[[int], Any]]] = {
+    "ours": OurStep,
+    "naive": naive_step,
+    "floor": floor_step,
+}
 
 
 def body_steps(shape: Shape, parallel: ParallelState) -> dict[str, Callable[[], None]]:

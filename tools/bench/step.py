@@ -21,12 +21,15 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from sides import BUILDERS, OurStep, Shape, body_steps
 
 from megatron_dlm.families.registry import OBJECTIVES
 from megatron_dlm.models.flops.flops_actual import Work
@@ -35,6 +38,7 @@ from megatron_dlm.platform.device_flops import matmul_flops_per_second
 from megatron_dlm.platform.launch import detect_environment
 from megatron_dlm.platform.parallel import ParallelState, start_parallel, stop_parallel
 from megatron_dlm.platform.parallel_config import CUDA_VOCABULARY_MULTIPLE, ParallelConfig
+from tools.bench.sides import BUILDERS, OurStep, Shape, body_steps
 
 FAMILIES = ("mdlm", "duo", "ar", "esolm")
 SIDES = ("ours", "naive", "floor")
@@ -49,7 +53,7 @@ OWN_PAGES = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
 library keeps for later."""
 
 
-def interleaved(steps: dict[str, Callable[[int], None]], repeats: int) -> dict[str, float]:
+def interleaved(steps: Mapping[str, Callable[[int], Any]], repeats: int) -> dict[str, float]:
     """Median seconds of each, after one warm-up round."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for index in range(repeats + 1):
@@ -63,7 +67,7 @@ def interleaved(steps: dict[str, Callable[[int], None]], repeats: int) -> dict[s
 
 def peak_memory(shape: Shape, side: str, arguments: argparse.Namespace) -> float:
     """MiB that two steps of one side add to a process of its own."""
-    command = [sys.executable, __file__, "--memory-of", side, "--sizes", shape.size]
+    command: list[Any] = [sys.executable, __file__, "--memory-of", side, "--sizes", shape.size]
     command += ["--families", shape.family, "--precision", shape.precision]
     command += ["--recompute", shape.recompute]
     command += ["--batch-size", shape.batch_size, "--seq-length", shape.seq_length]
@@ -133,6 +137,10 @@ def compare(shapes: list[Shape], arguments: argparse.Namespace, parallel: Parall
     )
 
 
+def _without_index(body: Callable[[], None], index: int) -> None:
+    body()
+
+
 def compare_bodies(shapes: list[Shape], arguments: argparse.Namespace, parallel: ParallelState) -> None:
     """The second table: body against a plain DiT and bare matrix products; the redirection's cost."""
     rows = []
@@ -140,8 +148,10 @@ def compare_bodies(shapes: list[Shape], arguments: argparse.Namespace, parallel:
     peak = matmul_flops_per_second(parallel.device, dtype)
     for size in dict.fromkeys(shape.size for shape in shapes):
         shape = replace(shapes[0], size=size, family="mdlm")
-        bodies = {name: lambda index, body=body: body() for name, body in body_steps(shape, parallel).items()}
-        seconds = interleaved(bodies, arguments.repeats)
+        bodies = body_steps(shape, parallel)
+        seconds = interleaved(
+            {name: partial(_without_index, body) for name, body in bodies.items()}, arguments.repeats
+        )
         tokens, pairs = shape.batch_size * shape.seq_length, shape.batch_size * shape.seq_length**2
         work = Work(body_rows=tokens, attention_pairs=pairs, sequences=shape.batch_size)
         speed = work.training_flops(paper_model(size), shape.vocabulary_size) / seconds["ours"]
@@ -168,7 +178,8 @@ def scaling(base: Shape, arguments: argparse.Namespace, parallel: ParallelState)
         "batch_size": [1, 2, 4],
     }.items():
         for family in arguments.families:
-            shapes = {value: replace(base, family=family, **{name: value}) for value in values}
+            varied: list[dict[str, Any]] = [{"family": family, name: value} for value in values]
+            shapes = {value: replace(base, **fields) for value, fields in zip(values, varied, strict=True)}
             steps = {str(value): OurStep(shape, parallel) for value, shape in shapes.items()}
             seconds = interleaved(steps, arguments.repeats)
             rows.append([family, name, *(f"{value:,}: {seconds[str(value)]:.2f} s" for value in values)])

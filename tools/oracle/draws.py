@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from oracle.noise import Array
+from tools.oracle.noise import Array
 
 GUARD = 1e-10
 """Keeps logarithms finite."""

@@ -20,8 +20,8 @@ from megatron_dlm.interfaces import HeadRows, TokenBatch, Vocabulary
 from megatron_dlm.platform.vocab_parallel import VocabShard
 from megatron_dlm.sampling.decoding_plan import reveal_shares
 from megatron_dlm.sampling.replacing import posterior_shares
-from oracle.draws import exponential_race
-from oracle.noise import TIME_EPSILON, Array, RecordedNoise
+from tools.oracle.draws import exponential_race
+from tools.oracle.noise import TIME_EPSILON, Array, RecordedNoise
 
 ROWS_PER_CHUNK = 16
 
@@ -157,7 +157,7 @@ class Case:
 
     # ---- Duo
 
-    def _duo(self, **changes: bool) -> tuple[DuoConfig, CorruptionContext]:
+    def _duo(self, **changes: Any) -> tuple[DuoConfig, CorruptionContext]:
         config = DuoConfig(time_order="reference", **changes)
         draws = {"time__jitter": "u_t", "duo__replace": "u_move", "duo__token": "u_tok"}
         return config, self._context(training=True, **draws)
@@ -182,8 +182,8 @@ class Case:
 
     def _duo_posterior(self, prediction: torch.Tensor, alpha_s: Array) -> torch.Tensor:
         noisy_BL1 = torch.from_numpy(self.duo_xt())[..., None]
-        alpha_t, alpha_s = (torch.from_numpy(a).reshape(-1, 1, 1) for a in (self.alpha_t(), alpha_s))
-        shares = posterior_shares(prediction.gather(-1, noisy_BL1), alpha_t, alpha_s, self._size)
+        now, next_ = (torch.from_numpy(a).reshape(-1, 1, 1) for a in (self.alpha_t(), alpha_s))
+        shares = posterior_shares(prediction.gather(-1, noisy_BL1), now, next_, self._size)
         posterior = shares.predicted * prediction + shares.noise / self._size
         return posterior.scatter_add(-1, noisy_BL1, shares.stays)
 

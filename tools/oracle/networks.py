@@ -13,7 +13,7 @@ from megatron_dlm.interfaces import AttentionPattern, ModelInputs, TokenBatch, V
 from megatron_dlm.platform.launch import detect_environment
 from megatron_dlm.platform.parallel import start_parallel, stop_parallel
 from megatron_dlm.platform.parallel_config import ParallelConfig
-from oracle.noise import Array, RecordedNoise
+from tools.oracle.noise import Array, RecordedNoise
 
 
 class Networks:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,8 @@ from megatron_dlm.diffusion.time_sampling import stratified_times
 from megatron_dlm.run.lr_schedule import LrScheduleConfig
 from megatron_dlm.sampling.categorical import keep_nucleus
 from megatron_dlm.sampling.decoding_plan import Part, block_autoregressive_part, block_part, reveal_shares
-from oracle.draws import exponential_race
-from oracle.noise import TIME_EPSILON, Array, RecordedNoise
+from tools.oracle.draws import exponential_race
+from tools.oracle.noise import TIME_EPSILON, Array, RecordedNoise
 
 GLOBAL_BATCH_SIZE = 256
 """Of the recorded step counts."""
@@ -41,13 +42,13 @@ def table_method(key: str, a: dict[str, Array]) -> Callable[[], Any]:
     """
     area, _, name = key.partition("/")
     if area == "tsplit" and (found := re.fullmatch(r"n(\d+)_d(\d+)_a(\d+)", name)):
-        return lambda: _split_times(a["u"], a["shape"], *map(int, found.groups()))
+        return partial(_split_times, a["u"], a["shape"], *map(int, found.groups()))
     if area == "lr" and (found := re.fullmatch(r"(\w+)/lr", name)):
-        return lambda: _learning_rates(a[f"{found[1]}/cfg"], a[f"{found[1]}/step"])
+        return partial(_learning_rates, a[f"{found[1]}/cfg"], a[f"{found[1]}/step"])
     if area == "eso_steps" and (found := re.fullmatch(r"a([\d.]+)", name)):
-        return lambda: _reveal_sizes(float(found[1]), a)
+        return partial(_reveal_sizes, float(found[1]), a)
     if area == "topp" and (found := re.fullmatch(r"out_(renorm_)?([\d.]+)", name)):
-        return lambda: _nucleus(a["logits"], float(found[2]), renormalise=found[1] is not None)
+        return partial(_nucleus, a["logits"], float(found[2]), renormalise=found[1] is not None)
     return {
         "steps/max_steps": lambda: _step_counts(a["names"], a["budgets_1e18"]),
         "block/order": lambda: np.stack([block_part(row, int(a["T_P"][1]))[0] for row in a["u"]]),
