@@ -2,8 +2,6 @@
 
 import json
 
-import pytest
-
 from megatron_dlm.data.preprocessing.index import IndexConfig, build_shards
 from tools import tiny
 
@@ -26,10 +24,3 @@ def index(corpus, path, prefix, **fields):
     config = IndexConfig(input=(str(path),), output=prefix, tokenizer=corpus.tokenizer, **fields)
     (manifest,) = build_shards(config, lambda progress: None)
     return manifest
-
-
-@pytest.fixture(scope="module")
-def prefix(corpus, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("prompts")
-    index(corpus, write(directory / "records.jsonl", RECORDS), directory / "shard")
-    return directory / "shard"

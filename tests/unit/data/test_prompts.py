@@ -28,6 +28,13 @@ from tests.helpers.prompts import LENGTH, RECORDS, index, write
 from tools import tiny
 
 
+@pytest.fixture(scope="module")
+def prefix(corpus, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("prompts")
+    index(corpus, write(directory / "records.jsonl", RECORDS), directory / "shard")
+    return directory / "shard"
+
+
 def test_a_record_is_two_sequences_of_one_document(corpus, prefix):
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
