@@ -139,8 +139,8 @@ class ModelInputs:
     sigma_B: Tensor
     """float32 [B]; noise level -ln(alpha) fed to the time embedder, zeros for families without it."""
     attention_mask: AttentionMask | None = None
-    """Of the S positions as queries, one context parallel rank's where it holds a part, and all as keys; None
-    for the family's own pattern."""
+    """Which of all positions each of the S positions attends to (with context parallelism a rank has S of
+    them); None for the family's own pattern."""
     mixture: TokenMixture | None = None
     """Embedded in place of `token_ids_BL` where present."""
     document_ids_BL: Tensor | None = None
@@ -319,7 +319,7 @@ class HeadRows:
 
     @classmethod
     def of(cls, targets: Targets) -> HeadRows:
-        """Those whose weight is not 0; made beside the draws, so that no device is asked for their number."""
+        """The rows whose weight is not 0; made on the CPU, so that no GPU is asked for their number."""
         places_R = targets.weight_BL.t().reshape(-1).nonzero()[:, 0]
         rows = targets.rows(lambda values_BL: values_BL.t().reshape(-1)[places_R])
         return cls(places_R, rows, targets.weight_BL.shape[0])

@@ -244,7 +244,7 @@ def damage_newest(run: Run, dice: random.Random) -> None:
 
 
 def exit_code(run: Run, ranks: list[Any]) -> int:
-    """Of the first rank that has one other than 0; a rank that hangs is killed and counted as lost."""
+    """First exit code of a rank that is not 0; a rank that hangs is killed and counted as lost."""
     deadline = time.monotonic() + DEADLINE_SECONDS
     for process in ranks:
         process.join(max(0.0, deadline - time.monotonic()))

@@ -20,7 +20,7 @@ from megatron_dlm.data.preprocessing.index import IndexConfig
 from megatron_dlm.interfaces import InputError
 
 TOKENIZERS = ("HuggingFaceTokenizer", "SentencePieceTokenizer", "GPTSentencePieceTokenizer", "TikTokenizer")
-"""That give here the ids and the end of documents that they give in megatron-core 0.16."""
+"""Tokenizers that give the same ids and ends of documents here as in megatron-core 0.16."""
 WITHOUT_EFFECT = {
     "--partitions": "how Megatron-LM cuts its input; the documents keep their order without it",
     "--log-interval": "documents between Megatron-LM's reports; here they come every two seconds",

@@ -40,7 +40,7 @@ class WholeWeights:
         self._stored = self._reader.read_metadata().state_dict_metadata
         self._num_heads = model.num_attention_heads
         self.shapes = public_shapes(model, vocabulary_size)
-        """Of every tensor by public name."""
+        """Shape of every tensor by public name."""
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors as exactly as the checkpoint has them: of a bf16 run the optimizer's main weights.

@@ -24,9 +24,9 @@ SAVE_REQUEST = "save-now"
 """Making this file in a run's directory asks for a checkpoint after the current step or the next, which
 removes it."""
 REFERENCE_SUFFIX = ".ckpt"
-"""Of checkpoints of the paper's code."""
+"""File name suffix of checkpoints of the paper's code."""
 VERSION = 1
-"""Of the directory's layout; a later one is refused."""
+"""Version of the directory's layout; a later one is refused."""
 ChangeableField = Literal[
     "data.train", "data.tokenizer", "data.seq_length", "data.document_mask", "training.seed", "objective"
 ]
@@ -54,7 +54,7 @@ class CheckpointConfig:
     stop_after_minutes: float = 0.0
     """Minutes after which a run is saved and ends with exit code 3, before a scheduler's limit; 0: none."""
     on_corrupt: Literal["stop", "previous"] = "stop"
-    """Where the newest complete checkpoint is damaged: stop, or go on from the one before it."""
+    """What to do if the newest checkpoint is damaged: stop, or resume from the one before it."""
     allow_changed: tuple[ChangeableField, ...] = ()
     """What a resumed run may have other than its checkpoint says; refused unless named here. A changed
     objective stays of the same family."""

@@ -19,7 +19,7 @@ METADATA = ".metadata"
 FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 """Environment variable by which torch.load takes `weights_only` whatever its caller says."""
 LARGEST_BYTES = 64 << 20
-"""Of the metadata; some hundred bytes a tensor and process."""
+"""Largest metadata file that is read; metadata take some hundred bytes a tensor and process."""
 _PLAN = "torch.distributed.checkpoint.planner"
 _META = "torch.distributed.checkpoint.metadata"
 _ALLOWED = {

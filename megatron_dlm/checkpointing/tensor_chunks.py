@@ -67,7 +67,7 @@ class TensorPieces:
         ]
 
     def chunks(self) -> list[ChunkStorageMetadata]:
-        """Where the pieces lie."""
+        """Offset and size of each piece."""
         return [ChunkStorageMetadata(Size(offset), piece.shape) for offset, piece in self._pieces.items()]
 
     def at(self, offset: Sequence[int] | None) -> Tensor:

@@ -1,1 +1,1 @@
-"""One file a command: parse, build, call."""
+"""The commands of `megatron-dlm`, one file each: parse, build, call."""

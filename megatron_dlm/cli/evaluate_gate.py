@@ -34,13 +34,13 @@ class GateConfig:
     a: Annotated[Path, tyro.conf.Positional]
     """A run's directory (its newest checkpoint is scored) or a step-NNNNNNNN directory: the yardstick."""
     b: Annotated[Path, tyro.conf.Positional]
-    """The other, or the same again."""
+    """The run or checkpoint to compare with A; may be the same one, at another precision."""
     precision_a: AskedPrecision = "training"
-    """To score A in; training: as it was trained."""
+    """Precision in which A is scored; training: the one it was trained in."""
     precision_b: AskedPrecision = "training"
-    """To score B in."""
+    """Precision in which B is scored; training: the one it was trained in."""
     fp8: Fp8Config = Fp8Config()
-    """Where a precision is fp8."""
+    """FP8 recipe, where a precision is fp8."""
     tolerance: float = 0.005
     """Nats per token that B may be worse by."""
     data: str | None = None

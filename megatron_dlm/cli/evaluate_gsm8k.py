@@ -47,15 +47,16 @@ class Gsm8kConfig:
         sampler="left-to-right", stop_at_eos=True
     )
     seed: int = 0
-    """Of all draws; an answer depends on the seed and the problem's number, not on the batch."""
+    """Random seed. An answer depends on the seed and the problem's index, not on the batch it was sampled
+    in."""
     batch_size: int = 16
     """Problems sampled together."""
     tokenizer: Path | None = None
     """Directory of the model's tokenizer; None: the folder's, or that of the run's data."""
     dtype: Literal["fp32", "bf16"] = "fp32"
-    """Of the weights."""
+    """Precision of the loaded weights."""
     device: str | None = None
-    """For example cpu or cuda:0; None: CUDA where there is one."""
+    """Device to run on, for example cpu or cuda:0; None: a GPU if there is one."""
 
     def __post_init__(self) -> None:
         for name in ("limit", "batch_size", "length"):

@@ -36,13 +36,14 @@ class HarnessConfig:
     """First documents of each task; None: all."""
     conditional: tyro.conf.OmitArgPrefixes[ConditionalConfig] = ConditionalConfig()
     sampling: SamplingConfig = SamplingConfig(sampler="left-to-right", stop_at_eos=True)
-    """Of texts; a task's own temperature comes first, and one that does not sample takes 0."""
+    """Sampling settings of tasks that generate text. A task's own temperature overrides them; a task that
+    does not sample uses 0."""
     tokenizer: Path | None = None
     """Directory of the model's tokenizer; None: the folder's, or that of the run's data."""
     dtype: Literal["fp32", "bf16"] = "fp32"
-    """Of the weights."""
+    """Precision of the loaded weights."""
     device: str | None = None
-    """For example cpu or cuda:0; None: CUDA where there is one."""
+    """Device to run on, for example cpu or cuda:0; None: a GPU if there is one."""
     output: Path | None = None
     """JSON file for results and answers."""
 

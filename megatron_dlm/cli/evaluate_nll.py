@@ -48,7 +48,8 @@ class NllConfig:
     tokenizer: Path | None = None
     """Directory of the model's tokenizer, for text and exports; None: the folder's, or that of the data."""
     dtype: Literal["fp32", "bf16"] = "fp32"
-    """Of an exported folder's weights; a checkpoint is evaluated in the precision of its training."""
+    """Precision of an exported folder's weights; a checkpoint is evaluated in the precision of its
+    training."""
     output: Path | None = None
     """JSON file for the result."""
     plot: Path | None = None

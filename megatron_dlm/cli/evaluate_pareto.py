@@ -57,15 +57,15 @@ class ParetoConfig:
     length: int | None = None
     """Tokens of a text; None: the training length."""
     seed: int = 0
-    """Of all draws."""
+    """Random seed."""
     reference: Path | None = None
     """CSV with family, throughput_tok_per_s and gen_ppl to lay under the picture."""
     tokenizer: Path | None = None
     """Directory of the models' tokenizer; None: the folder's, or that of the run's data."""
     dtype: Literal["fp32", "bf16"] = "fp32"
-    """Of the models' weights."""
+    """Precision of the models' weights."""
     device: str | None = None
-    """For example cpu or cuda:0; None: CUDA where there is one."""
+    """Device to run on, for example cpu or cuda:0; None: a GPU if there is one."""
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "batch_sizes"):
@@ -115,7 +115,7 @@ def _comparable(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _judge(config: ParetoConfig, device: Any) -> Judge:
-    """Of a Hugging Face folder, or of this package's own model that predicts next tokens."""
+    """The judge: a Hugging Face folder, or a model of this package that predicts next tokens."""
     from megatron_dlm.evaluation.generative import Judge, hugging_face_judge
     from megatron_dlm.evaluation.loaded_model import is_model, open_model
 
@@ -184,7 +184,7 @@ def _combinations(config: ParetoConfig, path: Path, usable: UsableModel) -> list
 
 
 def _measure(keys: dict[str, Any], usable: UsableModel, judge: Judge) -> dict[str, str]:
-    """One row."""
+    """Measure one combination; returns its row of the table."""
     from megatron_dlm.evaluation.generation import sample_all
     from megatron_dlm.evaluation.generative import unigram_entropy
     from megatron_dlm.sampling.start import start_from

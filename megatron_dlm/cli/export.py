@@ -34,7 +34,8 @@ class ExportConfig:
     data: str | None = None
     """Prefix of a shard for the comparison; None: the run's validation data."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of the exported weights. Relative differences may be 1e-5 at fp32, 2e-2 at bf16, 5e-3 at fp16."""
+    """Precision of the exported weights. The comparison allows relative differences of 1e-5 at fp32, 2e-2 at
+    bf16, 5e-3 at fp16."""
     max_shard_size: str = "5GB"
     """Largest weight file, and about the memory that writing takes; comparing takes the whole model's."""
     verify: bool = True

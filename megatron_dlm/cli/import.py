@@ -27,9 +27,9 @@ class ImportConfig:
     output: Annotated[Path, tyro.conf.Positional]
     """Directory to make; the checkpoint is in its checkpoints/."""
     recipe: Path | None = None
-    """Of a .ckpt: recipe file whose model and objective it has."""
+    """Recipe file with the model and objective of a .ckpt file; a folder brings its own."""
     tokenizer: Path | None = None
-    """Of a .ckpt: directory of the model's tokenizer."""
+    """Directory of the tokenizer of a .ckpt file; a folder brings its own."""
 
 
 def run(arguments: list[str]) -> int:

@@ -38,7 +38,7 @@ def index(config: IndexConfig) -> int:
 
 
 def report(progress: IndexProgress) -> None:
-    """One line on standard error."""
+    """Print one line of progress on standard error."""
     from megatron_dlm.telemetry.writers import duration
 
     eta = duration(progress.eta_seconds) if math.isfinite(progress.eta_seconds) else "-"

@@ -38,7 +38,7 @@ class SampleConfig:
     """JSON lines with {"prompt": TEXT}, or {"parts": [TEXT, NUMBER, TEXT, ...]}: gaps in tokens."""
     sampling: tyro.conf.OmitArgPrefixes[SamplingConfig] = SamplingConfig()
     seed: int = 0
-    """Of all draws; a text depends on the seed and its number, not on the batch."""
+    """Random seed. A text depends on the seed and its index, not on the batch it was sampled in."""
     batch_size: int = 8
     """Texts sampled together."""
     output: Path | None = None
@@ -48,9 +48,9 @@ class SampleConfig:
     tokenizer: Path | None = None
     """Directory of the model's tokenizer; None: the folder's, or where the data was indexed with it."""
     dtype: Literal["fp32", "bf16"] = "fp32"
-    """Of the weights."""
+    """Precision of the loaded weights."""
     device: str | None = None
-    """For example cpu or cuda:0; None: CUDA where there is one."""
+    """Device to run on, for example cpu or cuda:0; None: a GPU if there is one."""
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "batch_size", "length"):

@@ -29,7 +29,7 @@ PICKLE_STARTS = (b"PK", b"\x80")
 
 
 class ExportedFolder:
-    """One folder, checked on opening as far as that goes without reading the weights."""
+    """An exported folder; all but the weights is checked on opening."""
 
     def __init__(self, path: Path) -> None:
         """Open.

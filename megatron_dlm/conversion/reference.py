@@ -84,7 +84,7 @@ def _unpickle(file: Any, **options: Any) -> Any:
 
 
 _PICKLE = SimpleNamespace(__name__="restricted_pickle", Unpickler=_Unpickler, load=_unpickle)
-"""In the place of the module that torch unpickles with."""
+"""Given to torch.load in place of the module pickle."""
 
 
 def read_reference_checkpoint(path: Path, model: ModelConfig, vocabulary: Vocabulary) -> dict[str, Tensor]:

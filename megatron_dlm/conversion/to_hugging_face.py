@@ -72,7 +72,7 @@ class ExportSource:
     read: Callable[[Sequence[str]], dict[str, Tensor]]
     """Whole float32 tensors by public name."""
     shapes: dict[str, tuple[int, ...]]
-    """Of all tensors by public name."""
+    """Shape of every tensor by public name."""
     model: ModelConfig
     vocabulary: Vocabulary
     objective: ObjectiveConfig

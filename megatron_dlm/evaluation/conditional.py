@@ -50,7 +50,7 @@ class ConditionalConfig:
     batch_size: int = 32
     """Sequences of one forward pass, at most."""
     seed: int = 0
-    """Of all draws."""
+    """Random seed."""
 
     def __post_init__(self) -> None:
         for name in ("num_times", "batch_size"):
@@ -67,7 +67,7 @@ class Scored:
     """Copies of one choice so far."""
 
     nats: list[float]
-    """Of each copy; their mean is the bound."""
+    """Nats of each noisy copy; their mean is the bound."""
     is_greedy: bool = False
     """Whether each token of the continuation is the most likely one; of models that predict next tokens."""
 

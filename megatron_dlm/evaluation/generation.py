@@ -18,10 +18,10 @@ from megatron_dlm.sampling.start import Start, start_from
 
 @dataclass(frozen=True)
 class Generated:
-    """One batch."""
+    """Texts of one batch."""
 
     places: range
-    """Of its samples among the starts."""
+    """Index of each of its samples among the starts."""
     ids_BL: Tensor
     """int64 [B, L] on the CPU."""
     given_BL: Tensor

@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_dlm.interfaces import InputError
 
 JUDGE_TOKENS = 2048
-"""Of a text, at most, as in the paper's code."""
+"""Tokens of a text that the judge reads at most, as in the paper's code."""
 
 
 class Judge:

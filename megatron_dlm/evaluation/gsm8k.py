@@ -19,7 +19,7 @@ _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d[\d,]*)?|[-+]?\.\d+")
 
 @dataclass(frozen=True)
 class Problem:
-    """One line of the data set."""
+    """A question with its answer, one line of the data set."""
 
     number: int
     """Place among the problems of the file, from 0."""

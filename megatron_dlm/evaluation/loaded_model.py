@@ -41,11 +41,11 @@ class UsableModel:
     model: Any
     """The exported model's class of this package, in evaluation mode."""
     family: FamilySampler
-    """Its samplers."""
+    """Samplers of the model's family."""
     tokenizer: LoadedTokenizer
     vocabulary: Vocabulary
     config: RunConfig
-    """Of the run that trained it."""
+    """Configuration of the run that trained it."""
 
     @property
     def network(self) -> Network:
@@ -109,7 +109,7 @@ def open_model(path: Path, *, tokenizer: Path | None, dtype: ModelDtype, device:
 
 
 def _device(name: str | None) -> torch.device:
-    """One that tensors can be made on."""
+    """Refuse a device on which no tensor can be made."""
     import torch
 
     try:
@@ -153,7 +153,7 @@ def _folder(path: Path) -> tuple[RunConfig, Vocabulary, str, Mapping[str, torch.
 
 
 def tokenizer_of_data(config: RunConfig) -> Path:
-    """Where the tokenizer was when the run's data was indexed.
+    """Directory of the tokenizer that the run's data was indexed with.
 
     Args:
         config: of the run.

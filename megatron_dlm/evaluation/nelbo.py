@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 DEFAULT_SEQUENCES = 128
 EARLY_SHARE = 4
-"""Of a grid's copies, one in so many is made again at times below time_epsilon."""
+"""One in this many copies of a grid is made again at times below time_epsilon."""
 
 
 RunCopies = Callable[[ObjectiveConfig, Sequence[TokenBatch], CorruptionContext], NDArray[np.float64]]
@@ -113,7 +113,7 @@ class _Scorer:
         self.noise = NoiseSource(config.seed, "held-out")
 
     def tokens(self, row: int) -> int:
-        """Of a sequence, how many are scored."""
+        """How many tokens of a sequence are scored."""
         alone = BatchAddress(0, 0, 1, training=False).context(self.noise)
         batch = self._read(np.array([row]), np.zeros(1, np.int64))
         return corrupt(self._built, batch, alone)[1].token_count

@@ -28,9 +28,10 @@ class BoundConfig:
     """Noisy copies of each sequence, one in each of as many equal parts of the diffusion time. Where nothing
     is drawn, as for AR: sequences scored together."""
     replicates: int = 2
-    """Such sets of copies for each sequence, from which the noise's own error is told."""
+    """Independent sets of such copies for each sequence; the error from noise alone is measured between
+    them."""
     seed: int = 0
-    """Of sequences, times and noise: models are compared at the same seed."""
+    """Random seed of sequences, times and noise; compare models at the same seed."""
 
     def __post_init__(self) -> None:
         for name in ("num_sequences", "num_times", "replicates"):
@@ -46,11 +47,11 @@ class TimeBand:
     first: float
     last: float
     nats_per_token: float
-    """Of the bound's integrand, so that the mean over the bands is the bound."""
+    """The bound's integrand in this band of times; the mean over all bands is the bound."""
     standard_error: float | None
     """Over sequences; None with one."""
     half_width: float | None
-    """To each side of a 95% interval; None with one sequence."""
+    """Half the width of the 95% interval; None with one sequence."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +62,11 @@ class Bound:
     """As published (arXiv:2602.15014): times from time_epsilon to 1, no factor for the shorter interval,
     without prior and reconstruction terms; the whole NLL for AR."""
     complete: Mean
-    """With all that is left out: an upper bound of the negative log-likelihood."""
+    """The protocol bound and all that it leaves out: an upper bound of the negative log-likelihood."""
     monte_carlo_error: float | None
     """Standard error of the protocol bound from its noise alone, over replicates; None with one."""
     bits_per_byte: float
-    """Of the protocol bound; comparable across tokenizers and families."""
+    """The protocol bound in bits per UTF-8 byte; comparable across tokenizers and families."""
     perplexity: float
     """exp of the protocol bound."""
     sequences: int

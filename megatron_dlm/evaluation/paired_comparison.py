@@ -26,7 +26,7 @@ class TrainingDifference:
     steps: int
     """Common steps in all."""
     first_step: int
-    """Of those compared."""
+    """First of the steps that are compared."""
     largest: float
     """Difference of one step, nats/token, without sign."""
 

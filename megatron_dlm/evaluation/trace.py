@@ -14,7 +14,7 @@ from torch import Tensor
 
 PAGE, PLACE = "trace_page.html", "__TRACE__"
 LARGEST_CHANGES = 5_000_000
-"""Of tokens, in all samples and steps; about 60 MB of page."""
+"""Most changes of tokens, over all samples and steps, that a page shows; they make about 60 MB."""
 
 
 class Trace:

@@ -15,7 +15,8 @@ class Likelihood:
 
     nats_per_token: float
     standard_error: float | None
-    """Of nats_per_token over the batches; None with one batch. Too small where a shard was read twice."""
+    """Standard error of nats_per_token, over the batches; None with one batch. Too small if a shard was read
+    more than once."""
     bits_per_byte: float
     """Comparable across tokenizers and families."""
     tokens: int

@@ -1,4 +1,4 @@
-"""One rank's microbatches of a global batch: read, corrupted, and what network and head read of them."""
+"""Makes a rank's microbatches of a global batch: reads, corrupts and cuts them to what the network needs."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class BatchAddress:
 
 @dataclass(frozen=True)
 class Microbatch:
-    """One forward-backward's share of a global batch, corrupted."""
+    """Samples of one forward and backward pass, corrupted."""
 
     sample_indices: NDArray[np.int64]
     """int64 [B], positions in the run."""
@@ -70,15 +70,15 @@ class ReadyMicrobatch:
     sample_indices: NDArray[np.int64]
     """int64 [B], positions in the run."""
     inputs: ModelInputs
-    """Of this context parallel rank's positions."""
+    """Inputs at this context parallel rank's positions."""
     rows: HeadRows
-    """Of these."""
+    """Rows of the head at these positions."""
     token_count: int
     """Tokens whose loss this rank answers for."""
     work: Work
     """What all context parallel ranks compute on."""
     counted_tokens: int
-    """Theirs together."""
+    """Tokens of all of them together."""
     fingerprint: int
     """Digest of the samples' corruption."""
 

@@ -41,7 +41,7 @@ class BatchSums:
     sample_bounds: NDArray[np.float64] | None = None
     """float64 [samples of the batch], the NELBO's sum of each in nats; of evaluations."""
     votes: tuple[bool, ...] = ()
-    """Of each vote whether any rank has cast it."""
+    """Whether any rank has cast each vote."""
 
 
 class PipelineRunner:
@@ -201,7 +201,7 @@ class PipelineRunner:
         microbatches: Sequence[ReadyMicrobatch],
         address: BatchAddress,
     ) -> NDArray[np.float64]:
-        """Of each sample of the batch, on all ranks; all call it."""
+        """The bound of each sample of the batch, in nats, on all ranks; all ranks call it."""
         parallel = self._parallel
         bounds = torch.zeros(address.size, dtype=torch.float64, device=parallel.device)
         if parallel.is_last_stage:

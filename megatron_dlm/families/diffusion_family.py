@@ -55,7 +55,7 @@ class DiffusionConfig(ObjectiveConfig):
         return float(alpha_and_slope(self.noise_schedule, np.array(t))[0])
 
     def prior_nats(self, vocabulary: Vocabulary) -> float:
-        """Of masked diffusion; the prior draws the few tokens that are clean at t = 1 uniformly."""
+        """Prior term of masked diffusion; the few tokens that are clean at t = 1 are drawn uniformly."""
         return self.alpha(1.0) * math.log(vocabulary.size - 1)
 
     @property

@@ -44,7 +44,7 @@ def corrupt(
 
 
 def document_starts(document_ids_BL: Tensor) -> Tensor:
-    """Where in its block the document of each token begins.
+    """First position of the document that each token belongs to.
 
     Args:
         document_ids_BL: int64 [B, L], not falling along a row.

@@ -18,7 +18,7 @@ from megatron_dlm.kernels.block_sizes import block_of, programs_of, wide_dtype
 
 LARGEST_BLOCK = 1024
 WARPS = 4
-"""Of a program, which has one block of columns."""
+"""Warps of a program, which computes one block of columns."""
 SLOPE = tl.constexpr(2.0 * math.sqrt(2.0 / math.pi))
 CUBIC = tl.constexpr(0.044715)
 

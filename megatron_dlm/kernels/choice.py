@@ -19,7 +19,7 @@ Kernels = Literal["auto", "torch", "triton"]
 interpreter, slowly, for tests."""
 INTERPRETER = "TRITON_INTERPRET"
 LEAST_CAPABILITY = (8, 0)
-"""Of GPUs that the kernels are compiled for in the tests."""
+"""Lowest compute capability of the GPUs that the tests compile the kernels for."""
 
 
 def wants_triton(kernels: Kernels, device: torch.device) -> bool:

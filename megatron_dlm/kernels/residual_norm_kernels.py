@@ -50,7 +50,7 @@ def add_and_norm(
     BRANCH: tl.constexpr, BIASED: tl.constexpr, NORM: tl.constexpr, WIDE: tl.constexpr,
     MAIN: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """One position: the stream behind the branch, its norm, and the norm's mean and inverse deviation."""
+    """Add the branch to the stream at one position, and normalise; gives both and the norm's statistics."""
     row = tl.program_id(0).to(tl.int64)
     sample = row % batch
     stream += row * width

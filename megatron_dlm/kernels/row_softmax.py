@@ -20,7 +20,7 @@ from megatron_dlm.platform.vocab_parallel import VocabShard
 
 LARGEST_BLOCK = 4096
 LOWEST = tl.constexpr(-1e30)
-"""In place of -infinity where differences are formed."""
+"""Stands for -infinity where differences are formed."""
 
 
 @triton.jit
@@ -61,7 +61,7 @@ def _statistics(
     logits, ids, maxima, sums, picked, stride, width, first, mask_id, size,
     WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of each row its maximum, the sum of exp(logit - maximum), and the logit of an id (0 where not here)."""
+    """Maximum of each row, its sum of exp(logit - maximum), and the logit of an id (0 if on another rank)."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     maximum, total = _largest_and_sum(logits, width, first, mask_id, size, WIDE, BLOCK)
@@ -114,7 +114,7 @@ def _subtract_one_hot(
 
 @triton.jit
 def _probability(logits, token, log_sum, width, first, mask_id, WIDE: tl.constexpr):
-    """Of one id; 0 where another rank has it, and for the mask token."""
+    """Probability of one id; 0 where another rank has it, and for the mask token."""
     here = (token >= first) & (token < first + width) & (token != mask_id)
     value = tl.load(logits + token - first, mask=here, other=0.0).to(WIDE)
     return tl.where(here, tl.exp(value - log_sum), 0.0)

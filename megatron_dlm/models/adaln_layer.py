@@ -49,7 +49,7 @@ class ModulatedNorm(nn.Module):
 
 
 class FusedModulatedNorm(ModulatedNorm):
-    """The same in one kernel with the gated branch that is added to the stream before, if any."""
+    """`ModulatedNorm` and the gated branch that is added to the stream before it, if any, as one kernel."""
 
     def forward(  # type: ignore[override]
         self,
@@ -117,7 +117,7 @@ class AdaLNTransformerLayer(MegatronModule, BaseTransformerLayer):
         rotary_pos_emb: Tensor,
         **unused: Any,
     ) -> tuple[Tensor, Tensor]:
-        """One layer.
+        """Run the layer.
 
         Args:
             hidden_states: float32 [s, b, d].
@@ -166,7 +166,7 @@ class AdaLNTransformerLayer(MegatronModule, BaseTransformerLayer):
     def _compute_fused(
         self, stream: Tensor, context: Tensor, rotary_pos_emb: Tensor, attention_mask: Tensor | None
     ) -> Tensor:
-        """The same; all that is between two products is one kernel each way."""
+        """`compute` with one kernel each way for all that is between two matrix products."""
         from megatron_dlm.kernels.residual_norm import gated_residual
 
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(context).chunk(6, dim=-1)

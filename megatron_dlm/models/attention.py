@@ -73,12 +73,12 @@ class RotarySelfAttention(SelfAttention):
     """megatron-core's self-attention, whose query and key are turned where they leave the projection."""
 
     def forward(self, *args: Any, rotary_pos_emb: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """As the base class, with `rotary_pos_emb` from `rotary_table`."""
+        """Self-attention as in the base class, with `rotary_pos_emb` from `rotary_table`."""
         self._table = rotary_pos_emb
         return super().forward(*args, **kwargs)
 
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """As the base class, query and key [s, b, n, h] turned; called by its `forward`."""
+        """Query and key [s, b, n, h], rotated, and value; called by the base class's `forward`."""
         query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
         if self.config.fused_kernels:
             from megatron_dlm.kernels.rotary import rotate

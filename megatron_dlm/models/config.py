@@ -9,7 +9,7 @@ from megatron_dlm.interfaces import InputError
 from megatron_dlm.platform.parallel_config import ParallelConfig
 
 Precision = Literal["fp32", "bf16", "fp8"]
-"""Of parameters and matrix products; fp8 has bf16 parameters and FP8 products in the layers."""
+"""Precision of parameters and matrix products; fp8 has bf16 parameters and FP8 products in the layers."""
 TransformerImpl = Literal["local", "transformer_engine"]
 """Whose linears and attention: megatron-core's and PyTorch's, or Transformer Engine's."""
 Recompute = Literal["none", "norms", "selective", "full"]

@@ -37,7 +37,7 @@ def own_positions(length: int, rank: int, size: int) -> Tensor:
 
 
 def own_share(inputs: ModelInputs, targets: Targets, rank: int, size: int) -> tuple[ModelInputs, Targets]:
-    """One rank's positions of a microbatch.
+    """Cut a microbatch to one context parallel rank's positions.
 
     Args:
         inputs: of S positions, on the CPU.

@@ -206,7 +206,7 @@ class ChunkedDenoiser(nn.Module):
 
     @property
     def chunks(self) -> list[Denoiser]:
-        """From the input's side to the head's."""
+        """The chunks in order, from the embedding to the head."""
         return list(self._chunks)  # type: ignore[arg-type]
 
     def sharded_state_dict(self, metadata: dict[str, Any] | None = None) -> ShardedStateDict:

@@ -40,7 +40,7 @@ class HeadLosses:
     losses_R: Tensor
     """[R] unweighted losses of the rows that reached the head."""
     rows: HeadRows
-    """Those, on the losses' device."""
+    """The rows that reached the head, on the losses' device."""
 
     def sample_bounds(self) -> Tensor:
         """float64 [b], the bound's sum over each sequence, without gradient."""

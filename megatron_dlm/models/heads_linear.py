@@ -15,7 +15,7 @@ class HeadsLinear(nn.Module):
         super().__init__(*args, **(kwargs | {"bias": False}))
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> ShardedStateDict:
-        """As the linear's, with padded heads cut or filled with zeros on loading."""
+        """The linear's sharded state; padded heads are cut, or filled with zeros, on loading."""
         state: ShardedStateDict = super().sharded_state_dict(*args, **kwargs)  # type: ignore[misc]
         return allow_padding(state)
 

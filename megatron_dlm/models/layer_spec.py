@@ -34,7 +34,7 @@ class QkvLinear(HeadsLinear, ColumnParallelLinear):
 
 
 class AttentionOutputLinear(HeadsLinear, RowParallelLinear):
-    """From this rank's heads."""
+    """Output projection of attention, from this rank's heads."""
 
 
 class EmulatedQkvLinear(HeadsLinear, EmulatedColumnParallelLinear):
@@ -42,7 +42,7 @@ class EmulatedQkvLinear(HeadsLinear, EmulatedColumnParallelLinear):
 
 
 class EmulatedAttentionOutputLinear(HeadsLinear, EmulatedRowParallelLinear):
-    """From this rank's heads, in emulated FP8."""
+    """Output projection of attention, from this rank's heads, in emulated FP8."""
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ def own_queries(mask: AttentionMask, own: Tensor) -> AttentionMask:
 
 
 def document_edges(documents_BS: Tensor) -> Tensor | None:
-    """Where documents begin when the samples stand one after the other.
+    """First positions of the documents when all samples are laid end to end.
 
     Args:
         documents_BS: int64 [B, S], on the CPU.

@@ -144,7 +144,7 @@ def _public_name(local_name: str, denoiser: Denoiser) -> str:
 
 
 def stored_place(name: str) -> tuple[str, int | None]:
-    """Where a checkpoint has a tensor: its key and, where layers lie stacked along the first axis, which.
+    """Key of a tensor in a checkpoint and, as layers are stacked along the first axis, its layer.
 
     Args:
         name: public.

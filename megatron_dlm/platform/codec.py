@@ -77,7 +77,7 @@ def decode(declared: type[T], data: Any, path: str = "config") -> T:
 
 
 def _registered_name(cls: type) -> str | None:
-    """By which a record tells a class from others that its field may hold; no other class is named."""
+    """Name by which a record tells a class from others that its field may hold; no other class is named."""
     name = getattr(cls, "name", None)
     return name if isinstance(name, str) else None
 

@@ -18,7 +18,7 @@ from megatron_dlm.platform.parallel import ParallelState
 REPORT_SECONDS = 5.0
 """How long a failed rank waits for the reports of the others; who is silent longer is gone or hangs."""
 STACKS_WANTED = "failure/stacks"
-"""In the rendezvous store: every rank that still can prints the stacks of its threads."""
+"""Key in the rendezvous store that asks every rank which still can to print the stacks of its threads."""
 POLL_SECONDS = 1.0
 
 

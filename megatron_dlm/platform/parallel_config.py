@@ -55,7 +55,7 @@ class ParallelConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA where the machine has it; the others refuse to run on anything else."""
     deterministic: bool = False
-    """On CUDA, take only kernels that give the same bits run after run; a CPU always does."""
+    """On CUDA, use only kernels that give the same bits in every run; a CPU always does."""
     intra_op_threads: int = 1
     """CPU threads of one process; a different count changes the last bits of a CPU run."""
     collective_timeout_seconds: float = 1800.0

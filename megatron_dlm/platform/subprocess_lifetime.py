@@ -14,7 +14,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 JOB_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-"""They ask a job to save and stop, and come to all its processes; its ranks decide what they mean."""
+"""Signals that ask a job to save and stop; all its processes get them, and its ranks decide what to do."""
 _SET_PARENT_DEATH_SIGNAL = 1
 """PR_SET_PDEATHSIG of prctl(2)."""
 

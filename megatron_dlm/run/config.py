@@ -60,8 +60,8 @@ class TrainingConfig:
     """Treat a loss or gradient norm as not finite where it is more than this many standard deviations above
     the mean of the last 128 steps, for example 6; 0: never."""
     max_skipped_steps: int = 3
-    """Such steps in a row, or rollbacks to one checkpoint, that end the run all the same, with a file of the
-    step's samples."""
+    """Abort after this many consecutive skipped steps, or rollbacks to the same checkpoint; a file to replay
+    the step is written."""
     step_timeout_seconds: float = 7200.0
     """Longest time from one step to the next, evaluation and saving included; then each process prints the
     stacks of its threads and ends."""
@@ -159,7 +159,8 @@ class EvaluationConfig:
     batch_size: int = 64
     """Samples among which the times of one evaluation batch are stratified."""
     seed: int = 0
-    """Of the blocks, times and noise; apart from the run's, so that runs are compared at equal noise."""
+    """Random seed of validation blocks, times and noise, apart from the run's own seed, so that runs with
+    different seeds are compared at equal noise."""
 
     def __post_init__(self) -> None:
         for name in ("every", "num_batches", "batch_size"):

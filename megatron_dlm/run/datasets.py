@@ -20,7 +20,7 @@ class BlendedShards:
 
     blend: Blend
     rows: dict[str, Rows]
-    """By the names of the blend."""
+    """Rows of each shard, by its name in the blend."""
     has_prompts: bool
     """Whether some are records of prompts and responses."""
 
@@ -34,7 +34,8 @@ class RunData:
     vocabulary: Vocabulary
     tokenizer_fingerprint: str
     train_sha256: str
-    """Of the training tokens; of a blend of its shards and weights. Only a named change is gone on with."""
+    """SHA-256 of the training tokens, for a blend of its shards and weights. A resumed run refuses another
+    unless the change is allowed."""
     validation_bytes_per_token: float
 
     @property
@@ -112,7 +113,7 @@ def _rows(shard: Shard, config: DataConfig, documents: tuple[int, int] | None) -
 
 
 def held_out_rows(prefix: str, config: DataConfig) -> tuple[Shard, BlendedShards]:
-    """One shard by itself, for evaluation.
+    """Open one shard by itself, for evaluation.
 
     Args:
         prefix: of the shard.

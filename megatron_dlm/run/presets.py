@@ -18,7 +18,7 @@ from megatron_dlm.run.lr_schedule import LrScheduleConfig
 GPU_HEAD_ROWS = 2048
 GSM8K_TRAINING_PROBLEMS = 7473
 GPU_LOADER_WORKERS = 2
-"""Of each rank; a CPU run has no core to spare for them."""
+"""Loader workers of each rank on GPUs; a CPU run has no core to spare for them."""
 
 
 def tiny_run(objective: ObjectiveConfig, *, num_steps: int) -> RunConfig:

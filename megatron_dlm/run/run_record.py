@@ -61,7 +61,7 @@ def read_run_record(checkpoint: Path) -> RunRecord:
 
 
 def checkpoint_root(config: RunConfig) -> CheckpointRoot:
-    """Where the run's checkpoints are."""
+    """The directory of a run's checkpoints."""
     return CheckpointRoot(config.directory / CHECKPOINTS)
 
 

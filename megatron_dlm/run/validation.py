@@ -74,7 +74,7 @@ def _check_fully_sharded(config: RunConfig) -> None:
 
 
 def _check_passes_are_alike(config: RunConfig, needs: str) -> None:
-    """One stage, and microbatches of equally many positions, for what is made once and used in every pass."""
+    """Refuse layouts whose passes differ in shape, for what is made once and used in every pass."""
     stages = config.parallel.pipeline_model_parallel_size
     if stages > 1:
         raise InputError(f"{needs} parallel.pipeline_model_parallel_size 1, not {stages}")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
-"""Of float64 probabilities that exist at a time: what a CPU's cache holds, what keeps a GPU busy."""
+"""Bytes of float64 probabilities that exist at a time: what a CPU's cache holds, what keeps a GPU busy."""
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ class FamilySampler(ABC):
     """Names of the samplers that the family offers, its default first, each with the settings it takes."""
 
     name: str
-    """Of the family, as registered."""
+    """Registered name of the family."""
     alpha: Callable[[float], float]
     """Probability that a token is still clean at time t in [0, 1]."""
     vocab_size: int

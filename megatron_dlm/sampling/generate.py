@@ -1,4 +1,4 @@
-"""One call that runs the sampler of a family.
+"""Runs the sampler of a family.
 
 Shape legend: B sequences, L tokens.
 """

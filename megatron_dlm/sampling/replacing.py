@@ -157,7 +157,7 @@ class ReplacingSampler:
         *,
         greedy: bool,
     ) -> None:
-        """One step from alpha_t to alpha_s of the open positions; a sequence is read up to its end."""
+        """Move the open positions from alpha_t to alpha_s; a sequence is read up to its end."""
         alpha_t, alpha_s = torch.tensor(alphas, dtype=torch.float64, device=ids_BL.device)
         mixture_BL, token_BL = self._noise.uniform("mixture", number), self._noise.uniform("token", number)
         # A prediction can only add to what stays.

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from megatron_dlm.sampling.masked_sampler import MaskedSampler
 
 LAST_TIME = 1e-5
-"""Of the sampler's grid, before the step to 0 that removes what noise is left (arXiv:2602.15014)."""
+"""Last time of the sampler's grid, before the step to 0 that removes what noise is left
+(arXiv:2602.15014)."""
 PartOfRow = Callable[[int, NDArray[np.int64]], Part]
 
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 SamplerName = Literal["ancestral", "confidence", "block", "block-autoregressive", "left-to-right"]
 _SETTINGS = ("num_steps", "block_length", "segment_length", "num_groups")
-"""Those that not every sampler takes."""
+"""Settings that not every sampler takes."""
 _DEFAULTS: dict[str, dict[str, int]] = {
     "ancestral": {"num_steps": 64},
     "confidence": {"num_steps": 64},
@@ -42,7 +42,7 @@ class SamplingConfig:
     top_p: float = 1.0
     """Probability mass of the most likely tokens that are kept, in (0, 1]."""
     greedy_tail: bool = False
-    """With uniform noise: take the most likely token in the last step."""
+    """In the last step of a sampler of uniform noise, take the most likely tokens instead of drawing."""
     stop_at_eos: bool = False
     """End a text with its first <eos> and fill up with <eos>; sequences that have ended cost nothing more."""
 
@@ -59,7 +59,7 @@ class SamplingConfig:
             raise ValueError(f"top_p: {self.top_p} is outside (0, 1]")
 
     def resolved(self, family: FamilySampler) -> SamplingConfig:
-        """The same with the family's defaults in place of None.
+        """These settings with the family's defaults in place of None.
 
         Args:
             family: the network's.

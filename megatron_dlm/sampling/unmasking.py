@@ -77,7 +77,7 @@ class Unmasking:
     def most_confident(
         self, ids_BL: Tensor, given_BL: Tensor, num_steps: int, block_length: int | None
     ) -> None:
-        """In each step predict all masked tokens of the block and keep the most probable of them.
+        """Predict all masked tokens of the block in each step and keep the most probable of them.
 
         The others are masked again ("low-confidence remasking", arXiv:2502.09992), as many as leave the
         rest of the block to the rest of the steps.

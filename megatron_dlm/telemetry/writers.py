@@ -1,4 +1,4 @@
-"""Where metrics go: metrics.jsonl, TensorBoard, the terminal. Only rank 0 writes."""
+"""Writers of metrics: metrics.jsonl, TensorBoard, the terminal. Only rank 0 writes."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class TensorBoardWriter:
         self._writer = SummaryWriter(str(self._directory / "tensorboard"), purge_step=last_step + 1)
 
     def write(self, kind: str, step: int, metrics: Metrics) -> None:
-        """One scalar a number, one text a string."""
+        """Write each number as a scalar and each string as a text."""
         for name, value in metrics.items():
             if isinstance(value, str):
                 self._writer.add_text(f"{kind}/{name}", value, step)

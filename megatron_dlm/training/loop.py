@@ -1,4 +1,4 @@
-"""The loop."""
+"""The training loop: steps, and hooks around them."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def fit(session: Session, progress: TrainingProgress, hooks: Sequence[Hook]) -> 
 
 
 def train_step(session: Session, progress: TrainingProgress) -> StepReport:
-    """One optimizer step; moves `progress` on."""
+    """Make one optimizer step and move `progress` on."""
     started = time.monotonic()
     size = session.config.training.batch_size_at(progress.consumed_samples)
     sums = session.run_batch(progress.step, progress.consumed_samples)

@@ -131,7 +131,7 @@ def finish_gradients(
 
 
 def step_if_finite(optimizer: Any, device: torch.device, largest_norm: float = math.inf) -> float:
-    """One step with the gradients of the last pass; all ranks call it.
+    """Make an optimizer step unless the last pass's gradients are not finite; all ranks call it.
 
     Args:
         optimizer: from `build_optimizer`.

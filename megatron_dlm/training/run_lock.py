@@ -1,4 +1,4 @@
-"""One job at a time in a run's directory."""
+"""A lock that keeps other jobs out of a run's directory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_dlm.interfaces import InputError
 from megatron_dlm.platform.files import write_json
 
 JOB_VARIABLES = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "TORCHELASTIC_RUN_ID")
-"""Where schedulers and launchers name a job."""
+"""Environment variables in which schedulers and launchers name a job."""
 
 
 class RunLock:

@@ -1,4 +1,4 @@
-"""Where a run starts from: its own newest checkpoint, another's weights, or nothing; checked, then loaded."""
+"""Finds, checks and loads what a run starts from: its own newest checkpoint, other weights, or nothing."""
 
 from __future__ import annotations
 

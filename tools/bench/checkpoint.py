@@ -81,7 +81,7 @@ def shared_directory(parallel: ParallelState, parent: Path | None) -> Iterator[P
 def measure_saves(
     size: str, directory: Path, arguments: argparse.Namespace, parallel: ParallelState
 ) -> list[str]:
-    """One row: a model with its optimizer, saved both ways and loaded."""
+    """Measure one row: a model with its optimizer, saved both ways and loaded."""
     from megatron_dlm.checkpointing.async_writer import SavePlans
     from megatron_dlm.checkpointing.layout import CheckpointRoot
     from megatron_dlm.checkpointing.manager import PendingSave, load

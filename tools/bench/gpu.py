@@ -52,7 +52,7 @@ SIZES = ("2121M", "1028M", "336M", "113M")
 TIME_LIMITS = {"quick": 240.0, "gate": 180.0, "rest": 540.0}
 COMPILATION_SECONDS = 180.0
 TRAINING_START_SECONDS = 35.0
-"""Of a process that trains 113M: imports, weights, a checkpoint at the end."""
+"""Start-up seconds of a process that trains 113M: imports, weights, a checkpoint at the end."""
 TOY = (
     *("--model.num-layers", "1", "--model.hidden-size", "32", "--model.num-attention-heads", "2"),
     *("--model.ffn-hidden-size", "64", "--model.conditioning-size", "16"),

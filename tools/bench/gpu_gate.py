@@ -33,7 +33,7 @@ class Gate:
     """What is the same for all sides."""
 
     directory: Path
-    """Of data and runs."""
+    """Directory of data and runs."""
     device: torch.device
     has_engine: bool
     model: tuple[str, ...]
@@ -47,7 +47,7 @@ class Gate:
     fp8_recipe: str
 
     def pieces(self) -> list[Piece]:
-        """In order; a comparison needs both its trainings."""
+        """All pieces in order; a comparison needs both its trainings."""
         found = [Piece("gate: data", self.make_data)]
         for side in SIDES:
             found.append(
@@ -77,7 +77,7 @@ class Gate:
         return {"megabytes": self.megabytes, "prefixes": [str(prefix) for prefix in prefixes]}
 
     def train(self, side: str, deadline: float) -> dict[str, Any]:
-        """One training, from its start."""
+        """Train one side from its start."""
         train, held_out = make_shards(self.directory, self.megabytes, self.vocabulary_size)
         run = self.run(side)
         shutil.rmtree(run, ignore_errors=True)

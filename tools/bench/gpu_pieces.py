@@ -28,7 +28,7 @@ from tools.bench.sides import OurStep, Shape, build_denoiser, compiled_step, pla
 MICRO_BATCH_SIZES = {"2121M": 8, "1028M": 16, "336M": 32, "113M": 32, "tiny": 2}
 """What is measured where nothing is asked for; 80 GB hold it."""
 PROFILE_SECONDS = 5.0
-"""That must be left for a profile: the profiler starts and sorts its events."""
+"""Seconds that must be left for a profile: the profiler starts and sorts its events."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Bench:
 
     @classmethod
     def of(cls, arguments: argparse.Namespace, parallel: ParallelState) -> Bench:
-        """From the command line."""
+        """Build the bench from command line arguments."""
         on_gpu = parallel.device.type == "cuda"
         has_engine = on_gpu and importlib.util.find_spec("transformer_engine") is not None
         if has_engine:
@@ -78,7 +78,7 @@ class Bench:
         return MICRO_BATCH_SIZES.get(size, 8) if self.micro_batch_size is None else self.micro_batch_size
 
     def shape(self, size: str, family: str, precision: str, microbatches: int = 1) -> Shape:
-        """One step's."""
+        """Shape of one step."""
         return Shape(
             size,
             family,

@@ -1,4 +1,4 @@
-"""Where a step's time on the device goes: by part and by kernel, and how often the CPU waits for it."""
+"""Splits a step's time on the device by part and by kernel, and counts how often the CPU waits for it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NOTABLE = 0.03
 
 @dataclass
 class _Sum:
-    """Of equal names."""
+    """Sum over events of equal names."""
 
     seconds: float = 0.0
     calls: int = 0
@@ -28,11 +28,11 @@ class _Sum:
 
 @dataclass(frozen=True)
 class StepProfile:
-    """One step's."""
+    """Time and kernels of one step."""
 
     parts: dict[str, _Sum] = field(default_factory=dict)
     kernels: dict[tuple[str, str], _Sum] = field(default_factory=dict)
-    """By name and part."""
+    """Kernels by name and part."""
     waits: dict[str, int] = field(default_factory=dict)
     """Calls in which the CPU waited."""
     launches: int = 0

@@ -34,7 +34,7 @@ class Option:
     name: str
     words: tuple[str, ...]
     besides: tuple[str, ...] = ()
-    """On both sides."""
+    """Arguments that both sides have."""
     processes: int = 1
 
 
@@ -67,26 +67,26 @@ class Runs:
     """What is the same for all trainings."""
 
     directory: Path
-    """Of data and runs; kept from call to call."""
+    """Directory of data and runs; kept from call to call."""
     device: str
     shape: tuple[str, ...]
     """Words for length, precision and evaluation."""
     batch: tuple[str, ...]
     """Words for the batch where speed is measured."""
     isoflop_batch: tuple[str, ...]
-    """Where a budget is spent; nothing for the published 256 samples."""
+    """Global batch with which a budget is spent; None for the published 256 samples."""
     size: str
-    """Of the model whose speed is measured."""
+    """Size of the model whose speed is measured."""
     steps: int
-    """Of a training whose speed is measured, the first half of which is warm-up."""
+    """Steps of a training whose speed is measured; the first half is warm-up."""
     vocabulary_size: int
     megabytes: float
-    """Of text, where no shard is given."""
+    """Megabytes of text to index, where no shard is given."""
     data: str | None
     """Prefix of a shard."""
 
     def prefix(self) -> str:
-        """Of the shard; made of the installed packages' text where none is given."""
+        """Prefix of the shard, which is made of the installed packages' text where none is given."""
         if self.data is not None:
             return self.data
         return str(make_shards(self.directory, self.megabytes, self.vocabulary_size)[0])

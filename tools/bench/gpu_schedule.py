@@ -22,13 +22,13 @@ LONGEST_PIECE_SECONDS = 25.0
 
 @dataclass(frozen=True)
 class Piece:
-    """One line of the output."""
+    """One measurement, which makes one line of the output."""
 
     name: str
     run: Callable[..., dict[str, Any]]
     """Given one argument, the time, on the monotonic clock, by which it should have ended."""
     seconds: float = LONGEST_PIECE_SECONDS
-    """That it may take."""
+    """Seconds that it may take."""
     start_up_seconds: float = 0.0
     """More, for processes that start, data that is made or a compilation."""
     goes_on: bool = False

@@ -137,7 +137,7 @@ def digests(prefix: Path) -> list[str]:
 
 
 class _Encoder:
-    """One document in each call, in a process of the pool."""
+    """Encodes one document a call, in a process of the pool."""
 
     tokenizer: Any
 
@@ -155,7 +155,7 @@ class _Encoder:
 
 
 def index_as_megatron(text: Path, tokenizer: Path, output: Path) -> None:
-    """The other side, in a process of its own."""
+    """Index as Megatron-LM does, in a process of its own."""
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -42,7 +42,7 @@ def naive_loss(
 def naive_loss_of_logits(
     family: str, logits: Tensor, targets: Targets, mask_token_id: int, tokens: int
 ) -> Tensor:
-    """Likewise, from [b, s, V] logits of any dtype; targets on the same device."""
+    """Mean training loss from [b, s, V] logits of any dtype; targets on the same device."""
     column = torch.zeros(logits.shape[-1], device=logits.device)
     column[mask_token_id] = -1e6
     logits = logits.float() + column

@@ -60,7 +60,7 @@ def settings_of(family: str, steps: int) -> dict[str, object]:
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    """One side, in this process: seconds and MiB."""
+    """Measure one side in this process: seconds and MiB."""
     from tools.bench.naive_sampling import NAIVE
 
     torch.set_num_threads(arguments.threads)

@@ -37,7 +37,7 @@ class Shape:
     vocabulary_size: int
     precision: Any
     recompute: Any
-    """Of our side; the others keep every activation."""
+    """Recomputation of our side; the others keep every activation."""
     kernels: Any = "auto"
     transformer_impl: Any = "local"
     fp8: Fp8Config = Fp8Config()

@@ -125,7 +125,7 @@ class Networks:
         return np.concatenate(found, axis=1)
 
     def eso_samp_cache(self) -> Array:
-        """The same through the exported model's cache, fed clean tokens together with the next masks."""
+        """`eso_samp_nocache` through the exported model's cache, fed clean tokens and the next masks."""
         order, clean = (torch.from_numpy(self._arrays[name]) for name in ("order", "x"))
         calls, done, before = [], 0, 0
         for size in self._arrays["eso_samp_k"].tolist():

@@ -21,7 +21,7 @@ from tools.oracle.draws import exponential_race
 from tools.oracle.noise import TIME_EPSILON, Array, RecordedNoise
 
 GLOBAL_BATCH_SIZE = 256
-"""Of the recorded step counts."""
+"""Global batch size of the recorded step counts."""
 STEP_COUNT_LENGTH = 256
 """Tokens of the recorded Eso-LM step counts, where the file does not show it."""
 SEEDS_TRIED = 1000

@@ -44,7 +44,7 @@ class KeyValueCache:
         self._valid = torch.empty(batch_size, 0, dtype=torch.bool, device=model.device)
 
     def layer(self, index):
-        """One layer's part."""
+        """Keys and values of one layer."""
         return self._layers[index]
 
     def hidden(self, ids, positions, valid, kept, rows):

@@ -119,7 +119,7 @@ def sdpa_attention(q, k, v, visible_mask, causal):
 
 
 def eager_attention(q, k, v, visible_mask, causal):
-    """The same, written out."""
+    """Attention written out in plain PyTorch operations."""
     scores = (q @ k.transpose(-1, -2)).float() / q.shape[-1] ** 0.5
     if causal:
         visible_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()

@@ -25,7 +25,7 @@ Request = TypeVar("Request")
 Made = TypeVar("Made")
 
 REQUESTS_AHEAD = 2
-"""Of each worker."""
+"""Batches that each worker is asked for ahead of time."""
 
 
 class Prefetcher(Generic[Request, Made]):

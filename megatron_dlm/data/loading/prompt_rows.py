@@ -100,7 +100,7 @@ class PromptRows:
         return mask
 
     def _records(self, row_indices: NDArray[np.int64]) -> list[tuple[int, int, int, int, int]]:
-        """Of some rows: the row, the record's place in it, the record, its first token there and its end."""
+        """Row, place in the row, index, first token and end of each record that lies in some rows."""
         found = []
         for row, index in enumerate(row_indices.tolist()):
             end = 0

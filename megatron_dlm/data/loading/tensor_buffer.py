@@ -20,12 +20,12 @@ class Layout:
     """Where tensors are in a buffer."""
 
     places: tuple[tuple[torch.dtype, torch.Size, int], ...]
-    """Of each its dtype, shape and first byte; tensors of the same memory share a place."""
+    """Dtype, shape and first byte of each tensor; tensors that share memory share a place."""
     num_bytes: int
 
     @staticmethod
     def of(tensors: Sequence[Tensor]) -> Layout:
-        """Of some tensors one behind the other."""
+        """A layout of tensors one behind the other."""
         starts: dict[Any, int] = {}
         places, end = [], 0
         for tensor in tensors:

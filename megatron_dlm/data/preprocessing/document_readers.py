@@ -16,7 +16,7 @@ from megatron_dlm.data.preprocessing.work_units import Unit, open_parquet, plan_
 from megatron_dlm.interfaces import InputError
 
 LARGEST_LINE_BYTES = 64 << 20
-"""Of a line, where nothing else is asked for."""
+"""Default limit for one line of input; longer lines are rejected."""
 BATCH_BYTES = 4 << 20
 """Text that is encoded at a time."""
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -36,7 +36,7 @@ class Batch:
     """Some documents in order."""
 
     texts: list[list[Text]] = field(default_factory=list)
-    """For each document its text under each key."""
+    """The text under each key, for each document."""
     rejects: list[tuple[int, str]] = field(default_factory=list)
     """Line of the unit, counted from 1, and the reason."""
     lines: list[int] = field(default_factory=list)

@@ -34,7 +34,7 @@ PLAN_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class IndexConfig:
-    """One run of the indexer."""
+    """What to index, with which tokenizer, and how the work is divided."""
 
     input: tuple[str, ...]
     """Files (.jsonl, .json, .txt with blank lines between documents, each also .gz or .zst; .parquet), globs,
@@ -106,7 +106,7 @@ class IndexConfig:
         return int(first), int(second)
 
     def prefixes(self) -> list[Path]:
-        """Of the shards, one for each key."""
+        """Paths of the shards without their suffixes, one for each key."""
         if len(self.json_keys) == 1 and not self.megatron_names:
             return [self.output]
         level = "_document" if self.megatron_names else ""

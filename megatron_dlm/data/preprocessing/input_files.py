@@ -27,7 +27,7 @@ COMPRESSED = (".gz", ".zst")
 
 @dataclass(frozen=True)
 class Source:
-    """One input file."""
+    """An input file or object, and how to read it."""
 
     path: str
     """Local path or URL."""

@@ -37,16 +37,16 @@ class PartRecord:
     """What one unit gave; written last, so a part with a record is whole."""
 
     num_bytes: int = 0
-    """Of the source, decompressed."""
+    """Bytes of the source, decompressed."""
     num_lines: int = 0
     num_documents: tuple[int, ...] = ()
-    """With tokens, under each key."""
+    """Documents that have tokens, under each key."""
     num_text_bytes: tuple[int, ...] = ()
     """UTF-8 bytes under each key, prompts left out."""
     num_tokens: tuple[int, ...] = ()
     """End-of-document tokens included, under each key."""
     num_prompt_tokens: tuple[int, ...] = ()
-    """Of `num_tokens`."""
+    """How many of `num_tokens` are prompts'."""
     num_rejects: int = 0
 
 
@@ -60,7 +60,7 @@ class EncodingRules:
     keys: tuple[str, ...]
     """Members or columns that each give a shard."""
     prompt_key: str
-    """Where a document is a prompt and a response, one sequence each: of the prompt; else empty."""
+    """Key of the prompt, where a document is a prompt and a response, one sequence each; otherwise empty."""
     append_eos: bool
     max_line_bytes: int
     max_rejects: int
@@ -86,7 +86,7 @@ class Part:
 
     @property
     def record_path(self) -> Path:
-        """Of the record."""
+        """Path of the record file."""
         return self._stem.with_name(f"{self._stem.name}.json")
 
     def is_done(self) -> bool:

@@ -51,7 +51,7 @@ def plan_units(sources: list[Source], unit_bytes: int | None = None) -> list[Uni
 
 
 def _cuts(source: Source, unit_bytes: int) -> Iterator[int]:
-    """Where units begin, and the end."""
+    """First byte of each unit, and the end of the last one."""
     if source.format == "parquet":
         yield from _row_group_cuts(source, unit_bytes)
         return

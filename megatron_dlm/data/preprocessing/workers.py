@@ -30,7 +30,7 @@ class Job:
     rules: EncodingRules
 
     def stored_bytes(self, index: int) -> int:
-        """Of a unit's part of its source, as stored."""
+        """Bytes of the unit's part of its source, as stored (compressed where the file is)."""
         unit = self.units[index]
         source = self.sources[unit.source]
         if source.format != "parquet":
@@ -44,7 +44,7 @@ class IndexProgress:
     """How far all processes that share the work have come, and how fast since this one began."""
 
     stored_bytes: int
-    """Of the sources, in finished units."""
+    """Bytes of the sources, as stored, in finished units."""
     total_bytes: int
     documents: int
     tokens: int

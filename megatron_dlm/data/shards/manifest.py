@@ -43,7 +43,7 @@ class Manifest:
     tokenizer_fingerprint: str
     """SHA-256 of the tokenizer.json that made the ids."""
     tokenizer_directory: str
-    """Where that tokenizer was; it is copied from there into exports."""
+    """Directory of that tokenizer when the data was indexed; exports copy it from there."""
     backend: str
     dtype: str
     """uint16 or int32, of one token in `.bin`."""
@@ -55,13 +55,13 @@ class Manifest:
     special_tokens_as_text: bool = True
     """Text that spells a special token was encoded as plain text."""
     plan_sha256: str = ""
-    """Of all that decided the bytes: input files, tokenizer, options."""
+    """SHA-256 of everything that decides the shard's bytes: input files, tokenizer, options."""
     num_documents: int
-    """With tokens; a document without any keeps a place in the index only."""
+    """Documents that have tokens; one without any keeps a place in the index only."""
     num_tokens: int
     """End-of-document tokens included."""
     num_prompt_tokens: int = 0
-    """Of `num_tokens`; never noised or scored."""
+    """How many of `num_tokens` belong to prompts, which are never noised or scored."""
     num_text_bytes: int
     """UTF-8 bytes of what is scored, the documents or responses; turns nats per token into bits per byte."""
     unigram_entropy_nats: float

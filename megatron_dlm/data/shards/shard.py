@@ -99,7 +99,7 @@ class Shard:
         tokens = np.diff(ends)
         self.document_lengths: NDArray[np.int64] = tokens[tokens > 0]
         self.prompt_lengths: NDArray[np.int32] | None = None
-        """Of the documents' prompts, where they have some."""
+        """Tokens of each document's prompt; None where documents have no prompts."""
         if self.manifest.prompt_key:
             if (np.diff(self.boundaries) != 2).any():
                 raise InputError(f"data: {prefix}: a document is not a prompt and a response")
@@ -166,7 +166,7 @@ class ShardIndex:
     """What a `.idx` says."""
 
     dtype: np.dtype[np.generic]
-    """Of a token."""
+    """Type in which a token is stored."""
     lengths: NDArray[np.int32]
     """Tokens of each sequence, int32 [sequences]."""
     boundaries: NDArray[np.int64]

@@ -14,7 +14,7 @@ from megatron_dlm.data.shards.shard import Shard
 
 @dataclass(frozen=True)
 class ShardStatistics:
-    """Of one shard."""
+    """Document lengths, sources and copies in one shard."""
 
     shard: Shard
     quantiles: dict[str, int]

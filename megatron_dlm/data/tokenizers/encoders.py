@@ -20,9 +20,9 @@ from megatron_dlm.interfaces import InputError, Vocabulary
 logger = logging.getLogger(__name__)
 
 SAMPLE_DOCUMENTS, SAMPLE_CHARACTERS = 256, 400_000
-"""Of the real input, on which gigatoken is compared with the slow side."""
+"""How much of the real input gigatoken and the tokenizer's own package are compared on."""
 LARGEST_FILE_BYTES = 256 << 20
-"""Of a tokenizer; those of 256,000 ids have 35 MB."""
+"""Largest tokenizer file that is read; those of 256,000 ids have 35 MB."""
 
 Backend = Literal["auto", "gigatoken", "library"]
 
@@ -43,9 +43,9 @@ class LoadedTokenizer:
     library: str
     """Name of the package that encodes where gigatoken does not."""
     tokenizer: Any
-    """That package's object."""
+    """The tokenizer, an object of the package in `library`."""
     encode: Encoder
-    """By that package."""
+    """Encode texts with the tokenizer's own package."""
     fast_encoder: Callable[[], Encoder]
     """gigatoken's; raises where it cannot read the tokenizer."""
     decode: Callable[[list[int]], str]

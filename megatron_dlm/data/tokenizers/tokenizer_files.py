@@ -22,7 +22,7 @@ from megatron_dlm.data.tokenizers.encoders import (
 from megatron_dlm.interfaces import InputError
 
 BYTES = "bytes"
-"""In place of a path: UTF-8 bytes as ids."""
+"""Given in place of a tokenizer's path: UTF-8 bytes are the ids."""
 
 
 def load_tokenizer_file(path: Path, *, special_tokens_as_text: bool = True) -> LoadedTokenizer:

@@ -27,7 +27,7 @@ class Sampler(MaskedSampler):
         return unknown_n // self.block_size
 
     def left_to_right_steps(self, unknown_n: NDArray[Any]) -> NDArray[Any]:
-        """By position, so that a step has one block in all sequences."""
+        """Steps by position, so that each step works on one block in all sequences."""
         return unknown_n
 
     def reading(self, config: SamplingConfig) -> dict[str, Any]:

@@ -32,11 +32,11 @@ class CurriculumConfig:
     steps: int = 0
     """First optimizer steps that see soft tokens."""
     temperature: float = 1e-3
-    """Of the softmax that blends embeddings."""
+    """Temperature of the softmax that blends embeddings."""
     gamma_min: float = -3.55
     """gamma(t) = gamma_min + t (gamma_max - gamma_min); minus the log signal-to-noise ratio."""
     gamma_max: float = -1.85
-    """At t = 1."""
+    """The value of gamma at t = 1."""
     top_k: int = 16
     """Largest noise entries that are kept; far too many at the default temperature, too few at a high one."""
 

@@ -22,7 +22,7 @@ class Likelihood(DivergenceLikelihood):
         return UniformStates(config.vocab_size, config.mask_token_id, mask_in_noise=config.mask_in_noise)
 
     def rows(self, alpha_L: Tensor, q: Tensor, noisy_L: Tensor, clean_L: Tensor) -> UniformRows:
-        """Of uniform noise."""
+        """Rows of a divergence of uniform noise."""
         return UniformRows.of(self._states.count, alpha_L, q, noisy_L == clean_L)
 
     def copy(self, model: Any, ids_BL: Tensor, draws: Draws, index: int) -> Tensor:

@@ -10,7 +10,7 @@ from megatron_dlm.sampling.replacing import ReplacingFamilySampler
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler(ReplacingFamilySampler):
-    """With uniform noise."""
+    """Samplers of uniform noise: every token may change in every step."""
 
     mask_in_noise: bool = True
     """Whether uniform noise draws the mask token too."""

@@ -64,7 +64,7 @@ class EsoLMConfig(DiffusionConfig):
 
     @property
     def has_parts(self) -> bool:
-        """Where both parts train."""
+        """Whether both parts are trained."""
         return 0 < self.alpha_0 < 1
 
     def check_sizes(self, batch_size: int, seq_length: int) -> None:

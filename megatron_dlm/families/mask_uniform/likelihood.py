@@ -22,7 +22,7 @@ class Likelihood(DivergenceLikelihood):
         return MaskUniformNoise(config.vocab_size, config.mask_token_id, config.uniform_share)
 
     def rows(self, alpha_L: Tensor, q: Tensor, noisy_L: Tensor, clean_L: Tensor) -> MixtureRows:
-        """Of the mixture's noise."""
+        """Rows of a divergence of the mixture's noise."""
         noise = self._noise
         masked_L = noisy_L == noise.mask_token_id
         return MixtureRows.of(alpha_L, q, noise.probability, noisy_L == clean_L, masked_L)

@@ -10,7 +10,7 @@ from megatron_dlm.sampling.replacing import ReplacingFamilySampler
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler(ReplacingFamilySampler):
-    """With the mixture's noise; where that is the mask alone, a token that has been filled in stays."""
+    """Samplers of the mixture's noise; where it is the mask alone, a token that has been filled in stays."""
 
     uniform_share: float
     """Probability that noise is a uniform draw instead of the mask."""

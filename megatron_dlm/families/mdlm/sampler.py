@@ -28,7 +28,7 @@ class Sampler(MaskedSampler):
     """Whether the network is told the noise level."""
 
     def reading(self, config: SamplingConfig) -> dict[str, Any]:
-        """With the noise level of the step, or where steps have none, of what is known."""
+        """Give the network the step's noise level, or where steps have none, that of the known tokens."""
         if not self.time_conditioning:
             return {}
         if config.sampler != "ancestral":
@@ -41,5 +41,5 @@ class Sampler(MaskedSampler):
         return {"alpha_of": alpha_of}
 
     def _share_known(self, ids_BL: Tensor, step: int) -> Tensor:
-        """Where nothing is known, that is less than training ever saw."""
+        """Share of known tokens, at least the smallest that training has seen."""
         return (ids_BL != self.mask_token_id).double().mean(1).clamp_min(self.alpha(1.0))

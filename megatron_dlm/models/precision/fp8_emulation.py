@@ -79,12 +79,12 @@ def round_blocks(x: Tensor, dtype: torch.dtype, rows: int, columns: int) -> Tens
 
 @dataclass(frozen=True)
 class Quantiser:
-    """One operand of a linear, as a matrix whose inner dimension is its last."""
+    """Quantises one operand of a linear, a matrix whose inner dimension is its last."""
 
     config: Fp8Config
     operand: int
     scale: Tensor | None
-    """Of delayed scaling; the others look at the tensor."""
+    """Scale of delayed scaling; None: the scale is taken from the tensor itself."""
 
     @property
     def dtype(self) -> torch.dtype:

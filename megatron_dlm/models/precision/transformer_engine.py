@@ -80,7 +80,7 @@ class QkvLinear(HeadsLinear, ColumnLinear):
 
 
 class AttentionOutputLinear(HeadsLinear, RowLinear):
-    """From this rank's heads."""
+    """Output projection of attention, from this rank's heads."""
 
 
 class _AttentionCore(_WithoutExtraState, TEDotProductAttention):

@@ -66,7 +66,7 @@ class NonFiniteHook(Hook):
         return f"bad-step-{progress.step:08d}"
 
     def _dump(self, session: Session, progress: TrainingProgress, report: StepReport) -> None:
-        """For tools/replay_step.py: configuration, the step's address, samples as the network saw them."""
+        """Write what tools/replay_step.py needs: configuration, step, samples as the network saw them."""
         directory, first_sample = session.config.directory, progress.consumed_samples - report.batch_size
         record = {
             "config": encode(session.config),

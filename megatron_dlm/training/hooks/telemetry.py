@@ -1,4 +1,4 @@
-"""Where metrics go."""
+"""Passes metrics on to their writers."""
 
 from __future__ import annotations
 
