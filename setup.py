@@ -54,6 +54,7 @@ setup(
         "fsspec>=2024.2",
         "universal-pathlib>=0.3",
         "tyro>=1.0,<2",
+        "docstring-parser>=0.16",
         "tensorboard>=2.16",
         "rich>=13",
     ],

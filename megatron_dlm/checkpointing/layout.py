@@ -35,33 +35,35 @@ _STEP = re.compile(r"step-(\d{8})(\.replaced)?")
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """Where and how often a run is saved."""
+    """When checkpoints are saved, kept and loaded."""
 
     save_every: int = 1000
-    """Steps between checkpoints; one is also written at the end and when the run is asked to stop."""
+    """Steps between checkpoints; one is also saved at the end and when the run is asked to stop."""
     async_save: bool = False
-    """Write from a child process while training goes on; needs host memory for a second copy."""
+    """Write checkpoints from a child process while training goes on; needs host memory for a copy."""
     save_timeout_seconds: float = 1800.0
-    """How long writing one checkpoint may take before it counts as failed."""
+    """Seconds that writing a checkpoint may take before it counts as failed."""
     max_failed_saves: int = 3
-    """Saves in a row that may fail, for example for a full disk, before the run ends with exit code 75."""
+    """Consecutive saves that may fail, for example because the disk is full, before the run ends with exit
+    code 75."""
     keep_last: int = 0
-    """Newest complete checkpoints to keep; 0 keeps all."""
+    """Number of newest checkpoints to keep; 0: all."""
     keep_every: int = 0
-    """Also keep checkpoints whose step is a multiple of this; 0 keeps none besides."""
+    """Also keep checkpoints whose step is a multiple of this; 0: none."""
     lock_timeout_seconds: float = 30.0
-    """How long to wait for another job to leave the run's directory."""
+    """Seconds to wait for another job to leave the run's directory."""
     stop_after_minutes: float = 0.0
-    """Minutes after which a run is saved and ends with exit code 3, before a scheduler's limit; 0: none."""
+    """Minutes after which the run saves and ends with exit code 3, to come before a scheduler's time limit;
+    0: never."""
     on_corrupt: Literal["stop", "previous"] = "stop"
     """What to do if the newest checkpoint is damaged: stop, or resume from the one before it."""
     allow_changed: tuple[ChangeableField, ...] = ()
-    """What a resumed run may have other than its checkpoint says; refused unless named here. A changed
-    objective stays of the same family."""
+    """Fields in which a resumed run may differ from its checkpoint; such changes are refused otherwise. A
+    changed objective must be of the same family."""
     initialize_from: Path | None = None
-    """Checkpoint whose weights start a new run with fresh optimizer, schedule, data and step 0: a
-    step-NNNNNNNN directory, a folder that `megatron-dlm export` made, or a Lightning .ckpt file of the
-    paper's code."""
+    """Weights to start a new run from, with fresh optimizer, schedule and data order at step 0: a
+    step-NNNNNNNN directory, a folder made by `megatron-dlm export`, or a Lightning .ckpt file of the paper's
+    code."""
 
     def __post_init__(self) -> None:
         if self.save_every < 1:

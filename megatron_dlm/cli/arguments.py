@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
+import docstring_parser
 import tyro
+from tyro.constructors import (
+    ConstructorRegistry,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+)
 
 from megatron_dlm.interfaces import InputError
 
@@ -43,6 +51,7 @@ def parse(declared: type[T], arguments: Sequence[str], *, verb: str, default: T 
                     args=list(arguments),
                     prog=f"megatron-dlm {verb}",
                     config=(tyro.conf.AvoidSubcommands,),
+                    registry=_flowing_help(),
                     **options,
                 )
             finally:
@@ -56,6 +65,38 @@ def parse(declared: type[T], arguments: Sequence[str], *, verb: str, default: T 
         # The help's reader has left, as `head` does; what is still in the buffer goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
+
+
+def _flowing_help() -> ConstructorRegistry:
+    """Fields with their docstrings as one paragraph; tyro itself keeps the line breaks of indented ones."""
+    registry = ConstructorRegistry()
+
+    @registry.struct_rule
+    def dataclass_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
+        if not dataclasses.is_dataclass(info.type):
+            return None
+        hints = get_type_hints(info.type, include_extras=True)
+        helps = {
+            param.arg_name: " ".join((param.description or "").split())
+            for base in reversed(info.type.__mro__)
+            if base is not object
+            for param in docstring_parser.parse_from_object(base).params
+        }
+
+        def default_of(field: dataclasses.Field[Any]) -> Any:
+            if isinstance(info.default, info.type):
+                return getattr(info.default, field.name)
+            if field.default_factory is not dataclasses.MISSING:
+                return field.default_factory()
+            return tyro.MISSING if field.default is dataclasses.MISSING else field.default
+
+        fields = (
+            StructFieldSpec(field.name, hints[field.name], default_of(field), helps.get(field.name))
+            for field in dataclasses.fields(info.type)
+        )
+        return StructConstructorSpec(instantiate=info.type, fields=tuple(fields))
+
+    return registry
 
 
 def check_new_file(name: str, path: Path | None) -> None:

@@ -23,15 +23,17 @@ class DiffusionConfig(ObjectiveConfig):
     """Fields of every diffusion family."""
 
     noise_schedule: Schedule = "log-linear"
-    """alpha_t: log-linear 1 - 0.999 t, linear 1 - t, cosine 1 - cos(pi (1 - t) / 2)."""
+    """Noise schedule alpha_t, the share of clean tokens at time t: log-linear 1 - 0.999 t, linear 1 - t,
+    cosine 1 - cos(pi (1 - t) / 2)."""
     time_epsilon: float = 1e-3
-    """Smallest diffusion time."""
+    """Smallest diffusion time that is drawn."""
     time_order: TimeOrder = "scrambled"
-    """Which place of the global batch gets which stratum of time; reference ties places to bands."""
+    """How the strata of diffusion times are spread over the global batch. scrambled: any slice of the batch
+    has times from all over [0, 1]; reference: in order, as in the paper's code."""
     ssl_ratio: float = 0.0
-    """Probability that a training step cuts its samples to one random length (arXiv:2602.15014: 0.01)."""
+    """Probability that a training step cuts its samples to a random length (0.01 in arXiv:2602.15014)."""
     ssl_multiple: int = 1
-    """Random lengths are rounded up to a multiple of this; sequence and context parallelism ask for one."""
+    """Random lengths are rounded up to a multiple of this, which sequence and context parallelism need."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.time_epsilon < 1:

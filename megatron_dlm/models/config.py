@@ -21,11 +21,14 @@ ROTARY_BASE = 10000.0
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Shape of the paper's DiT; see `sizes.py` for the published ones."""
+    """Shape of the diffusion transformer (DiT); --model.size takes a published one."""
 
     num_layers: int
+    """Transformer layers."""
     hidden_size: int
+    """Width of the residual stream."""
     num_attention_heads: int
+    """Attention heads; must divide hidden_size."""
     ffn_hidden_size: int
     """Width of the MLP; 4 x hidden_size in the paper."""
     conditioning_size: int = 128

@@ -13,53 +13,55 @@ CUDA_VOCABULARY_MULTIPLE = 128
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How one model is spread over processes; the rest of the world is data parallel."""
+    """How a model is split over processes; data parallelism takes the rest of them."""
 
     tensor_model_parallel_size: int = 1
-    """Processes that share each layer's weights."""
+    """Tensor parallel size: processes that share each layer's weights."""
     pipeline_model_parallel_size: int = 1
-    """Pipeline stages; the first ones take a layer more where layers do not divide."""
+    """Pipeline parallel size: stages of layers; where layers do not divide evenly the first stages have one
+    more."""
     virtual_pipeline_model_parallel_size: int = 1
-    """Chunks of layers that each pipeline stage holds, run in turn with the other stages' (interleaved)."""
+    """Chunks of layers per pipeline stage, for the interleaved pipeline schedule."""
     context_parallel_size: int = 1
-    """Processes that share each sequence; lengths must be multiples of twice this."""
+    """Context parallel size: processes that share each sequence; the sequence length must be a multiple of
+    twice this."""
     sequence_parallel: bool = False
-    """Cut what tensor parallelism would replicate, norms and the residual stream, along the sequence."""
+    """Shard norms and the residual stream along the sequence over tensor parallel ranks, instead of
+    replicating them."""
     use_distributed_optimizer: bool = True
     """Shard optimizer state over data parallel ranks (ZeRO-1)."""
     overlap_grad_reduce: bool = False
-    """Sum gradients over data parallel ranks while earlier layers' are still being made."""
+    """Overlap the reduction of gradients over data parallel ranks with the backward pass."""
     overlap_param_gather: bool = False
-    """Gather the weights that the distributed optimizer has changed while earlier layers of the next forward
-    pass are under way; needs overlap_grad_reduce."""
+    """Overlap the gathering of weights that the distributed optimizer has updated with the next forward pass;
+    needs overlap_grad_reduce."""
     overlap_tensor_parallel: bool = False
-    """Pass what tensor parallel ranks exchange in pieces while matrix products are under way; Transformer
-    Engine's user buffers, on CUDA with sequence_parallel, one pipeline stage, bf16 or fp8 and microbatches of
-    one shape."""
+    """Overlap tensor parallel communication with matrix products, by Transformer Engine's user buffers; CUDA
+    only, with sequence_parallel, one pipeline stage, bf16 or fp8, and microbatches of one shape."""
     bucket_size: int = 0
-    """Parameters whose gradients, and weights, are sent together where that overlaps; 0: megatron-core's
-    choice, 40 million or, if more, 1 million a data parallel rank. On the first pipeline stage; later ones
+    """Parameters per bucket of overlapped gradient and weight communication; 0: megatron-core's choice, 40
+    million or, if more, 1 million per data parallel rank. Applies to the first pipeline stage; later ones
     have one bucket."""
     cuda_graphs: bool = False
-    """On CUDA, record the kernels of each layer's passes once and replay them in every step, which spares
-    the CPU their launches; for one pipeline stage, one shape of microbatches, fp32 or bf16 and
-    training.recompute none."""
+    """Record the kernels of each layer as CUDA graphs and replay them, which saves the CPU their launches.
+    CUDA only, with one pipeline stage, microbatches of one shape, fp32 or bf16, and training.recompute
+    none."""
     fully_sharded: bool = False
-    """Shard parameters, gradients and optimizer state over data and context parallel ranks (ZeRO-3, torch's
-    FSDP2), in fp32, or with weights gathered in bf16 from their fp32 shards; one pipeline stage only, and
-    without the distributed optimizer."""
+    """Shard parameters, gradients and optimizer state over data and context parallel ranks (ZeRO-3, PyTorch's
+    FSDP2), in fp32, or in bf16 with fp32 shards; one pipeline stage, without the distributed optimizer."""
     pad_vocabulary_to: int = 0
-    """Pad the rows of embedding and head with zeros to a multiple of this times tensor_model_parallel_size,
-    which GPU matrix products need to be fast (Megatron-LM's --make-vocab-size-divisible-by); 0: 128 on CUDA,
-    1 on a CPU. No checkpoint depends on it, and no loss up to rounding."""
+    """Pad the vocabulary of embedding and head to a multiple of this times tensor_model_parallel_size, for
+    fast matrix products on GPUs (Megatron-LM's --make-vocab-size-divisible-by); 0: 128 on CUDA, 1 on a CPU.
+    Checkpoints do not depend on it, nor do losses up to rounding."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes CUDA where the machine has it; the others refuse to run on anything else."""
+    """Device type to train on; auto: CUDA if there is a GPU, otherwise CPU. The others fail where there is no
+    such device."""
     deterministic: bool = False
     """On CUDA, use only kernels that give the same bits in every run; a CPU always does."""
     intra_op_threads: int = 1
-    """CPU threads of one process; a different count changes the last bits of a CPU run."""
+    """CPU threads per process; another number changes the last bits of a CPU run."""
     collective_timeout_seconds: float = 1800.0
-    """How long a collective waits for a silent peer before the job ends."""
+    """Seconds that a collective operation waits for a silent rank before the job ends."""
 
     def __post_init__(self) -> None:
         for name in (

@@ -23,56 +23,61 @@ from megatron_dlm.run.optimizer_config import OptimizerConfig
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """Length and batch of a run."""
+    """Length, batch size, precision and safety of training."""
 
     num_steps: int
     """Optimizer steps of the run."""
     global_batch_size: int
-    """Samples of one optimizer step, over all processes."""
+    """Samples per optimizer step, over all processes."""
     micro_batch_size: int = 1
-    """Samples of one forward-backward of one process."""
+    """Samples per forward and backward pass of one process."""
     ramp_start: int = 0
-    """Samples of the first step where the batch grows to global_batch_size; 0: it has that size at once."""
+    """Batch size ramp-up: samples per step at the start; 0: no ramp-up."""
     ramp_increment: int = 0
-    """Samples by which the batch grows at a time; divides the whole growth."""
+    """Batch size ramp-up: samples by which the batch grows at a time; must divide global_batch_size -
+    ramp_start."""
     ramp_samples: int = 0
-    """Samples over which the batch grows, in equal parts for each size."""
+    """Batch size ramp-up: samples until global_batch_size is reached; each size lasts equally many
+    samples."""
     seed: int = 1
-    """Addresses every draw: weights, data order, noise."""
+    """Random seed of weights, data order and noise."""
     precision: Precision = "fp32"
-    """bf16 keeps fp32 main parameters, gradients and residual stream; fp8 is bf16 with the layers' matrix
-    products in FP8 (see fp8), by Transformer Engine or, on a CPU, emulated."""
+    """Training precision. bf16 keeps main parameters, gradients and the residual stream in fp32; fp8 is bf16
+    with the layers' matrix products in FP8 (see --fp8), by Transformer Engine or emulated."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
-    """Whose linears and attention: auto, Transformer Engine's on CUDA where it is installed; local,
-    megatron-core's and PyTorch's, which emulate FP8."""
+    """Implementation of linear layers and attention. auto: Transformer Engine on CUDA if it is installed,
+    otherwise local; local: megatron-core and PyTorch, with emulated FP8."""
     masked_attention: Literal["auto", "dense", "flex"] = "auto"
-    """How attention takes masks beyond causal ones (block diffusion, Eso-LM's sequential part, documents
-    where Transformer Engine does not take them): dense, a bool for each pair of positions; flex, torch's
-    FlexAttention, on CUDA, which passes over blocks without visible pairs and is compiled in the first step;
-    auto, flex on CUDA with Triton's kernels and without parallel.cuda_graphs."""
+    """How attention masks other than causal ones are applied (block diffusion, Eso-LM's sequential part,
+    documents where Transformer Engine does not take them). dense: a boolean matrix; flex: PyTorch's
+    FlexAttention, CUDA only, which skips blocks without visible pairs and compiles in the first step; auto:
+    flex on CUDA with Triton kernels and without parallel.cuda_graphs, otherwise dense."""
     recompute: Recompute = "selective"
-    """Activations made again in the backward pass: none; norms, what norms give to products; selective, GELU
-    too, all that costs no matrix product; full, whole layers, for a third more time. The same bits in all."""
+    """Activations recomputed in the backward pass, with the same bits in all cases. none; norms: outputs of
+    norms; selective: these and GELU, everything that needs no matrix product; full: whole layers, for about a
+    third more time."""
     on_non_finite: Literal["skip", "stop", "rollback"] = "skip"
-    """A loss or gradient norm that is not finite changes no parameter; then skip the step, stop, or load the
-    newest checkpoint and go on with the samples behind the step's."""
+    """What to do if a loss or gradient norm is not finite; parameters never change in such a step. skip: go
+    on with the next step; stop: end the run; rollback: load the newest checkpoint and go on with the samples
+    after those of the step."""
     spike_sigmas: float = 0.0
-    """Treat a loss or gradient norm as not finite where it is more than this many standard deviations above
+    """Also treat a loss or gradient norm as not finite if it is more than this many standard deviations above
     the mean of the last 128 steps, for example 6; 0: never."""
     max_skipped_steps: int = 3
     """Abort after this many consecutive skipped steps, or rollbacks to the same checkpoint; a file to replay
     the step is written."""
     step_timeout_seconds: float = 7200.0
-    """Longest time from one step to the next, evaluation and saving included; then each process prints the
+    """Seconds that a step may take, with the evaluation and saving after it; then each process prints the
     stacks of its threads and ends."""
     check_replicas_every: int = 1000
-    """Steps between comparisons of all weights' bits between data parallel ranks; 0: none. Nothing to compare
-    where parallel.fully_sharded."""
+    """Steps between bitwise comparisons of all weights over data parallel ranks, to find memory faults; 0:
+    never. Nothing is compared with parallel.fully_sharded."""
     head_rows_per_chunk: int = 128
-    """Most rows whose logits exist at a time: what a CPU's cache holds; GPUs want 1,024 and more."""
+    """Rows (token positions) whose logits exist at a time. 128 fit a CPU's cache; use 1,024 or more on
+    GPUs."""
     kernels: Kernels = "auto"
-    """What computes losses, norms, gates, GELU and rotary positions: auto, Triton on CUDA and PyTorch on a
-    CPU; torch; triton, on a CPU in Triton's interpreter (TRITON_INTERPRET=1), slowly, for tests."""
+    """Implementation of losses, norms, gates, GELU and rotary embeddings. auto: Triton on CUDA, PyTorch on a
+    CPU; torch; triton: on a CPU in Triton's interpreter (TRITON_INTERPRET=1), slow, for tests."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -150,17 +155,17 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """Validation during training, always with the same blocks and noise."""
+    """Validation during training, always on the same samples and noise."""
 
     every: int = 1000
-    """Steps between evaluations; one is also made before the first step and after the last."""
+    """Steps between evaluations; the model is also evaluated before the first step and after the last."""
     num_batches: int = 16
-    """Batches of one evaluation; a shorter validation shard is read again, with other noise."""
+    """Batches per evaluation; a shorter validation shard is read again, with other noise."""
     batch_size: int = 64
-    """Samples among which the times of one evaluation batch are stratified."""
+    """Samples per evaluation batch; their diffusion times are stratified over the batch."""
     seed: int = 0
-    """Random seed of validation blocks, times and noise, apart from the run's own seed, so that runs with
-    different seeds are compared at equal noise."""
+    """Random seed of validation samples, times and noise. It is separate from training.seed, so that runs
+    with different seeds are compared at equal noise."""
 
     def __post_init__(self) -> None:
         for name in ("every", "num_batches", "batch_size"):
@@ -170,10 +175,11 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TelemetryConfig:
-    """What a run reports."""
+    """Metrics of a run."""
 
     log_every: int = 10
-    """Steps between lines of metrics.jsonl, TensorBoard points and, without a terminal, printed lines."""
+    """Steps per line of metrics.jsonl, TensorBoard point and, without a terminal, printed line. Losses and
+    speed are means over these steps."""
 
     def __post_init__(self) -> None:
         if self.log_every < 1:
@@ -182,10 +188,11 @@ class TelemetryConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything that defines a run; recorded in each checkpoint."""
+    """The whole configuration of a run; saved with each checkpoint."""
 
     directory: Path
-    """Holds checkpoints/, tensorboard/ and metrics.jsonl; a run continues from what it finds here."""
+    """Directory of the run, with checkpoints/, tensorboard/ and metrics.jsonl; a run resumes from the newest
+    checkpoint in it."""
     model: ModelConfig
     objective: ObjectiveConfig
     data: DataConfig

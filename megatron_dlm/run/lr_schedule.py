@@ -10,14 +10,14 @@ from megatron_dlm.interfaces import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class LrScheduleConfig:
-    """Warm-up and cosine of arXiv:2602.15014."""
+    """Linear warm-up and cosine decay, as in arXiv:2602.15014."""
 
     lr: float = 2e-4
     """Peak learning rate."""
     min_lr: float = 2e-5
-    """Learning rate from `decay_steps` on."""
+    """Learning rate from decay_steps on."""
     warmup_steps: int = 100
-    """Steps up to the peak; step 0 already has lr / warmup_steps."""
+    """Steps of linear warm-up; the first step already has lr / warmup_steps."""
     decay_steps: int = 10_000
     """Step at which the cosine reaches min_lr; may lie beyond the end of the run."""
 

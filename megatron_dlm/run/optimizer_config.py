@@ -9,15 +9,18 @@ from megatron_dlm.interfaces import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW as in arXiv:2602.15014."""
+    """AdamW, with the values of arXiv:2602.15014."""
 
     beta1: float = 0.9
+    """Decay of Adam's first moment."""
     beta2: float = 0.95
+    """Decay of Adam's second moment."""
     epsilon: float = 1e-8
+    """Adam's epsilon."""
     weight_decay: float = 0.1
-    """Decoupled decay of ALL parameters: norms, biases and embeddings too."""
+    """Decoupled weight decay of all parameters, norms, biases and embeddings included."""
     clip_grad: float = 1.0
-    """Largest norm of the whole gradient; 0 leaves it as it is."""
+    """Largest norm of the gradient over all parameters, to which it is clipped; 0: no clipping."""
 
     def __post_init__(self) -> None:
         for name in ("beta1", "beta2"):

@@ -154,7 +154,7 @@ def test_large_recipes_run_for_a_few_toy_steps(command, corpus, tmp_path, family
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("objective", ["mdlm", "ar", "duo", "esolm"])
 def test_quickstart(objective, tmp_path, read_json):
     output = tmp_path / "quickstart"

@@ -82,7 +82,10 @@ def test_an_ar_model_of_this_package_judges(command, models, tmp_path):
     assert [row["sampler"] for row in rows] == ["confidence", "block-autoregressive"]
     assert {row["batch_size"] for row in rows} == {"2"}
     finished = command(*words, "--judge", models["mdlm"], check=False)
-    assert finished.returncode == 2 and "mdlm is no judge; take ar" in finished.stderr
+    assert (
+        finished.returncode == 2
+        and "mdlm is no judge; take a model that predicts next tokens" in finished.stderr
+    )
 
 
 @pytest.mark.parametrize(

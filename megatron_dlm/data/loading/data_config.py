@@ -17,32 +17,32 @@ Loader = Literal["auto", "torch", "pinned", "dali"]
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What a run reads."""
+    """The data of a run."""
 
     train: tuple[str, ...]
-    """Prefix of the training shard (PREFIX.bin, .idx, .json), or weights and prefixes in turn: 3 A 7 B.
-    A prefix may be a URL of an object store, such as s3://bucket/prefix."""
+    """Training shards. One prefix (of PREFIX.bin, .idx and .json), or a blend of weights and prefixes in
+    turn: 3 A 7 B. A prefix may be the URL of an object store, such as s3://bucket/prefix."""
     validation: str | None = None
-    """Prefix of the held-out shard; none with `split`."""
+    """Prefix of the held-out shard; leave it out with split."""
     split: tuple[float, ...] = ()
-    """Shares of each training shard's documents for training, validation and test, of any sum."""
+    """Shares of each training shard's documents for training, validation and test, for example 98 1 1."""
     seq_length: int = 2048
-    """Tokens of one sample."""
+    """Tokens per sample."""
     document_mask: bool = False
-    """Keep attention inside documents, whose positions start at 0; off, as in the paper, a block is one.
-    Records of prompt and response are always kept apart."""
+    """Let tokens attend only to their own document, whose positions start at 0. Without it a sample is one
+    text, as in the paper. Records of prompt and response are always kept apart."""
     drop_long_records: bool = False
-    """Leave out prompts with responses of more than seq_length tokens, which are refused otherwise; bits per
-    byte are still by the bytes a token of the whole shard."""
+    """Leave out records of prompt and response that are longer than seq_length, which are refused otherwise.
+    Bits per byte still use the bytes per token of the whole shard."""
     workers: int = 0
-    """Processes of each rank that read and corrupt batches ahead of the steps; 0: none, at each step itself.
-    The samples and their noise are the same for any number."""
+    """Processes per rank that read and corrupt batches ahead of time; 0: each step does it itself. Samples
+    and noise do not depend on it."""
     loader: Loader = "auto"
-    """What brings batches to the device: torch, at each step; pinned, torch ahead of the steps, from pinned
-    memory on a stream of its own; dali, NVIDIA DALI likewise; auto, pinned on CUDA and torch on a CPU. All
-    with the same bits."""
+    """How batches get to the device, with the same bits in all cases. torch: copied in each step; pinned:
+    copied ahead of time from pinned memory on a CUDA stream of its own; dali: the same by NVIDIA DALI; auto:
+    pinned on CUDA, torch on a CPU."""
     verify_checksums: bool = False
-    """Read all shards whole before the run and compare their SHA-256 with the manifests."""
+    """Read all shards before the run and compare their SHA-256 with the manifests."""
 
     def __post_init__(self) -> None:
         if self.seq_length < 1:

@@ -14,7 +14,7 @@ from megatron_dlm.interfaces import AttentionPattern, ModelInputs, Targets, Toke
 
 @dataclass(frozen=True, kw_only=True)
 class ARConfig(ObjectiveConfig):
-    """Autoregressive baseline."""
+    """Autoregressive baseline: predicts the next token."""
 
     name: ClassVar[str] = "ar"
     attention: ClassVar[AttentionPattern] = AttentionPattern.CAUSAL

@@ -20,7 +20,7 @@ from megatron_dlm.interfaces import AttentionPattern, InputError, ModelInputs, T
 
 @dataclass(frozen=True, kw_only=True)
 class BlockDiffusionConfig(DiffusionConfig):
-    """Block diffusion."""
+    """Block diffusion: blocks left to right, masked diffusion within each (arXiv:2503.09573)."""
 
     name: ClassVar[str] = "block-diffusion"
     attention: ClassVar[AttentionPattern] = AttentionPattern.BIDIRECTIONAL
@@ -29,9 +29,10 @@ class BlockDiffusionConfig(DiffusionConfig):
     takes_document_masks: ClassVar[bool] = False
 
     block_size: int = 16
-    """Tokens of a block; the sequence length gives MDLM, 1 a bound equal to the sequential likelihood."""
+    """Tokens per block. The sequence length gives MDLM; 1 gives a bound equal to the sequential
+    likelihood."""
     loss: MaskedLoss = "elbo"
-    """Training weight of a masked token: the NELBO's -alpha'/(1 - alpha), or 1."""
+    """Training weight of a masked token. elbo: -alpha'/(1 - alpha), as in the NELBO; low-variance: 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

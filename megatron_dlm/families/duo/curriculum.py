@@ -27,18 +27,19 @@ LARGEST_DROPPED = 1e-3
 
 @dataclass(frozen=True, kw_only=True)
 class CurriculumConfig:
-    """Off by default, as in arXiv:2602.15014."""
+    """Duo's curriculum of soft tokens (arXiv:2506.10892); off by default, as in arXiv:2602.15014."""
 
     steps: int = 0
-    """First optimizer steps that see soft tokens."""
+    """Optimizer steps at the start of training that see soft tokens instead of drawn ones; 0: none."""
     temperature: float = 1e-3
     """Temperature of the softmax that blends embeddings."""
     gamma_min: float = -3.55
-    """gamma(t) = gamma_min + t (gamma_max - gamma_min); minus the log signal-to-noise ratio."""
+    """gamma(t) = gamma_min + t (gamma_max - gamma_min), minus the log signal-to-noise ratio."""
     gamma_max: float = -1.85
-    """The value of gamma at t = 1."""
+    """Value of gamma at t = 1."""
     top_k: int = 16
-    """Largest noise entries that are kept; far too many at the default temperature, too few at a high one."""
+    """Largest noise entries per soft token that are kept; ample at the default temperature, too few at a high
+    one."""
 
     def __post_init__(self) -> None:
         if self.steps < 0:

@@ -35,15 +35,16 @@ from megatron_dlm.platform.vocab_parallel import VocabShard
 
 @dataclass(frozen=True, kw_only=True)
 class DuoConfig(DiffusionConfig):
-    """Uniform-state diffusion."""
+    """Uniform-state diffusion (Duo, arXiv:2506.10892)."""
 
     name: ClassVar[str] = "duo"
     attention: ClassVar[AttentionPattern] = AttentionPattern.BIDIRECTIONAL
 
     time_conditioning: bool = True
-    """Must stay on: a token does not show whether it is noise, so the network needs the noise level."""
+    """Give the network the noise level. Must stay on: a token does not show whether it is noise."""
     mask_in_noise: bool = True
-    """Count the mask token, never predicted, among the states of the noise, as the paper's code does."""
+    """Let noise draw the mask token, which is never predicted, like any other id, as the paper's code
+    does."""
     curriculum: CurriculumConfig = CurriculumConfig()
 
     def __post_init__(self) -> None:

@@ -45,10 +45,10 @@ class MaskUniformConfig(DiffusionConfig):
     attention: ClassVar[AttentionPattern] = AttentionPattern.BIDIRECTIONAL
 
     uniform_share: float = 0.1
-    """Probability that noise is a uniform draw over all ids instead of the mask; 0 is masked diffusion, 1
+    """Probability that noise is a uniform draw over all ids instead of the mask: 0 is masked diffusion, 1
     uniform-state diffusion."""
     time_conditioning: bool = True
-    """Tell the network the noise level; needed where a token does not show whether it is noise."""
+    """Give the network the noise level; needed where a token does not show whether it is noise."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -20,15 +20,16 @@ from megatron_dlm.interfaces import AttentionPattern, ModelInputs, Targets, Toke
 
 @dataclass(frozen=True, kw_only=True)
 class MDLMConfig(DiffusionConfig):
-    """Masked diffusion."""
+    """Masked diffusion (MDLM, arXiv:2406.07524)."""
 
     name: ClassVar[str] = "mdlm"
     attention: ClassVar[AttentionPattern] = AttentionPattern.BIDIRECTIONAL
 
     loss: MaskedLoss = "low-variance"
-    """Training weight of a masked token: 1 (arXiv:2602.15014 eq. 8), or the NELBO's -alpha'/(1 - alpha)."""
+    """Training weight of a masked token. low-variance: 1 (arXiv:2602.15014 eq. 8); elbo: -alpha'/(1 - alpha),
+    as in the NELBO."""
     time_conditioning: bool = False
-    """Tell the network the noise level; the paper does not, and adaLN acts as learned constants."""
+    """Give the network the noise level. Off in the paper, where adaLN then acts as learned constants."""
 
     def build(self, vocabulary: Vocabulary) -> Objective:
         """The family over `vocabulary`."""

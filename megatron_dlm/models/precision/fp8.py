@@ -22,27 +22,28 @@ CAPABILITIES: dict[str, tuple[int, int]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Fp8Config:
-    """Matrix products of the layers in FP8, for training.precision fp8. The head's stay in bf16."""
+    """FP8 matrix products of the layers, with --training.precision fp8. The head stays in bf16."""
 
     recipe: Fp8Recipe = "tensorwise"
-    """What is scaled by what: tensorwise, a tensor by its own maximum; delayed, by maxima of earlier steps;
-    blockwise, 128 values in a row and 128 x 128 of a weight; mxfp8, 32 values in a row (Blackwell)."""
+    """How FP8 scales are chosen. tensorwise: by each tensor's own maximum; delayed: by the maxima of earlier
+    steps; blockwise: per 128 values of an activation's row and 128 x 128 of a weight; mxfp8: per 32 values
+    (Blackwell)."""
     format: Fp8Format = "hybrid"
-    """hybrid: E5M2 for gradients, E4M3 for the rest; e4m3: E4M3 for all."""
+    """FP8 formats. hybrid: E5M2 for gradients, E4M3 for the rest; e4m3: E4M3 for all."""
     margin: int = 0
-    """Delayed scaling leaves this many powers of two below the format's largest number."""
+    """Powers of two that delayed scaling leaves below the format's largest number."""
     amax_history_len: int = 16
-    """Steps whose maxima delayed scaling keeps (microbatches in Transformer Engine)."""
+    """Maxima that delayed scaling remembers: of this many steps (microbatches in Transformer Engine)."""
     amax_compute_algo: Literal["max", "most_recent"] = "max"
-    """Which of them delayed scaling takes."""
+    """Maximum that delayed scaling uses: the largest or the most recent one of those it remembers."""
     weights: bool = False
-    """Keep the layers' weights in FP8 beside the fp32 main weights, and gather them so: half the bytes of
-    bf16, and no cast before each product. Transformer Engine's, with parallel.use_distributed_optimizer; not
-    for mxfp8."""
+    """Keep the layers' weights in FP8 beside the fp32 main weights and gather them in FP8: half the bytes of
+    bf16, and no cast before each product. Needs Transformer Engine and parallel.use_distributed_optimizer;
+    not for mxfp8."""
     layers_at_start_in_bf16: int = 0
-    """First layers of the model that stay in bf16; not with delayed scaling."""
+    """First layers of the model to keep in bf16; not with delayed scaling."""
     layers_at_end_in_bf16: int = 0
-    """Last layers of the model that stay in bf16; not with delayed scaling."""
+    """Last layers of the model to keep in bf16; not with delayed scaling."""
 
     def __post_init__(self) -> None:
         for name in ("margin", "layers_at_start_in_bf16", "layers_at_end_in_bf16"):
