@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_dlm.cli.main import run_and_exit
-from megatron_dlm.data.preprocessing.merge_parts import TokenCounts, join_tokens, publish
+from megatron_dlm.data.preprocessing.merge_parts import TokenCounts, merge_tokens, publish
 from megatron_dlm.data.shards.manifest import FileDigest, shard_path
 from megatron_dlm.data.shards.shard import Shard, ShardIndex, read_index, write_index
 from megatron_dlm.interfaces import InputError
@@ -64,7 +64,7 @@ def merge(prefixes: list[Path], output: Path) -> None:
     try:
         counts = TokenCounts(first.vocabulary.size)
         bins = [shard_path(prefix, ".bin") for prefix in prefixes]
-        tokens = join_tokens(bins, temporary[final[".bin"]], final[".bin"].name, dtype, counts)
+        tokens = merge_tokens(bins, temporary[final[".bin"]], final[".bin"].name, dtype, counts)
 
         def lengths() -> Iterator[NDArray[np.int32]]:
             for prefix in prefixes:

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint import FileSystemWriter, Metadata, SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_dlm.checkpointing.host_memory import HostMemory
-from megatron_dlm.checkpointing.optimizer_state import SavePlanner, TensorPieces
+from megatron_dlm.checkpointing.optimizer_state import SavePlanner, TensorChunks
 from megatron_dlm.platform.files import sha256_of
 from megatron_dlm.platform.megatron import (
     CHECKPOINT_BACKEND,
@@ -76,7 +76,7 @@ class ShareWriter:
         self,
         directory: Path,
         weights: Any,
-        pieces: Mapping[str, TensorPieces],
+        pieces: Mapping[str, TensorChunks],
         plans: SavePlans,
         parallel: ParallelState,
     ) -> None:
@@ -120,7 +120,7 @@ class ShareWriter:
         self._started_at = 0.0
 
     def _copy(
-        self, tensors: Sequence[Tensor], sharded: Sequence[ShardedTensor], pieces: Mapping[str, TensorPieces]
+        self, tensors: Sequence[Tensor], sharded: Sequence[ShardedTensor], pieces: Mapping[str, TensorChunks]
     ) -> None:
         try:
             copies = iter(self._memory.hold(tensors))

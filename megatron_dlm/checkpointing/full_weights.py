@@ -15,12 +15,12 @@ from torch.distributed.checkpoint import FileSystemReader, load
 
 from megatron_dlm.checkpointing.layout import verify
 from megatron_dlm.checkpointing.safe_metadata import check_metadata, tensors_only
-from megatron_dlm.checkpointing.tensor_chunks import LoadPlanner, TensorPieces, main_weight_key
+from megatron_dlm.checkpointing.tensor_chunks import LoadPlanner, TensorChunks, main_weight_key
 from megatron_dlm.models.config import ModelConfig
 from megatron_dlm.models.weight_mapping import from_stored, public_shapes, stored_place
 
 
-class WholeWeights:
+class FullWeights:
     """Reads tensors of one checkpoint."""
 
     def __init__(self, directory: Path, model: ModelConfig, vocabulary_size: int) -> None:
@@ -52,13 +52,13 @@ class WholeWeights:
             float32 by name.
         """
         tensors: dict[str, Tensor] = {}
-        wanted: dict[str, TensorPieces] = {}
+        wanted: dict[str, TensorChunks] = {}
         for name in names:
             key, layer = stored_place(name)
             main = main_weight_key(key)
             shape = self.shapes[name]
             tensor = torch.empty(shape if layer is None else (1, *shape), dtype=torch.float32)
-            pieces = wanted.setdefault(main if main in self._stored else key, TensorPieces())
+            pieces = wanted.setdefault(main if main in self._stored else key, TensorChunks())
             pieces.add((0,) * tensor.dim() if layer is None else (layer, *(0 for _ in shape)), tensor)
             tensors[name] = tensor if layer is None else tensor[0]
         with warnings.catch_warnings():

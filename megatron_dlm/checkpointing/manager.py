@@ -19,7 +19,7 @@ from megatron_dlm.checkpointing.async_writer import SavePlans, ShareWriter
 from megatron_dlm.checkpointing.layout import CheckpointRoot, verify
 from megatron_dlm.checkpointing.optimizer_state import load_state, state_to_save
 from megatron_dlm.checkpointing.safe_metadata import check_metadata, tensors_only
-from megatron_dlm.checkpointing.tensor_chunks import TensorPieces, main_weight_key
+from megatron_dlm.checkpointing.tensor_chunks import TensorChunks, main_weight_key
 from megatron_dlm.interfaces import InputError, SaveError
 from megatron_dlm.models.denoiser import ChunkedDenoiser, Denoiser
 from megatron_dlm.platform import distributed_optimizer
@@ -70,7 +70,7 @@ class PendingSave:
             distributed_optimizer.complete_weights(optimizer)
         try:
             state = _model_state(denoiser, parallel)
-            pieces: dict[str, TensorPieces] = {}
+            pieces: dict[str, TensorChunks] = {}
             common_state: dict[str, Any] = {"content_metadata": {}}
             if optimizer is not None:
                 pieces = state_to_save(optimizer, _places(denoiser, state))

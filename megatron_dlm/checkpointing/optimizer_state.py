@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.tensor import DTensor
 
 from megatron_dlm.checkpointing.safe_metadata import tensors_only
-from megatron_dlm.checkpointing.tensor_chunks import PREFIX, LoadPlanner, TensorPieces, main_weight_key
+from megatron_dlm.checkpointing.tensor_chunks import PREFIX, LoadPlanner, TensorChunks, main_weight_key
 from megatron_dlm.platform import distributed_optimizer
 from megatron_dlm.platform.fully_sharded import local
 from megatron_dlm.platform.megatron import SavePlannerBase
@@ -65,12 +65,12 @@ class SavePlanner(SavePlannerBase):
     def lookup_object(self, index: MetadataIndex) -> Any:
         """What is to be written: a piece, or as the base class has it."""
         found = self.state_dict[index.fqn]
-        return found.at(index.offset) if isinstance(found, TensorPieces) else super().lookup_object(index)
+        return found.at(index.offset) if isinstance(found, TensorChunks) else super().lookup_object(index)
 
 
 def state_to_save(
     optimizer: Any, sharded: Mapping[torch.nn.Parameter, ShardedTensor]
-) -> dict[str, TensorPieces]:
+) -> dict[str, TensorChunks]:
     """What of Adam's state this rank has to save: moments, and fp32 weights where modules see others.
 
     Of sharded parameters also the weights as modules see them.
@@ -104,8 +104,8 @@ def load_state(directory: Path, optimizer: Any, sharded: Mapping[torch.nn.Parame
 
 def _collect(
     optimizer: Any, sharded: Mapping[torch.nn.Parameter, ShardedTensor], *, to_save: bool
-) -> dict[str, TensorPieces]:
-    found: dict[str, TensorPieces] = {}
+) -> dict[str, TensorChunks]:
+    found: dict[str, TensorChunks] = {}
     cut = distributed_optimizer.is_sharded(optimizer)
     for part, parameter, main, start, end in distributed_optimizer.main_pieces(optimizer, sharded):
         place = sharded[parameter]
@@ -118,7 +118,7 @@ def _collect(
             # Rounded ones are made of the main weights, so nobody reads them.
             tensors[place.key] = parameter.to(place.dtype)
         for key, tensor in tensors.items():
-            pieces = found.setdefault(key, TensorPieces(place.global_shape))
+            pieces = found.setdefault(key, TensorChunks(place.global_shape))
             for offset, piece in _cut(place, local(tensor.detach()).view(-1), start, end):
                 pieces.add(offset, piece)
     return found

@@ -22,7 +22,7 @@ def main_weight_key(key: str) -> str:
     return f"{PREFIX}{MAIN_WEIGHT}.{key}"
 
 
-class TensorPieces:
+class TensorChunks:
     """Boxes of one tensor that this rank has; torch calls the method with underscores to plan."""
 
     def __init__(self, global_shape: Sequence[int] = ()) -> None:
@@ -52,7 +52,7 @@ class TensorPieces:
         """Take other tensors of the same shapes, in the order of `tensors`."""
         self._pieces = dict(zip(self._pieces, tensors, strict=True))
 
-    def __create_write_items__(self, name: str, pieces: TensorPieces) -> list[WriteItem]:
+    def __create_write_items__(self, name: str, pieces: TensorChunks) -> list[WriteItem]:
         return [
             WriteItem(
                 index=MetadataIndex(name, Size(offset)),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from megatron_dlm.cli.arguments import check_new_file, parse
-from megatron_dlm.cli.evaluate_nll import Progress, draw_by_time, print_by_time, show_mean
+from megatron_dlm.cli.evaluate_nll import ProgressPrinter, draw_by_time, print_by_time, show_mean
 from megatron_dlm.evaluation.nelbo_statistics import BoundConfig
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.models.precision.fp8 import Fp8Config
@@ -87,7 +87,7 @@ def run(arguments: list[str]) -> int:
         config.bound,
         config.parallel,
         config.micro_batch_size,
-        progress=Progress(),
+        progress=ProgressPrinter(),
     )
     means = [difference.protocol, *([] if training is None else [training.difference])]
     passed = all(passes(mean, config.tolerance) for mean in means)

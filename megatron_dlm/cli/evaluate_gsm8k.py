@@ -17,7 +17,7 @@ from megatron_dlm.sampling.settings import SamplingConfig
 
 if TYPE_CHECKING:
     from megatron_dlm.evaluation.gsm8k import Problem
-    from megatron_dlm.evaluation.loaded_model import UsableModel
+    from megatron_dlm.evaluation.loaded_model import LoadedModel
 
 ANSWERS, SETTINGS, RESULT = "answers.jsonl", "settings.json", "result.json"
 PLACE = "{question}"
@@ -76,22 +76,22 @@ def run(arguments: list[str]) -> int:
     from megatron_dlm.evaluation.loaded_model import open_model
 
     problems = read_problems(config.data)[: config.limit]
-    usable = open_model(config.model, tokenizer=config.tokenizer, dtype=config.dtype, device=config.device)
+    loaded = open_model(config.model, tokenizer=config.tokenizer, dtype=config.dtype, device=config.device)
     with bad_values():
-        settings = config.sampling.resolved(usable.family)
-        prompts = _prompts(problems, config, usable)
-        done = _resume(config, settings, usable)
+        settings = config.sampling.resolved(loaded.family)
+        prompts = _prompts(problems, config, loaded)
+        done = _resume(config, settings, loaded)
         left = [problem for problem in problems if problem.number not in done]
-        _answer(left, prompts, config, settings, usable)
+        _answer(left, prompts, config, settings, loaded)
     _score(config, problems)
     return 0
 
 
-def _prompts(problems: list[Problem], config: Gsm8kConfig, usable: UsableModel) -> list[list[int]]:
+def _prompts(problems: list[Problem], config: Gsm8kConfig, loaded: LoadedModel) -> list[list[int]]:
     """Tokens of all questions; each leaves room for an answer."""
-    length = usable.length(config.length)
+    length = loaded.length(config.length)
     texts = [config.template.replace(PLACE, problem.question) for problem in problems]
-    prompts = [usable.tokenizer.ids_of(text) for text in texts]
+    prompts = [loaded.tokenizer.ids_of(text) for text in texts]
     for problem, tokens in zip(problems, prompts, strict=True):
         if len(tokens) >= length:
             where = f"problem {problem.number}, whose question has {len(tokens)}"
@@ -99,16 +99,16 @@ def _prompts(problems: list[Problem], config: Gsm8kConfig, usable: UsableModel) 
     return prompts
 
 
-def _resume(config: Gsm8kConfig, sampling: SamplingConfig, usable: UsableModel) -> set[int]:
+def _resume(config: Gsm8kConfig, sampling: SamplingConfig, loaded: LoadedModel) -> set[int]:
     """Numbers of the problems that have an answer; what was asked otherwise is not gone on with."""
     from megatron_dlm.platform.files import sha256_of, write_json
     from megatron_dlm.platform.json_lines import drop_cut_line
 
     settings = {
-        "weights_sha256": usable.weights_sha256(),
+        "weights_sha256": loaded.weights_sha256(),
         "data_sha256": sha256_of(config.data),
         "sampling": asdict(sampling),
-        "length": usable.length(config.length),
+        "length": loaded.length(config.length),
         **{name: getattr(config, name) for name in ("template", "seed", "dtype")},
     }
     path, answers = config.output / SETTINGS, config.output / ANSWERS
@@ -160,7 +160,7 @@ def _answer(
     prompts: list[list[int]],
     config: Gsm8kConfig,
     settings: SamplingConfig,
-    usable: UsableModel,
+    loaded: LoadedModel,
 ) -> None:
     """Answer problems that are left; `prompts` are of all, by number."""
     from megatron_dlm.evaluation.generation import before_end, sample_all
@@ -168,13 +168,13 @@ def _answer(
     from megatron_dlm.sampling.start import start_from
     from megatron_dlm.telemetry.writers import duration
 
-    length = usable.length(config.length)
-    starts = [start_from([prompts[problem.number]], length, usable.family) for problem in problems]
+    length = loaded.length(config.length)
+    starts = [start_from([prompts[problem.number]], length, loaded.family) for problem in problems]
     seconds, tokens, done, correct = 0.0, 0, 0, 0
     with (config.output / ANSWERS).open("a", encoding="utf-8") as file:
         for batch in sample_all(
-            usable.network,
-            usable.family,
+            loaded.network,
+            loaded.family,
             settings,
             starts,
             batch_size=config.batch_size,
@@ -185,8 +185,8 @@ def _answer(
                 batch.places, batch.ids_BL.tolist(), batch.given_BL.tolist(), strict=True
             ):
                 problem = problems[place]
-                answer = before_end(ids, given, usable.vocabulary.eos_token_id)[sum(given) :]
-                response = usable.tokenizer.decode(answer)
+                answer = before_end(ids, given, loaded.vocabulary.eos_token_id)[sum(given) :]
+                response = loaded.tokenizer.decode(answer)
                 found = final_number(response)
                 correct += found == problem.expected
                 line = {

@@ -66,9 +66,9 @@ def run(arguments: list[str]) -> int:
         raise InputError("harness: needs lm-eval; install megatron-dlm[harness]")
     from megatron_dlm.evaluation.loaded_model import open_model
 
-    usable = open_model(config.model, tokenizer=config.tokenizer, dtype=config.dtype, device=config.device)
+    loaded = open_model(config.model, tokenizer=config.tokenizer, dtype=config.dtype, device=config.device)
     with bad_values():
-        results = _evaluate(config, usable)
+        results = _evaluate(config, loaded)
     from lm_eval.utils import make_table
 
     print(make_table(results))
@@ -80,7 +80,7 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _evaluate(config: HarnessConfig, usable: Any) -> dict[str, Any]:
+def _evaluate(config: HarnessConfig, loaded: Any) -> dict[str, Any]:
     import lm_eval
     from lm_eval.tasks import TaskManager
 
@@ -94,7 +94,7 @@ def _evaluate(config: HarnessConfig, usable: Any) -> dict[str, Any]:
         max_copies=conditional.max_copies,
         confidence=conditional.confidence,
         seed=conditional.seed,
-        usable=usable,
+        loaded=loaded,
         sampling=config.sampling,
     )
     manager = TaskManager(include_path=None if config.include_path is None else str(config.include_path))

@@ -100,16 +100,16 @@ def _evaluate(config: NllConfig) -> tuple[Bound, bool]:
                 config.parallel,
                 size,
                 drop_long_records=drop,
-                progress=Progress(),
+                progress=ProgressPrinter(),
             )
     if config.parallel != ParallelConfig():
         raise InputError("parallel: an exported folder is evaluated on one process")
-    usable = open_model(config.model, tokenizer=config.tokenizer, dtype=config.dtype, device=None)
-    _refuse_plot(config, usable.config.objective)
-    data = usable.config.data
-    with _data(config, data.validation or data.train[0], usable.tokenizer.path) as prefix:
+    loaded = open_model(config.model, tokenizer=config.tokenizer, dtype=config.dtype, device=None)
+    _refuse_plot(config, loaded.config.objective)
+    data = loaded.config.data
+    with _data(config, data.validation or data.train[0], loaded.tokenizer.path) as prefix:
         bound = bound_of_folder(
-            usable, prefix, config.bound, size, drop_long_records=drop, progress=Progress()
+            loaded, prefix, config.bound, size, drop_long_records=drop, progress=ProgressPrinter()
         )
         return bound, True
 
@@ -138,7 +138,7 @@ def _data(config: NllConfig, default: str, tokenizer: Path | None) -> Iterator[s
         yield str(prefix)
 
 
-class Progress:
+class ProgressPrinter:
     """Prints sequences done and the time to go, every few seconds."""
 
     def __init__(self) -> None:

@@ -18,7 +18,7 @@ from megatron_dlm.sampling.settings import SamplerName, SamplingConfig
 
 if TYPE_CHECKING:
     from megatron_dlm.evaluation.generative import Judge
-    from megatron_dlm.evaluation.loaded_model import UsableModel
+    from megatron_dlm.evaluation.loaded_model import LoadedModel
 
 TABLE, PICTURE = "pareto.csv", "pareto.png"
 SETTINGS = ("family", "sampler", "num_steps", "batch_size", "temperature", "top_p")
@@ -93,17 +93,17 @@ def run(arguments: list[str]) -> int:
     rows = _read(config.output / TABLE)
     groups: set[tuple[str, ...]] = set()
     for path in config.models:
-        usable = open_model(path, tokenizer=config.tokenizer, dtype=config.dtype, device=config.device)
-        judge = _judge(config, usable.network.device)
+        loaded = open_model(path, tokenizer=config.tokenizer, dtype=config.dtype, device=config.device)
+        judge = _judge(config, loaded.network.device)
         with bad_values():
-            wanted = _combinations(config, path, usable)
+            wanted = _combinations(config, path, loaded)
             groups |= {_comparable(keys) for keys in wanted}
             if len(groups) > 1:
                 raise InputError(f"length: {path} was trained at another length than the others; give one")
             config.output.mkdir(parents=True, exist_ok=True)
             for number, keys in enumerate(wanted, start=1):
                 if not any(all(row[key] == str(keys[key]) for key in KEYS) for row in rows):
-                    rows.append(_measure(keys, usable, judge))
+                    rows.append(_measure(keys, loaded, judge))
                     _write(config.output / TABLE, rows)
                 print(f"{path}: {number}/{len(wanted)} combinations", file=sys.stderr, flush=True)
     _report(config, [row for row in rows if _comparable(row) in groups], published)
@@ -121,16 +121,16 @@ def _judge(config: ParetoConfig, device: Any) -> Judge:
 
     if not is_model(config.judge):
         return hugging_face_judge(config.judge, device)
-    usable = open_model(config.judge, tokenizer=None, dtype=config.dtype, device=str(device))
-    if not usable.config.objective.predicts_next_token:
+    loaded = open_model(config.judge, tokenizer=None, dtype=config.dtype, device=str(device))
+    if not loaded.config.objective.predicts_next_token:
         raise InputError(
-            f"judge: {config.judge}: {usable.family.name} is no judge; take a model that predicts next tokens"
+            f"judge: {config.judge}: {loaded.family.name} is no judge; take a model that predicts next tokens"
         )
-    bos = usable.vocabulary.bos_token_id
+    bos = loaded.vocabulary.bos_token_id
     return Judge(
-        lambda ids: usable.model(ids.to(device)).logits,
-        lambda text: [bos, *map(int, usable.tokenizer.encode([text])[0])],
-        usable.config.data.seq_length,
+        lambda ids: loaded.model(ids.to(device)).logits,
+        lambda text: [bos, *map(int, loaded.tokenizer.encode([text])[0])],
+        loaded.config.data.seq_length,
     )
 
 
@@ -145,22 +145,22 @@ def _settings(sampler: SamplerName, steps: int | None, temperature: float, top_p
     )
 
 
-def _combinations(config: ParetoConfig, path: Path, usable: UsableModel) -> list[dict[str, Any]]:
+def _combinations(config: ParetoConfig, path: Path, loaded: LoadedModel) -> list[dict[str, Any]]:
     """Keys of the rows of one model; refuses what cannot be, before anything is measured."""
     import torch
 
     from megatron_dlm.sampling.schedules import check_division
 
-    family = usable.family
+    family = loaded.family
     offered = [*family.samplers]
     chosen = [cast(SamplerName, name) for name in config.samplers or offered[:1] if name in offered]
     if not chosen:
         raise InputError(f"samplers: none is one of {family.name}, which has {', '.join(offered)}")
-    length = usable.length(config.length)
-    device = usable.network.device
+    length = loaded.length(config.length)
+    device = loaded.network.device
     common = {
         "model": str(path),
-        "weights_sha256": usable.weights_sha256()[:16],
+        "weights_sha256": loaded.weights_sha256()[:16],
         "family": family.name,
         "judge": str(config.judge),
         "length": length,
@@ -183,22 +183,22 @@ def _combinations(config: ParetoConfig, path: Path, usable: UsableModel) -> list
     return found
 
 
-def _measure(keys: dict[str, Any], usable: UsableModel, judge: Judge) -> dict[str, str]:
+def _measure(keys: dict[str, Any], loaded: LoadedModel, judge: Judge) -> dict[str, str]:
     """Measure one combination; returns its row of the table."""
     from megatron_dlm.evaluation.generation import sample_all
     from megatron_dlm.evaluation.generative import unigram_entropy
     from megatron_dlm.sampling.start import start_from
 
     settings = _settings(keys["sampler"], keys["num_steps"] or None, keys["temperature"], keys["top_p"])
-    starts = [start_from([[]], keys["length"], usable.family)] * keys["samples"]
+    starts = [start_from([[]], keys["length"], loaded.family)] * keys["samples"]
     samples: list[list[int]] = []
     tokens, seconds = 0, 0.0
     for batch in sample_all(
-        usable.network, usable.family, settings, starts, batch_size=keys["batch_size"], seed=keys["seed"]
+        loaded.network, loaded.family, settings, starts, batch_size=keys["batch_size"], seed=keys["seed"]
     ):
         samples += batch.ids_BL.tolist()
         tokens, seconds = tokens + batch.tokens, seconds + batch.seconds
-    texts = [usable.tokenizer.decode(sample) for sample in samples]
+    texts = [loaded.tokenizer.decode(sample) for sample in samples]
     measured = {
         "tokens_per_second": f"{tokens / seconds:.6g}",
         "seconds": f"{seconds:.6g}",

@@ -15,7 +15,7 @@ from megatron_dlm.interfaces import InputError
 from megatron_dlm.sampling.settings import SamplingConfig
 
 if TYPE_CHECKING:
-    from megatron_dlm.evaluation.loaded_model import UsableModel
+    from megatron_dlm.evaluation.loaded_model import LoadedModel
     from megatron_dlm.sampling.start import Start
 
 TRACED_SAMPLES = 8
@@ -68,31 +68,31 @@ def run(arguments: list[str]) -> int:
     config = parse(SampleConfig, arguments, verb="sample")
     from megatron_dlm.evaluation.loaded_model import open_model
 
-    usable = open_model(config.model, tokenizer=config.tokenizer, dtype=config.dtype, device=config.device)
+    loaded = open_model(config.model, tokenizer=config.tokenizer, dtype=config.dtype, device=config.device)
     with bad_values():
-        _sample(config, usable)
+        _sample(config, loaded)
     return 0
 
 
-def _sample(config: SampleConfig, usable: UsableModel) -> None:
+def _sample(config: SampleConfig, loaded: LoadedModel) -> None:
     from megatron_dlm.evaluation.generation import before_end, sample_all
     from megatron_dlm.telemetry.writers import duration
 
-    settings = config.sampling.resolved(usable.family)
+    settings = config.sampling.resolved(loaded.family)
     prompts = _prompts(config)
-    length = usable.length(config.length)
-    starts = [start for prompt in prompts for start in [_start(prompt, length, usable)] * config.num_samples]
+    length = loaded.length(config.length)
+    starts = [start for prompt in prompts for start in [_start(prompt, length, loaded)] * config.num_samples]
     lines: list[dict[str, Any]] = []
     tokens, seconds = 0, 0.0
     for batch in sample_all(
-        usable.network, usable.family, settings, starts, batch_size=config.batch_size, seed=config.seed
+        loaded.network, loaded.family, settings, starts, batch_size=config.batch_size, seed=config.seed
     ):
         tokens, seconds = tokens + batch.tokens, seconds + batch.seconds
         for number, ids, given in zip(
             batch.places, batch.ids_BL.tolist(), batch.given_BL.tolist(), strict=True
         ):
-            eos = usable.vocabulary.eos_token_id
-            text = usable.tokenizer.decode(before_end(ids, given, eos) if settings.stop_at_eos else ids)
+            eos = loaded.vocabulary.eos_token_id
+            text = loaded.tokenizer.decode(before_end(ids, given, eos) if settings.stop_at_eos else ids)
             line = {"number": number, "seed": config.seed, **prompts[number // config.num_samples]}
             lines.append(line | {"text": text, "token_ids": ids})
         left = (len(starts) - len(lines)) * seconds / len(lines)
@@ -108,7 +108,7 @@ def _sample(config: SampleConfig, usable: UsableModel) -> None:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         config.output.write_text(text, encoding="utf-8")
     if config.trace is not None:
-        _write_trace(config, settings, starts[:TRACED_SAMPLES], usable)
+        _write_trace(config, settings, starts[:TRACED_SAMPLES], loaded)
 
 
 def _prompts(config: SampleConfig) -> list[dict[str, Any]]:
@@ -132,16 +132,16 @@ def _prompts(config: SampleConfig) -> list[dict[str, Any]]:
     return lines
 
 
-def _start(prompt: dict[str, Any], length: int, usable: UsableModel) -> Start:
+def _start(prompt: dict[str, Any], length: int, loaded: LoadedModel) -> Start:
     from megatron_dlm.evaluation.generation import start_of_parts
 
     parts = prompt["parts"] if "parts" in prompt else [prompt["prompt"]]
-    encoded = [part if isinstance(part, int) else usable.tokenizer.ids_of(part) for part in parts]
-    return start_of_parts(encoded, length, usable.family)
+    encoded = [part if isinstance(part, int) else loaded.tokenizer.ids_of(part) for part in parts]
+    return start_of_parts(encoded, length, loaded.family)
 
 
 def _write_trace(
-    config: SampleConfig, settings: SamplingConfig, starts: list[Start], usable: UsableModel
+    config: SampleConfig, settings: SamplingConfig, starts: list[Start], loaded: LoadedModel
 ) -> None:
     """Sample the first texts once more, which gives the same, and keep what happens."""
     import torch
@@ -152,16 +152,16 @@ def _write_trace(
 
     assert config.trace is not None
     batch = Start(torch.cat([s.ids_BL for s in starts]), torch.cat([s.given_BL for s in starts]))
-    unknown = torch.full_like(batch.ids_BL, usable.vocabulary.mask_token_id)
+    unknown = torch.full_like(batch.ids_BL, loaded.vocabulary.mask_token_id)
     trace = Trace(torch.where(batch.given_BL, batch.ids_BL, unknown), batch.given_BL)
-    sample(usable.network, usable.family, settings, batch, seed=config.seed, on_step=trace.keep)
+    sample(loaded.network, loaded.family, settings, batch, seed=config.seed, on_step=trace.keep)
     chosen = {k: v for k, v in asdict(settings).items() if v is not None and v is not False}
     trace.write(
         config.trace,
-        title=f"{usable.family.name}: {config.model}",
+        title=f"{loaded.family.name}: {config.model}",
         facts=", ".join(f"{name} {value}" for name, value in chosen.items()) + f", seed {config.seed}",
-        mask_token_id=usable.vocabulary.mask_token_id,
+        mask_token_id=loaded.vocabulary.mask_token_id,
         names=[str(number) for number in range(len(starts))],
-        string_of=lambda token: usable.tokenizer.decode([token]) or f"<{token}>",
+        string_of=lambda token: loaded.tokenizer.decode([token]) or f"<{token}>",
     )
     print(f"{config.trace}: {len(starts)} texts", file=sys.stderr)

@@ -96,11 +96,11 @@ def _tokenizer(record: RunRecord, path: Path | None, data: str) -> Path:
 
 
 def _source(record: RunRecord, tokenizer: Path) -> ExportSource:
-    from megatron_dlm.checkpointing.full_weights import WholeWeights
+    from megatron_dlm.checkpointing.full_weights import FullWeights
     from megatron_dlm.conversion.to_hugging_face import ExportSource
 
     config, progress = record.config, read_json(record.directory / PROGRESS_RECORD)
-    weights = WholeWeights(record.directory, config.model, record.vocabulary.size)
+    weights = FullWeights(record.directory, config.model, record.vocabulary.size)
     return ExportSource(
         read=weights.read,
         shapes=weights.shapes,
@@ -211,12 +211,12 @@ def export_reference_checkpoint(record: RunRecord, output: Path) -> None:
         record: of the checkpoint.
         output: `.ckpt` file to make.
     """
-    from megatron_dlm.checkpointing.full_weights import WholeWeights
+    from megatron_dlm.checkpointing.full_weights import FullWeights
     from megatron_dlm.conversion.reference import write_reference_checkpoint
 
     _require_one_process()
     check_new(output)
-    weights = WholeWeights(record.directory, record.config.model, record.vocabulary.size)
+    weights = FullWeights(record.directory, record.config.model, record.vocabulary.size)
     step = int(read_json(record.directory / PROGRESS_RECORD)["step"])
     write_reference_checkpoint(weights.read(weights.shapes), output, record.config.model, step)
 

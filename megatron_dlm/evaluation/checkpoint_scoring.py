@@ -17,8 +17,8 @@ from megatron_dlm.run.validation import check_run
 if TYPE_CHECKING:
     from megatron_dlm.data.loading.packing import Rows
     from megatron_dlm.data.shards.shard import Shard
-    from megatron_dlm.evaluation.loaded_model import UsableModel
-    from megatron_dlm.evaluation.nelbo import Progress, RunCopies
+    from megatron_dlm.evaluation.loaded_model import LoadedModel
+    from megatron_dlm.evaluation.nelbo import ProgressCallback, RunCopies
     from megatron_dlm.evaluation.nelbo_statistics import Bound, BoundConfig
     from megatron_dlm.families.base import Objective
     from megatron_dlm.models.denoiser import Denoiser
@@ -32,7 +32,7 @@ def bound_of_checkpoint(
     micro_batch_size: int,
     *,
     drop_long_records: bool,
-    progress: Progress,
+    progress: ProgressCallback,
 ) -> tuple[Bound, bool]:
     """The bound of one checkpoint on one shard.
 
@@ -122,18 +122,18 @@ def scoring_config(run_config: RunConfig, config: BoundConfig, parallel_config: 
 
 
 def bound_of_folder(
-    usable: UsableModel,
+    loaded: LoadedModel,
     data: str,
     config: BoundConfig,
     micro_batch_size: int,
     *,
     drop_long_records: bool,
-    progress: Progress,
+    progress: ProgressCallback,
 ) -> Bound:
     """The bound of an exported model on one shard, on one process without groups.
 
     Args:
-        usable: the model.
+        loaded: the model.
         data: prefix of the held-out shard.
         config: how much of it, and how much noise.
         micro_batch_size: copies of one forward pass.
@@ -149,18 +149,18 @@ def bound_of_folder(
     from megatron_dlm.evaluation.exported_scoring import ExportedBounds
     from megatron_dlm.evaluation.nelbo import exported_copies, held_out_bound, share_of_rank
 
-    shard, rows, run_config = held_out(usable.config, usable.tokenizer.fingerprint, data, drop_long_records)
+    shard, rows, run_config = held_out(loaded.config, loaded.tokenizer.fingerprint, data, drop_long_records)
     score = ExportedBounds(
-        usable.model,
-        usable.vocabulary,
+        loaded.model,
+        loaded.vocabulary,
         run_config.objective.attention,
         run_config.training.head_rows_per_chunk,
     )
     return held_out_bound(
-        exported_copies(score, usable.vocabulary),
+        exported_copies(score, loaded.vocabulary),
         rows,
         run_config.objective,
-        usable.vocabulary,
+        loaded.vocabulary,
         config,
         bytes_per_token=shard.manifest.bytes_per_token,
         share=share_of_rank(micro_batch_size),

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from megatron_dlm.diffusion.context import CorruptionContext
-    from megatron_dlm.evaluation.nelbo import Progress, RunCopies
+    from megatron_dlm.evaluation.nelbo import ProgressCallback, RunCopies
     from megatron_dlm.evaluation.nelbo_statistics import Bound, BoundConfig
     from megatron_dlm.families.base import ObjectiveConfig
     from megatron_dlm.interfaces import TokenBatch
@@ -95,7 +95,7 @@ def compare_checkpoints(
     parallel_config: ParallelConfig,
     micro_batch_size: int,
     *,
-    progress: Progress,
+    progress: ProgressCallback,
 ) -> tuple[Bound, Bound, bool]:
     """Score both on one shard. All processes of the job call it.
 

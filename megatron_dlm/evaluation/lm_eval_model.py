@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from megatron_dlm.evaluation.conditional import Choice, ConditionalConfig, ConditionalScorer, Scored
 from megatron_dlm.evaluation.generation import before_end, sample_all
-from megatron_dlm.evaluation.loaded_model import UsableModel, open_model
+from megatron_dlm.evaluation.loaded_model import LoadedModel, open_model
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.sampling.settings import SamplingConfig
 from megatron_dlm.sampling.start import start_from
@@ -40,7 +40,7 @@ class HarnessModel(LM):
         max_copies: int = 128,
         confidence: float = 0.99,
         seed: int = 0,
-        usable: UsableModel | None = None,
+        loaded: LoadedModel | None = None,
         sampling: SamplingConfig | None = None,
     ) -> None:
         """Load.
@@ -55,15 +55,15 @@ class HarnessModel(LM):
             max_copies: copies of a continuation at most.
             confidence: at which the best choice ends the sampling.
             seed: of all draws.
-            usable: the model, where it is loaded already.
+            loaded: the model, where it is loaded already.
             sampling: of texts; None: left to right.
         """
         super().__init__()
-        self._usable = usable or open_model(
+        self._loaded = loaded or open_model(
             Path(path), tokenizer=Path(tokenizer) if tokenizer else None, dtype=dtype, device=device
         )
         sampling = sampling or SamplingConfig(sampler="left-to-right", stop_at_eos=True)
-        self._sampling = sampling.resolved(self._usable.family)
+        self._sampling = sampling.resolved(self._loaded.family)
         self._seed = seed
         self._config = ConditionalConfig(
             num_times=num_times,
@@ -73,29 +73,29 @@ class HarnessModel(LM):
             seed=seed,
         )
         self._scorer = ConditionalScorer(
-            self._usable.model, self._usable.config.objective, self._usable.vocabulary, self._config
+            self._loaded.model, self._loaded.config.objective, self._loaded.vocabulary, self._config
         )
 
     @property
     def _length(self) -> int:
-        return self._usable.config.data.seq_length
+        return self._loaded.config.data.seq_length
 
     @property
     def tokenizer_name(self) -> str:
         """Name for the harness's request cache."""
-        return self._usable.tokenizer.fingerprint
+        return self._loaded.tokenizer.fingerprint
 
     def _choice(self, context: str, continuation: str) -> Choice:
         """Tokens of both; spaces between them go to the continuation, a long context is cut on the left."""
         stripped = context.rstrip()
         continuation = context[len(stripped) :] + continuation
-        before = self._usable.tokenizer.ids_of(stripped)
-        whole = self._usable.tokenizer.ids_of(stripped + continuation)
+        before = self._loaded.tokenizer.ids_of(stripped)
+        whole = self._loaded.tokenizer.ids_of(stripped + continuation)
         after = whole[len(before) :]
         if not after:
             # Its characters went into a token of the context.
-            after = self._usable.tokenizer.ids_of(continuation)
-        before = before or list(self._usable.family.empty_prompt)
+            after = self._loaded.tokenizer.ids_of(continuation)
+        before = before or list(self._loaded.family.empty_prompt)
         if len(before) + len(after) > self._length and len(after) >= self._length:
             raise InputError(
                 f"harness: a continuation of {len(after)} tokens does not fit the model's {self._length}"
@@ -137,12 +137,12 @@ class HarnessModel(LM):
         windows: list[list[Choice]] = []
         owner: list[int] = []
         for index, request in enumerate(requests):
-            tokens = self._usable.tokenizer.ids_of(request.args[0])
+            tokens = self._loaded.tokenizer.ids_of(request.args[0])
             size = self._length - 1
             for start in range(0, len(tokens), size):
                 part = tuple(tokens[start : start + size])
-                seen = self._usable.family.empty_prompt
-                if start and self._usable.config.objective.predicts_next_token:
+                seen = self._loaded.family.empty_prompt
+                if start and self._loaded.config.objective.predicts_next_token:
                     seen = (tokens[start - 1],)
                 windows.append([Choice(seen, part)])
                 owner.append(index)
@@ -170,10 +170,10 @@ class HarnessModel(LM):
             for (length, temperature), group in groupby(order, key=lambda i: (jobs[i][1], jobs[i][2])):
                 members = list(group)
                 settings = SamplingConfig(**vars(self._sampling) | {"temperature": temperature})
-                starts = [start_from([jobs[i][0]], length, self._usable.family) for i in members]
+                starts = [start_from([jobs[i][0]], length, self._loaded.family) for i in members]
                 for batch in sample_all(
-                    self._usable.network,
-                    self._usable.family,
+                    self._loaded.network,
+                    self._loaded.family,
                     settings,
                     starts,
                     batch_size=self._config.batch_size,
@@ -191,14 +191,14 @@ class HarnessModel(LM):
         """Prompt, length in all, temperature."""
         context, settings = request.args
         new_tokens = min(int(settings.get("max_gen_toks", MAX_GENERATED_TOKENS)), self._length - 1)
-        prompt = self._usable.tokenizer.ids_of(context)[-(self._length - new_tokens) :]
+        prompt = self._loaded.tokenizer.ids_of(context)[-(self._length - new_tokens) :]
         sampled = settings.get("do_sample", False)
         temperature = float(settings.get("temperature", self._sampling.temperature)) if sampled else 0.0
         return prompt, len(prompt) + new_tokens, temperature
 
     def _cut(self, ids: list[int], given: list[bool], request: Instance) -> str:
-        tokens = before_end(ids, given, self._usable.vocabulary.eos_token_id)
-        text = self._usable.tokenizer.decode(tokens[sum(given) :])
+        tokens = before_end(ids, given, self._loaded.vocabulary.eos_token_id)
+        text = self._loaded.tokenizer.decode(tokens[sum(given) :])
         until = request.args[1].get("until", [])
         for end in [until] if isinstance(until, str) else until:
             if end:

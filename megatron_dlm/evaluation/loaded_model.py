@@ -35,7 +35,7 @@ ModelDtype = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class UsableModel:
+class LoadedModel:
     """A loaded model with what is needed to use it."""
 
     model: Any
@@ -70,7 +70,7 @@ class UsableModel:
         return digest.hexdigest()
 
 
-def open_model(path: Path, *, tokenizer: Path | None, dtype: ModelDtype, device: str | None) -> UsableModel:
+def open_model(path: Path, *, tokenizer: Path | None, dtype: ModelDtype, device: str | None) -> LoadedModel:
     """Load a model.
 
     Args:
@@ -132,9 +132,9 @@ def is_model(path: Path) -> bool:
 
 
 def _checkpoint_weights(record: RunRecord) -> Mapping[str, torch.Tensor]:
-    from megatron_dlm.checkpointing.full_weights import WholeWeights
+    from megatron_dlm.checkpointing.full_weights import FullWeights
 
-    weights = WholeWeights(record.directory, record.config.model, record.vocabulary.size)
+    weights = FullWeights(record.directory, record.config.model, record.vocabulary.size)
     return weights.read(weights.shapes)
 
 
@@ -181,7 +181,7 @@ def _build(
     weights: Mapping[str, torch.Tensor],
     dtype: ModelDtype,
     device: torch.device,
-) -> UsableModel:
+) -> LoadedModel:
     import torch
 
     from megatron_dlm.families.registry import sampler_of
@@ -189,7 +189,7 @@ def _build(
     model = exported_model(config.model, vocabulary, config.objective, config.data.seq_length)
     model.load_state_dict(dict(weights))
     model = model.to(device, torch.bfloat16 if dtype == "bf16" else torch.float32).eval()
-    return UsableModel(
+    return LoadedModel(
         model=model,
         family=sampler_of(config.objective.name).from_config(model.config),
         tokenizer=tokenizer,

@@ -36,7 +36,7 @@ EARLY_SHARE = 4
 
 RunCopies = Callable[[ObjectiveConfig, Sequence[TokenBatch], CorruptionContext], NDArray[np.float64]]
 """Nats of each sample of one global batch, float64 [K], from this rank's microbatches; all ranks call it."""
-Progress = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]
 """Told of sequences done and in all."""
 
 
@@ -49,7 +49,7 @@ def held_out_bound(
     *,
     bytes_per_token: float,
     share: Callable[[BatchAddress], Sequence[NDArray[np.int64]]],
-    progress: Progress = lambda done, total: None,
+    progress: ProgressCallback = lambda done, total: None,
 ) -> Bound:
     """Score sequences.
 
@@ -118,7 +118,7 @@ class _Scorer:
         batch = self._read(np.array([row]), np.zeros(1, np.int64))
         return corrupt(self._built, batch, alone)[1].token_count
 
-    def exact(self, chosen: NDArray[np.int64], progress: Progress) -> NDArray[np.float64]:
+    def exact(self, chosen: NDArray[np.int64], progress: ProgressCallback) -> NDArray[np.float64]:
         """float64 [N] nats where nothing is drawn; copies are of different sequences then."""
         size, found = self._config.num_times, []
         for start in range(0, len(chosen), size):
@@ -133,7 +133,7 @@ class _Scorer:
         return np.concatenate(found)
 
     def noisy(
-        self, chosen: NDArray[np.int64], progress: Progress
+        self, chosen: NDArray[np.int64], progress: ProgressCallback
     ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64]]:
         """Nats and strata of the copies, [N, R, K] each, and the mean of the early integrand, [N]."""
         copies, replicates = self._config.num_times, self._config.replicates

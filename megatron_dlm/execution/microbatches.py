@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_dlm.data.loading.blending import SampleReader
-from megatron_dlm.data.loading.dali import carry_with_dali
+from megatron_dlm.data.loading.dali import transfer_with_dali
 from megatron_dlm.data.loading.data_config import Loader, microbatch_positions
-from megatron_dlm.data.loading.pinned import carry_from_pinned_memory
+from megatron_dlm.data.loading.pinned import transfer_from_pinned_memory
 from megatron_dlm.data.loading.tensor_buffer import with_tensors, without_tensors
 from megatron_dlm.diffusion.context import CorruptionContext
 from megatron_dlm.families.base import Objective, corruption_fingerprint
@@ -184,14 +184,14 @@ class MicrobatchMaker:
         return corrupted_parts(self._objective, batches, address.context(self._noise))
 
 
-def carry(
+def transfer(
     batches: Iterator[list[ReadyMicrobatch]], loader: Loader, device: torch.device
 ) -> Iterator[list[ReadyMicrobatch]]:
     """Bring batches to their device while earlier ones are worked on.
 
     Args:
         batches: on the CPU.
-        loader: what carries, of those that do.
+        loader: pinned or dali.
         device: of the rank.
 
     Yields:
@@ -205,6 +205,6 @@ def carry(
             waiting.append(pickled)
             yield found
 
-    carriers = {"dali": carry_with_dali, "pinned": carry_from_pinned_memory}
-    for carried in carriers[loader](tensors(), device):
-        yield with_tensors(waiting.popleft(), carried)
+    transfers = {"dali": transfer_with_dali, "pinned": transfer_from_pinned_memory}
+    for transferred in transfers[loader](tensors(), device):
+        yield with_tensors(waiting.popleft(), transferred)

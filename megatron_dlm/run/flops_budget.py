@@ -20,7 +20,7 @@ SAMPLED = 64
 """Samples that stand for all: rows that carry a loss and lengths are random."""
 
 
-def honest_training_flops(config: RunConfig, vocabulary_size: int) -> float:
+def actual_training_flops(config: RunConfig, vocabulary_size: int) -> float:
     """Matrix-product FLOPs of a whole run, from a corrupted part of its first batch.
 
     Args:
@@ -55,7 +55,7 @@ def honest_training_flops(config: RunConfig, vocabulary_size: int) -> float:
 
 def describe_flops(config: RunConfig) -> str:
     """Both counts of a run, at the paper's vocabulary, as one line."""
-    honest = f"{honest_training_flops(config, PUBLISHED_VOCABULARY):.3g} of matrix products with attention"
+    honest = f"{actual_training_flops(config, PUBLISHED_VOCABULARY):.3g} of matrix products with attention"
     where = f"at {PUBLISHED_VOCABULARY:,} ids"
     if config.model.ffn_hidden_size != 4 * config.model.hidden_size:
         return f"{honest}, {where}"

@@ -16,8 +16,8 @@ from torch import Tensor
 from megatron_dlm.sampling.categorical import Sharpening
 from megatron_dlm.sampling.decoding_plan import Plan
 from megatron_dlm.sampling.family_sampler import FamilySampler, OnStep
+from megatron_dlm.sampling.kv_reader import Reader, WholeText
 from megatron_dlm.sampling.network import Network
-from megatron_dlm.sampling.network_reader import Reader, WholeText
 from megatron_dlm.sampling.noise import SampleNoise
 from megatron_dlm.sampling.schedules import plan, times
 from megatron_dlm.sampling.settings import SamplingConfig

@@ -12,8 +12,8 @@ from megatron_dlm.sampling.categorical import Sharpening, draw, logit_chunks
 from megatron_dlm.sampling.decoding_plan import Plan, blocks_of
 from megatron_dlm.sampling.eos import finish_ended
 from megatron_dlm.sampling.family_sampler import OnStep
+from megatron_dlm.sampling.kv_reader import Reader
 from megatron_dlm.sampling.network import Network
-from megatron_dlm.sampling.network_reader import Reader
 from megatron_dlm.sampling.noise import SampleNoise
 
 CONFIDENCE_STEP = 2.0**-16

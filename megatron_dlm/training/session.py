@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from megatron_dlm.data.loading.blending import PlanSegment, SampleReader
 from megatron_dlm.data.loading.prefetch import Prefetcher
 from megatron_dlm.evaluation.validation import Likelihood, estimate_likelihood
-from megatron_dlm.execution.microbatches import BatchAddress, MicrobatchMaker, carry
+from megatron_dlm.execution.microbatches import BatchAddress, MicrobatchMaker, transfer
 from megatron_dlm.execution.pipeline_runner import BatchSums, PipelineRunner
 from megatron_dlm.models.initialization import initialize
 from megatron_dlm.models.precision.fp8_emulation import follow_maxima
@@ -106,7 +106,7 @@ class Session:
             self._make,
             self._following,
             workers=config.data.workers,
-            carry=None if loader == "torch" else partial(carry, loader=loader, device=parallel.device),
+            transfer=None if loader == "torch" else partial(transfer, loader=loader, device=parallel.device),
         )
 
     def _address(self, step: int, first_sample: int) -> BatchAddress:

@@ -299,14 +299,14 @@ def test_any_bf16_layout_loads_exactly_what_another_saved(corpus, tmp_path, firs
 
 def test_weights_of_a_fully_sharded_bf16_run_are_read_exactly(corpus, tmp_path):
     """By exports, in one process without groups, and by runs that begin with another's weights."""
-    from megatron_dlm.checkpointing.full_weights import WholeWeights
+    from megatron_dlm.checkpointing.full_weights import FullWeights
     from megatron_dlm.run.datasets import open_data
 
     config = bf16(config_for(corpus, tmp_path, fully_sharded()))
     saved, _ = run_distributed(save_whole_state, 2, config, parallel=config.parallel)[0]
     directory = tmp_path / "step-00000002"
     vocabulary_size = open_data(config.data).vocabulary.size
-    read = WholeWeights(directory, config.model, vocabulary_size).read(saved["main"])
+    read = FullWeights(directory, config.model, vocabulary_size).read(saved["main"])
     second = replace(config, parallel=ParallelConfig())
     (taken,) = run_distributed(start_from_weights, 1, second, directory)
     for found in (read, taken):

@@ -112,12 +112,12 @@ def measure(arguments: argparse.Namespace) -> None:
     """Write the files, in this process."""
     import torch
 
-    from megatron_dlm.checkpointing.full_weights import WholeWeights
+    from megatron_dlm.checkpointing.full_weights import FullWeights
     from megatron_dlm.conversion.to_hugging_face import write_weights
     from megatron_dlm.models.sizes import paper_model
 
     (dtype,) = arguments.dtype
-    weights = WholeWeights(arguments.checkpoint, paper_model(arguments.size), arguments.vocabulary_size)
+    weights = FullWeights(arguments.checkpoint, paper_model(arguments.size), arguments.vocabulary_size)
     # What is loaded once in a process is not measured.
     weights.read(["output_layer.norm_final.weight"])
     gc.collect()

@@ -38,7 +38,7 @@ def require_dali() -> None:
         )
 
 
-def carry_with_dali(batches: Iterator[Sequence[Tensor]], device: torch.device) -> Iterator[list[Tensor]]:
+def transfer_with_dali(batches: Iterator[Sequence[Tensor]], device: torch.device) -> Iterator[list[Tensor]]:
     """Bring tensors to a device while earlier ones are worked on.
 
     The tensors of a batch, whose number, shapes and types may change, travel as the bytes of one buffer: one

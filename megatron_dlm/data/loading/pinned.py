@@ -12,7 +12,7 @@ from megatron_dlm.data.loading.tensor_buffer import Layout, pack, unpack
 from megatron_dlm.interfaces import InputError
 
 
-def carry_from_pinned_memory(
+def transfer_from_pinned_memory(
     batches: Iterator[Sequence[Tensor]], device: torch.device
 ) -> Iterator[list[Tensor]]:
     """Bring tensors to a device; a batch is on its way while the one before it is worked on.

@@ -40,13 +40,13 @@ class Prefetcher(Generic[Request, Made]):
         following: Callable[[Request], Request],
         *,
         workers: int,
-        carry: Callable[[Iterator[Made]], Iterator[Made]] | None = None,
+        transfer: Callable[[Iterator[Made]], Iterator[Made]] | None = None,
     ) -> None:
-        """`following` guesses the request behind one; `carry` brings what is made to a device, in order."""
+        """`following` guesses the request after one; `transfer` moves what is made to a device, in order."""
         self._make = make
         self._following = following
         self._num_workers = workers
-        self._carry = carry
+        self._transfer = transfer
         self._expected: Request | None = None
         self._made: Iterator[Made] | None = None
         self._workers: list[_Worker] = []
@@ -64,7 +64,7 @@ class Prefetcher(Generic[Request, Made]):
             InputError: from `make`.
             TrainingError: a worker is dead; one that only hangs is left to whoever watches the steps.
         """
-        if not self._num_workers and self._carry is None:
+        if not self._num_workers and self._transfer is None:
             return self._make(request)
         if self._made is None or request != self._expected:
             self.close()
@@ -91,7 +91,7 @@ class Prefetcher(Generic[Request, Made]):
 
     def _start(self, first: Request) -> Iterator[Made]:
         made = self._make_ahead(first) if self._num_workers else map(self._make, self._requests(first))
-        return made if self._carry is None else self._carry(made)
+        return made if self._transfer is None else self._transfer(made)
 
     def _make_ahead(self, first: Request) -> Iterator[Made]:
         self._workers = [_Worker(self._make) for _ in range(self._num_workers)]

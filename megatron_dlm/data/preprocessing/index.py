@@ -18,10 +18,16 @@ from megatron_dlm.data.preprocessing.document_readers import (
     whole,
 )
 from megatron_dlm.data.preprocessing.input_files import STDIN, Source, find_sources
-from megatron_dlm.data.preprocessing.merge_parts import join_parts
+from megatron_dlm.data.preprocessing.merge_parts import merge_parts
 from megatron_dlm.data.preprocessing.part_files import EncodingRules
 from megatron_dlm.data.preprocessing.work_units import Unit, plan_units
-from megatron_dlm.data.preprocessing.workers import Job, Progress, Report, encode_here, encode_in_children
+from megatron_dlm.data.preprocessing.workers import (
+    Job,
+    ProgressReporter,
+    Report,
+    encode_here,
+    encode_in_children,
+)
 from megatron_dlm.data.preprocessing.workspace import Workspace, open_workspace, sha256_of_plan
 from megatron_dlm.data.shards.manifest import Manifest, read_manifest, shard_path
 from megatron_dlm.data.shards.shard import token_dtype
@@ -146,7 +152,7 @@ def build_shards(config: IndexConfig, on_progress: Report) -> list[Manifest]:
                 try:
                     if not _encode(config, job, space, on_progress):
                         return []
-                    return join_parts(job, space, config.prefixes(), loaded, backend)
+                    return merge_parts(job, space, config.prefixes(), loaded, backend)
                 except InputError:
                     # What the same call cannot go on with.
                     if not config.is_shared:
@@ -230,7 +236,7 @@ def _is_done(config: IndexConfig, plan: dict[str, Any]) -> bool:
 def _encode(config: IndexConfig, job: Job, space: Workspace, on_progress: Report) -> bool:
     """Encode this process's share; whether it is the one to join the parts."""
     count, first = len(job.units), 0
-    progress = Progress(job, space, on_progress)
+    progress = ProgressReporter(job, space, on_progress)
     if config.mpi:
         from megatron_dlm.data.preprocessing.mpi import communicator, together
 

@@ -23,7 +23,7 @@ from megatron_dlm.platform.files import commit, sha256_of
 _PIECE_BYTES = 8 << 20
 
 
-def join_parts(
+def merge_parts(
     job: Job, space: Workspace, prefixes: Sequence[Path], loaded: LoadedTokenizer, backend: str
 ) -> list[Manifest]:
     """Join all parts to one shard for each key, and remove them.
@@ -102,8 +102,8 @@ def _join_key(
         kind: [part.path(key, kind) for part in space.parts] for kind in ("tokens", "lengths", "documents")
     }
     files = (
-        join_tokens(paths["tokens"], temporary[final[".bin"]], final[".bin"].name, rules.dtype, counts),
-        join_index(
+        merge_tokens(paths["tokens"], temporary[final[".bin"]], final[".bin"].name, rules.dtype, counts),
+        merge_index(
             paths["lengths"], paths["documents"], temporary[final[".idx"]], final[".idx"].name, rules.dtype
         ),
     )
@@ -174,7 +174,7 @@ class TokenCounts:
         return float(-(p * np.log(p)).sum())
 
 
-def join_tokens(
+def merge_tokens(
     paths: Sequence[Path], target: Path, name: str, dtype: np.dtype[np.generic], counts: TokenCounts
 ) -> FileDigest:
     """Write token files one after the other.
@@ -201,7 +201,7 @@ def join_tokens(
     return FileDigest(name=name, bytes=num_bytes, sha256=digest.hexdigest())
 
 
-def join_index(
+def merge_index(
     lengths: Sequence[Path], documents: Sequence[Path], target: Path, name: str, dtype: np.dtype[np.generic]
 ) -> FileDigest:
     """Write the index of tokens laid one after the other.

@@ -92,7 +92,7 @@ def encode_units(job: Job, space: Workspace, first: int, on_batch: OnBatch) -> N
         raise
 
 
-class Progress:
+class ProgressReporter:
     """Sums the records of finished units, whoever wrote them, and this process's unfinished ones."""
 
     def __init__(self, job: Job, space: Workspace, report: Report) -> None:
@@ -144,7 +144,7 @@ class Progress:
         )
 
 
-def encode_here(job: Job, space: Workspace, first: int, progress: Progress) -> None:
+def encode_here(job: Job, space: Workspace, first: int, progress: ProgressReporter) -> None:
     """Encode in this process; see `encode_units`."""
 
     def on_batch(record: PartRecord | None) -> None:
@@ -154,7 +154,9 @@ def encode_here(job: Job, space: Workspace, first: int, progress: Progress) -> N
     encode_units(job, space, first, on_batch)
 
 
-def encode_in_children(job: Job, space: Workspace, workers: int, first: int, progress: Progress) -> None:
+def encode_in_children(
+    job: Job, space: Workspace, workers: int, first: int, progress: ProgressReporter
+) -> None:
     """Encode in several processes of this one's making.
 
     Args:

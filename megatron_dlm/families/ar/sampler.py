@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from megatron_dlm.sampling.decoding_plan import Plan
+from megatron_dlm.sampling.kv_reader import BehindCache, Reader
 from megatron_dlm.sampling.masked_sampler import MaskedSampler
 from megatron_dlm.sampling.network import Network
-from megatron_dlm.sampling.network_reader import BehindCache, Reader
 from megatron_dlm.sampling.settings import SamplingConfig
 
 

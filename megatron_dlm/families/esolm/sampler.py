@@ -10,9 +10,9 @@ import numpy as np
 
 from megatron_dlm.diffusion.noise_schedules import alpha_and_slope
 from megatron_dlm.sampling.decoding_plan import Plan
+from megatron_dlm.sampling.kv_reader import BehindCache, Reader
 from megatron_dlm.sampling.masked_sampler import MaskedSampler
 from megatron_dlm.sampling.network import Network
-from megatron_dlm.sampling.network_reader import BehindCache, Reader
 from megatron_dlm.sampling.settings import SamplingConfig
 
 

@@ -1,4 +1,4 @@
-"""Microbatches of every family: however they are made and carried, bit for bit those made at once."""
+"""Microbatches of every family: however they are made and transferred, bit for bit those made at once."""
 
 from dataclasses import is_dataclass
 from functools import partial
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from megatron_dlm.data.loading.blending import Blend, PlanSegment, SampleReader
 from megatron_dlm.data.loading.packing import TokenBlocks
-from megatron_dlm.data.loading.pinned import carry_from_pinned_memory
+from megatron_dlm.data.loading.pinned import transfer_from_pinned_memory
 from megatron_dlm.data.loading.prefetch import Prefetcher
 from megatron_dlm.data.loading.prompt_rows import PromptRows
 from megatron_dlm.data.shards.shard import Shard
-from megatron_dlm.execution.microbatches import BatchAddress, MicrobatchMaker, carry
+from megatron_dlm.execution.microbatches import BatchAddress, MicrobatchMaker, transfer
 from megatron_dlm.families.ar.objective import ARConfig
 from megatron_dlm.families.block_diffusion.objective import BlockDiffusionConfig
 from megatron_dlm.families.duo.curriculum import CurriculumConfig
@@ -89,13 +89,15 @@ def tensors_of(record, prefix=""):
 
 
 def check_loader(prefixes, name, loader):
-    workers, carrier = LOADERS[loader]
+    workers, loader_name = LOADERS[loader]
     make = maker(opened(prefixes), name)
     source = Prefetcher(
         make,
         lambda a: BatchAddress(a.step + 1, a.first_sample + a.size, a.size, a.training),
         workers=workers,
-        carry=None if carrier == "torch" else partial(carry, loader=carrier, device=torch.device("cpu")),
+        transfer=None
+        if loader_name == "torch"
+        else partial(transfer, loader=loader_name, device=torch.device("cpu")),
     )
     for address in addresses():
         expected, found = make(address), source.get(address)
@@ -114,9 +116,9 @@ def check_loader(prefixes, name, loader):
 @pytest.mark.parametrize(
     "loader",
     [
-        pytest.param(name, marks=[needs_dali] if carrier == "dali" else [])
-        for name, (_, carrier) in LOADERS.items()
-        if carrier != "pinned"
+        pytest.param(name, marks=[needs_dali] if loader_name == "dali" else [])
+        for name, (_, loader_name) in LOADERS.items()
+        if loader_name != "pinned"
     ],
 )
 @pytest.mark.parametrize("name", FAMILIES)
@@ -143,7 +145,7 @@ def bad_third(state):
 
     arrived = []
     try:
-        for tensors in carry_from_pinned_memory(batches(), state.device):
+        for tensors in transfer_from_pinned_memory(batches(), state.device):
             arrived.append(tensors[-1].tolist())
     except InputError as error:
         return arrived, str(error)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_dlm.data.loading import dali
-from megatron_dlm.data.loading.dali import carry_with_dali, require_dali
+from megatron_dlm.data.loading.dali import require_dali, transfer_with_dali
 from megatron_dlm.interfaces import InputError
 from tests.helpers.skips import needs_dali
 
@@ -24,7 +24,7 @@ def batches(count):
 
 @needs_dali
 def test_every_bit_arrives_in_order():
-    arrived = list(carry_with_dali(batches(40), CPU))
+    arrived = list(transfer_with_dali(batches(40), CPU))
     assert len(arrived) == 40
     for expected, found in zip(batches(40), arrived, strict=True):
         assert [tensor.dtype for tensor in found] == [tensor.dtype for tensor in expected]
@@ -39,7 +39,7 @@ def test_bad_data_is_reported_as_without_it():
 
     arrived = []
     with pytest.raises(InputError, match=r"^data: block 3 is bad$"):
-        arrived.extend(len(tensors) for tensors in carry_with_dali(one_bad(), CPU))
+        arrived.extend(len(tensors) for tensors in transfer_with_dali(one_bad(), CPU))
     # The good ones before it are not lost.
     assert arrived == [len(tensors) for tensors in batches(3)]
 

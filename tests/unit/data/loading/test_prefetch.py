@@ -21,8 +21,8 @@ def squares(number):
     return {"process": os.getpid(), "values": torch.full((3,), number) ** 2}
 
 
-def prefetcher(workers=2, carry=None):
-    return Prefetcher(squares, lambda n: n + 1, workers=workers, carry=carry)
+def prefetcher(workers=2, transfer=None):
+    return Prefetcher(squares, lambda n: n + 1, workers=workers, transfer=transfer)
 
 
 @pytest.fixture
@@ -121,8 +121,8 @@ def test_other_errors_come_with_where_they_were():
         source.get(3)
 
 
-def test_what_is_made_is_carried_in_order():
+def test_what_is_made_is_transferred_in_order():
     for workers in (0, 2):
-        source = prefetcher(workers=workers, carry=lambda made: (m["values"] + 1 for m in made))
+        source = prefetcher(workers=workers, transfer=lambda made: (m["values"] + 1 for m in made))
         assert [source.get(n).tolist() for n in (1, 2, 3, 7)] == [[2] * 3, [5] * 3, [10] * 3, [50] * 3]
         source.close()
