@@ -9,7 +9,7 @@ test that is not there, or a test has no row.
 
 CASES = {
     "each family trains as on the CPU": "test_training.py::test_losses_are_those_on_the_cpu",
-    "kernels, compiled": "../unit/test_kernels.py",
+    "kernels, compiled": "../unit/kernels/test_kernels.py",
     "Transformer Engine's bf16 against local layers": "test_precision.py::test_bf16_trains_as_local_layers",
     "every FP8 recipe of the chip against local layers": "test_precision.py::test_fp8_trains_as_local_layers",
     "FP8 of every family": "test_precision.py::test_every_family_trains_in_fp8",
