@@ -125,12 +125,6 @@ def block_autoregressive_part(segment_length: int, num_groups: int, segments_per
     return order.reshape(-1), np.repeat(np.arange(len(sizes) * num_groups), sizes * num_groups)
 
 
-def blocks_of(count: int, block_length: int | None) -> list[slice]:
-    """`count` unknown tokens cut into blocks from the left; one block where no length is given."""
-    size = block_length or max(1, count)
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
-
-
 def in_blocks(
     block_n: NDArray[np.int64], part_of_block: Callable[[NDArray[np.int64]], Part], num_steps: int
 ) -> Part:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_dlm.sampling.decoding_plan import Plan
 from megatron_dlm.sampling.network import Network
+from megatron_dlm.sampling.step_grid import noise_level
 
 Found = tuple[Tensor, Tensor, Tensor]
 """[R, D] hidden states, and the rows and positions (int64 [R]) whose tokens they predict."""
@@ -76,11 +77,6 @@ class WholeText:
 
     def drop(self, ended_B: Tensor) -> None:
         """Nothing is kept of any sequence."""
-
-
-def noise_level(alpha_B: Tensor) -> Tensor:
-    """float32 sigma = -ln(alpha) of float64 [B]; finite where a schedule ends at alpha 0."""
-    return -alpha_B.clamp_min(1e-9).log().float()
 
 
 class BehindCache:

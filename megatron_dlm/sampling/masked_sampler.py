@@ -19,8 +19,9 @@ from megatron_dlm.sampling.family_sampler import FamilySampler, OnStep
 from megatron_dlm.sampling.kv_reader import Reader, WholeText
 from megatron_dlm.sampling.network import Network
 from megatron_dlm.sampling.noise import SampleNoise
-from megatron_dlm.sampling.schedules import plan, times
+from megatron_dlm.sampling.schedules import plan
 from megatron_dlm.sampling.settings import SamplingConfig
+from megatron_dlm.sampling.step_grid import times
 from megatron_dlm.sampling.unmasking import Unmasking
 
 

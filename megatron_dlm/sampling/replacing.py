@@ -18,14 +18,12 @@ import torch
 from torch import Tensor
 
 from megatron_dlm.sampling.categorical import Sharpening, draw, logit_chunks
-from megatron_dlm.sampling.decoding_plan import blocks_of
 from megatron_dlm.sampling.eos import finish_ended
 from megatron_dlm.sampling.family_sampler import FamilySampler, OnStep
-from megatron_dlm.sampling.kv_reader import noise_level
 from megatron_dlm.sampling.network import Network
 from megatron_dlm.sampling.noise import SampleNoise
-from megatron_dlm.sampling.schedules import times
 from megatron_dlm.sampling.settings import SamplingConfig
+from megatron_dlm.sampling.step_grid import blocks_of, noise_level, times
 
 
 class Shares(NamedTuple):

@@ -24,15 +24,7 @@ from megatron_dlm.sampling.settings import SamplingConfig
 if TYPE_CHECKING:
     from megatron_dlm.sampling.masked_sampler import MaskedSampler
 
-LAST_TIME = 1e-5
-"""Last time of the sampler's grid, before the step to 0 that removes what noise is left
-(arXiv:2602.15014)."""
 PartOfRow = Callable[[int, NDArray[np.int64]], Part]
-
-
-def times(num_steps: int) -> list[float]:
-    """A linear grid from 1 to almost 0, and 0."""
-    return [*np.linspace(1.0, LAST_TIME, num_steps + 1).tolist(), 0.0]
 
 
 def plan(

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from megatron_dlm.sampling.categorical import Sharpening, draw, logit_chunks
-from megatron_dlm.sampling.decoding_plan import Plan, blocks_of
+from megatron_dlm.sampling.decoding_plan import Plan
 from megatron_dlm.sampling.eos import finish_ended
 from megatron_dlm.sampling.family_sampler import OnStep
 from megatron_dlm.sampling.kv_reader import Reader
 from megatron_dlm.sampling.network import Network
 from megatron_dlm.sampling.noise import SampleNoise
+from megatron_dlm.sampling.step_grid import blocks_of
 
 CONFIDENCE_STEP = 2.0**-16
 """Confidences that differ by less are equal, so that rounding, and with it the batch, decides nothing."""

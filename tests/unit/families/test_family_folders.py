@@ -70,6 +70,11 @@ def test_an_export_holds_its_own_family_alone(family):
     others = {folder for folder in FOLDERS if folder != folder_of(family)}
     assert not [name for name in files for other in others if name.startswith(f"families_{other}_")]
     assert {f"families_{folder_of(family)}_{part}.py" for part in ("sampler", "likelihood")} <= files.keys()
+    # A sampler that replaces tokens needs nothing of those that reveal masked ones, and the other way round.
+    replaces = "sampling_replacing.py" in files
+    assert replaces != any(
+        f"sampling_{name}.py" in files for name in ("unmasking", "decoding_plan", "kv_reader")
+    )
     for name, text in files.items():
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.ImportFrom) and node.level:

@@ -16,7 +16,7 @@ from megatron_dlm.families.registry import likelihood_of
 from megatron_dlm.interfaces import InputError, RowTargets
 from megatron_dlm.platform.vocab_parallel import VocabShard
 from megatron_dlm.sampling.replacing import posterior_shares
-from megatron_dlm.sampling.schedules import times
+from megatron_dlm.sampling.step_grid import times
 from tests.helpers.sampler_laws import LENGTH, MASK, VOCABULARY, Laws, ancestral_plans, p_value, toy
 
 SIZE = VOCABULARY.size
