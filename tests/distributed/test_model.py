@@ -261,21 +261,14 @@ def test_a_microbatch_without_masked_tokens_costs_nothing():
     assert run_distributed(no_rows, 1) == [(0.0, 0.0, 0.0, 0.0)]
 
 
-def two_backwards(state):
-    """What a second backward over the head's and over the layers' retained graph says or gives."""
+def small_denoiser(state, precision):
+    """A denoiser of two layers with initial weights, and inputs for it."""
     from megatron_dlm.models.denoiser import Denoiser
     from megatron_dlm.models.initialization import initialize
 
-    head, hidden, targets, *_ = head_case(0, state.tensor_group, 1)
-    hidden.requires_grad_()
-    objective = MDLMConfig().build(head.vocab.vocabulary)
-    loss = head(hidden, HeadRows.of(targets), objective.loss_and_dlogits, 3).loss
-    (2.0 * loss).backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="gradients are used up"):
-        loss.backward()
     model = ModelConfig(num_layers=2, hidden_size=16, num_attention_heads=2, ffn_hidden_size=32)
     vocabulary = Vocabulary(size=SIZE, mask_token_id=MASK, eos_token_id=0, bos_token_id=1)
-    config = denoiser_config(model, ParallelConfig(), "fp32", "none")
+    config = denoiser_config(model, ParallelConfig(), precision, "none")
     denoiser = Denoiser(model, config, vocabulary, AttentionPattern.BIDIRECTIONAL, state)
     initialize(denoiser, state, seed=1)
     inputs = ModelInputs(
@@ -283,6 +276,19 @@ def two_backwards(state):
         position_ids_BL=torch.arange(4)[None],
         sigma_B=torch.zeros(2),
     )
+    return denoiser, inputs
+
+
+def two_backwards(state):
+    """What a second backward over the head's and over the layers' retained graph says or gives."""
+    head, hidden, targets, *_ = head_case(0, state.tensor_group, 1)
+    hidden.requires_grad_()
+    objective = MDLMConfig().build(head.vocab.vocabulary)
+    loss = head(hidden, HeadRows.of(targets), objective.loss_and_dlogits, 3).loss
+    (2.0 * loss).backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="gradients are used up"):
+        loss.backward()
+    denoiser, inputs = small_denoiser(state, "fp32")
     output = denoiser(inputs).square().sum()
     parameters = [p for p in denoiser.parameters() if p.requires_grad]
     first, second = (
@@ -319,21 +325,13 @@ def test_only_rows_with_a_loss_reach_the_head():
 
 def bf16_residual(state):
     """dtypes of a bf16 model's parameters, hidden states and pipeline tensors."""
-    from megatron_dlm.models.denoiser import Denoiser
-    from megatron_dlm.models.initialization import initialize
-
-    model = ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=2, ffn_hidden_size=32)
-    vocabulary = Vocabulary(size=SIZE, mask_token_id=MASK, eos_token_id=0, bos_token_id=1)
-    config = denoiser_config(model, ParallelConfig(), "bf16", "none")
-    denoiser = Denoiser(model, config, vocabulary, AttentionPattern.BIDIRECTIONAL, state)
-    initialize(denoiser, state, seed=1)
-    inputs = ModelInputs(
-        token_ids_BL=torch.ones(2, 4, dtype=torch.int64),
-        position_ids_BL=torch.arange(4)[None],
-        sigma_B=torch.zeros(2),
-    )
+    denoiser, inputs = small_denoiser(state, "bf16")
     hidden = denoiser(inputs)
-    return {str(p.dtype) for p in denoiser.parameters()}, str(hidden.dtype), str(config.pipeline_dtype)
+    return (
+        {str(p.dtype) for p in denoiser.parameters()},
+        str(hidden.dtype),
+        str(denoiser.config.pipeline_dtype),
+    )
 
 
 def test_bf16_keeps_a_float32_residual_stream():
