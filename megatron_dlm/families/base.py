@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -46,14 +45,6 @@ class ObjectiveConfig:
     """Whether a position predicts the token behind it, from those up to it, without any noise."""
     auto_model: ClassVar[str] = "AutoModelForMaskedLM"
     """Class of transformers, beside AutoModel, that loads an export."""
-
-    @classmethod
-    def choices(cls) -> Iterable[type[ObjectiveConfig]]:
-        """Configurations of all families; a record names one of them."""
-        # The registry imports every family, and each of them this module.
-        from megatron_dlm.families.registry import OBJECTIVES
-
-        return OBJECTIVES.values()
 
     def check_sizes(self, batch_size: int, seq_length: int) -> None:
         """Refuse a global batch or length that the family cannot divide.

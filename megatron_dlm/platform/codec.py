@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -17,6 +17,8 @@ from megatron_dlm.interfaces import InputError
 
 T = TypeVar("T")
 CLASS_KEY = "class"
+CHOICES = "choices"
+"""Entry of a field's metadata: the classes that the field may hold, by registered name."""
 
 
 def encode(value: Any) -> Any:
@@ -55,8 +57,7 @@ def decode(declared: type[T], data: Any, path: str = "config") -> T:
     """
     if not isinstance(data, dict):
         raise InputError(f"{path}: expected an object, found {type(data).__name__}")
-    cls = _resolve_class(declared, data.get(CLASS_KEY), path)
-    hints = get_type_hints(cls)
+    cls, hints = declared, get_type_hints(declared)
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     known = {field.name for field in fields}
     required = {
@@ -69,7 +70,15 @@ def decode(declared: type[T], data: Any, path: str = "config") -> T:
         raise InputError(f"{path}.{unknown[0]}: unknown field of {cls.__name__}, perhaps of a later version")
     if missing := sorted(required - found):
         raise InputError(f"{path}.{missing[0]}: missing field of {cls.__name__}")
-    values = {name: _decode_value(hints[name], data[name], f"{path}.{name}") for name in found}
+    values = {
+        field.name: _decode_value(
+            _chosen(hints[field.name], data[field.name], field.metadata.get(CHOICES), f"{path}.{field.name}"),
+            data[field.name],
+            f"{path}.{field.name}",
+        )
+        for field in fields
+        if field.name in found
+    }
     try:
         return cls(**values)
     except InputError as error:
@@ -82,14 +91,14 @@ def _registered_name(cls: type) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def _resolve_class(declared: type[T], name: object, path: str) -> type[T]:
-    """`declared`, or of a class with a method `choices` the one with that registered name."""
-    choices: Callable[[], Iterable[type[T]]] | None = getattr(declared, "choices", None)
+def _chosen(declared: Any, value: Any, choices: Mapping[str, type] | None, path: str) -> Any:
+    """`declared`, or of the field's choices the class that the record names."""
+    name = value.get(CLASS_KEY) if isinstance(value, dict) else None
     if name is None or choices is None:
         return declared
-    for choice in choices():
+    for registered, choice in choices.items():
         # Records of earlier versions have the names of classes in Python.
-        if name in (_registered_name(choice), choice.__name__):
+        if name in (registered, choice.__name__):
             return choice
     raise InputError(f"{path}: {name!r} is not a {declared.__name__}")
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from megatron_dlm.checkpointing.layout import CheckpointConfig
 from megatron_dlm.data.loading.data_config import DataConfig
 from megatron_dlm.families.base import ObjectiveConfig
+from megatron_dlm.families.registry import OBJECTIVES
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.kernels.choice import Kernels
 from megatron_dlm.models.config import ModelConfig, Precision, Recompute
 from megatron_dlm.models.precision.fp8 import Fp8Config
-from megatron_dlm.platform.codec import decode
+from megatron_dlm.platform.codec import CHOICES, decode
 from megatron_dlm.platform.parallel_config import ParallelConfig
 from megatron_dlm.run.lr_schedule import LrScheduleConfig
 from megatron_dlm.run.optimizer_config import OptimizerConfig
@@ -194,7 +195,7 @@ class RunConfig:
     """Directory of the run, with checkpoints/, tensorboard/ and metrics.jsonl; a run resumes from the newest
     checkpoint in it."""
     model: ModelConfig
-    objective: ObjectiveConfig
+    objective: ObjectiveConfig = field(metadata={CHOICES: OBJECTIVES})
     data: DataConfig
     training: TrainingConfig
     schedule: LrScheduleConfig

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,15 +21,23 @@ from megatron_dlm.sampling.decoding_plan import (
 from megatron_dlm.sampling.noise import SampleNoise
 from megatron_dlm.sampling.settings import SamplingConfig
 
-if TYPE_CHECKING:
-    from megatron_dlm.sampling.masked_sampler import MaskedSampler
-
 PartOfRow = Callable[[int, NDArray[np.int64]], Part]
 
 
-def plan(
-    config: SamplingConfig, family: MaskedSampler, given_BL: NDArray[np.bool_], noise: SampleNoise
-) -> Plan:
+class Planned(Protocol):
+    """A family, as far as plans depend on it; `MaskedSampler` says what each of these is."""
+
+    def alphas(self, num_steps: int) -> list[float]:
+        """Share of clean tokens at the edges of the ancestral sampler's steps."""
+
+    def block_of(self, unknown_n: NDArray[np.int64], config: SamplingConfig) -> NDArray[np.int64] | None:
+        """Block of each unknown token, where ancestral sampling goes block by block."""
+
+    def left_to_right_steps(self, unknown_n: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Step at which left-to-right sampling reveals each unknown token."""
+
+
+def plan(config: SamplingConfig, family: Planned, given_BL: NDArray[np.bool_], noise: SampleNoise) -> Plan:
     """When each token of a batch is revealed.
 
     Args:
@@ -53,7 +61,7 @@ def plan(
     return plan_of(given_BL, builder(config, family, noise))
 
 
-def _left_to_right(config: SamplingConfig, family: MaskedSampler, noise: SampleNoise) -> PartOfRow:
+def _left_to_right(config: SamplingConfig, family: Planned, noise: SampleNoise) -> PartOfRow:
     return lambda row, unknown: (np.arange(len(unknown)), family.left_to_right_steps(unknown))
 
 
@@ -74,7 +82,7 @@ def check_division(config: SamplingConfig, count: int) -> None:
         raise ValueError(f"num_steps: {steps} does not divide {count} tokens")
 
 
-def _block_autoregressive(config: SamplingConfig, family: MaskedSampler, noise: SampleNoise) -> PartOfRow:
+def _block_autoregressive(config: SamplingConfig, family: Planned, noise: SampleNoise) -> PartOfRow:
     length, groups = config.segment_length or 0, config.num_groups or 0
 
     def part_of_row(row: int, unknown: NDArray[np.int64]) -> Part:
@@ -84,7 +92,7 @@ def _block_autoregressive(config: SamplingConfig, family: MaskedSampler, noise: 
     return part_of_row
 
 
-def _block(config: SamplingConfig, family: MaskedSampler, noise: SampleNoise) -> PartOfRow:
+def _block(config: SamplingConfig, family: Planned, noise: SampleNoise) -> PartOfRow:
     uniform_BL, steps = noise.uniform("order").cpu().numpy(), config.num_steps or 0
 
     def part_of_row(row: int, unknown: NDArray[np.int64]) -> Part:
@@ -94,7 +102,7 @@ def _block(config: SamplingConfig, family: MaskedSampler, noise: SampleNoise) ->
     return part_of_row
 
 
-def _ancestral(config: SamplingConfig, family: MaskedSampler, noise: SampleNoise) -> PartOfRow:
+def _ancestral(config: SamplingConfig, family: Planned, noise: SampleNoise) -> PartOfRow:
     uniform_BL = noise.uniform("order").cpu().numpy()
     shares_T = reveal_shares(family.alphas(config.num_steps or 0))
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
-
-if TYPE_CHECKING:
-    from megatron_dlm.sampling.family_sampler import FamilySampler
+from typing import Literal, Protocol
 
 SamplerName = Literal["ancestral", "confidence", "block", "block-autoregressive", "left-to-right"]
 _SETTINGS = ("num_steps", "block_length", "segment_length", "num_groups")
@@ -19,6 +17,18 @@ _DEFAULTS: dict[str, dict[str, int]] = {
 }
 SMALLEST_TEMPERATURE = 1e-4
 """Below it logits overflow, and 0 is meant."""
+
+
+class OffersSamplers(Protocol):
+    """A family, as far as settings are checked against it."""
+
+    @property
+    def name(self) -> str:
+        """Registered name of the family."""
+
+    @property
+    def samplers(self) -> Mapping[str, Sequence[str]]:
+        """Settings that each of its samplers takes, by its name; the first one is the default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +68,7 @@ class SamplingConfig:
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: {self.top_p} is outside (0, 1]")
 
-    def resolved(self, family: FamilySampler) -> SamplingConfig:
+    def resolved(self, family: OffersSamplers) -> SamplingConfig:
         """These settings with the family's defaults in place of None.
 
         Args:
