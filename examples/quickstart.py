@@ -1,4 +1,4 @@
-"""The main job end to end, as the commands a user would type; quickstart.sh installs and runs it."""
+"""Tokenize, train, evaluate, export and sample a tiny model with the commands a user would type."""
 
 from __future__ import annotations
 
@@ -40,18 +40,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--objective", choices=tuple(OBJECTIVES), default="mdlm")
     parser.add_argument(
-        "--data", type=Path, help=".jsonl or .txt file; default: the standard library's sources"
+        "--data", type=Path, help=".jsonl or .txt file to train on (default: Python's standard library)"
     )
-    parser.add_argument("--json-key", default="text", help="member of each JSON line that holds the text")
     parser.add_argument(
-        "--output", type=Path, help="directory, of its own, emptied first (default runs/quickstart-OBJECTIVE)"
+        "--json-key", default="text", help="key of each JSON line that holds the text (default text)"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="dedicated directory, emptied first (default runs/quickstart-OBJECTIVE)"
     )
     parser.add_argument("--steps", type=int, help="optimizer steps (default: the recipe's)")
     parser.add_argument(
         "--vocab-size",
         type=int,
         default=8192,
-        help="ids of the tokenizer; fewer for a small file (default 8192)",
+        help="vocabulary size; use less for a small file (default 8192)",
     )
     arguments = parser.parse_args()
     output: Path = arguments.output or ROOT / "runs" / f"quickstart-{arguments.objective}"
@@ -70,7 +72,7 @@ def main() -> int:
 
 
 class Quickstart:
-    """The stages, in order, over one output directory."""
+    """All stages of the quickstart, run in order in one output directory."""
 
     def __init__(self, output: Path, objective: str, steps: int, vocabulary_size: int) -> None:
         self._started = time.monotonic()
@@ -83,7 +85,7 @@ class Quickstart:
         self._checkpoints = CheckpointRoot(self._run_directory / "checkpoints")
 
     def run(self, data: Path | None, json_key: str) -> None:
-        """All stages, then the summary."""
+        """Run all stages, then print the summary."""
         if data is not None:
             find_sources([data])
         if self._steps < SMALLEST_STEPS:
@@ -105,7 +107,7 @@ class Quickstart:
             raise InputError(f"--steps: {self._steps} steps do not reach the unigram entropy of the data")
 
     def _empty_output(self) -> None:
-        """Remove an earlier quickstart's files, and nobody else's."""
+        """Empty the output directory; refuses a directory with files that no quickstart wrote."""
         marker = self._output / ".megatron-dlm-quickstart"
         if self._output.exists() and any(self._output.iterdir()) and not marker.exists():
             raise InputError(f"--output: {self._output} holds files that no quickstart made")
@@ -114,12 +116,12 @@ class Quickstart:
         marker.touch()
 
     def _lap(self, stage: str) -> None:
-        """Note how long a stage took."""
+        """Record how long a stage took."""
         now = time.monotonic()
         self._laps[stage] = now - self._started - sum(self._laps.values())
 
     def _split(self, texts: Iterator[str]) -> tuple[Path, Path]:
-        """Every twentieth document is held out."""
+        """Write the training and held-out documents to two files; every twentieth document is held out."""
         paths = self._output / "train.jsonl", self._output / "held-out.jsonl"
         counts = [0, 0]
         with paths[0].open("w", encoding="utf-8") as train, paths[1].open("w", encoding="utf-8") as held_out:
@@ -202,7 +204,7 @@ class Quickstart:
     def _report(
         self, stopped_at: int, evaluation: dict[str, Any], export: dict[str, Any], shards: tuple[Path, Path]
     ) -> bool:
-        """Print and keep the summary; whether the model beats a context-free one."""
+        """Print and write the summary; returns whether the model beats a context-free one."""
         from rich.console import Console
         from rich.table import Table
 
@@ -264,7 +266,7 @@ def standard_library_sources() -> Iterator[str]:
 
 
 def announce(command: list[Any]) -> list[str]:
-    """Show a command as a user would type it; returns its words."""
+    """Print a command as a user would type it; returns its words."""
     words = [str(word) for word in command]
     print("\n$ " + shlex.join(words).replace(sys.executable, "python"), flush=True)
     return words
@@ -277,7 +279,7 @@ def call(*arguments: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object."""
+    """Read a file that holds one JSON object."""
     data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return data
 

@@ -1,4 +1,4 @@
-"""Which positions attention may look at, by three numbers of each position."""
+"""Attention masks in compact form: three numbers per position instead of one per pair of positions."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionMask:
-    """Which keys each query sees, by three numbers of each position instead of a number for each pair.
+    """Which keys each query sees, given by three numbers per position instead of one per pair.
 
-    A query sees a key of its document whose order is at most the query's reach, or whose group is its own.
-    Keys with a group have the order NEVER. B is 1 where all sequences have one mask.
+    A query sees a key of the same document if the key's order is at most the query's reach, or if both have
+    the same group. Keys with a group have the order NEVER. B is 1 if all sequences share one mask.
     """
 
     NEVER: ClassVar[int] = 2**31 - 1
@@ -26,8 +26,9 @@ class AttentionMask:
     keys: Tensor
     """int32 [B, 3, S]: order, group and document."""
     edges: Tensor | None = None
-    """int32 [documents + 1], for attention that takes documents packed: where they begin in the samples one
-    after the other, and the end; where the mask says nothing else beside the family's pattern."""
+    """int32 [documents + 1] (cu_seqlens), for attention over packed documents: document starts in the
+    concatenated samples, then the total length. Set only if the mask adds no more than documents to the
+    family's pattern."""
     table: Tensor | None = None
     """int32 [B, numbers], from models/block_table.py, for attention that passes over blocks."""
 
@@ -40,16 +41,16 @@ class AttentionMask:
         query_group: Tensor | None = None,
         key_group: Tensor | None = None,
     ) -> AttentionMask:
-        """One mask for all sequences, whose positions are in one document.
+        """One mask shared by all sequences, without document boundaries.
 
         Args:
-            reach: int32 [s].
-            order: int32 [S].
-            query_group: int32 [s], below 0 for none; None: no query has one.
-            key_group: int32 [S]; likewise.
+            reach: int32 [s], largest order that each query sees.
+            order: int32 [S], order of each key.
+            query_group: int32 [s], group of each query, below 0 for none; None: no query has a group.
+            key_group: int32 [S], group of each key, below 0 for none; None: no key has a group.
 
         Returns:
-            The mask.
+            The mask, with B = 1.
         """
         # Queries without a group and keys without one are not of the same.
         without = (reach.new_full(reach.shape, -2), order.new_full(order.shape, -1))
@@ -62,17 +63,17 @@ class AttentionMask:
 
     @classmethod
     def concat(cls, masks: Sequence[AttentionMask], sizes: Sequence[int]) -> AttentionMask:
-        """The masks of several batches of sequences as one.
+        """Concatenate the masks of several batches.
 
         Args:
-            masks: of equal lengths, before tables are made of them.
-            sizes: sequences of each batch.
+            masks: masks of equal sequence length, without edges or tables.
+            sizes: number of sequences of each batch.
 
         Returns:
-            One mask for all where all have the same, else one for each sequence.
+            One shared mask (B = 1) if all masks are shared and equal, otherwise one mask per sequence.
 
         Raises:
-            ValueError: a mask has edges or a table, which hold for its own batch alone.
+            ValueError: a mask has edges or a table, which are valid for its own batch only.
         """
         import torch
 
@@ -90,7 +91,7 @@ class AttentionMask:
         )
 
     def sequences(self, part: slice) -> AttentionMask:
-        """The mask of some of the sequences; itself where all have one."""
+        """The mask of some of the sequences; unchanged if all sequences share one mask."""
         if len(self.queries) == 1:
             return self
         if self.edges is not None or self.table is not None:

@@ -24,7 +24,7 @@ class InputError(ValueError):
 
 
 class TrainingError(RuntimeError):
-    """A run cannot go on: the numbers are not finite. One line: what, step, rank, samples."""
+    """The run cannot continue, for example after non-finite values. One line: what, step, rank, samples."""
 
 
 class SaveError(TrainingError):
@@ -96,14 +96,14 @@ Record = TypeVar("Record")
 
 
 def on_device(record: Record, device: torch.device) -> Record:
-    """A frozen dataclass whose tensors, also those of dataclasses in it, are on a device.
+    """Move the tensors of a frozen dataclass, nested dataclasses included, to a device.
 
     Args:
-        record: of tensors, dataclasses and anything else.
-        device: where to.
+        record: dataclass of tensors, dataclasses and other values.
+        device: target device.
 
     Returns:
-        The same, but for what was elsewhere.
+        A copy with all tensors on `device`; other values are unchanged.
     """
     moved: dict[str, Any] = {}
     for name, value in vars(record).items():
@@ -130,7 +130,7 @@ class TokenMixture:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelInputs:
-    """What the denoiser reads; S positions of the network, L or, where a clean copy is appended, 2 L."""
+    """Inputs of the denoiser for S positions: S = L, or 2 L if a clean copy of the sequence is appended."""
 
     token_ids_BL: Tensor
     """int64 [B, S]."""
@@ -139,13 +139,13 @@ class ModelInputs:
     sigma_B: Tensor
     """float32 [B]; noise level -ln(alpha) fed to the time embedder, zeros for families without it."""
     attention_mask: AttentionMask | None = None
-    """Which of all positions each of the S positions attends to (with context parallelism a rank has S of
-    them); None for the family's own pattern."""
+    """Which positions each of the S positions attends to; None: the family's own pattern. With context
+    parallelism S counts the positions of this rank, and keys are those of all ranks."""
     mixture: TokenMixture | None = None
     """Embedded in place of `token_ids_BL` where present."""
     document_ids_BL: Tensor | None = None
-    """int64 [B, S], of all positions also where the others are one context parallel rank's; queries look only
-    at keys of their own document. None where all positions belong together."""
+    """int64 [B, S], document id of each position, always of all context parallel ranks' positions; queries
+    attend only to keys of their own document. None: no document boundaries."""
 
     def to(self, device: torch.device) -> ModelInputs:
         """The same inputs on `device`."""
@@ -155,10 +155,10 @@ class ModelInputs:
         """Inputs of some of the sequences.
 
         Args:
-            part: of [0, B).
+            part: slice of [0, B) that selects sequences.
 
         Returns:
-            All that belongs to them.
+            Inputs of the selected sequences.
         """
         positions, mixture = self.position_ids_BL, self.mixture
         return ModelInputs(
@@ -172,16 +172,16 @@ class ModelInputs:
 
     @classmethod
     def concat(cls, parts: Sequence[ModelInputs]) -> ModelInputs:
-        """Inputs of equal length as those of one batch.
+        """Concatenate inputs of equal sequence length along the batch.
 
         Args:
-            parts: at least one.
+            parts: inputs to concatenate; at least one.
 
         Returns:
-            All sequences in order.
+            Inputs of all sequences, in order.
 
         Raises:
-            ValueError: some have a mask, soft tokens or documents and others have none.
+            ValueError: some parts have a mask, soft tokens or document ids and others do not.
         """
         import torch
 
@@ -244,7 +244,7 @@ class RowTargets:
 
 @dataclass(frozen=True, kw_only=True)
 class Targets:
-    """What the loss of one microbatch needs, on the CPU; S positions as in `ModelInputs`."""
+    """Targets and weights for the loss of one microbatch, on the CPU; S positions as in `ModelInputs`."""
 
     clean_BL: Tensor
     """int64 [B, S], the token to predict at each position."""
@@ -319,7 +319,7 @@ class HeadRows:
 
     @classmethod
     def of(cls, targets: Targets) -> HeadRows:
-        """The rows whose weight is not 0; made on the CPU, so that no GPU is asked for their number."""
+        """The rows whose weight is not 0; computed on the CPU, so that their number needs no GPU sync."""
         places_R = targets.weight_BL.t().reshape(-1).nonzero()[:, 0]
         rows = targets.rows(lambda values_BL: values_BL.t().reshape(-1)[places_R])
         return cls(places_R, rows, targets.weight_BL.shape[0])

@@ -1,4 +1,4 @@
-"""Eso-LM 1.7B, fine-tuned on GSM8K from phase 2's weights; docs/evaluation.md has the whole way."""
+"""Eso-LM 1.7B, fine-tuned on GSM8K from phase 2's weights; docs/evaluation.md lists all steps."""
 
 from megatron_dlm.families.esolm.objective import EsoLMConfig
 from megatron_dlm.run.config import RunConfig

@@ -1,4 +1,4 @@
-"""MDLM 1.7B, fine-tuned on GSM8K from phase 2's weights; docs/evaluation.md has the whole way."""
+"""MDLM 1.7B, fine-tuned on GSM8K from phase 2's weights; docs/evaluation.md lists all steps."""
 
 from megatron_dlm.families.mdlm.objective import MDLMConfig
 from megatron_dlm.run.config import RunConfig

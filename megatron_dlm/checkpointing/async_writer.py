@@ -34,7 +34,7 @@ from megatron_dlm.platform.subprocess_lifetime import fork
 
 @dataclass(frozen=True)
 class Written:
-    """What one process's child wrote, or why it did not."""
+    """Result of one rank's writing process: what it wrote, or an error message."""
 
     error: str = ""
     results: list[WriteResult] = field(default_factory=list)
@@ -51,9 +51,9 @@ class _PathlessWriter(FileSystemWriter):
 
 
 class SavePlans:
-    """What a run keeps from save to save: which process writes what, and memory to copy it to.
+    """State kept from save to save of a run: which rank writes which tensors, and host memory for copies.
 
-    Who writes what is agreed at the first save, since nothing of it changes later.
+    Ranks agree on the plan at the first save, since nothing in it changes later.
     """
 
     def __init__(self, parallel: ParallelState) -> None:
@@ -61,15 +61,15 @@ class SavePlans:
             TorchDistSaveShardedStrategy(CHECKPOINT_BACKEND, CHECKPOINT_VERSION), parallel.replica_group, True
         )
         self.agreed: tuple[SavePlan, Metadata] | None = None
-        """This process's share, and on rank 0 where all tensors are."""
+        """Save plan of this rank, and metadata, which on rank 0 locate all tensors."""
         self.memory = HostMemory()
 
 
 class ShareWriter:
     """Writes this process's share of a checkpoint.
 
-    megatron-core's own save waits for ever where its writer process is killed, and where rank 0 cannot write
-    it leaves the other ranks in a collective.
+    megatron-core's own save hangs if its writer process is killed; if rank 0 cannot write, the other ranks
+    hang in a collective.
     """
 
     def __init__(
@@ -80,14 +80,14 @@ class ShareWriter:
         plans: SavePlans,
         parallel: ParallelState,
     ) -> None:
-        """Plan unless that has been done, copy from the GPU; all ranks call it, nothing is written yet.
+        """Make the save plan if there is none, copy tensors from the GPU, write nothing; all ranks call it.
 
         Args:
             directory: an existing directory that all ranks share.
-            weights: megatron-core's sharded tensors and objects; which of them hold data is changed.
-            pieces: of the optimizer's state, by key; no other rank has the same.
-            plans: of the run's earlier saves; changed by the first.
-            parallel: this process's place.
+            weights: megatron-core's sharded tensors and objects; changed in place: one rank writes each.
+            pieces: pieces of the optimizer's state, by key; no other rank has the same pieces.
+            plans: state kept from the run's earlier saves; the first save fills in the plan.
+            parallel: rank and process groups of this process.
         """
         self._directory = directory
         self._is_first = parallel.rank == 0
@@ -98,7 +98,7 @@ class ShareWriter:
         tensors += [piece for each in pieces.values() for piece in each.tensors]
         self.num_bytes = sum(tensor.nbytes for tensor in tensors)
         self.error = ""
-        """Why nothing can be written, of this process."""
+        """Error message if this rank cannot write its share; otherwise empty."""
         self._memory = plans.memory
         if parallel.device.type == "cuda":
             self._copy(tensors, sharded, pieces)
@@ -169,13 +169,13 @@ class ShareWriter:
         return self._outcome.poll() or time.monotonic() - self._started_at > timeout_seconds
 
     def wait(self, timeout_seconds: float) -> Written:
-        """The outcome of this process's child; one that takes too long since its start is killed.
+        """Wait for this rank's writing process and return its result; the process is killed on timeout.
 
         Args:
-            timeout_seconds: since `start`.
+            timeout_seconds: seconds since `start` that the process may take.
 
         Returns:
-            What it wrote, or the error.
+            What the process wrote, or an error message.
         """
         assert self._outcome is not None
         left = max(0.0, timeout_seconds - (time.monotonic() - self._started_at))
@@ -197,10 +197,10 @@ class ShareWriter:
         return Written(error=f"{self._directory}: {error}")
 
     def write_index(self, shares: list[Written]) -> None:
-        """Write where each tensor is; rank 0 calls it.
+        """Write the metadata file that locates each tensor; rank 0 calls it.
 
         Args:
-            shares: of all ranks, none with an error.
+            shares: results of all ranks, none with an error.
         """
         self._writer.finish(self._metadata, [share.results for share in shares])
 

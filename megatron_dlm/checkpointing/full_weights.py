@@ -1,6 +1,6 @@
-"""Whole weights of a checkpoint by public name, some at a time, in one process without any group.
+"""Reads full weights of a checkpoint by public name, some at a time, in one process without process groups.
 
-A checkpoint of any layout holds each tensor as boxes; what is read is the part that is no padding.
+A checkpoint of any layout holds each tensor as boxes; only the part without padding is read.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class FullWeights:
 
         Args:
             directory: a step-NNNNNNNN directory.
-            model: its shape.
-            vocabulary_size: without padding.
+            model: shape of the checkpoint's model.
+            vocabulary_size: number of token ids, without padding.
 
         Raises:
-            InputError: incomplete, damaged or hostile.
+            InputError: the checkpoint is incomplete, damaged or hostile.
         """
         verify(directory)
         check_metadata(directory)
@@ -43,13 +43,13 @@ class FullWeights:
         """Shape of every tensor by public name."""
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Tensors as exactly as the checkpoint has them: of a bf16 run the optimizer's main weights.
+        """Read tensors at the checkpoint's highest precision: for a bf16 run the optimizer's main weights.
 
         Args:
-            names: public.
+            names: public names of the tensors.
 
         Returns:
-            float32 by name.
+            float32 tensors by public name.
         """
         tensors: dict[str, Tensor] = {}
         wanted: dict[str, TensorChunks] = {}

@@ -19,10 +19,10 @@ MANIFEST = "manifest.json"
 RUN_RECORD = "run.json"
 """Configuration and data of the run that wrote a checkpoint."""
 PROGRESS_RECORD = "progress.json"
-"""How far the run was."""
+"""Training progress at the checkpoint, with the data plan."""
 SAVE_REQUEST = "save-now"
-"""Making this file in a run's directory asks for a checkpoint after the current step or the next, which
-removes it."""
+"""Creating this file in a run's directory requests a checkpoint after the current or the next step; the save
+removes the file."""
 REFERENCE_SUFFIX = ".ckpt"
 """File name suffix of checkpoints of the paper's code."""
 VERSION = 1
@@ -103,8 +103,8 @@ class CheckpointRoot:
     def complete(self) -> list[Path]:
         """Complete checkpoints, oldest first, one a step; unfinished ones are passed over.
 
-        Where a save was killed between renaming an old checkpoint of the same step aside and the new one
-        in, the old one is listed under its other name.
+        If a save was killed after it renamed an old checkpoint of the same step to step-NNNNNNNN.replaced and
+        before the new one was in place, the old one is listed under that name.
         """
         if not self.path.is_dir():
             return []
@@ -129,7 +129,7 @@ class CheckpointRoot:
         return shutil.disk_usage(self.path).free
 
     def discard(self, step: int) -> None:
-        """Remove what is there of an unfinished checkpoint, as far as the storage lets us."""
+        """Remove an unfinished checkpoint; errors of the storage are ignored."""
         shutil.rmtree(self.temporary(step), ignore_errors=True)
 
     def publish(self, step: int, digests: Mapping[str, str]) -> Path:
@@ -139,8 +139,8 @@ class CheckpointRoot:
         is in place, so that at each moment one of both is complete.
 
         Args:
-            step: of the checkpoint.
-            digests: SHA-256 of files that are on disk already; the others are flushed and read.
+            step: step of the checkpoint.
+            digests: SHA-256 by name of files already flushed to disk; other files are flushed and hashed.
 
         Returns:
             The final path.
@@ -183,14 +183,14 @@ class CheckpointRoot:
                 later.rename(aside)
 
     def superfluous(self, keep_last: int, keep_every: int) -> list[Path]:
-        """Complete checkpoints beyond the newest ones and the multiples of a number of steps.
+        """Complete checkpoints that `keep_last` and `keep_every` do not keep.
 
         Args:
-            keep_last: newest ones to keep; 0 keeps all.
-            keep_every: steps whose multiples are kept; 0 keeps none besides.
+            keep_last: number of newest checkpoints to keep; 0: all.
+            keep_every: also keep checkpoints whose step is a multiple of this; 0: none.
 
         Returns:
-            The others, oldest first.
+            Checkpoints to remove, oldest first.
         """
         older = self.complete()[:-keep_last] if keep_last else []
         return [path for path in older if not (keep_every and step_of(path) % keep_every == 0)]
@@ -241,7 +241,7 @@ def verify(directory: Path) -> None:
 
 
 def read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
-    """What a checkpoint says it consists of.
+    """Read a checkpoint's manifest: its files with their sizes and hashes.
 
     Args:
         directory: a checkpoint.

@@ -51,12 +51,13 @@ class PendingSave:
         Args:
             root: the run's checkpoints, on storage that all ranks share.
             step: optimizer steps done.
-            denoiser: this process's stage; may change as soon as this returns.
-            optimizer: megatron-core's; likewise. None for weights that no run of ours has trained.
-            parallel: this process's place.
-            plans: kept from save to save of one run.
+            denoiser: pipeline stage of this rank; may change as soon as this returns.
+            optimizer: megatron-core's optimizer; may change as soon as this returns. None for imported
+                weights, which no run of this package has trained.
+            parallel: rank and process groups of this process.
+            plans: save plan and host memory, kept from save to save of one run.
             records: JSON values by file name, written by rank 0.
-            timeout_seconds: for writing the tensors.
+            timeout_seconds: seconds that writing the tensors may take.
 
         Raises:
             SaveError: the storage is full or cannot be written.
@@ -112,10 +113,10 @@ class PendingSave:
         return self._share.is_done(self._timeout_seconds)
 
     def finish(self) -> None:
-        """Wait until all is written and make it visible; all ranks call it.
+        """Wait until all ranks have written and make the checkpoint visible; all ranks call it.
 
         Raises:
-            SaveError: something could not be written; nothing of it is left.
+            SaveError: something could not be written; the unfinished checkpoint is removed.
         """
         written = self._share.wait(self._timeout_seconds)
         shares: list[Any] = [None] * self._parallel.world_size
@@ -152,13 +153,14 @@ class PendingSave:
 def load(
     directory: Path, denoiser: Denoiser | ChunkedDenoiser, optimizer: Any, parallel: ParallelState
 ) -> None:
-    """Load weights and optimizer to go on with a run. All ranks call it.
+    """Load weights and optimizer state to resume a run; all ranks call it.
 
     Args:
         directory: a checkpoint that `verify_on_all_ranks` has accepted.
-        denoiser: this process's stage; changed in place.
-        optimizer: megatron-core's; changed in place.
-        parallel: this process's place; may differ from the one that saved, sharded optimizer or not.
+        denoiser: pipeline stage of this rank; changed in place.
+        optimizer: megatron-core's optimizer; changed in place.
+        parallel: rank and process groups of this process; the layout may differ from the one that saved, also
+            in whether the optimizer is sharded.
     """
     loaded = _load(_without_sharded(denoiser, _model_state(denoiser, parallel)), directory, parallel)
     found = denoiser.load_state_dict(loaded["model"], strict=False)
@@ -174,15 +176,15 @@ def load(
 def load_weights(
     directory: Path, denoiser: Denoiser | ChunkedDenoiser, parallel: ParallelState
 ) -> dict[str, Tensor]:
-    """The weights alone, as exactly as the checkpoint has them. All ranks call it.
+    """Load only the weights, at the checkpoint's highest precision; all ranks call it.
 
     Args:
         directory: a checkpoint that `verify_on_all_ranks` has accepted.
-        denoiser: this process's stage; says which weights, and is left as it is.
-        parallel: this process's place; may differ from the one that saved.
+        denoiser: pipeline stage that says which weights to load; not changed.
+        parallel: rank and process groups of this process; the layout may differ from the one that saved.
 
     Returns:
-        float32 tensors by the stage's own names: of a bf16 run the optimizer's main weights. Buffers that
+        float32 tensors by name in the stage; for a bf16 run the optimizer's main weights. Buffers that
         the checkpoint lacks are left out.
     """
     stored = dist_checkpointing.load_tensors_metadata(str(directory))
@@ -240,7 +242,7 @@ def _model_state(denoiser: Denoiser | ChunkedDenoiser, parallel: ParallelState) 
 
 
 def _without_sharded(denoiser: Denoiser | ChunkedDenoiser, state: dict[str, Any]) -> dict[str, Any]:
-    """Leave out weights of which each rank has a part; they go with the optimizer's state."""
+    """Leave out fully sharded weights, which are saved with the optimizer's state."""
     sharded = sharded_names(denoiser)
     return {"model": {name: value for name, value in state["model"].items() if name not in sharded}}
 

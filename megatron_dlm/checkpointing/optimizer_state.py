@@ -60,7 +60,7 @@ def boxes(shape: Sequence[int], start: int, end: int) -> list[Box]:
 
 
 class SavePlanner(SavePlannerBase):
-    """megatron-core's, which also finds pieces."""
+    """megatron-core's save planner, which here also finds the pieces in `TensorChunks`."""
 
     def lookup_object(self, index: MetadataIndex) -> Any:
         """What is to be written: a piece, or as the base class has it."""
@@ -71,12 +71,12 @@ class SavePlanner(SavePlannerBase):
 def state_to_save(
     optimizer: Any, sharded: Mapping[torch.nn.Parameter, ShardedTensor]
 ) -> dict[str, TensorChunks]:
-    """What of Adam's state this rank has to save: moments, and fp32 weights where modules see others.
+    """Adam's state that this rank saves: moments, and fp32 main weights if modules use another precision.
 
-    Of sharded parameters also the weights as modules see them.
+    For fully sharded parameters it includes the weights in the precision that modules use.
 
     Args:
-        optimizer: megatron-core's.
+        optimizer: megatron-core's optimizer.
         sharded: where each parameter of this process's stage lies in the whole model.
 
     Returns:

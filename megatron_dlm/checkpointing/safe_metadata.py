@@ -111,7 +111,7 @@ def _check_place(checkpoint: Path, name: str, info: Any) -> None:
 
 
 def _check_chunks(name: str, tensor: Any, storage: dict[Any, Any]) -> None:
-    """A tensor is as large as its chunks, and these as the bytes they are read from."""
+    """Check that chunks add up to their tensor and that enough bytes are stored for each chunk."""
     total = 0
     for chunk in tensor.chunks:
         count = math.prod(chunk.sizes)

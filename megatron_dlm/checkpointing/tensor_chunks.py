@@ -18,28 +18,28 @@ PREFIX = "optimizer.state."
 
 
 def main_weight_key(key: str) -> str:
-    """Where a checkpoint has the optimizer's fp32 weights of a tensor, if its parameters are not fp32."""
+    """Checkpoint key of a tensor's fp32 main weights, which exist if its parameters are not fp32."""
     return f"{PREFIX}{MAIN_WEIGHT}.{key}"
 
 
 class TensorChunks:
-    """Boxes of one tensor that this rank has; torch calls the method with underscores to plan."""
+    """Boxes of one tensor that this rank holds; torch calls `__create_write_items__` to plan a save."""
 
     def __init__(self, global_shape: Sequence[int] = ()) -> None:
-        """Have none yet.
+        """Start without boxes.
 
         Args:
-            global_shape: of the whole tensor; for reading it need not be known.
+            global_shape: shape of the whole tensor; not needed for reading.
         """
         self._global_shape = Size(global_shape)
         self._pieces: dict[tuple[int, ...], Tensor] = {}
 
     def add(self, offset: tuple[int, ...], piece: Tensor) -> None:
-        """Take in a box.
+        """Add a box.
 
         Args:
-            offset: of its first element in the whole tensor.
-            piece: with as many axes as the whole tensor.
+            offset: offset of the box's first element in the whole tensor.
+            piece: elements of the box, with as many axes as the whole tensor.
         """
         self._pieces[offset] = piece
 
@@ -81,7 +81,7 @@ class TensorChunks:
 
 
 class LoadPlanner(DefaultLoadPlanner):
-    """torch's, of a state made of pieces."""
+    """torch's load planner, for a state dict of `TensorChunks`."""
 
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False

@@ -1,4 +1,4 @@
-"""Command-line arguments from dataclasses, with every complaint as one line."""
+"""Parses command-line arguments into dataclasses and reports every error as one line."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def parse(declared: type[T], arguments: Sequence[str], *, verb: str, default: T 
 
     Args:
         declared: a frozen dataclass.
-        arguments: of the command line.
-        verb: shown in the usage.
-        default: values the arguments override; required fields must be given where it is None.
+        arguments: command-line arguments.
+        verb: name of the command, shown in the usage line.
+        default: values that the arguments override; None: required fields must be given.
 
     Returns:
         The instance.
@@ -100,14 +100,14 @@ def _flowing_help() -> ConstructorRegistry:
 
 
 def check_new_file(name: str, path: Path | None) -> None:
-    """Refuse, before the work, a file that could not be written after it.
+    """Check that an output file can be written, before the work that produces it.
 
     Args:
-        name: of the argument.
-        path: None: nothing is written.
+        name: name of the argument.
+        path: file to be written; None: no file is written.
 
     Raises:
-        InputError: its directory does not exist, or it is a directory.
+        InputError: the directory of `path` does not exist, or `path` is a directory.
     """
     if path is not None and not path.parent.is_dir():
         raise InputError(f"{name}: {path.parent}: no such directory")
@@ -117,7 +117,7 @@ def check_new_file(name: str, path: Path | None) -> None:
 
 @contextlib.contextmanager
 def bad_values() -> Iterator[None]:
-    """Complaints of code that exports carry, and that knows no InputError, are the user's input, too."""
+    """Turn ValueError into InputError: code that is copied into exports cannot raise InputError itself."""
     try:
         yield
     except InputError:

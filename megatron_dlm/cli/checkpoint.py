@@ -1,4 +1,4 @@
-"""`megatron-dlm checkpoint list|inspect|verify|prune`: what a run has saved."""
+"""`megatron-dlm checkpoint list|inspect|verify|prune`: manages the checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megatron_dlm.interfaces import InputError
 
 USAGE = """usage: megatron-dlm checkpoint list RUN                 complete checkpoints of a run, oldest first
        megatron-dlm checkpoint inspect CHECKPOINT       its run, progress and tensors
-       megatron-dlm checkpoint verify CHECKPOINT        compare every file with its SHA-256; 2 if one differs
+       megatron-dlm checkpoint verify CHECKPOINT        check SHA-256 of each file; exit code 2 if one differs
        megatron-dlm checkpoint prune RUN --keep-last K [--keep-every STEPS] [--dry-run]
 
 RUN is a run's directory, CHECKPOINT one of its checkpoints/step-NNNNNNNN.
@@ -43,7 +43,7 @@ class OneConfig:
     """One checkpoint."""
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
-    """A step-NNNNNNNN directory."""
+    """Checkpoint directory (RUN/checkpoints/step-NNNNNNNN)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +53,11 @@ class PruneConfig:
     run: Annotated[Path, tyro.conf.Positional]
     """Directory of the run."""
     keep_last: int
-    """Newest complete checkpoints to keep, at least 1."""
+    """Number of newest complete checkpoints to keep; at least 1."""
     keep_every: int = 0
-    """Also keep those whose step is a multiple of this; 0 keeps none besides."""
+    """Also keep checkpoints whose step is a multiple of this number of steps; 0: keep no others."""
     dry_run: bool = False
-    """Say what would go and remove nothing."""
+    """Only print which checkpoints would be removed."""
 
     def __post_init__(self) -> None:
         if self.keep_last < 1:
@@ -67,7 +67,7 @@ class PruneConfig:
 
 
 def run(arguments: list[str]) -> int:
-    """Do what the first word says; returns the exit code."""
+    """Run the subcommand named by the first argument; returns the exit code."""
     actions: dict[str, Callable[[list[str]], None]] = {
         "list": _list,
         "inspect": _inspect,

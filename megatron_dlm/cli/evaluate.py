@@ -1,4 +1,4 @@
-"""`megatron-dlm evaluate nll|gate|gsm8k|harness|pareto`: figures of a trained model."""
+"""`megatron-dlm evaluate nll|gate|gsm8k|harness|pareto`: evaluation of a trained model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ACTIONS = {
 
 
 def run(arguments: list[str]) -> int:
-    """Do what the first word says; returns the exit code."""
+    """Run the subcommand named by the first argument; returns the exit code."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if arguments else 2

@@ -24,34 +24,36 @@ AskedPrecision = Literal["training", "fp32", "bf16", "fp8"]
 
 @dataclass(frozen=True, kw_only=True)
 class GateConfig:
-    """Whether B is as good as A: two runs, or one checkpoint at two precisions, at equal data and noise.
+    """Test whether B is as good as A: two runs, or one checkpoint at two precisions, on equal data and noise.
 
-    Both are scored on the same noisy copies of the same sequences, and the differences are averaged. Runs are
-    compared step by step, too, where directories of two are given. Exit code 0 where B is worse by no more
-    than the tolerance, with 95% confidence, and 1 where that cannot be said.
+    Both are scored on the same noisy copies of the same sequences, and the differences are averaged. If A and
+    B are the directories of two runs, the bounds logged in training are also compared step by step. The exit
+    code is 0 if B is worse by no more than the tolerance with 95% confidence, and 1 otherwise.
     """
 
     a: Annotated[Path, tyro.conf.Positional]
-    """A run's directory (its newest checkpoint is scored) or a step-NNNNNNNN directory: the yardstick."""
+    """Baseline: a run's directory (its newest checkpoint is scored) or a checkpoint directory
+    (step-NNNNNNNN)."""
     b: Annotated[Path, tyro.conf.Positional]
-    """The run or checkpoint to compare with A; may be the same one, at another precision."""
+    """Run or checkpoint to compare with A; may be the same as A, scored at another precision."""
     precision_a: AskedPrecision = "training"
     """Precision in which A is scored; training: the one it was trained in."""
     precision_b: AskedPrecision = "training"
     """Precision in which B is scored; training: the one it was trained in."""
     fp8: Fp8Config = Fp8Config()
-    """FP8 recipe, where a precision is fp8."""
+    """FP8 recipe, used where precision_a or precision_b is fp8."""
     tolerance: float = 0.005
-    """Nats per token that B may be worse by."""
+    """Largest increase in loss allowed for B over A, in nats per token."""
     data: str | None = None
-    """Prefix or URL of the held-out shard; None: A's."""
+    """Prefix or URL of the held-out shard; None: the validation shard of A's run, or its first training shard
+    if it has none."""
     bound: tyro.conf.OmitArgPrefixes[BoundConfig] = BoundConfig()
     micro_batch_size: int = 8
-    """Sequences of one forward pass, at most."""
+    """Maximum number of sequences per forward pass."""
     output: Path | None = None
-    """JSON file for the result."""
+    """JSON file to write with the result; None: only print it."""
     plot: Path | None = None
-    """PNG of the difference by diffusion time."""
+    """PNG file to write with a plot of the difference by diffusion time; None: no plot."""
     parallel: ParallelConfig = ParallelConfig()
 
     def __post_init__(self) -> None:

@@ -27,22 +27,23 @@ PLACE = "{question}"
 class Gsm8kConfig:
     """Exact match on grade-school mathematics: generate an answer, compare the number behind its last ####.
 
-    Every answer is written as soon as it is there; the same command goes on where it stopped. The model is
-    one fine-tuned on problems (`index --prompt-key question --json-keys answer`, examples/FAMILY/gsm8k.py).
+    Answers are written after each batch; the same command resumes where it stopped. The model should be
+    fine-tuned on such problems (`index --prompt-key question --json-keys answer`, examples/FAMILY/gsm8k.py).
     """
 
     model: Annotated[Path, tyro.conf.Positional]
-    """A step-NNNNNNNN directory of any layout, or an exported folder."""
+    """Checkpoint directory (step-NNNNNNNN) saved in any parallel layout, or an exported folder."""
     data: Path
     """JSON lines with question and answer, such as the data set's test.jsonl."""
     output: Path
     """Directory for answers.jsonl and result.json."""
     limit: int | None = None
-    """First problems of the file; None: all."""
+    """Evaluate only this many problems, from the start of the file; None: all problems."""
     template: str = PLACE
-    """What the model is given; {question} stands for the question, as it was indexed for the fine-tuning."""
+    """Prompt template in which {question} is replaced by the question; use the format of the fine-tuning
+    data."""
     length: int | None = None
-    """Tokens of question and answer together; None: the training length."""
+    """Total length of prompt and answer in tokens; None: the training sequence length."""
     sampling: tyro.conf.OmitArgPrefixes[SamplingConfig] = SamplingConfig(
         sampler="left-to-right", stop_at_eos=True
     )
@@ -50,9 +51,10 @@ class Gsm8kConfig:
     """Random seed. An answer depends on the seed and the problem's index, not on the batch it was sampled
     in."""
     batch_size: int = 16
-    """Problems sampled together."""
+    """Batch size: problems sampled together."""
     tokenizer: Path | None = None
-    """Directory of the model's tokenizer; None: the folder's, or that of the run's data."""
+    """Directory of the model's tokenizer; None: the one in the exported folder, or the one that the training
+    data of a checkpoint was indexed with."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision of the loaded weights."""
     device: str | None = None
@@ -100,7 +102,7 @@ def _prompts(problems: list[Problem], config: Gsm8kConfig, loaded: LoadedModel) 
 
 
 def _resume(config: Gsm8kConfig, sampling: SamplingConfig, loaded: LoadedModel) -> set[int]:
-    """Numbers of the problems that have an answer; what was asked otherwise is not gone on with."""
+    """Numbers of the problems already answered; InputError if the earlier run had other settings."""
     from megatron_dlm.platform.files import sha256_of, write_json
     from megatron_dlm.platform.json_lines import drop_cut_line
 
@@ -139,7 +141,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 
 def _answers(config: Gsm8kConfig) -> list[dict[str, Any]]:
-    """What has been written, checked."""
+    """Answers in the output file, checked."""
     from megatron_dlm.platform.json_lines import read_json_lines
 
     path = config.output / ANSWERS
@@ -162,7 +164,7 @@ def _answer(
     settings: SamplingConfig,
     loaded: LoadedModel,
 ) -> None:
-    """Answer problems that are left; `prompts` are of all, by number."""
+    """Answer the remaining problems; `prompts` holds the prompts of all problems, by problem number."""
     from megatron_dlm.evaluation.generation import before_end, sample_all
     from megatron_dlm.evaluation.gsm8k import final_number
     from megatron_dlm.sampling.start import start_from

@@ -25,27 +25,28 @@ class HarnessConfig:
     """
 
     model: Annotated[Path, tyro.conf.Positional]
-    """A step-NNNNNNNN directory of any layout, or an exported folder."""
+    """Checkpoint directory (step-NNNNNNNN) saved in any parallel layout, or an exported folder."""
     tasks: tuple[str, ...]
-    """Names of tasks or groups."""
+    """Names of lm-evaluation-harness tasks or task groups."""
     include_path: Path | None = None
-    """Directory with task files of your own."""
+    """Directory with additional task definitions (YAML files of lm-evaluation-harness)."""
     num_fewshot: int | None = None
-    """Solved examples before each question; None: as the task says."""
+    """Number of few-shot examples before each question; None: the task's default."""
     limit: int | None = None
-    """First documents of each task; None: all."""
+    """Evaluate only this many documents of each task, from the first on; None: all documents."""
     conditional: tyro.conf.OmitArgPrefixes[ConditionalConfig] = ConditionalConfig()
     sampling: SamplingConfig = SamplingConfig(sampler="left-to-right", stop_at_eos=True)
     """Sampling settings of tasks that generate text. A task's own temperature overrides them; a task that
     does not sample uses 0."""
     tokenizer: Path | None = None
-    """Directory of the model's tokenizer; None: the folder's, or that of the run's data."""
+    """Directory of the model's tokenizer; None: the one in the exported folder, or the one that the training
+    data of a checkpoint was indexed with."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision of the loaded weights."""
     device: str | None = None
     """Device to run on, for example cpu or cuda:0; None: a GPU if there is one."""
     output: Path | None = None
-    """JSON file for results and answers."""
+    """JSON file to write with the results and the model's answers; None: only print the results."""
 
     def __post_init__(self) -> None:
         for name in ("limit", "num_fewshot"):

@@ -30,30 +30,33 @@ REPORT_SECONDS = 5.0
 class NllConfig:
     """Bound on the negative log-likelihood of held-out data (exact for AR), with common random numbers.
 
-    Noise and sequences depend on the seed alone, so models are compared at equal noise, and the figure is the
-    same at any micro-batch size and layout, for a checkpoint and its export.
+    Noise and sequences depend on the seed alone, so models are compared at equal noise, and the result is the
+    same for any micro-batch size and parallel layout, and for a checkpoint and its export.
     """
 
     model: Annotated[Path, tyro.conf.Positional]
-    """A step-NNNNNNNN directory of any layout, or an exported folder."""
+    """Checkpoint directory (step-NNNNNNNN) saved in any parallel layout, or an exported folder."""
     data: str | None = None
-    """Prefix or URL of the held-out shard; None: the run's."""
+    """Prefix or URL of the held-out shard; None: the run's validation shard, or its first training shard if
+    it has none."""
     text: tuple[Path, ...] = ()
     """Files to score instead of a shard: JSON lines, plain text or parquet, compressed or not."""
     bound: tyro.conf.OmitArgPrefixes[BoundConfig] = BoundConfig()
     drop_long_records: bool = False
-    """Leave out prompts with responses above the model's length, which are refused otherwise."""
+    """Skip prompt-response records longer than the model's sequence length; if off, such a record is an
+    error."""
     micro_batch_size: int = 8
-    """Sequences of one forward pass, at most."""
+    """Maximum number of sequences per forward pass."""
     tokenizer: Path | None = None
-    """Directory of the model's tokenizer, for text and exports; None: the folder's, or that of the data."""
+    """Directory of the model's tokenizer, used with text or an exported folder; None: the one in the exported
+    folder, or the one that a checkpoint's training data was indexed with."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision of an exported folder's weights; a checkpoint is evaluated in the precision of its
     training."""
     output: Path | None = None
-    """JSON file for the result."""
+    """JSON file to write with the result; None: only print it."""
     plot: Path | None = None
-    """PNG of the loss by diffusion time."""
+    """PNG file to write with a plot of the loss by diffusion time; None: no plot."""
     parallel: ParallelConfig = ParallelConfig()
 
     def __post_init__(self) -> None:
@@ -145,7 +148,7 @@ class ProgressPrinter:
         self._start = self._last = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
-        """Told of sequences done and in all."""
+        """Print progress, given the number of sequences done and the total."""
         from megatron_dlm.telemetry.writers import duration
 
         now = time.monotonic()
@@ -177,10 +180,10 @@ def print_by_time(bound: Bound, column: str, *, title: str, number: str) -> None
     """Print a table of a bound, or of a difference of two, by diffusion time, where it has times.
 
     Args:
-        bound: what to print.
-        column: what its nats are.
-        title: of the table.
-        number: format of the nats; the error's is without its sign.
+        bound: bound, or difference of two bounds, to print.
+        column: heading of the column of nats per token.
+        title: title of the table.
+        number: format of the nats per token; standard errors use the same format without its sign.
     """
     from rich.console import Console
     from rich.table import Table
@@ -198,10 +201,10 @@ def draw_by_time(bound: Bound, output: Path, *, title: str, of: str = "bound") -
     """Draw a bound, or a difference of two, by diffusion time.
 
     Args:
-        bound: what to draw.
-        output: PNG file.
-        title: of the picture.
-        of: what is drawn.
+        bound: bound, or difference of two bounds, to draw.
+        output: PNG file to write.
+        title: title of the plot.
+        of: name of the quantity drawn, such as "bound" or "difference".
     """
     from megatron_dlm.telemetry.plots import plot_by_time
 
@@ -210,14 +213,14 @@ def draw_by_time(bound: Bound, output: Path, *, title: str, of: str = "bound") -
 
 
 def show_mean(mean: Mean, digits: int = 4) -> str:
-    """A mean with its interval.
+    """A mean with its confidence interval, as text.
 
     Args:
-        mean: nats/token.
-        digits: behind the point.
+        mean: mean and interval, in nats per token.
+        digits: decimal places.
 
     Returns:
-        Text.
+        The mean, followed by [low, high] if it has an interval.
     """
     numbers = [mean.nats_per_token, *(end for end in (mean.low, mean.high) if end is not None)]
     texts = [f"{number:.{digits}f}" for number in numbers]

@@ -32,36 +32,42 @@ MEASURED = ("tokens_per_second", "seconds", "generative_perplexity", "unigram_en
 class ParetoConfig:
     """Quality against speed of sampling: every combination of the lists, one row of a table each.
 
-    Speed is of whole calls, all that a sampler does included. A row that is in the table already is not
-    measured again, so a sweep that was stopped goes on.
+    Speed is measured over whole sampling calls, including all overhead of the sampler. Rows already in the
+    table are not measured again, so the same command resumes a sweep that was stopped.
     """
 
     models: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """step-NNNNNNNN directories or exported folders."""
     judge: Path
-    """Local Hugging Face folder of a causal language model, or an AR model of this package."""
+    """Model that scores generative perplexity: a local Hugging Face folder of a causal language model, or an
+    AR model of this package."""
     output: Path
     """Directory for pareto.csv and pareto.png."""
     samplers: tuple[SamplerName, ...] = ()
-    """Samplers; of each model those that its family has, at least one. None: each family's default."""
+    """Samplers to compare; each model uses those its family has, which must be at least one. Default: each
+    family's default sampler."""
     num_steps: tuple[int, ...] = (16, 32, 64, 128)
-    """Denoising steps, for samplers that have them; of block-autoregressive the tokens of a segment."""
+    """Numbers of denoising steps, for samplers that use steps; tokens per segment for
+    block-autoregressive."""
     batch_sizes: tuple[int, ...] = (8,)
-    """Texts sampled together; above num_samples the same as that."""
+    """Batch sizes: texts sampled together; values above num_samples are lowered to num_samples."""
     temperatures: tuple[float, ...] = (1.0,)
-    """Divide the logits."""
+    """Sampling temperatures, by which the logits are divided."""
     top_ps: tuple[float, ...] = (1.0,)
-    """Probability mass of the most likely tokens that are kept."""
+    """Top-p (nucleus sampling) values: probability mass of the most likely tokens that are kept; 1 keeps
+    all."""
     num_samples: int = 64
-    """Texts of each combination."""
+    """Number of texts to sample for each combination."""
     length: int | None = None
-    """Tokens of a text; None: the training length."""
+    """Length of each text in tokens; None: the training sequence length."""
     seed: int = 0
     """Random seed."""
     reference: Path | None = None
-    """CSV with family, throughput_tok_per_s and gen_ppl to lay under the picture."""
+    """CSV file of reference points to draw in the plot, with columns family, throughput_tok_per_s and
+    gen_ppl."""
     tokenizer: Path | None = None
-    """Directory of the models' tokenizer; None: the folder's, or that of the run's data."""
+    """Directory of the models' tokenizer; None: the one in the exported folder, or the one that the training
+    data of a checkpoint was indexed with."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision of the models' weights."""
     device: str | None = None
@@ -146,7 +152,7 @@ def _settings(sampler: SamplerName, steps: int | None, temperature: float, top_p
 
 
 def _combinations(config: ParetoConfig, path: Path, loaded: LoadedModel) -> list[dict[str, Any]]:
-    """Keys of the rows of one model; refuses what cannot be, before anything is measured."""
+    """Key columns of one model's table rows; raises for an impossible combination before any measurement."""
     import torch
 
     from megatron_dlm.sampling.schedules import check_division

@@ -16,30 +16,32 @@ from megatron_dlm.interfaces import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Write a checkpoint as a Hugging Face folder (safetensors, remote code, tokenizer) that is proven.
+    """Export a checkpoint as a Hugging Face folder (safetensors, remote code, tokenizer) and verify it.
 
-    A process of its own loads the folder with transformers and compares tensors, logits, bound and a sampling
-    trace with the trained model; export_report.json says how.
+    A separate process loads the folder with transformers and compares tensors, logits, bound and a sampling
+    trace with the trained model; export_report.json records the comparison.
 
-    An OUTPUT that ends in .ckpt becomes a Lightning file of the weights in fp32, as the paper's code loads
-    them; the other arguments are not for it.
+    If OUTPUT ends in .ckpt, the fp32 weights are written as a Lightning checkpoint that the paper's code
+    loads; no other argument applies then.
     """
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
-    """A step-NNNNNNNN directory, of any layout."""
+    """Checkpoint directory (step-NNNNNNNN) saved in any parallel layout."""
     output: Annotated[Path, tyro.conf.Positional]
-    """Folder, or .ckpt file, to make; must not exist."""
+    """Folder, or .ckpt file, to write; must not exist yet."""
     tokenizer: Path | None = None
-    """Directory of the tokenizer the data was indexed with, to be copied; None: where it was then."""
+    """Directory of the tokenizer the data was indexed with, which is copied into the folder; None: the
+    directory recorded when the data was indexed."""
     data: str | None = None
-    """Prefix of a shard for the comparison; None: the run's validation data."""
+    """Prefix of the shard used for the comparison; None: the run's validation data."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the exported weights. The comparison allows relative differences of 1e-5 at fp32, 2e-2 at
     bf16, 5e-3 at fp16."""
     max_shard_size: str = "5GB"
-    """Largest weight file, and about the memory that writing takes; comparing takes the whole model's."""
+    """Maximum size of one weight file, such as 5GB or 500MB; writing needs about as much memory, while the
+    comparison needs memory for the whole model."""
     verify: bool = True
-    """Compare with the trained model; --no-verify only copies."""
+    """Compare the exported folder with the trained model; --no-verify skips the comparison."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[1-9]\d*([KMGT]B)?", self.max_shard_size):

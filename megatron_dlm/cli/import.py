@@ -15,21 +15,21 @@ from megatron_dlm.interfaces import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class ImportConfig:
-    """Write weights as a checkpoint that any layout loads; no code beside the weights is run.
+    """Import weights as a checkpoint that any parallel layout can load; no code stored with them is executed.
 
     SOURCE is a folder that `megatron-dlm export` made, or a Lightning .ckpt of the paper's code, which needs
-    --recipe and --tokenizer. Training starts from either, and from the result, with
-    --checkpoint.initialize-from.
+    --recipe and --tokenizer. Training can start from
+    SOURCE, or from the imported checkpoint, with --checkpoint.initialize-from.
     """
 
     source: Annotated[Path, tyro.conf.Positional]
     """Exported folder or .ckpt file."""
     output: Annotated[Path, tyro.conf.Positional]
-    """Directory to make; the checkpoint is in its checkpoints/."""
+    """Directory to create; the checkpoint is written to its subdirectory checkpoints/."""
     recipe: Path | None = None
-    """Recipe file with the model and objective of a .ckpt file; a folder brings its own."""
+    """Recipe file that defines model and objective; required for a .ckpt file, not allowed for a folder."""
     tokenizer: Path | None = None
-    """Directory of the tokenizer of a .ckpt file; a folder brings its own."""
+    """Directory of the tokenizer; required for a .ckpt file, not allowed for a folder."""
 
 
 def run(arguments: list[str]) -> int:

@@ -11,7 +11,7 @@ from megatron_dlm.data.preprocessing.workers import IndexProgress
 
 
 def run(arguments: list[str]) -> int:
-    """Parse, index, report; returns the exit code. `--stats PREFIX ...` reports on what there is."""
+    """Parse, index, report; returns the exit code. `--stats PREFIX ...` reports on existing shards."""
     if "--stats" in arguments and not any(word.startswith("--input") for word in arguments):
         from megatron_dlm.cli.index_stats import run as run_stats
 
@@ -33,7 +33,7 @@ def index(config: IndexConfig) -> int:
 
         stats(tuple(map(str, config.prefixes())))
     if not manifests and config.shard:
-        print(f"{config.output}: this job has no more to do; the last one joins the parts", file=sys.stderr)
+        print(f"{config.output}: this job has no more to do; the last job joins the parts", file=sys.stderr)
     return 0
 
 

@@ -25,12 +25,13 @@ BAR_WIDTH = 40
 
 @dataclass(frozen=True, kw_only=True)
 class StatsConfig:
-    """Lengths of documents, tokens of each source, and documents that occur more than once."""
+    """Report document lengths, tokens per source, and duplicate documents of indexed shards."""
 
     prefixes: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Shards of one tokenizer, or their URLs; documents that two of them have in common are counted too."""
+    """Prefixes or URLs of shards made with one tokenizer; documents that occur in more than one shard are
+    counted too."""
     pictures: Path | None = None
-    """Directory for NAME.lengths.png; beside each shard where none is given."""
+    """Directory for the length histograms, NAME.lengths.png; None: beside each shard."""
 
 
 def run(arguments: list[str]) -> int:
@@ -101,7 +102,7 @@ def _draw(statistics: ShardStatistics, directory: Path | None) -> None:
     prefix = statistics.shard.prefix
     picture = shard_path(prefix if directory is None else directory / prefix.name, ".lengths.png")
     if directory is None and is_url(str(prefix)):
-        print("no picture: --pictures names a directory for those of URLs", file=sys.stderr)
+        print("no picture: for shards given by URL, name a local directory with --pictures", file=sys.stderr)
     elif importlib.util.find_spec("matplotlib") is None:
         print("no picture: it needs matplotlib, pip install 'megatron-dlm[eval]'", file=sys.stderr)
     else:

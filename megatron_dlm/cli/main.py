@@ -15,17 +15,17 @@ from megatron_dlm.interfaces import InputError, SaveError, TrainingError
 
 VERBS = {
     "tokenizer": "train a byte-level BPE tokenizer from text",
-    "index": "text files to an indexed shard (.bin, .idx, manifest)",
+    "index": "tokenize text files into an indexed shard (.bin, .idx, manifest)",
     "train": "train a model, or continue a run",
     "checkpoint": "list, inspect, verify or prune the checkpoints of a run",
     "evaluate": "likelihood bound (nll), gsm8k, lm-eval tasks (harness), quality against speed (pareto)",
-    "sample": "texts of a checkpoint or an exported folder, by any sampler of its family",
-    "export": "checkpoint to a Hugging Face folder, compared with the trained model",
-    "import": "Hugging Face folder, or a .ckpt of the paper's code, to a checkpoint",
+    "sample": "sample texts from a checkpoint or an exported folder",
+    "export": "write a checkpoint as a Hugging Face folder, and compare it with the trained model",
+    "import": "turn a Hugging Face folder, or a .ckpt of the paper's code, into a checkpoint",
 }
 
 EXIT_SAVE_FAILED = 75
-"""EX_TEMPFAIL of sysexits.h."""
+"""Exit code when checkpoints cannot be saved: EX_TEMPFAIL of sysexits.h."""
 
 USAGE = f"""usage: megatron-dlm VERB [arguments]
 
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def run_and_exit(program: str, action: Callable[[], int]) -> NoReturn:
-    """Exit with what `action` returns, or with a line on what it raised.
+    """Exit with the code that `action` returns, or print its error as one line and exit.
 
     Args:
         program: command and verb.
@@ -77,12 +77,12 @@ def run_and_exit(program: str, action: Callable[[], int]) -> NoReturn:
 def fail(program: str, message: str, exit_code: int = 2) -> NoReturn:
     """Print one line and exit.
 
-    Before the process group exists all ranks find the same fault, so only the first speaks.
+    Before the process group exists, all ranks find the same error, so only rank 0 prints it.
 
     Args:
         program: command and verb.
-        message: field, value and rule.
-        exit_code: 2 for what the user can mend, 1 for anything else.
+        message: error text, with field, value and rule.
+        exit_code: 2 for an error the user can correct, 1 for any other.
     """
     from megatron_dlm.platform.launch import detect_environment
 

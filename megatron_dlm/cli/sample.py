@@ -24,29 +24,32 @@ PREVIEW_CHARACTERS = 400
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """Texts of a model, by any sampler of its family."""
+    """Sample texts from a trained model with any sampler of its family."""
 
     model: Annotated[Path, tyro.conf.Positional]
-    """A step-NNNNNNNN directory of any layout, or an exported folder."""
+    """Checkpoint directory (step-NNNNNNNN) saved in any parallel layout, or an exported folder."""
     num_samples: int = 4
-    """Texts to make, of each prompt where there are prompts."""
+    """Number of texts to sample; with prompts, the number per prompt."""
     length: int | None = None
-    """Tokens of a text, the prompt's included; None: the training length."""
+    """Length of each text in tokens, prompt included; None: the training sequence length."""
     prompt: str = ""
-    """How every text begins."""
+    """Prompt text with which every sample begins."""
     prompts: Path | None = None
-    """JSON lines with {"prompt": TEXT}, or {"parts": [TEXT, NUMBER, TEXT, ...]}: gaps in tokens."""
+    """JSON lines file of prompts: {"prompt": TEXT}, or, to fill gaps, {"parts": [TEXT, NUMBER, TEXT, ...]},
+    where NUMBER is the length of a gap in tokens."""
     sampling: tyro.conf.OmitArgPrefixes[SamplingConfig] = SamplingConfig()
     seed: int = 0
     """Random seed. A text depends on the seed and its index, not on the batch it was sampled in."""
     batch_size: int = 8
-    """Texts sampled together."""
+    """Batch size: texts sampled together."""
     output: Path | None = None
-    """JSON lines with number, prompt, text and token ids; None: texts on standard output."""
+    """JSON lines file to write, with number, prompt, text and token ids; None: print texts to standard
+    output."""
     trace: Path | None = None
-    """HTML page to make that plays the steps of the first 8 texts."""
+    """HTML file to write that replays the sampling steps of the first 8 texts; None: no trace."""
     tokenizer: Path | None = None
-    """Directory of the model's tokenizer; None: the folder's, or where the data was indexed with it."""
+    """Directory of the model's tokenizer; None: the one in the exported folder, or the one that the training
+    data of a checkpoint was indexed with."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision of the loaded weights."""
     device: str | None = None
@@ -143,7 +146,7 @@ def _start(prompt: dict[str, Any], length: int, loaded: LoadedModel) -> Start:
 def _write_trace(
     config: SampleConfig, settings: SamplingConfig, starts: list[Start], loaded: LoadedModel
 ) -> None:
-    """Sample the first texts once more, which gives the same, and keep what happens."""
+    """Sample the first texts again, which gives the same texts, and record every sampling step."""
     import torch
 
     from megatron_dlm.evaluation.trace import Trace

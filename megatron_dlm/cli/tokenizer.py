@@ -11,16 +11,16 @@ from megatron_dlm.interfaces import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerTrainConfig:
-    """Train a byte-level BPE with [MASK], <eos> and <bos>."""
+    """Train a byte-level BPE tokenizer with the special tokens [MASK], <eos> and <bos>."""
 
     input: tuple[str, ...]
-    """Files, globs, directories or URLs, as for `megatron-dlm index`."""
+    """Text to train on: files, globs, directories or URLs, as for `megatron-dlm index`."""
     output: Path
-    """Directory for tokenizer.json and tokenizer_config.json."""
+    """Directory to write tokenizer.json and tokenizer_config.json to."""
     vocab_size: int = 32768
-    """Ids in all: 3 special tokens, 256 bytes, merges."""
+    """Vocabulary size: 3 special tokens, 256 bytes, and BPE merges for the rest; at least 259."""
     json_key: str = "text"
-    """Member of each JSON line, or column, that holds the text."""
+    """Key of each JSON line, or Parquet column, that holds the text."""
 
 
 def run(arguments: list[str]) -> int:

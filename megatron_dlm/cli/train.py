@@ -18,7 +18,7 @@ USAGE = """usage: megatron-dlm train RECIPE [--model.size NAME] [--budget-flops 
 RECIPE is a Python file with a function recipe() -> RunConfig, such as those under examples/, or the run.json
 of a checkpoint. `megatron-dlm train RECIPE --help` lists every field with its unit and the recipe's value.
 Start one process per device: examples/torchrun/train.sh, examples/slurm/train.sh, examples/mpi/train.sh.
---model.size takes a published shape (6M to 2121M) for the recipe's; --model.* fields change it further.
+--model.size replaces the recipe's model by a published size (6M to 2121M); --model.* fields then change it.
 --budget-flops sets steps, warm-up and decay as the paper's IsoFLOP runs have them, for example 6e18; the rest
 of the recipe, its directory too, stays.
 --dry-run checks the configuration for a job of that many processes, prints its layout and starts nothing.
@@ -79,7 +79,7 @@ def _positive_number(name: str, text: str) -> float:
 
 
 def _take_option(arguments: list[str], name: str) -> tuple[list[str], str | None]:
-    """The arguments without `name VALUE` or `name=VALUE`, and the value; None where it is not among them."""
+    """The arguments without `name VALUE` or `name=VALUE`, and the value; None if the option is not given."""
     for index, word in enumerate(arguments):
         if word == name:
             value = arguments[index + 1] if index + 1 < len(arguments) else ""
@@ -90,7 +90,7 @@ def _take_option(arguments: list[str], name: str) -> tuple[list[str], str | None
 
 
 def describe_layout(config: RunConfig, processes: int) -> str:
-    """What a job of that many processes would run; raises InputError where it cannot."""
+    """Summary of the run on that many processes, as text; raises InputError if the layout is invalid."""
     from megatron_dlm.models.sizes import parameter_count
     from megatron_dlm.run.flops_budget import describe_flops
     from megatron_dlm.run.validation import check_run

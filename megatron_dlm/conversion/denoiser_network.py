@@ -1,6 +1,6 @@
-"""The trainer's model behind the samplers' protocol; reads all again where exports have a cache.
+"""The trainer's model as a network for the samplers; it re-reads the whole text instead of using a cache.
 
-For comparisons: what it samples at one process is what an export must sample.
+Reference for verifying exports: on one process, an export must sample the same tokens as this network.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ class MegatronNetwork:
 
 
 def _beginnings(visible_LL: Tensor) -> AttentionMask:
-    """The mask of rows that see the first columns, each its number of them."""
+    """Attention mask from a dense mask in which each row attends to a prefix of the columns."""
     columns = torch.arange(len(visible_LL), dtype=torch.int32, device=visible_LL.device)
     return AttentionMask.of(reach=visible_LL.sum(1, dtype=torch.int32) - 1, order=columns)
 
 
 class RereadingCache:
-    """Tokens of each sequence, all read anew with those that are fed."""
+    """Stands in for a key-value cache: stores the tokens and re-reads all of them in every call."""
 
     def __init__(self, network: MegatronNetwork, batch_size: int) -> None:
         self._network = network

@@ -1,4 +1,4 @@
-"""Taking a checkpoint out of the trainer, and proving that what came out is the trained model."""
+"""Exports a checkpoint to other formats and verifies that the export equals the trained model."""
 
 from __future__ import annotations
 
@@ -41,24 +41,24 @@ def export_checkpoint(
 ) -> str:
     """Write one checkpoint as a Hugging Face folder, on one process.
 
-    The weights are copied a file at a time. To compare, the trained model is loaded whole, here, and then
-    the folder in a process of its own.
+    The weights are copied one file at a time. Verification loads the whole trained model in this process,
+    and then the exported folder in a separate process.
 
     Args:
-        record: of the checkpoint.
-        output: folder to make; it appears only when complete and, with `verify`, proven.
-        tokenizer: the one the data was indexed with; None: where it was then.
-        data: prefix of a shard for the comparison; None: the run's held-out data.
-        dtype: of the exported weights.
-        max_shard_size: of a weight file, for example "5GB".
-        verify: compare.
+        record: run record of the checkpoint.
+        output: folder to create; it appears only when complete and, with `verify`, verified.
+        tokenizer: directory of the tokenizer that the data was indexed with; None: its path at that time.
+        data: prefix of a shard for the verification; None: the run's held-out data.
+        dtype: precision of the exported weights.
+        max_shard_size: largest size of a weight file, for example "5GB".
+        verify: compare the exported folder with the trained model.
 
     Returns:
-        What the comparison says; empty without it.
+        Report of the verification; empty without `verify`.
 
     Raises:
-        InputError: unusable checkpoint, tokenizer or data, or `output` exists.
-        TrainingError: the folder is not the trained model; nothing is left of it.
+        InputError: the checkpoint, tokenizer or data cannot be used, or `output` exists.
+        TrainingError: the folder differs from the trained model; the folder is removed.
     """
     _require_one_process()
     if verify and find_spec("transformers") is None:
@@ -129,7 +129,7 @@ def _facts(record: RunRecord) -> dict[str, str]:
 
 
 def _write_check(record: RunRecord, data: str, folder: Path, dtype: ExportDtype) -> float:
-    """A batch at fixed noise as the trained model sees it; returns its bound in nats per token."""
+    """Write the trained model's outputs on a batch at fixed noise; returns its NELBO in nats per token."""
     import numpy as np
     import torch
 
@@ -198,18 +198,18 @@ def _verify(folder: Path) -> str:
 
 
 def _environment() -> dict[str, Any]:
-    """This process's, without what would make the other one a rank of a job."""
+    """This process's environment without the variables that would make a child process a distributed rank."""
     return {
         name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     }
 
 
 def export_reference_checkpoint(record: RunRecord, output: Path) -> None:
-    """Write one checkpoint's weights as the paper's code loads them, on one process.
+    """Write one checkpoint's weights in the format of the paper's code, on one process.
 
     Args:
-        record: of the checkpoint.
-        output: `.ckpt` file to make.
+        record: run record of the checkpoint.
+        output: `.ckpt` file to create.
     """
     from megatron_dlm.checkpointing.full_weights import FullWeights
     from megatron_dlm.conversion.reference import write_reference_checkpoint

@@ -29,17 +29,17 @@ PICKLE_STARTS = (b"PK", b"\x80")
 
 
 class ExportedFolder:
-    """An exported folder; all but the weights is checked on opening."""
+    """An exported folder; everything except the weights is checked on opening."""
 
     def __init__(self, path: Path) -> None:
-        """Open.
+        """Open the folder.
 
         Args:
-            path: directory that `megatron-dlm export` has written.
+            path: directory written by `megatron-dlm export`.
 
         Raises:
-            InputError: no such folder, another architecture, weights in pickles or elsewhere, or files that
-                are not those of its report.
+            InputError: the folder does not exist, holds another architecture, has weights in pickles or
+                outside the folder, or has files that differ from its export report.
         """
         self.path = path
         if not (path / CONFIG).is_file():
@@ -79,7 +79,7 @@ class ExportedFolder:
         return path
 
     def _weight_files(self) -> dict[str, Path]:
-        """Path of each file by tensor name."""
+        """Path of the weight file that holds each tensor, by tensor name."""
         if (self.path / INDEX).exists():
             weights = self._json(INDEX).get("weight_map")
             if not isinstance(weights, dict):
@@ -138,16 +138,16 @@ class ExportedFolder:
 
     @property
     def tokenizer_fingerprint(self) -> str | None:
-        """SHA-256 of its tokenizer.json, if it has one."""
+        """SHA-256 of the folder's tokenizer.json; None if the folder has no tokenizer."""
         path = self.path / TOKENIZER_FILE
         return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
     def refuse_other(self, model: ModelConfig, vocabulary: Vocabulary) -> None:
-        """Refuse a folder of another shape or vocabulary; the family may be another.
+        """Refuse a folder whose model shape or vocabulary differs; the family may differ.
 
         Args:
-            model: wanted.
-            vocabulary: wanted.
+            model: expected model configuration.
+            vocabulary: expected vocabulary.
 
         Raises:
             InputError: a field differs, or tensors are missing, unknown or of another shape.
@@ -161,8 +161,8 @@ class ExportedFolder:
         """The tensors, read when asked for.
 
         Args:
-            model: whose shapes they must have.
-            vocabulary: the model's.
+            model: model configuration that gives the expected shapes.
+            vocabulary: vocabulary of the model.
 
         Returns:
             Tensors by name.

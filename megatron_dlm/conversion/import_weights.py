@@ -1,4 +1,4 @@
-"""Weights of an exported folder, or of the paper's code, as a checkpoint that any layout loads."""
+"""Imports weights of an exported folder or of the paper's code as a checkpoint that any layout can load."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SAVE_SECONDS = 3600.0
 
 @dataclass(frozen=True)
 class Imported:
-    """What is to become a checkpoint."""
+    """Weights and metadata to be written as a checkpoint."""
 
     config: RunConfig
     vocabulary: Vocabulary
@@ -35,10 +35,10 @@ def read_folder(path: Path) -> Imported:
     """An exported folder with the record of its run.
 
     Args:
-        path: of the folder.
+        path: exported folder.
 
     Returns:
-        Its weights, not read yet.
+        Metadata and weights of the folder; the weights are read later.
 
     Raises:
         InputError: unusable folder.
@@ -72,14 +72,14 @@ def read_reference(path: Path, config: RunConfig, tokenizer: Path) -> Imported:
 
     Args:
         path: Lightning `.ckpt` file.
-        config: whose model and objective it has.
-        tokenizer: the model's.
+        config: configuration with the checkpoint's model and objective.
+        tokenizer: directory of the model's tokenizer.
 
     Returns:
-        Its weights, not read yet.
+        Metadata and weights of the checkpoint.
 
     Raises:
-        InputError: unusable file, or of another shape.
+        InputError: the file cannot be used, or its tensors have other shapes.
     """
     from megatron_dlm.conversion.reference import read_reference_checkpoint
     from megatron_dlm.data.tokenizers.tokenizer import load_tokenizer
@@ -90,18 +90,18 @@ def read_reference(path: Path, config: RunConfig, tokenizer: Path) -> Imported:
 
 
 def import_weights(imported: Imported, output: Path) -> Path:
-    """Write the checkpoint, on one process; training can start from it, not go on with it.
+    """Write the checkpoint, on one process; training can initialize from it but cannot resume it.
 
     Args:
-        imported: weights and what describes them.
-        output: directory to make.
+        imported: weights and their metadata.
+        output: directory to create.
 
     Returns:
-        The checkpoint's directory in it.
+        Directory of the checkpoint inside `output`.
 
     Raises:
-        InputError: `output` exists, or damaged weights.
-        SaveError: it could not be written; nothing is left of it.
+        InputError: `output` exists, or the weights are damaged.
+        SaveError: the checkpoint could not be written; a partial checkpoint is removed.
     """
     environment = detect_environment()
     if environment.world_size != 1:

@@ -42,7 +42,7 @@ TENSOR_PARTS = {
     ("torch._utils", "_rebuild_tensor_v2"),
     ("torch", "Size"),
 }
-"""What tensors are rebuilt with; torch finds their storages itself."""
+"""Functions that rebuild tensors from a pickle; torch finds the tensors' storages itself."""
 
 
 class _Inert:
@@ -92,14 +92,14 @@ def read_reference_checkpoint(path: Path, model: ModelConfig, vocabulary: Vocabu
 
     Args:
         path: Lightning `.ckpt` file.
-        model: shape it must have.
-        vocabulary: whose size it must have.
+        model: model configuration that gives the expected shapes.
+        vocabulary: vocabulary whose size the checkpoint must match.
 
     Returns:
         Every tensor of `public_shapes`, in the file's dtype.
 
     Raises:
-        InputError: not a checkpoint, a pickle that names other than known classes, or tensors missing,
+        InputError: the file is not a checkpoint, its pickle names an unknown class, or tensors are missing,
             unknown or of another shape.
     """
     state = _load(path).get("state_dict")
@@ -163,7 +163,7 @@ def _refuse_programs(path: Path) -> None:
 
 @contextmanager
 def _own_unpickler_allowed() -> Iterator[None]:
-    """Lift, for one call, the order that torch unpickles tensors alone, where a user has given it.
+    """Unset, for one call, the environment variable with which a user forces torch to load weights only.
 
     torch's own restricted unpickler refuses the configuration objects that every real file holds.
     """

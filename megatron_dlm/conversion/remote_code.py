@@ -1,7 +1,7 @@
 """The Python files of an export: the model, its family's sampler and likelihood, and what these import.
 
-They are this package's own files, flat beside each other, since transformers finds no others; only their
-imports are rewritten, so that both sides run one text. What no file of an export imports is not in it.
+They are this package's own files, copied into one flat folder, since transformers finds no others; only their
+imports are rewritten, so that package and export run the same code. Files that nothing imports are left out.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from megatron_dlm.families.registry import folder_of, likelihood_of, sampler_of
 MODEL = "conversion.hugging_face_model"
 MODELING = f"{MODEL}.modeling_megatron_dlm"
 FAMILY = f"{MODEL}.family_megatron_dlm"
-"""Where the model finds its family; written anew for each export."""
+"""Module from which the model imports its family; generated for each export."""
 PROGRAM = f"{MODEL}.verify_megatron_dlm"
-"""Run by itself; the model does not import it."""
+"""Stand-alone verification script; the model does not import it."""
 _IMPORT = re.compile(r"^(\s*)from megatron_dlm\.([\w.]+) import", re.MULTILINE)
 _BESIDE = re.compile(r"^\s*from \.(\w+) import", re.MULTILINE)
 
@@ -30,10 +30,10 @@ def remote_code(family: str) -> dict[str, str]:
     """Text of every Python file of an export.
 
     Args:
-        family: registered name.
+        family: registered name of the family.
 
     Returns:
-        Texts by file name.
+        Text of each file by file name.
 
     Raises:
         InputError: the family has no sampler or no likelihood.

@@ -87,13 +87,13 @@ class ExportSource:
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """A directory to fill, which appears at `output` once the block has ended without an error.
+    """A temporary directory that is moved to `output` if the `with` block ends without an error.
 
     Args:
-        output: must not exist.
+        output: path of the folder, which must not exist yet.
 
     Yields:
-        The directory.
+        The temporary directory to fill.
 
     Raises:
         InputError: `output` exists.
@@ -111,13 +111,13 @@ def new_folder(output: Path) -> Iterator[Path]:
 
 
 def write_folder(source: ExportSource, directory: Path, dtype: ExportDtype, max_shard_size: str) -> None:
-    """Write all but what proves it.
+    """Write the export without its verification files and model card.
 
     Args:
-        source: to export.
-        directory: empty.
-        dtype: of the weights.
-        max_shard_size: of a weight file, for example "5GB".
+        source: checkpoint to export.
+        directory: empty directory to write to.
+        dtype: precision of the exported weights.
+        max_shard_size: largest size of a weight file, for example "5GB".
     """
     write_weights(source.read, source.shapes, directory, dtype, max_shard_size)
     write_json(directory / CONFIG, _config(source, DTYPES[dtype]))
@@ -136,14 +136,14 @@ def write_weights(
     dtype: ExportDtype,
     max_shard_size: str,
 ) -> None:
-    """Write safetensors files, with an index where there are several; one file is in memory at a time.
+    """Write safetensors files, with an index if there are several; one file is in memory at a time.
 
     Args:
-        read: whole float32 tensors by public name.
-        shapes: of all tensors.
-        directory: of the export.
-        dtype: of the weights.
-        max_shard_size: of a weight file, for example "5GB".
+        read: function from public names to whole float32 tensors.
+        shapes: shape of every tensor by public name.
+        directory: directory of the export.
+        dtype: precision of the exported weights.
+        max_shard_size: largest size of a weight file, for example "5GB".
     """
     plan = split_state_dict_into_shards_factory(
         shapes,
@@ -164,18 +164,18 @@ def write_weights(
 def hugging_face_fields(
     model: ModelConfig, vocabulary: Vocabulary, objective: ObjectiveConfig
 ) -> dict[str, Any]:
-    """What config.json says of the model: shape, vocabulary and family."""
+    """Fields of config.json for shape, vocabulary and family of the model."""
     return shape_fields(model, vocabulary) | family_fields(objective)
 
 
 def family_fields(objective: ObjectiveConfig) -> dict[str, Any]:
-    """What config.json says of the family: whatever it configures by a plain value."""
+    """Fields of config.json for the family: its name, causality and all plain-valued settings."""
     plain = {name: value for name, value in vars(objective).items() if isinstance(value, int | float | str)}
     return {"family": objective.name, "causal": objective.attention is AttentionPattern.CAUSAL, **plain}
 
 
 def shape_fields(model: ModelConfig, vocabulary: Vocabulary) -> dict[str, Any]:
-    """What config.json says of the network and its vocabulary."""
+    """Fields of config.json for the network's shape and its vocabulary."""
     return {
         "vocab_size": vocabulary.size,
         "mask_token_id": vocabulary.mask_token_id,
@@ -224,10 +224,10 @@ def write_card(source: ExportSource, directory: Path, dtype: ExportDtype, facts:
     """Write the model card.
 
     Args:
-        source: that was exported.
-        directory: of the export.
-        dtype: of the weights.
-        facts: rows of its table.
+        source: checkpoint that was exported.
+        directory: directory of the export.
+        dtype: precision of the exported weights.
+        facts: rows of the card's table, value by name.
     """
     card = _CARD.format(
         family=source.objective.name,

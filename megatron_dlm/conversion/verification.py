@@ -1,4 +1,4 @@
-"""What the trained model says of a batch at fixed noise, and what it samples: an export must say the same."""
+"""Reference outputs of the trained model (NELBO, logits, samples) that an export must reproduce."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ LOGIT_POSITIONS = 16
 TRACE_SAMPLES, TRACE_LENGTH, TRACE_STEPS = 2, 32, 8
 TRACE_SEEDS = 4
 TOLERANCE: dict[ExportDtype, float] = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 5e-3}
-"""Largest relative difference of bound and logits. At bf16 both sides multiply in it, in other orders; fp16
-is compared with fp32."""
+"""Largest relative difference of NELBO and logits, by export precision. For bf16 both models compute in bf16
+with different summation orders; an fp16 export is compared with the fp32 model."""
 
 
 class _Margins(MegatronNetwork):
-    """Keeps by how much the most likely id led, where that decided a token."""
+    """Network that records the smallest logit margin between the two most likely ids."""
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__(denoiser)
@@ -56,22 +56,22 @@ def write_check(
     dtype: ExportDtype,
     rows_per_chunk: int,
 ) -> float:
-    """Write a noisy batch, some logits and the bound on it, and a greedy sampling trace.
+    """Write a noisy batch, its NELBO and some of its logits, and a trace of greedy sampling.
 
     Args:
-        denoiser: trained, whole on this process, in the precision of the comparison.
-        objective: its family.
+        denoiser: whole trained model on this process, in the precision of the comparison.
+        objective: configuration of the model's family.
         inputs: noisy batch.
-        targets: its targets.
-        directory: of the export.
-        dtype: of the exported weights.
-        rows_per_chunk: most rows whose logits exist at a time.
+        targets: targets of the noisy batch.
+        directory: directory of the export.
+        dtype: precision of the exported weights.
+        rows_per_chunk: most rows whose logits are in memory at once.
 
     Returns:
-        The bound, nats per token.
+        The NELBO of the batch in nats per token.
 
     Raises:
-        TrainingError: its greedy samples decide no token.
+        TrainingError: no token of the greedy samples depends on the network, so there is nothing to compare.
     """
     vocabulary = denoiser.vocabulary
     row_loss = objective.build(vocabulary).loss_and_dlogits
@@ -109,7 +109,7 @@ def write_check(
 def _deciding_trace(
     denoiser: Denoiser, objective: ObjectiveConfig, longest: int, dtype: ExportDtype
 ) -> tuple[Tensor, dict[str, Any]]:
-    """A greedy trace that decides tokens, at fp32 the first of them more clearly than by rounding."""
+    """A greedy trace with network-chosen tokens; at fp32 the first margin exceeds rounding, if possible."""
     length = min(TRACE_LENGTH, longest)
     while True:
         found = []

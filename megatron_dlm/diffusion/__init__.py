@@ -1,1 +1,1 @@
-"""What diffusion families are made of: schedules, times, corruptions, targets and losses."""
+"""Building blocks of diffusion families: noise schedules, times, forward processes, targets and losses."""

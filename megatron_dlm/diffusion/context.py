@@ -13,12 +13,12 @@ class CorruptionContext:
 
     noise: NoiseSource
     batch_start: int
-    """Position in the run of the global batch's first sample."""
+    """Index in the run of the global batch's first sample."""
     global_batch_size: int
-    """Samples among which the times are stratified."""
+    """Samples over which the diffusion times are stratified."""
     training: bool
-    """False asks for the bound's weights, whatever the training loss."""
+    """True for the training loss; False for the NELBO's weights, whatever the training loss is."""
     step: int
-    """Optimizer steps before this one, or batches of an evaluation; batches may differ in size over a run."""
+    """Optimizer steps, or evaluation batches, before this one; the batch size may change during a run."""
     time_range: tuple[float, float] | None = None
-    """Smallest and largest time, where a part of a bound is wanted; None: from the family's own to 1."""
+    """Smallest and largest diffusion time for a part of the NELBO; None: from the family's smallest to 1."""

@@ -1,4 +1,4 @@
-"""Forward processes: how clean tokens become noisy ones, as functions of their draws."""
+"""Forward processes: how clean tokens become noisy tokens, as functions of given random draws."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def absorb(
         mask_token_id: the absorbing state.
 
     Returns:
-        int64 [B, L] noisy tokens, and bool [B, L] where they are masked.
+        int64 [B, L] noisy tokens, and bool [B, L], True where a token is masked.
     """
     masked_BL = uniform_BL < 1.0 - alpha_BL
     return np.where(masked_BL, mask_token_id, clean_BL), masked_BL
@@ -36,11 +36,11 @@ def replace_uniformly(
     uniform_BL: NDArray[np.float64],
     drawn_BL: NDArray[np.int64],
 ) -> NDArray[np.int64]:
-    """Uniform-state corruption: with probability 1 - alpha a token becomes its draw, which may equal it.
+    """Uniform-state corruption: with probability 1 - alpha a token is replaced, perhaps by the same id.
 
     Args:
         clean_BL: int64 [B, L].
-        alpha_BL: float64 [B, L] or [B, 1].
+        alpha_BL: float64 [B, L] or [B, 1], probability that a token stays clean.
         uniform_BL: float64 [B, L] draws in [0, 1).
         drawn_BL: int64 [B, L] uniform draws over the states of the noise.
 
@@ -51,30 +51,30 @@ def replace_uniformly(
 
 
 def coins(batch: TokenBatch, context: CorruptionContext, stream: str, length: int) -> NDArray[np.float64]:
-    """Draws that decide, against 1 - alpha, which tokens become noise.
+    """Uniform draws that decide which tokens become noise: those whose draw is below 1 - alpha.
 
     Args:
-        batch: clean blocks.
-        context: address of the draws.
-        stream: name of the draws.
-        length: tokens of each sample that are left.
+        batch: clean token blocks.
+        context: address of the random draws.
+        stream: name of the random stream.
+        length: tokens per sample after truncation.
 
     Returns:
-        float64 [B, length] in [0, 1); at tokens that are never noised 1, which is below no probability.
+        float64 [B, length] in [0, 1), and 1 at tokens that are never noised, which no probability exceeds.
     """
     uniform_BL = context.noise.uniform(stream, batch.sample_indices, length)
     return np.where(noised_tokens(batch, length), uniform_BL, 1.0)
 
 
 def noised_tokens(batch: TokenBatch, length: int) -> NDArray[np.bool_]:
-    """Where tokens may become noise: everywhere but in prompts and padding.
+    """Mask of the tokens that may become noise: all but prompts and padding.
 
     Args:
-        batch: clean blocks.
-        length: tokens of each sample that are left.
+        batch: clean token blocks.
+        length: tokens per sample after truncation.
 
     Returns:
-        bool [B, length].
+        bool [B, length], True where a token may become noise.
     """
     if batch.loss_mask is None:
         return np.ones((len(batch.sample_indices), length), dtype=np.bool_)

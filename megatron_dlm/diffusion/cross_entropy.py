@@ -34,10 +34,10 @@ def cross_entropy(logits_RVp: Tensor, clean_R: Tensor, vocab: VocabShard) -> Ten
 def cross_entropy_and_dlogits(
     logits_RVp: Tensor, clean_R: Tensor, vocab: VocabShard
 ) -> tuple[Tensor, Tensor]:
-    """As `cross_entropy`, with the gradient softmax - one_hot(clean).
+    """`cross_entropy` together with its gradient softmax - one_hot(clean).
 
     Args:
-        logits_RVp: float32 or float64 [R, Vp], of any dtype where `vocab.fused`; its memory is used up.
+        logits_RVp: float32 or float64 [R, Vp], or any dtype if `vocab.fused`; overwritten.
         clean_R: int64 [R], never the mask token.
         vocab: this rank's columns.
 
@@ -61,12 +61,12 @@ def softmax(logits_RVp: Tensor, vocab: VocabShard, partial_R: Tensor) -> tuple[T
     """Softmax over the whole vocabulary, mask token and padding left out; two reductions.
 
     Args:
-        logits_RVp: float32 or float64 [R, Vp]; its memory is used up.
+        logits_RVp: float32 or float64 [R, Vp]; overwritten.
         vocab: this rank's columns.
-        partial_R: [R], this rank's part of another sum over the vocabulary.
+        partial_R: [R], this rank's part of another sum over the vocabulary, reduced along with the softmax.
 
     Returns:
-        [R, Vp] probabilities of this rank's columns, [R] log-sum-exp of the logits, [R] that other sum.
+        [R, Vp] probabilities of this rank's columns, [R] log-sum-exp of the logits, [R] sum of `partial_R`.
     """
     vocab.exclude_(logits_RVp)
     max_R = vocab.max(logits_RVp.amax(dim=1))

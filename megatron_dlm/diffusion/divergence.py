@@ -21,34 +21,34 @@ if TYPE_CHECKING:
 
 
 class DivergenceRows(Protocol):
-    """float64 [R] numbers of rows, and what they cost."""
+    """Coefficients of each row, float64 [R], and the loss as a function of S and the predictions."""
 
     @property
     def r(self) -> Tensor:
-        """float64 [R], at least 0."""
+        """Factor r of p_v in S = sum_v ln(1 + r p_v); float64 [R], at least 0."""
 
     @property
     def c(self) -> Tensor:
-        """float64 [R], minus the slope of the loss in S."""
+        """Minus the derivative of the loss in S; float64 [R]."""
 
     def loss(self, s_R: Tensor, p_noisy_R: Tensor, p_clean_R: Tensor) -> Tensor:
-        """float64 [R] from S and the prediction at the noisy and at the clean token."""
+        """Loss, float64 [R], from S and the predicted probabilities of the noisy and the clean token."""
 
     def slopes(self, p_noisy_R: Tensor, p_clean_R: Tensor) -> tuple[Tensor, Tensor]:
-        """float64 [R] each, of the loss in the two predictions, S held."""
+        """Derivatives of the loss in the two predicted probabilities, S held constant; float64 [R] each."""
 
 
 def divergence(logits_RVp: Tensor, targets: RowTargets, vocab: VocabShard, rows: DivergenceRows) -> Tensor:
-    """Row losses, differentiable.
+    """Differentiable loss of each row.
 
     Args:
-        logits_RVp: float32 or float64 [R, Vp], overwritten where excluded.
+        logits_RVp: float32 or float64 [R, Vp]; columns of excluded ids are overwritten.
         targets: clean and noisy tokens.
         vocab: this rank's columns.
-        rows: of the same rows.
+        rows: coefficients of the same rows.
 
     Returns:
-        [R] of the logits' dtype.
+        [R] losses in the logits' dtype.
     """
     logits_RVp = vocab.exclude_(logits_RVp)
     shifted_RVp = logits_RVp - vocab.max(logits_RVp.amax(dim=1))[:, None]
@@ -64,13 +64,13 @@ def divergence(logits_RVp: Tensor, targets: RowTargets, vocab: VocabShard, rows:
 def divergence_and_dlogits(
     logits_RVp: Tensor, targets: RowTargets, vocab: VocabShard, rows: DivergenceRows
 ) -> tuple[Tensor, Tensor]:
-    """As `divergence`, with the gradient in the logits.
+    """`divergence` together with its gradient with respect to the logits.
 
     Args:
-        logits_RVp: float32 or float64 [R, Vp], of any dtype where `vocab.fused`; its memory is used up.
+        logits_RVp: float32 or float64 [R, Vp], or any dtype if `vocab.fused`; overwritten.
         targets: clean and noisy tokens.
         vocab: this rank's columns.
-        rows: of the same rows.
+        rows: coefficients of the same rows.
 
     Returns:
         [R] losses, at least float32, and [R, Vp] gradients of the logits' dtype.
@@ -93,7 +93,7 @@ def _passes(vocab: VocabShard) -> type[_PlainPasses] | type[UniformDivergence]:
 
 
 class _PlainPasses:
-    """What kernels/row_softmax.py's `UniformDivergence` does, in PyTorch."""
+    """Plain PyTorch version of `UniformDivergence` in kernels/row_softmax.py."""
 
     def __init__(
         self, logits_RVp: Tensor, r: Tensor, noisy_R: Tensor, clean_R: Tensor, vocab: VocabShard
@@ -112,7 +112,7 @@ class _PlainPasses:
         return torch.stack([self._s, self._ph_RVp.sum(dim=1), *picked])
 
     def gradient_(self, c: Tensor, mean: Tensor, at_noisy: Tensor, at_clean: Tensor) -> Tensor:
-        """[R, Vp] -c p h - mean p, and more at the noisy and the clean token."""
+        """Gradient [R, Vp]: -c p h - mean p, plus the given terms at the noisy and the clean token."""
         dtype = self._p_RVp.dtype
         gradient_RVp = self._ph_RVp.mul_(-c[:, None].to(dtype)).addcmul_(
             self._p_RVp, -mean[:, None].to(dtype)

@@ -1,4 +1,4 @@
-"""What tokens of an exported model cost where the loss is a divergence of jump rates.
+"""Token losses of an exported model for families whose loss is a divergence of jump rates (uniform noise).
 
 Shape legend: B sequences, L tokens, V ids.
 """
@@ -15,37 +15,37 @@ from megatron_dlm.diffusion.likelihood import DiffusionLikelihood
 
 
 class CostRows(Protocol):
-    """What rows of `diffusion/divergence.py` have that a cost needs."""
+    """The part of `DivergenceRows` (diffusion/divergence.py) that the loss alone needs."""
 
     @property
     def r(self) -> Tensor:
-        """float64 [L], at least 0."""
+        """Factor r of p_v in S = sum_v ln(1 + r p_v); float64 [L], at least 0."""
 
     def loss(self, s_R: Tensor, p_noisy_R: Tensor, p_clean_R: Tensor) -> Tensor:
-        """float64 [L] from S and the prediction at the noisy and at the clean token."""
+        """Loss, float64 [L], from S and the predicted probabilities of the noisy and the clean token."""
 
 
 class DivergenceLikelihood(DiffusionLikelihood):
-    """Every token from all others and the noise level."""
+    """Scores every token, predicted from the whole noisy sequence and the noise level."""
 
     @abstractmethod
     def rows(self, alpha_L: Tensor, q: Tensor, noisy_L: Tensor, clean_L: Tensor) -> CostRows:
-        """The rows of one sequence.
+        """Coefficients of the loss at each position of one sequence.
 
         Args:
-            alpha_L: float64 [L].
-            q: float64, 1 - alpha without cancellation.
-            noisy_L: int64 [L].
-            clean_L: int64 [L].
+            alpha_L: float64 [L], probability that a token is clean.
+            q: float64, 1 - alpha computed without cancellation.
+            noisy_L: int64 [L], noisy token ids.
+            clean_L: int64 [L], clean token ids.
 
         Returns:
-            The rows.
+            The rows' coefficients.
         """
 
     def token_nats(
         self, logits_BLV: Tensor, noisy_BL: Tensor, clean_BL: Tensor, sigma_B: Tensor | None
     ) -> Tensor:
-        """The divergence, to be weighted as the family's rows say."""
+        """The divergence in nats, before the family's weight."""
         assert sigma_B is not None
         rows = zip(logits_BLV, noisy_BL, clean_BL, sigma_B.double(), strict=True)
         return torch.stack([self._sequence_nats(*row) for row in rows])

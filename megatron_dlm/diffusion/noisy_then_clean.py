@@ -1,4 +1,4 @@
-"""The attention mask of a noisy text with a clean copy behind it."""
+"""Attention mask for a noisy sequence followed by its clean copy, [x_t ; x_0] as in BD3-LM."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from megatron_dlm.attention_mask import AttentionMask
 
 @lru_cache(maxsize=8)
 def noisy_then_clean_mask(length: int, block_size: int) -> AttentionMask:
-    """Who may look at whom in [noisy ; clean], cut into blocks alike.
+    """Attention mask over [noisy ; clean], both halves cut into the same blocks.
 
-    A noisy position sees its own noisy block and the clean blocks before it; a clean one those up to its own.
+    A noisy position attends to its own noisy block and the clean blocks before it; a clean position to the
+    clean blocks up to and including its own.
 
     Args:
         length: L, positions of one half.
-        block_size: tokens of a block.
+        block_size: tokens per block.
 
     Returns:
-        Of 2 L positions.
+        The mask over 2 L positions.
     """
     block = torch.arange(length, dtype=torch.int32) // block_size
     return AttentionMask.of(

@@ -1,4 +1,4 @@
-"""Targets of masked (absorbing-state) diffusion, in any order, and with a clean copy behind them."""
+"""Training targets of diffusion: weights, reordering, and doubling with a clean copy ([x_t ; x_0])."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def masked_targets(
     Args:
         clean_BL: int64 [B, L].
         noisy_BL: int64 [B, L].
-        masked_BL: bool [B, L].
-        alpha_BL: float64 [B, L] or [B, 1].
-        dalpha_BL: float64, as alpha.
-        token_count: tokens the sum is divided by.
+        masked_BL: bool [B, L], True where the token is masked.
+        alpha_BL: float64 [B, L] or [B, 1], probability that a token stays clean.
+        dalpha_BL: float64, d alpha / dt in alpha's shape.
+        token_count: tokens that the sum of losses is divided by.
         low_variance: train with weight 1 instead (arXiv:2602.15014 eq. 8).
 
     Returns:
@@ -58,8 +58,8 @@ def weighted_targets(
         clean_BL: int64 [B, L].
         noisy_BL: int64 [B, L].
         alpha_BL: float64 [B, L] or [B, 1].
-        weight_BL: float64 [B, L].
-        token_count: tokens the sum is divided by.
+        weight_BL: float64 [B, L], weight of each token in the NELBO.
+        token_count: tokens that the sum of losses is divided by.
 
     Returns:
         Targets over the L positions.
@@ -94,9 +94,9 @@ def append_clean(targets: Targets, position_ids: Tensor, *, block_size: int) -> 
     """Inputs [noisy ; clean] and targets of the same 2 L positions; the clean half carries no loss.
 
     Args:
-        targets: over the L positions of the noisy half.
-        position_ids: int64 [B, L] or [1, L], of each half.
-        block_size: tokens that are noised together and see each other.
+        targets: targets over the L positions of the noisy half.
+        position_ids: int64 [B, L] or [1, L], position ids of each half.
+        block_size: tokens per block; the noisy tokens of a block attend to each other.
 
     Returns:
         Inputs and targets of one microbatch.

@@ -28,11 +28,11 @@ def van_der_corput_ranks(n: int) -> NDArray[np.int64]:
 
 
 def scrambled_strata(n: int, scramble: int) -> NDArray[np.int64]:
-    """The stratum of each place of a batch.
+    """Time stratum of each sample of a global batch.
 
     Args:
-        n: places of the global batch.
-        scramble: drawn uniformly from [0, n) for each batch.
+        n: samples in the global batch (times the diffusion times per sample).
+        scramble: integer drawn uniformly from [0, n) for each batch.
 
     Returns:
         int64 [n], a permutation of the strata: ranks XOR scramble for n a power of two, else rotated by it.
@@ -80,9 +80,8 @@ def times_in_strata(
         strata: int64 [B, per_sample], in [0, num_strata).
         num_strata: equal parts of the interval.
         sample_indices: int64 [B], positions in the run.
-        context: address of the draws.
-        time_epsilon: smallest time, in [0, 1); bounds the NELBO's weight by 1 / time_epsilon. The context may
-            have another range.
+        context: address of the draws; its `time_range`, if any, replaces [time_epsilon, 1].
+        time_epsilon: smallest time, in [0, 1); bounds the NELBO's weight by 1 / time_epsilon.
 
     Returns:
         float64 [B, per_sample], below 1.
@@ -102,13 +101,13 @@ def stratified_times(
     order: TimeOrder = "scrambled",
     per_sample: int = 1,
 ) -> NDArray[np.float64]:
-    """Times of some samples of a global batch, one in each of its equal strata of [time_epsilon, 1].
+    """Diffusion times of given samples; the global batch has one per stratum of [time_epsilon, 1].
 
     Args:
         sample_indices: int64 [B], positions in the run, all within the batch of `context`.
         context: address of the draws.
         time_epsilon: smallest time, in [0, 1).
-        order: which place gets which stratum.
+        order: how strata are assigned to samples, "scrambled" or "reference"; see `batch_strata`.
         per_sample: times that each sample needs.
 
     Returns:

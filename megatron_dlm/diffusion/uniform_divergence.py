@@ -14,10 +14,10 @@ from megatron_dlm.platform.vocab_parallel import VocabShard
 
 
 def uniform_divergence(logits_RVp: Tensor, targets: RowTargets, vocab: VocabShard, states: int) -> Tensor:
-    """Row losses, differentiable.
+    """Differentiable loss of each row.
 
     Args:
-        logits_RVp: float32 or float64 [R, Vp], overwritten where excluded.
+        logits_RVp: float32 or float64 [R, Vp]; columns of excluded ids are overwritten.
         targets: clean and noisy tokens, alpha in [0, 1).
         vocab: this rank's columns.
         states: K, the number of ids the noise draws from.
@@ -31,10 +31,10 @@ def uniform_divergence(logits_RVp: Tensor, targets: RowTargets, vocab: VocabShar
 def uniform_divergence_and_dlogits(
     logits_RVp: Tensor, targets: RowTargets, vocab: VocabShard, states: int
 ) -> tuple[Tensor, Tensor]:
-    """As `uniform_divergence`, with the gradient in the logits.
+    """`uniform_divergence` together with its gradient with respect to the logits.
 
     Args:
-        logits_RVp: float32 or float64 [R, Vp], of any dtype where `vocab.fused`; its memory is used up.
+        logits_RVp: float32 or float64 [R, Vp], or any dtype if `vocab.fused`; overwritten.
         targets: clean and noisy tokens, alpha in [0, 1).
         vocab: this rank's columns.
         states: K, the number of ids the noise draws from.

@@ -20,10 +20,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class UniformRows:
-    """float64 [R] numbers of rows that do not depend on the prediction."""
+    """float64 [R] coefficients of each row's loss that do not depend on the prediction."""
 
     states: int
-    """K."""
+    """K, the number of ids that the noise draws from."""
     q: Tensor
     r: Tensor
     same: Tensor
@@ -32,27 +32,27 @@ class UniformRows:
 
     @classmethod
     def of(cls, states: int, alpha_R: Tensor, q_R: Tensor, same_R: Tensor) -> UniformRows:
-        """The numbers of rows.
+        """Compute the coefficients of the rows.
 
         Args:
-            states: ids that the noise draws from.
+            states: K, the number of ids that the noise draws from.
             alpha_R: float64 [R], in [0, 1).
             q_R: 1 - alpha, of a shape that broadcasts to [R].
             same_R: bool [R], the noise left the token as it was.
 
         Returns:
-            The rows.
+            The rows' coefficients.
         """
         r_R = states * alpha_R / q_R
         return cls(states, q_R, r_R, same_R, torch.where(same_R, 1.0 / (1.0 + r_R), 1.0))
 
     def loss(self, s_R: Tensor, p_noisy_R: Tensor, p_clean_R: Tensor) -> Tensor:
-        """What the rows cost.
+        """Unweighted loss of each row, in nats.
 
         Args:
             s_R: float64 [R], sum over the vocabulary of ln(1 + r p).
-            p_noisy_R: float64 [R], prediction at the noisy token.
-            p_clean_R: float64 [R], at the clean token.
+            p_noisy_R: float64 [R], predicted probability of the noisy token.
+            p_clean_R: float64 [R], predicted probability of the clean token.
 
         Returns:
             float64 [R], at least 0, to be weighted by -alpha' / (K alpha).
@@ -74,14 +74,14 @@ class UniformRows:
         return torch.where(self.same, unchanged, replaced)
 
     def slopes(self, p_noisy_R: Tensor, p_clean_R: Tensor) -> tuple[Tensor, Tensor]:
-        """Slopes of the loss in the predictions, without the part -c r / (1 + r p) that every column has.
+        """Derivatives of the loss in the predictions, without the term -c r / (1 + r p) of every column.
 
         Args:
-            p_noisy_R: float64 [R], prediction at the noisy token.
-            p_clean_R: float64 [R], at the clean token.
+            p_noisy_R: float64 [R], predicted probability of the noisy token.
+            p_clean_R: float64 [R], predicted probability of the clean token.
 
         Returns:
-            Two float64 [R], at the noisy and at the clean token.
+            Two float64 [R], the derivatives at the noisy and at the clean token.
         """
         k, q, r = self.states, self.q, self.r
         h_z, h_x = r / (1.0 + r * p_noisy_R), r / (1.0 + r * p_clean_R)

@@ -11,15 +11,15 @@ Ids = TypeVar("Ids", NDArray, Tensor)  # type: ignore[type-arg]
 
 
 class UniformStates:
-    """All ids in order, or all but the mask token."""
+    """States of uniform noise: all token ids in order, or all but the mask token."""
 
     def __init__(self, vocab_size: int, mask_token_id: int, *, mask_in_noise: bool) -> None:
-        """Choose.
+        """Choose the states.
 
         Args:
-            vocab_size: ids, mask token included.
-            mask_token_id: any of them.
-            mask_in_noise: whether it is a state too.
+            vocab_size: number of ids, mask token included.
+            mask_token_id: id of the mask token, in [0, vocab_size).
+            mask_in_noise: whether the mask token is a state too.
         """
         self.count = vocab_size if mask_in_noise else vocab_size - 1
         """K, the number of states."""
@@ -38,5 +38,5 @@ class UniformStates:
         return self.count
 
     def ordinal(self, token: Ids) -> Ids:
-        """Inverse of `token`."""
+        """Ordinal of a state's id, the inverse of `token`."""
         return token - (token > self._left_out)

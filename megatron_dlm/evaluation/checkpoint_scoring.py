@@ -1,4 +1,4 @@
-"""Opening a checkpoint for use, and its bound on held-out data."""
+"""NELBO of a checkpoint or an exported model on held-out data."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ def bound_of_checkpoint(
     drop_long_records: bool,
     progress: ProgressCallback,
 ) -> tuple[Bound, bool]:
-    """The bound of one checkpoint on one shard.
+    """NELBO of one checkpoint on one held-out shard.
 
     Args:
-        record: of the checkpoint.
+        record: run record of the checkpoint.
         data: prefix of the held-out shard.
-        config: how much of it, and how much noise.
-        parallel_config: layout to evaluate on.
-        micro_batch_size: copies of one forward pass.
-        drop_long_records: leave out prompts with responses above the model's length.
-        progress: told of sequences done and in all, on rank 0.
+        config: number of sequences and of noisy copies.
+        parallel_config: parallel layout to evaluate on.
+        micro_batch_size: noisy copies per forward pass.
+        drop_long_records: leave out prompt-response records longer than the model's sequence length.
+        progress: callback with the sequences done and in total, called on rank 0.
 
     Returns:
         The estimate, and whether this process is rank 0.
@@ -71,15 +71,15 @@ def bound_of_checkpoint(
 
 
 def copies_by(denoiser: Denoiser, config: RunConfig, parallel: ParallelState) -> RunCopies:
-    """Scores noisy copies by a loaded model.
+    """Build the function that scores noisy copies with a loaded model.
 
     Args:
-        denoiser: this process's stage.
-        config: of `scoring_config`.
-        parallel: this process's place.
+        denoiser: this process's pipeline stage of the model.
+        config: configuration from `scoring_config`.
+        parallel: this process's ranks in the parallel layout.
 
     Returns:
-        The function.
+        Function that scores the noisy copies of a global batch.
     """
     from megatron_dlm.evaluation.nelbo import megatron_copies
     from megatron_dlm.execution.pipeline_runner import PipelineRunner
@@ -91,18 +91,18 @@ def copies_by(denoiser: Denoiser, config: RunConfig, parallel: ParallelState) ->
 
 
 def scoring_config(run_config: RunConfig, config: BoundConfig, parallel_config: ParallelConfig) -> RunConfig:
-    """A run's configuration for scoring copies of sequences, checked.
+    """Adapt a run's configuration to scoring noisy copies of sequences, and check it.
 
     Args:
-        run_config: of the run.
-        config: how many copies.
-        parallel_config: layout to score on.
+        run_config: configuration of the run.
+        config: number of noisy copies.
+        parallel_config: parallel layout to score on.
 
     Returns:
-        With global batches of a sequence's copies.
+        Configuration whose global batch is the noisy copies of one sequence.
 
     Raises:
-        InputError: sizes that do not divide.
+        InputError: the sizes do not fit the layout.
     """
     scoring = replace(
         run_config,
@@ -130,15 +130,15 @@ def bound_of_folder(
     drop_long_records: bool,
     progress: ProgressCallback,
 ) -> Bound:
-    """The bound of an exported model on one shard, on one process without groups.
+    """NELBO of an exported model on one held-out shard, in one process without process groups.
 
     Args:
-        loaded: the model.
+        loaded: exported model.
         data: prefix of the held-out shard.
-        config: how much of it, and how much noise.
-        micro_batch_size: copies of one forward pass.
-        drop_long_records: leave out prompts with responses above the model's length.
-        progress: told of sequences done and in all.
+        config: number of sequences and of noisy copies.
+        micro_batch_size: noisy copies per forward pass.
+        drop_long_records: leave out prompt-response records longer than the model's sequence length.
+        progress: callback with the sequences done and in total.
 
     Returns:
         The estimate.
@@ -171,19 +171,19 @@ def bound_of_folder(
 def held_out(
     config: RunConfig, fingerprint: str, data: str, drop_long_records: bool
 ) -> tuple[Shard, Rows, RunConfig]:
-    """The shard, its rows, and the configuration to read them with.
+    """Open a held-out shard.
 
     Args:
-        config: of the run whose model is scored.
-        fingerprint: of the model's tokenizer.
-        data: prefix or URL of the shard.
-        drop_long_records: leave out prompts with responses above the model's length.
+        config: configuration of the run whose model is scored.
+        fingerprint: SHA-256 of the model's tokenizer.
+        data: prefix or URL of the held-out shard.
+        drop_long_records: leave out prompt-response records longer than the model's sequence length.
 
     Returns:
-        All three.
+        The shard, its rows, and the run configuration to read them with.
 
     Raises:
-        InputError: an unusable shard.
+        InputError: the shard cannot be used.
     """
     # What the run read its batches with need not be here.
     held_out = replace(config.data, loader="torch", drop_long_records=drop_long_records)

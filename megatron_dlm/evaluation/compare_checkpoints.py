@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """A checkpoint and how it multiplies."""
+    """A checkpoint and the precision it is evaluated in."""
 
     record: RunRecord
     precision: Precision
@@ -41,18 +41,18 @@ class Side:
 
 
 def side(path: Path, precision: Precision | None, fp8: Fp8Config) -> Side:
-    """What a path and a precision stand for.
+    """Resolve a path and a precision to one side of the comparison.
 
     Args:
-        path: a run's directory, whose newest checkpoint is meant, or a checkpoint.
-        precision: None for that of the training, with its recipe.
-        fp8: recipe of an FP8 that is asked for.
+        path: directory of a checkpoint, or of a run, whose newest checkpoint is used.
+        precision: precision to evaluate in; None: the training precision, with the run's FP8 recipe.
+        fp8: FP8 recipe to use if `precision` is FP8.
 
     Returns:
-        The side.
+        Side of the comparison.
 
     Raises:
-        InputError: no checkpoint there.
+        InputError: there is no checkpoint at `path`.
     """
     checkpoint = path
     if not (path / MANIFEST).is_file():
@@ -67,14 +67,14 @@ def side(path: Path, precision: Precision | None, fp8: Fp8Config) -> Side:
 
 
 def refuse_unlike(a: RunRecord, b: RunRecord) -> None:
-    """Refuse checkpoints between which a difference says nothing.
+    """Refuse two checkpoints whose bounds cannot be compared.
 
     Args:
-        a: one.
-        b: the other.
+        a: run record of the first checkpoint.
+        b: run record of the second checkpoint.
 
     Raises:
-        InputError: other shapes, families, ids, tokenizers or lengths.
+        InputError: model, family, vocabulary, tokenizer or sequence length differ.
     """
     for name, mine, theirs in (
         ("model", a.config.model, b.config.model),
@@ -97,23 +97,23 @@ def compare_checkpoints(
     *,
     progress: ProgressCallback,
 ) -> tuple[Bound, Bound, bool]:
-    """Score both on one shard. All processes of the job call it.
+    """Score two checkpoints on one held-out shard with the same noise. All processes of the job call it.
 
     Args:
-        a: one side.
-        b: the other.
+        a: first checkpoint, A.
+        b: second checkpoint, B.
         data: prefix of the held-out shard.
-        config: how much of it, and how much noise.
-        parallel_config: layout to evaluate on.
-        micro_batch_size: copies of one forward pass.
-        progress: told of sequences done and in all, on rank 0.
+        config: number of sequences and of noisy copies.
+        parallel_config: parallel layout to evaluate on.
+        micro_batch_size: noisy copies per forward pass.
+        progress: callback with the sequences done and in total, called on rank 0.
 
     Returns:
-        The bound of A; B less A as a bound, whose intervals and figures by time are the difference's; and
-        whether this process is rank 0.
+        The NELBO of A; the difference B - A, with its own intervals and values by time; and whether this
+        process is rank 0.
 
     Raises:
-        InputError: unlike or unusable checkpoints, shard or sizes.
+        InputError: checkpoints that cannot be compared or used, an unusable shard, or sizes that do not fit.
     """
     refuse_unlike(a.record, b.record)
     refuse_training_layouts(parallel_config)
@@ -152,11 +152,11 @@ def compare_checkpoints(
 
 
 def _silent(done: int, total: int) -> None:
-    """Tell nobody."""
+    """Progress callback that does nothing."""
 
 
 class _Paired:
-    """Two models on the same copies; the first one's nats are kept and given again in the same order."""
+    """Scores the same noisy copies with models A and B, and replays A's nats in the same order."""
 
     def __init__(self, a: RunCopies, b: RunCopies) -> None:
         self._a, self._b = a, b
@@ -165,7 +165,7 @@ class _Paired:
     def difference(
         self, objective: ObjectiveConfig, batches: Sequence[TokenBatch], context: CorruptionContext
     ) -> NDArray[np.float64]:
-        """float64 [K] nats, B less A."""
+        """Difference B - A of each copy's NELBO, float64 [K] nats."""
         mine = self._a(objective, batches, context)
         self._kept.append(mine)
         return self._b(objective, batches, context) - mine
@@ -173,18 +173,18 @@ class _Paired:
     def first(
         self, objective: ObjectiveConfig, batches: Sequence[TokenBatch], context: CorruptionContext
     ) -> NDArray[np.float64]:
-        """float64 [K] nats of A, of a call of `difference` before."""
+        """A's nats from the matching earlier call of `difference`, float64 [K]."""
         return self._kept.popleft()
 
 
 def logged_bounds(run: Path) -> dict[int, tuple[int, float]]:
-    """What a run has logged.
+    """Training bounds from a run's log.
 
     Args:
-        run: its directory.
+        run: directory of the run.
 
     Returns:
-        Noise fingerprint and bound, nats/token, of each training step; of a step written twice the later one.
+        Noise fingerprint and bound (nats/token) by training step; of a step logged twice, the later.
     """
     return {
         entry["step"]: (entry["fingerprint"], entry["nats_per_token"])

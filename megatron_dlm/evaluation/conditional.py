@@ -33,22 +33,22 @@ class Choice:
     context: tuple[int, ...]
     continuation: tuple[int, ...]
     weight: float = 1.0
-    """What its nats are divided by in the other way of comparing, for example its characters."""
+    """Divisor of the nats for the normalised comparison, for example the number of characters."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConditionalConfig:
-    """How much noise."""
+    """How many noisy copies estimate the NELBO of a continuation."""
 
     num_times: int = 16
-    """Copies of a continuation at a time, one in each of as many equal parts of the diffusion time."""
+    """Noisy copies of a continuation per round, one in each of as many equal strata of the diffusion time."""
     max_copies: int = 128
-    """Copies of a continuation at most."""
+    """Most noisy copies of a continuation."""
     confidence: float = 0.99
-    """Stop sampling a question once its best choice is the right one with this probability, over all looks
-    at the copies so far; 1 never stops early."""
+    """Stop drawing noisy copies for a question once its best choice is known with this probability, corrected
+    for repeated looks; 1 never stops early."""
     batch_size: int = 32
-    """Sequences of one forward pass, at most."""
+    """Most sequences per forward pass."""
     seed: int = 0
     """Random seed."""
 
@@ -64,12 +64,12 @@ class ConditionalConfig:
 
 @dataclass
 class Scored:
-    """Copies of one choice so far."""
+    """Scores of one choice's noisy copies so far."""
 
     nats: list[float]
-    """Nats of each noisy copy; their mean is the bound."""
+    """Nats of each noisy copy; their mean is the NELBO."""
     is_greedy: bool = False
-    """Whether each token of the continuation is the most likely one; of models that predict next tokens."""
+    """Whether every token of the continuation is the most likely one; always False except for AR."""
 
     @property
     def mean(self) -> float:
@@ -79,12 +79,12 @@ class Scored:
 
 @dataclass(frozen=True)
 class _Forward:
-    """Copies of one choice that are read alike."""
+    """Noisy copies of one choice that share one forward pass."""
 
     job: tuple[int, int]
-    """Question and choice."""
+    """Index of the question and of the choice."""
     places: NDArray[np.int64]
-    """int64 [B], among the copies of the round."""
+    """int64 [B], index of each copy among the copies of the round."""
     inputs: ModelInputs
     targets: Targets
 
@@ -103,14 +103,14 @@ class ConditionalScorer:
         """Prepare.
 
         Args:
-            model: exported, in evaluation mode.
-            objective: its family.
-            vocabulary: its ids.
-            config: how much noise.
-            rows_per_chunk: most rows whose logits exist at a time.
+            model: exported model, in evaluation mode.
+            objective: configuration of the model's family.
+            vocabulary: token ids of the model.
+            config: number of noisy copies.
+            rows_per_chunk: most rows whose logits are in memory at once.
 
         Raises:
-            InputError: copies that the family cannot divide.
+            InputError: `num_times` noisy copies cannot be divided by the family.
         """
         self._model = model
         self._objective = objective
@@ -129,11 +129,11 @@ class ConditionalScorer:
         """Score all choices.
 
         Args:
-            questions: choices of each; contexts and continuations fit the model together.
-            progress: told of questions that are done since the last call.
+            questions: choices of each question; context plus continuation must fit the model's length.
+            progress: callback with the number of questions finished since its last call.
 
         Returns:
-            As the questions.
+            Scores of each choice, nested like `questions`.
         """
         scored = [[Scored([]) for _ in choices] for choices in questions]
         pending = list(range(len(questions)))
@@ -171,7 +171,7 @@ class ConditionalScorer:
         round_number: int,
         copies: int,
     ) -> None:
-        """`copies` more copies of each job, forwards of equal length together."""
+        """Score `copies` more noisy copies of each job; forward passes of equal length are batched."""
         waiting: dict[tuple[int, bool], list[_Forward]] = defaultdict(list)
         totals = {job: np.zeros(copies) for job in jobs}
         for question, number in jobs:
@@ -203,7 +203,7 @@ class ConditionalScorer:
         )
 
     def _batch(self, choice: Choice, context: CorruptionContext) -> TokenBatch:
-        """Copies of context and continuation, of which the latter is noised and scored."""
+        """Copies of context plus continuation; only the continuation is noised and scored."""
         text = [*choice.context, *choice.continuation]
         padding = -len(text) % self._multiple + 1
         tokens = np.array([*text, *[self._vocabulary.eos_token_id] * padding], dtype=np.int64)
@@ -219,7 +219,7 @@ class ConditionalScorer:
     def _flush(
         self, forwards: Sequence[_Forward], totals: dict[tuple[int, int], NDArray[np.float64]]
     ) -> None:
-        """Read them at most `batch_size` sequences at a time, and add what they cost."""
+        """Run the waiting forward passes, at most `batch_size` sequences at a time, and add up the nats."""
         inputs = ModelInputs.concat([forward.inputs for forward in forwards])
         targets = Targets.concat([forward.targets for forward in forwards])
         size, nats = self._config.batch_size, []

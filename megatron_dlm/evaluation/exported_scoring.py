@@ -1,4 +1,4 @@
-"""What noisy sequences cost by an exported model, in one process without groups.
+"""NELBO of noisy sequences under an exported model, in one process without process groups.
 
 Shape legend: B sequences, S positions of the network, R rows that carry a loss, D hidden size, V ids.
 """
@@ -18,7 +18,7 @@ from megatron_dlm.platform.vocab_parallel import VocabShard
 
 
 class ExportedBounds:
-    """Scores by one model."""
+    """Scores noisy sequences with one exported model."""
 
     def __init__(
         self, model: Any, vocabulary: Vocabulary, attention: AttentionPattern, rows_per_chunk: int
@@ -26,10 +26,10 @@ class ExportedBounds:
         """Prepare.
 
         Args:
-            model: exported, in evaluation mode.
-            vocabulary: its ids.
-            attention: of its family.
-            rows_per_chunk: most rows whose logits exist at a time.
+            model: exported model, in evaluation mode.
+            vocabulary: token ids of the model.
+            attention: attention pattern of the model's family.
+            rows_per_chunk: most rows whose logits are in memory at once.
         """
         self._model = model
         self._vocab = VocabShard.of_rank(vocabulary, 0, None, 1)
@@ -38,12 +38,12 @@ class ExportedBounds:
 
     @torch.no_grad()
     def __call__(self, inputs: ModelInputs, targets: Targets, objective: Objective) -> NDArray[np.float64]:
-        """The bound's sum over each sequence.
+        """NELBO of each noisy sequence, summed over its tokens.
 
         Args:
-            inputs: what the network reads.
-            targets: of them.
-            objective: whose losses are summed.
+            inputs: inputs of the network.
+            targets: targets of the same sequences.
+            objective: objective whose weighted losses are summed.
 
         Returns:
             float64 [B] nats.
@@ -68,6 +68,6 @@ class ExportedBounds:
         return found
 
     def _visible(self, inputs: ModelInputs) -> torch.Tensor | None:
-        """What each position looks at, where it is not the family's own pattern."""
+        """Dense attention mask, or None if the family's own attention pattern applies."""
         mask = visibility(inputs, self._attention)
         return None if mask is None else mask.dense()

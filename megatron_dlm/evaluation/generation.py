@@ -1,4 +1,4 @@
-"""Many texts, a batch at a time."""
+"""Sampling of many texts, one batch at a time."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ class Generated:
     """Texts of one batch."""
 
     places: range
-    """Index of each of its samples among the starts."""
+    """Indices of the batch's samples among all starts."""
     ids_BL: Tensor
     """int64 [B, L] on the CPU."""
     given_BL: Tensor
     """bool [B, L], True where the start gave the token."""
     tokens: int
-    """Sampled, those given not counted."""
+    """Number of sampled tokens; given tokens are not counted."""
     seconds: float
+    """Wall-clock time of the batch, in seconds."""
 
 
 def sample_all(
@@ -41,19 +42,19 @@ def sample_all(
     seed: int,
     numbers: Sequence[int] | None = None,
 ) -> Iterator[Generated]:
-    """Sample a text for each start; what a text becomes does not depend on `batch_size`.
+    """Sample a text for each start; the texts do not depend on `batch_size`.
 
     Args:
-        network: trained.
-        family: its samplers.
-        config: of the sampler.
-        starts: of one sequence each, all of one length.
-        batch_size: sequences at a time.
-        seed: of all draws.
-        numbers: of each sample, which with the seed address its draws; its place where absent.
+        network: trained network.
+        family: samplers of the network's family.
+        config: settings of the sampler.
+        starts: starts of one sequence each, all of the same length.
+        batch_size: sequences sampled at a time.
+        seed: random seed of all draws.
+        numbers: number of each sample, which with the seed addresses its draws; None: its index in `starts`.
 
     Yields:
-        Batch after batch, in order.
+        The texts of each batch, in order.
     """
     for first in range(0, len(starts), batch_size):
         some = starts[first : first + batch_size]
@@ -73,11 +74,11 @@ def start_of_parts(parts: Sequence[Sequence[int] | int], length: int, family: Fa
 
     Args:
         parts: token ids or a number of unknown tokens, in the order of the text.
-        length: tokens in all; what the parts leave is unknown.
-        family: the network's.
+        length: tokens in total; positions after the parts are unknown.
+        family: samplers of the network's family.
 
     Returns:
-        One sequence.
+        Start of one sequence.
 
     Raises:
         ValueError: the parts are longer than `length`, or a number is outside [1, length].
@@ -102,7 +103,7 @@ def start_of_parts(parts: Sequence[Sequence[int] | int], length: int, family: Fa
 
 
 def before_end(ids: Sequence[int], given: Sequence[bool], eos_token_id: int) -> list[int]:
-    """Tokens in front of the first sampled <eos>; a given one, which may be <bos> too, ends nothing."""
+    """Tokens before the first sampled <eos>; a given <eos>, which may also serve as <bos>, does not count."""
     for place, (token, is_given) in enumerate(zip(ids, given, strict=True)):
         if token == eos_token_id and not is_given:
             return list(ids[:place])

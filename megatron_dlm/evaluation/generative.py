@@ -1,4 +1,4 @@
-"""How good samples look: perplexity under a judge, and how varied their tokens are (arXiv:2602.15014)."""
+"""Sample quality: generative perplexity under a judge model, and unigram entropy (arXiv:2602.15014)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_dlm.interfaces import InputError
 
 JUDGE_TOKENS = 2048
-"""Tokens of a text that the judge reads at most, as in the paper's code."""
+"""Most tokens of a text that the judge reads, as in the paper's code."""
 
 
 class Judge:
@@ -23,12 +23,12 @@ class Judge:
     def __init__(
         self, logits_of: Callable[[Tensor], Tensor], encode: Callable[[str], Sequence[int]], length: int
     ) -> None:
-        """Take a model.
+        """Wrap a causal language model.
 
         Args:
-            logits_of: int64 [1, L] -> [1, L, V] of the next tokens, on the model's device.
-            encode: tokens of a text, with what the model wants before it.
-            length: tokens that the model can read.
+            logits_of: function from int64 [1, L] ids to [1, L, V] next-token logits on the model's device.
+            encode: function from a text to its token ids, including special tokens the model expects first.
+            length: most tokens that the model can read.
         """
         self._logits_of = logits_of
         self._encode = encode
@@ -36,13 +36,13 @@ class Judge:
 
     @torch.no_grad()
     def perplexity(self, texts: Sequence[str]) -> float:
-        """Exp of nats per judge token over all texts; a text's first token is not scored.
+        """Generative perplexity: exp of the nats per judge token over all texts, first tokens not scored.
 
         Args:
             texts: decoded samples.
 
         Returns:
-            The perplexity; infinite where no text has two tokens.
+            The perplexity; infinite if no text has two tokens.
         """
         nats, count = 0.0, 0
         for text in texts:
@@ -59,14 +59,14 @@ def hugging_face_judge(folder: Path, device: torch.device) -> Judge:
     """A causal language model of a local Hugging Face folder; no code of the folder is run.
 
     Args:
-        folder: model and tokenizer.
-        device: to run on.
+        folder: local folder with model and tokenizer.
+        device: device to run the model on.
 
     Returns:
         The judge.
 
     Raises:
-        InputError: no folder, or no model or tokenizer that transformers itself knows.
+        InputError: no such folder, or transformers itself does not support the model or tokenizer.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -91,11 +91,13 @@ def hugging_face_judge(folder: Path, device: torch.device) -> Judge:
 def unigram_entropy(samples: Sequence[Sequence[int]]) -> float:
     """Entropy in nats of the token frequencies inside a sample, averaged over samples.
 
+    It is low for a text that repeats itself, even if a judge finds the text likely.
+
     Args:
-        samples: token ids; low where a text repeats itself, however likely a judge finds it.
+        samples: token ids of each sample.
 
     Returns:
-        The mean.
+        Mean entropy in nats.
     """
     total = 0.0
     for sample in samples:
@@ -106,13 +108,13 @@ def unigram_entropy(samples: Sequence[Sequence[int]]) -> float:
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Which points no other beats in both ways.
+    """Pareto frontier: the points that no other point beats in both coordinates.
 
     Args:
-        points: (higher is better, lower is better), for example speed and perplexity.
+        points: pairs (higher is better, lower is better), for example speed and perplexity.
 
     Returns:
-        Indices, from the fastest to the best.
+        Indices of the frontier's points, from highest first coordinate to lowest second coordinate.
     """
     order = sorted(range(len(points)), key=lambda i: (-points[i][0], points[i][1]))
     kept: list[int] = []
@@ -125,16 +127,16 @@ def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def reference_points(path: Path) -> dict[str, list[tuple[float, float]]]:
-    """Published points to lay under a picture.
+    """Read published speed and quality points to plot as a reference.
 
     Args:
-        path: CSV with family, throughput_tok_per_s and gen_ppl.
+        path: CSV file with the columns family, throughput_tok_per_s and gen_ppl.
 
     Returns:
-        (tokens/s, perplexity) by family.
+        List of (tokens/s, generative perplexity) by family.
 
     Raises:
-        InputError: unreadable, or other columns.
+        InputError: the file is unreadable or has other columns.
     """
     found: dict[str, list[tuple[float, float]]] = {}
     try:

@@ -13,7 +13,7 @@ from megatron_dlm.interfaces import InputError
 from megatron_dlm.platform.json_lines import read_json_lines
 
 MARK = "####"
-"""Stands before the final answer."""
+"""Marker that precedes the final number of an answer."""
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d[\d,]*)?|[-+]?\.\d+")
 
 
@@ -22,24 +22,25 @@ class Problem:
     """A question with its answer, one line of the data set."""
 
     number: int
-    """Place among the problems of the file, from 0."""
+    """Index of the problem in the file, from 0."""
     question: str
     answer: str
-    """Worked solution that ends with the marked number."""
+    """Worked solution, which ends with the marked final number."""
     expected: Fraction
+    """Final number of the worked solution."""
 
 
 def read_problems(path: Path) -> list[Problem]:
     """All problems of a file.
 
     Args:
-        path: JSON lines with question and answer.
+        path: JSON lines file with the fields question and answer.
 
     Returns:
-        In order.
+        Problems in file order.
 
     Raises:
-        InputError: unreadable, or a line without a question, an answer or a final number.
+        InputError: the file is unreadable, or a line lacks a question, an answer or a final number.
     """
     problems = []
     for number, (where, record) in enumerate(read_json_lines(path, "data")):
@@ -60,10 +61,10 @@ def final_number(text: str) -> Fraction | None:
     """The number behind the last mark, without currency, units, thousands' commas or a full stop.
 
     Args:
-        text: an answer.
+        text: worked answer.
 
     Returns:
-        Its exact value, so that 3.50 is 7/2; None where there is no mark or no number behind it.
+        Exact value of the number, so that 3.50 is 7/2; None if there is no mark or no number after the mark.
     """
     _, mark, tail = text.rpartition(MARK)
     line = tail.strip().partition("\n")[0]
@@ -81,10 +82,10 @@ def accuracy(correct: Sequence[bool]) -> tuple[float, float, float]:
     """Share of correct answers, with Wilson's 95% interval, which holds at 0 and 1, too.
 
     Args:
-        correct: of each answer, at least one.
+        correct: whether each answer is correct; at least one answer.
 
     Returns:
-        Share, lower and upper end.
+        Share of correct answers, lower and upper end of the interval, all in [0, 1].
     """
     successes, count = sum(correct), len(correct)
     return successes / count, *wilson(successes, count)

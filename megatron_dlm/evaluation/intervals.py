@@ -19,23 +19,23 @@ class Mean:
 
     nats_per_token: float
     low: float | None
-    """Lower end of the interval; None where there is one value only."""
+    """Lower end of the interval in nats/token; None if there is only one value."""
     high: float | None
-    """Upper end of the interval; None where there is one value only."""
+    """Upper end of the interval in nats/token; None if there is only one value."""
 
 
 def half_width(standard_error: float, count: int) -> float:
     """Half the width of a 95% interval of a mean.
 
-    It holds for values that are about normal. Of few and skewed values fewer intervals cover the mean:
-    tools/bench/intervals.py measures how many.
+    The interval holds for values that are about normal. With few, skewed values it covers the mean less
+    often than 95%; tools/bench/intervals.py measures how often.
 
     Args:
-        standard_error: of the mean, from the values' own spread.
-        count: independent values, at least 2.
+        standard_error: standard error of the mean, estimated from the values.
+        count: number of independent values, at least 2.
 
     Returns:
-        In the unit of the values.
+        Half width in the unit of the values.
     """
     return float(special.stdtrit(count - 1, 0.5 + CONFIDENCE / 2) * standard_error)
 
@@ -44,12 +44,12 @@ def interval(mean: float, standard_error: float | None, count: int) -> Mean:
     """A mean of independent values with its interval.
 
     Args:
-        mean: nats per token.
-        standard_error: of the mean; None with one value.
-        count: independent values.
+        mean: mean in nats per token.
+        standard_error: standard error of the mean; None if there is only one value.
+        count: number of independent values.
 
     Returns:
-        With the interval where there are two values or more.
+        Mean, with its interval if `standard_error` is given.
     """
     if standard_error is None:
         return Mean(nats_per_token=mean, low=None, high=None)
@@ -76,11 +76,11 @@ def wilson(successes: int, count: int) -> tuple[float, float]:
     """Wilson's 95% interval of a share, which also holds at shares of 0 and 1.
 
     Args:
-        successes: of `count` trials.
-        count: at least 1.
+        successes: number of successes in `count` trials.
+        count: number of trials, at least 1.
 
     Returns:
-        Lower and upper end.
+        Lower and upper end of the interval, in [0, 1].
     """
     # As large an import as NumPy's own, for this alone.
     from scipy import stats
@@ -90,19 +90,19 @@ def wilson(successes: int, count: int) -> tuple[float, float]:
 
 
 def leader(costs_C: Sequence[NDArray[np.float64]], *, confidence: float, looks: int) -> int | None:
-    """The choice that costs least, where it is sure enough.
+    """The choice with the lowest mean cost, if it leads with enough confidence.
 
-    One-sided paired t tests of the cheapest choice against each other one. The allowed error is divided by
-    the number of the others and of looks (Bonferroni), so that over all looks together another choice than
-    the truly cheapest is taken for sure with a probability of at most 1 - confidence.
+    One-sided paired t tests compare the cheapest choice with each of the others. The allowed error is divided
+    by the number of other choices and by `looks` (Bonferroni), so that over all looks together a choice that
+    is not truly the cheapest is returned with probability at most 1 - confidence.
 
     Args:
-        costs_C: float64 [n] for each choice; the n-th costs of all choices belong together.
-        confidence: in [0.5, 1); that the leader is the right one.
-        looks: how often, as n grows, this is asked in all.
+        costs_C: float64 [n] costs of each choice; the i-th costs of all choices are paired.
+        confidence: probability, in [0.5, 1), that the returned choice is truly the cheapest.
+        looks: total number of times this test is made as n grows.
 
     Returns:
-        Its index; None where it is not sure.
+        Index of the choice; None if no choice leads with enough confidence.
     """
     best = min(range(len(costs_C)), key=lambda choice: float(costs_C[choice].mean()))
     count = len(costs_C[best])

@@ -27,7 +27,7 @@ MAX_GENERATED_TOKENS = 256
 
 @register_model("megatron-dlm")
 class HarnessModel(LM):
-    """Log-likelihoods are bounds (exact for AR); texts come from the family's samplers."""
+    """Harness model: log-likelihoods are lower bounds (exact for AR); the family's samplers generate."""
 
     def __init__(
         self,
@@ -43,20 +43,20 @@ class HarnessModel(LM):
         loaded: LoadedModel | None = None,
         sampling: SamplingConfig | None = None,
     ) -> None:
-        """Load.
+        """Load the model.
 
         Args:
-            path: a step-NNNNNNNN directory or an exported folder.
-            tokenizer: directory of the model's tokenizer; None: the folder's, or that of the run's data.
-            dtype: fp32 or bf16.
-            device: torch's name; None: CUDA where there is one.
-            batch_size: sequences of one forward pass, at most.
-            num_times: copies of a continuation at a time.
-            max_copies: copies of a continuation at most.
-            confidence: at which the best choice ends the sampling.
-            seed: of all draws.
-            loaded: the model, where it is loaded already.
-            sampling: of texts; None: left to right.
+            path: checkpoint directory (step-NNNNNNNN) or exported folder.
+            tokenizer: directory of the model's tokenizer; None: the exported folder's, or the run data's.
+            dtype: precision of the loaded weights, fp32 or bf16.
+            device: PyTorch device name; None: CUDA if available, else CPU.
+            batch_size: most sequences per forward pass.
+            num_times: noisy copies of a continuation per round.
+            max_copies: most noisy copies of a continuation.
+            confidence: probability that the best choice is right at which a question is decided.
+            seed: random seed of all draws.
+            loaded: a model that is already loaded, used instead of `path`.
+            sampling: settings of the sampler for generated texts; None: left to right, stopping at <eos>.
         """
         super().__init__()
         self._loaded = loaded or open_model(
@@ -86,7 +86,7 @@ class HarnessModel(LM):
         return self._loaded.tokenizer.fingerprint
 
     def _choice(self, context: str, continuation: str) -> Choice:
-        """Tokens of both; spaces between them go to the continuation, a long context is cut on the left."""
+        """Tokens of both; spaces in between join the continuation; a long context is cut on the left."""
         stripped = context.rstrip()
         continuation = context[len(stripped) :] + continuation
         before = self._loaded.tokenizer.ids_of(stripped)
@@ -105,14 +105,14 @@ class HarnessModel(LM):
         return Choice(tuple(before), tuple(after), weight=max(1, len(continuation.lstrip())))
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Negative bounds of continuations; choices of one question are compared as they are sampled.
+        """Log-likelihoods of continuations, as negative NELBOs; a question's choices are scored together.
 
         Args:
-            requests: of (context, continuation).
-            disable_tqdm: show no progress.
+            requests: requests with arguments (context, continuation).
+            disable_tqdm: hide the progress bar.
 
         Returns:
-            (log-likelihood in nats, whether it is the greedy continuation; False but for AR).
+            (log-likelihood in nats, whether it is the greedy continuation; always False except for AR).
         """
         order = sorted(range(len(requests)), key=lambda i: _question_of(requests[i]))
         groups = [list(group) for _, group in groupby(order, key=lambda i: _question_of(requests[i]))]
@@ -125,14 +125,15 @@ class HarnessModel(LM):
         return [(-answers[i].mean, answers[i].is_greedy) for i in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Negative bounds of whole texts, cut into windows of the model's length.
+        """Log-likelihoods of whole texts, as negative NELBOs, cut into windows of the model's length.
 
         Args:
-            requests: of (text,).
-            disable_tqdm: show no progress.
+            requests: requests with arguments (text,).
+            disable_tqdm: hide the progress bar.
 
         Returns:
-            Nats. AR sees the token before a window, <bos> before the first; others see nothing outside it.
+            Log-likelihood of each text in nats. AR is given the token before each window (<bos> before the
+            first); other families see nothing outside the window.
         """
         windows: list[list[Choice]] = []
         owner: list[int] = []
@@ -153,14 +154,15 @@ class HarnessModel(LM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continuations of contexts, cut before the first of the texts that end them.
+        """Generated continuations of contexts, cut before the first stop string.
 
         Args:
-            requests: of (context, settings), settings with until, max_gen_toks, temperature and do_sample.
-            disable_tqdm: show no progress.
+            requests: requests with arguments (context, settings), where settings may hold until,
+                max_gen_toks, temperature and do_sample.
+            disable_tqdm: hide the progress bar.
 
         Returns:
-            Texts.
+            Generated text of each request.
         """
         texts = [""] * len(requests)
         jobs = [self._generation(request) for request in requests]
@@ -188,7 +190,7 @@ class HarnessModel(LM):
         return texts
 
     def _generation(self, request: Instance) -> tuple[list[int], int, float]:
-        """Prompt, length in all, temperature."""
+        """Prompt token ids, total length in tokens, and temperature of a request."""
         context, settings = request.args
         new_tokens = min(int(settings.get("max_gen_toks", MAX_GENERATED_TOKENS)), self._length - 1)
         prompt = self._loaded.tokenizer.ids_of(context)[-(self._length - new_tokens) :]
@@ -207,5 +209,5 @@ class HarnessModel(LM):
 
 
 def _question_of(request: Instance) -> tuple[str, int, str]:
-    """What the choices of one question have in common."""
+    """Key that all choices of one question share: task, document and context."""
     return str(request.task_name), int(request.doc_id or 0), str(request.args[0])

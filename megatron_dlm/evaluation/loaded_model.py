@@ -1,6 +1,6 @@
-"""A model for sampling and scoring, whole in one process: of a checkpoint or of an exported folder.
+"""Loads a checkpoint or an exported folder as a whole model in one process, for sampling and scoring.
 
-Either way it is this package's copy of the exported model that runs; no code of the folder does.
+In both cases this package's own copy of the exported model's code runs; no code in the folder is executed.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ ModelDtype = Literal["fp32", "bf16"]
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """A loaded model with what is needed to use it."""
+    """A loaded model with its samplers, tokenizer and configuration."""
 
     model: Any
-    """The exported model's class of this package, in evaluation mode."""
+    """Instance of this package's `MegatronDlmModel`, in evaluation mode."""
     family: FamilySampler
     """Samplers of the model's family."""
     tokenizer: LoadedTokenizer
@@ -49,14 +49,14 @@ class LoadedModel:
 
     @property
     def network(self) -> Network:
-        """The model behind the samplers' protocol."""
+        """The model wrapped as the `Network` that samplers call."""
         from megatron_dlm.conversion.hugging_face_model.generation_megatron_dlm import ModelNetwork
 
         network: Network = ModelNetwork(self.model)
         return network
 
     def length(self, wanted: int | None) -> int:
-        """Tokens of a text: those wanted, or of a training sample where it is None."""
+        """Length of a text in tokens: `wanted`, or the training sequence length if None."""
         return self.config.data.seq_length if wanted is None else wanted
 
     def weights_sha256(self) -> str:
@@ -74,16 +74,16 @@ def open_model(path: Path, *, tokenizer: Path | None, dtype: ModelDtype, device:
     """Load a model.
 
     Args:
-        path: a step-NNNNNNNN directory of any layout, or an exported folder.
-        tokenizer: directory of the model's tokenizer; None: the folder's, or that of the run's data.
-        dtype: of the weights.
-        device: torch's name; None: CUDA where there is one.
+        path: checkpoint directory (step-NNNNNNNN) saved on any layout, or exported folder.
+        tokenizer: directory of the model's tokenizer; None: the exported folder's, or the run data's.
+        dtype: precision of the loaded weights.
+        device: PyTorch device name; None: CUDA if available, else CPU.
 
     Returns:
-        The model.
+        The loaded model.
 
     Raises:
-        InputError: unusable checkpoint, folder or tokenizer, or transformers is missing.
+        InputError: the checkpoint, folder or tokenizer cannot be used, or transformers is not installed.
     """
     if find_spec("transformers") is None:
         raise InputError("sampling and scoring need transformers; install megatron-dlm[hf]")
@@ -156,13 +156,13 @@ def tokenizer_of_data(config: RunConfig) -> Path:
     """Directory of the tokenizer that the run's data was indexed with.
 
     Args:
-        config: of the run.
+        config: configuration of the run.
 
     Returns:
-        Its directory.
+        Directory of the tokenizer.
 
     Raises:
-        InputError: the data or the directory is not there any more.
+        InputError: the data or the tokenizer's directory no longer exists.
     """
     prefix = config.data.validation or config.data.train[0]
     try:
@@ -204,13 +204,13 @@ def exported_model(
     """This package's copy of the exported model, with weights still to be loaded.
 
     Args:
-        model: shape.
-        vocabulary: ids.
-        objective: family.
-        seq_length: tokens of a training sample.
+        model: configuration of the network.
+        vocabulary: token ids of the model.
+        objective: configuration of the family.
+        seq_length: tokens per training sample.
 
     Returns:
-        A torch module.
+        Instance of `MegatronDlmModel`.
     """
     from megatron_dlm.conversion.hugging_face_model.configuration_megatron_dlm import MegatronDlmConfig
     from megatron_dlm.conversion.hugging_face_model.modeling_megatron_dlm import MegatronDlmModel

@@ -1,7 +1,7 @@
-"""The bound of a model on held-out data: which sequences, which noise, which network.
+"""NELBO of a model on held-out data: chooses sequences, draws noisy copies, scores them.
 
-Copies of sequence i are the samples of global batches of their own, so their draws are addressed by the
-sequence's number: the result does not depend on the micro-batch size, the layout or what else is scored.
+The noisy copies of one sequence form global batches of their own, so the sequence's index addresses their
+draws: the result does not depend on the micro-batch size, the layout or the other sequences scored.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 
 DEFAULT_SEQUENCES = 128
 EARLY_SHARE = 4
-"""One in this many copies of a grid is made again at times below time_epsilon."""
+"""For every this many copies of a sequence, one extra copy is drawn at a time below time_epsilon."""
 
 
 RunCopies = Callable[[ObjectiveConfig, Sequence[TokenBatch], CorruptionContext], NDArray[np.float64]]
 """Nats of each sample of one global batch, float64 [K], from this rank's microbatches; all ranks call it."""
 ProgressCallback = Callable[[int, int], None]
-"""Told of sequences done and in all."""
+"""Callback with the number of sequences done and in total."""
 
 
 def held_out_bound(
@@ -51,23 +51,23 @@ def held_out_bound(
     share: Callable[[BatchAddress], Sequence[NDArray[np.int64]]],
     progress: ProgressCallback = lambda done, total: None,
 ) -> Bound:
-    """Score sequences.
+    """Estimate the NELBO of a model on held-out sequences.
 
     Args:
-        run: scores copies by the model.
-        rows: sequences to choose from.
-        objective: the model's family.
-        vocabulary: its ids.
-        config: how much.
-        bytes_per_token: UTF-8 bytes of the text.
-        share: this rank's microbatches of a global batch, as positions.
-        progress: told of sequences done and in all.
+        run: function that scores noisy copies with the model.
+        rows: held-out sequences to choose from.
+        objective: configuration of the model's family.
+        vocabulary: token ids of the model.
+        config: number of sequences and of noisy copies.
+        bytes_per_token: UTF-8 bytes of text per token.
+        share: function from a global batch to this rank's microbatches, as sample positions.
+        progress: callback with the sequences done and in total.
 
     Returns:
         The estimate, equal on all ranks.
 
     Raises:
-        InputError: more sequences than there are, or copies that the family cannot divide.
+        InputError: more sequences than the data has, or a number of copies that the family cannot divide.
     """
     scorer = _Scorer(run, rows, objective, vocabulary, config, share)
     count = config.num_sequences or min(DEFAULT_SEQUENCES, rows.num_rows)
@@ -113,13 +113,13 @@ class _Scorer:
         self.noise = NoiseSource(config.seed, "held-out")
 
     def tokens(self, row: int) -> int:
-        """How many tokens of a sequence are scored."""
+        """Number of scored tokens of a sequence."""
         alone = BatchAddress(0, 0, 1, training=False).context(self.noise)
         batch = self._read(np.array([row]), np.zeros(1, np.int64))
         return corrupt(self._built, batch, alone)[1].token_count
 
     def exact(self, chosen: NDArray[np.int64], progress: ProgressCallback) -> NDArray[np.float64]:
-        """float64 [N] nats where nothing is drawn; copies are of different sequences then."""
+        """Exact NLL of families without noise, float64 [N] nats; a batch then holds different sequences."""
         size, found = self._config.num_times, []
         for start in range(0, len(chosen), size):
             some = chosen[start : start + size]
@@ -153,7 +153,7 @@ class _Scorer:
         return bounds, strata, early
 
     def _early(self, number: int, row: int) -> float:
-        """The integrand's mean at times below the protocol's."""
+        """Mean of the NELBO's integrand, in nats, at times below the protocol's smallest time."""
         objective, latest = self._objective, self._objective.min_time
         if not latest:
             return 0.0
@@ -183,14 +183,14 @@ class _Scorer:
 
 
 def megatron_copies(runner_of: Callable[[Objective], PipelineRunner], vocabulary: Vocabulary) -> RunCopies:
-    """Score by the trainer's model, at any layout.
+    """Build the function that scores noisy copies with the trainer's model, on any parallel layout.
 
     Args:
-        runner_of: a runner of the model for an objective.
-        vocabulary: the model's.
+        runner_of: function from an objective to a runner of the model.
+        vocabulary: token ids of the model.
 
     Returns:
-        The function.
+        Function that scores the noisy copies of a global batch.
     """
     runners: dict[ObjectiveConfig, PipelineRunner] = {}
 
@@ -210,14 +210,14 @@ def megatron_copies(runner_of: Callable[[Objective], PipelineRunner], vocabulary
 
 
 def exported_copies(score: ExportedBounds, vocabulary: Vocabulary) -> RunCopies:
-    """Score by an exported model, on one process.
+    """Build the function that scores noisy copies with an exported model, in one process.
 
     Args:
-        score: by the model.
-        vocabulary: its ids.
+        score: scorer of the exported model.
+        vocabulary: token ids of the model.
 
     Returns:
-        The function.
+        Function that scores the noisy copies of a global batch.
     """
 
     def run(
@@ -239,12 +239,12 @@ def share_of_rank(
     """Positions of one rank's microbatches.
 
     Args:
-        micro_batch_size: copies of one forward pass, at most.
-        data_rank: this rank's place along the data axis.
-        data_size: ranks along it.
+        micro_batch_size: most noisy copies per forward pass.
+        data_rank: this process's data-parallel rank.
+        data_size: number of data-parallel ranks.
 
     Returns:
-        A function of a global batch.
+        Function from a global batch's address to the sample positions of this rank's microbatches.
     """
 
     def share(address: BatchAddress) -> list[NDArray[np.int64]]:

@@ -20,16 +20,15 @@ from megatron_dlm.interfaces import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class BoundConfig:
-    """How much of the data, and how much noise."""
+    """Number of held-out sequences and of noisy copies that estimate the NELBO."""
 
     num_sequences: int | None = None
-    """Sequences of the model's length, at random without repeats; None: 128, or all where there are fewer."""
+    """Sequences of the model's length, drawn without repeats; None: 128, or all if there are fewer."""
     num_times: int = 16
-    """Noisy copies of each sequence, one in each of as many equal parts of the diffusion time. Where nothing
-    is drawn, as for AR: sequences scored together."""
+    """Noisy copies per sequence and replicate, one in each of as many equal strata of the diffusion time. For
+    families without noise, such as AR: sequences scored together."""
     replicates: int = 2
-    """Independent sets of such copies for each sequence; the error from noise alone is measured between
-    them."""
+    """Independent sets of `num_times` copies per sequence; their spread gives the Monte Carlo error."""
     seed: int = 0
     """Random seed of sequences, times and noise; compare models at the same seed."""
 
@@ -42,14 +41,16 @@ class BoundConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TimeBand:
-    """What the times of one stratum contribute."""
+    """NELBO contribution of one stratum of the diffusion time."""
 
     first: float
+    """Smallest diffusion time of the stratum."""
     last: float
+    """Largest diffusion time of the stratum."""
     nats_per_token: float
-    """The bound's integrand in this band of times; the mean over all bands is the bound."""
+    """The NELBO's integrand averaged over this stratum; the mean over all strata is the NELBO."""
     standard_error: float | None
-    """Over sequences; None with one."""
+    """Standard error over sequences, in nats/token; None with one sequence."""
     half_width: float | None
     """Half the width of the 95% interval; None with one sequence."""
 
@@ -59,35 +60,35 @@ class Bound:
     """NELBO (exact NLL for AR) of sequences."""
 
     protocol: Mean
-    """As published (arXiv:2602.15014): times from time_epsilon to 1, no factor for the shorter interval,
-    without prior and reconstruction terms; the whole NLL for AR."""
+    """NELBO as papers report it (arXiv:2602.15014): times from time_epsilon to 1, no factor for the shorter
+    interval, without prior and reconstruction terms; the whole NLL for AR."""
     complete: Mean
-    """The protocol bound and all that it leaves out: an upper bound of the negative log-likelihood."""
+    """NELBO with all terms that the protocol leaves out: an upper bound on the negative log-likelihood."""
     monte_carlo_error: float | None
-    """Standard error of the protocol bound from its noise alone, over replicates; None with one."""
+    """Standard error of the protocol NELBO due to the noise alone, in nats/token; None with one replicate."""
     bits_per_byte: float
     """The protocol bound in bits per UTF-8 byte; comparable across tokenizers and families."""
     perplexity: float
     """exp of the protocol bound."""
     sequences: int
     tokens: int
-    """Scored, each sequence once."""
+    """Number of scored tokens, each sequence counted once."""
     copies: int
     """Noisy copies of each sequence, R K."""
     by_time: tuple[TimeBand, ...]
-    """Empty where a copy has no single time."""
+    """NELBO by stratum of the diffusion time; empty if a copy has no single time."""
 
 
 def check_copies(objective: ObjectiveConfig, num_times: int, length: int) -> None:
-    """Refuse copies of a sequence that leave a part of the family without any.
+    """Refuse a number of noisy copies or a length that the family cannot divide.
 
     Args:
-        objective: the family.
-        num_times: copies of a sequence at a time.
+        objective: configuration of the family.
+        num_times: noisy copies of a sequence per replicate.
         length: tokens of a sequence.
 
     Raises:
-        InputError: too few.
+        InputError: the family cannot divide the copies or the length.
     """
     try:
         objective.check_sizes(num_times, length)
@@ -96,11 +97,11 @@ def check_copies(objective: ObjectiveConfig, num_times: int, length: int) -> Non
 
 
 def ratio(bounds_N: NDArray[np.float64], tokens_N: NDArray[np.int64]) -> Mean:
-    """Nats a token over sequences, with the ratio estimator's error clustered by sequence.
+    """Nats per token over sequences, with the ratio estimator's error clustered by sequence.
 
     Args:
-        bounds_N: float64 [N] nats.
-        tokens_N: int64 [N].
+        bounds_N: float64 [N], nats of each sequence.
+        tokens_N: int64 [N], scored tokens of each sequence.
 
     Returns:
         The mean with its interval.
@@ -126,16 +127,16 @@ def summarise(
     prior_nats: float,
     bytes_per_token: float,
 ) -> Bound:
-    """All figures from the copies' bounds.
+    """Summarise the NELBO estimates of noisy copies as means, intervals and values by time.
 
     Args:
-        bounds_NRK: float64 nats of each copy, each an estimate of its sequence's protocol bound.
+        bounds_NRK: float64 nats of each copy, each an estimate of its sequence's protocol NELBO.
         tokens_N: int64, scored tokens of each sequence.
-        early_N: float64 nats, mean of each sequence's integrand below time_epsilon; None: it has no times.
-        strata_NRK: int64, stratum of each copy's time; None where a copy has no single time.
-        time_epsilon: smallest time of the protocol.
-        prior_nats: a token, between the noise at t = 1 and the prior.
-        bytes_per_token: UTF-8 bytes of the text.
+        early_N: float64 nats, mean of each sequence's integrand below time_epsilon; None if exact (AR).
+        strata_NRK: int64, stratum of each copy's time; None if a copy has no single time.
+        time_epsilon: smallest diffusion time of the protocol.
+        prior_nats: prior term of the NELBO, in nats per token.
+        bytes_per_token: UTF-8 bytes of text per token.
 
     Returns:
         The estimate.

@@ -1,4 +1,4 @@
-"""Whether a cheaper arithmetic is as good: differences of two models or runs at equal data and noise.
+"""Whether a lower precision is as good: differences of two models or runs at equal data and noise.
 
 The question is one-sided: B may be better than A, and may be worse by no more than a tolerance.
 """
@@ -15,20 +15,21 @@ from megatron_dlm.interfaces import InputError
 
 LEAST_STEPS = 200
 BLOCKS = 10
-"""Steps follow each other, so the error is that of means over as many blocks of them."""
+"""Number of blocks of consecutive steps; the error is taken over block means, since steps are correlated."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingDifference:
-    """What two runs' training bounds differ by, B less A, over the second half of their common steps."""
+    """Difference B - A of two runs' training bounds over the second half of their common steps."""
 
     difference: Mean
+    """Mean difference in nats/token, with its interval."""
     steps: int
-    """Common steps in all."""
+    """Number of common logged steps."""
     first_step: int
-    """First of the steps that are compared."""
+    """First step of the compared second half."""
     largest: float
-    """Difference of one step, nats/token, without sign."""
+    """Largest absolute difference at a single step, in nats/token."""
 
 
 def training_difference(
@@ -37,14 +38,14 @@ def training_difference(
     """Compare two runs step by step.
 
     Args:
-        a: noise fingerprint and bound, nats/token, of each logged step.
-        b: the same of the other run.
+        a: noise fingerprint and bound (nats/token) of run A by logged step.
+        b: noise fingerprint and bound (nats/token) of run B by logged step.
 
     Returns:
-        The difference over the second half.
+        Difference over the second half of the common steps.
 
     Raises:
-        InputError: fewer than 200 common steps, or a step with other noise or data.
+        InputError: too few common steps, a step whose noise or data differ, or a bound that is not finite.
     """
     steps = sorted(a.keys() & b.keys())
     last = steps[-1] if steps else 0
@@ -69,13 +70,13 @@ def training_difference(
 
 
 def passes(difference: Mean, tolerance: float) -> bool:
-    """Whether all of the interval lies below the tolerance.
+    """Whether the interval's upper end is at most the tolerance.
 
     Args:
-        difference: B less A, nats/token.
-        tolerance: nats/token.
+        difference: difference B - A in nats/token.
+        tolerance: largest accepted difference in nats/token.
 
     Returns:
-        False also where there is no interval.
+        True if B passes; False if it does not or if there is no interval.
     """
     return difference.high is not None and difference.high <= tolerance

@@ -1,4 +1,4 @@
-"""A page that plays how a sampler fills in a text: one file, no network."""
+"""HTML page that plays back how a sampler fills in a text, as one file that needs no network access."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from torch import Tensor
 
 PAGE, PLACE = "trace_page.html", "__TRACE__"
 LARGEST_CHANGES = 5_000_000
-"""Most changes of tokens, over all samples and steps, that a page shows; they make about 60 MB."""
+"""Most token changes, over all samples and steps, that a page can hold; this many make about 60 MB."""
 
 
 class Trace:
     """Collects the states of one batch; pass `keep` to the sampler."""
 
     def __init__(self, start_BL: Tensor, given_BL: Tensor) -> None:
-        """Begin.
+        """Start from the tokens before the first step.
 
         Args:
-            start_BL: int64 [B, L] before the first step.
+            start_BL: int64 [B, L] tokens before the first step.
             given_BL: bool [B, L], True where a token is given.
         """
         self._last = start_BL.clone()
@@ -34,11 +34,11 @@ class Trace:
         self._changes = 0
 
     def keep(self, step: int, ids_BL: Tensor) -> None:
-        """Take what has changed since the last step.
+        """Record the tokens that changed since the last step.
 
         Args:
-            step: of the sampler.
-            ids_BL: int64 [B, L].
+            step: step of the sampler.
+            ids_BL: int64 [B, L] tokens after the step.
 
         Raises:
             ValueError: more changes than a page can hold.
@@ -68,12 +68,12 @@ class Trace:
         """Write the page.
 
         Args:
-            path: of the file.
-            title: its heading.
-            facts: a line under it.
-            mask_token_id: shown as a grey block.
-            names: of the samples.
-            string_of: text of a token.
+            path: HTML file to write.
+            title: heading of the page.
+            facts: line of text under the heading.
+            mask_token_id: id of the mask token, shown as a grey block.
+            names: name of each sample.
+            string_of: function from a token id to its text.
         """
         samples: list[dict[str, Any]] = [
             {

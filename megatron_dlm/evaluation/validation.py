@@ -18,7 +18,7 @@ class Likelihood:
     """Standard error of nats_per_token, over the batches; None with one batch. Too small if a shard was read
     more than once."""
     bits_per_byte: float
-    """Comparable across tokenizers and families."""
+    """NELBO in bits per UTF-8 byte; comparable across tokenizers and families."""
     tokens: int
 
     @property
@@ -35,8 +35,8 @@ def estimate_likelihood(
     Each batch is stratified over the diffusion time on its own, so batches are independent estimates.
 
     Args:
-        run_batch: bound in nats summed over batch i, and its tokens; the same for the same i in every call,
-            at any layout, so that two models are compared at equal noise.
+        run_batch: function from i to the NELBO of batch i, summed in nats, and its token count; batch i has
+            the same data and noise in every call, on any layout, so two models are compared at equal noise.
         num_batches: batches to run.
         bytes_per_token: UTF-8 bytes of the text per token, from the data manifest.
 

@@ -29,19 +29,19 @@ from megatron_dlm.platform.rng import NoiseSource
 
 @dataclass(frozen=True)
 class BatchAddress:
-    """Which global batch."""
+    """Identifies one global batch of a run or of an evaluation."""
 
     step: int
-    """Optimizer steps, or batches of the evaluation, before it."""
+    """Optimizer steps (in an evaluation: batches) before this batch."""
     first_sample: int
-    """Position in the run of its first sample."""
+    """Position in the run of the batch's first sample."""
     size: int
-    """Samples, over all processes."""
+    """Samples in the batch, over all processes."""
     training: bool
-    """False asks for the bound alone."""
+    """Whether the batch is trained on; if False, only the likelihood bound is computed."""
 
     def context(self, noise: NoiseSource) -> CorruptionContext:
-        """The address of the batch's draws from a source."""
+        """Context that addresses the batch's random draws from `noise`."""
         return CorruptionContext(
             noise=noise,
             step=self.step,
@@ -65,20 +65,20 @@ class Microbatch:
 
 @dataclass(frozen=True)
 class ReadyMicrobatch:
-    """What this rank's forward and loss read of a microbatch; all that is not counted is on some device."""
+    """Part of a microbatch that this rank's forward pass and loss read; its tensors may be on any device."""
 
     sample_indices: NDArray[np.int64]
     """int64 [B], positions in the run."""
     inputs: ModelInputs
     """Inputs at this context parallel rank's positions."""
     rows: HeadRows
-    """Rows of the head at these positions."""
+    """Rows at these positions that reach the head."""
     token_count: int
-    """Tokens whose loss this rank answers for."""
+    """Number of tokens in this rank's share of the loss."""
     work: Work
-    """What all context parallel ranks compute on."""
+    """Work of all context parallel ranks together, from which FLOPs are counted."""
     counted_tokens: int
-    """Tokens of all of them together."""
+    """Number of tokens in the loss of all context parallel ranks together."""
     fingerprint: int
     """Digest of the samples' corruption."""
 
@@ -90,12 +90,12 @@ def ready(
     context_rank: int,
     context_size: int,
 ) -> ReadyMicrobatch:
-    """Leave of a microbatch what is read.
+    """Reduce a microbatch to the part that this context parallel rank reads.
 
     Args:
-        microbatch: on the CPU.
-        attention: the family's.
-        forms: of masks, that the layers' attention takes.
+        microbatch: microbatch on the CPU.
+        attention: attention pattern of the family.
+        forms: forms of masks that the layers' attention accepts.
         context_rank: context parallel rank.
         context_size: context parallel size.
 
@@ -171,14 +171,14 @@ class MicrobatchMaker:
         return [ready(microbatch, *self._share) for microbatch in self.at(address, positions)]
 
     def at(self, address: BatchAddress, positions: Iterable[NDArray[np.int64]]) -> list[Microbatch]:
-        """Some samples of a global batch.
+        """Read and corrupt some samples of a global batch.
 
         Args:
-            address: of the batch.
-            positions: int64 [B], in the run, for each microbatch.
+            address: address of the global batch.
+            positions: for each microbatch int64 [B], positions of its samples in the run.
 
         Returns:
-            At least one microbatch for each.
+            At least one microbatch for each array of positions.
         """
         batches = map(self.samples.read, positions)
         return corrupted_parts(self._objective, batches, address.context(self._noise))
@@ -187,15 +187,15 @@ class MicrobatchMaker:
 def transfer(
     batches: Iterator[list[ReadyMicrobatch]], loader: Loader, device: torch.device
 ) -> Iterator[list[ReadyMicrobatch]]:
-    """Bring batches to their device while earlier ones are worked on.
+    """Copy batches to the device, overlapped with computation on earlier batches.
 
     Args:
-        batches: on the CPU.
-        loader: pinned or dali.
-        device: of the rank.
+        batches: batches on the CPU, each a list of microbatches.
+        loader: transfer method, pinned or dali.
+        device: device of the rank.
 
     Yields:
-        The same batches on the device; one's tensors are overwritten once the next is asked for.
+        The same batches on the device; a batch's tensors are overwritten when the next batch is requested.
     """
     waiting: deque[bytes] = deque()
 

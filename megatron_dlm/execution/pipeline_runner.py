@@ -33,13 +33,13 @@ class BatchSums:
     """Sum of the NELBO (AR: NLL) over the tokens, in nats."""
     tokens: int
     work: Work
-    """What the network and the head really computed on."""
+    """Work that the network and the head really did, from which FLOPs are counted."""
     fingerprint: int
     """Digest of the batch's corruption; does not depend on the layout."""
     bad_samples: tuple[int, ...] = ()
     """Positions in the run of samples whose microbatch has a loss that is not finite."""
     sample_bounds: NDArray[np.float64] | None = None
-    """float64 [samples of the batch], the NELBO's sum of each in nats; of evaluations."""
+    """float64 [samples of the batch], NELBO of each sample in nats, summed over tokens; None in training."""
     votes: tuple[bool, ...] = ()
     """Whether any rank has cast each vote."""
 
@@ -68,7 +68,7 @@ class PipelineRunner:
         return forms
 
     def ready(self, microbatches: Iterable[Microbatch]) -> list[ReadyMicrobatch]:
-        """What this rank reads of microbatches that no `MicrobatchMaker` has made."""
+        """Reduce microbatches that are not from a `MicrobatchMaker` to the part that this rank reads."""
         attention, parallel = self._denoiser.attention, self._parallel
         return [
             ready(microbatch, attention, self.mask_forms, parallel.context_rank, parallel.context_size)
@@ -81,13 +81,13 @@ class PipelineRunner:
         address: BatchAddress,
         votes: Sequence[Callable[[], bool]] = (),
     ) -> BatchSums:
-        """Forward, and backward where `address.training`, of one global batch; all ranks call it.
+        """Run forward, and if `address.training` backward, of one global batch; all ranks call it.
 
         Args:
-            microbatches: this rank's of the global batch.
-            address: of the batch.
-            votes: of this rank, as many on each; cast when the passes are under way, they travel with the
-                sums.
+            microbatches: this rank's microbatches of the global batch.
+            address: address of the global batch.
+            votes: functions that return this rank's votes, equally many on all ranks; called once the passes
+                are queued, and summed over ranks together with the other sums.
 
         Returns:
             Sums over the global batch.

@@ -38,33 +38,33 @@ class ObjectiveConfig:
     name: ClassVar[str]
     attention: ClassVar[AttentionPattern]
     has_one_time: ClassVar[bool] = True
-    """Whether all tokens of a sample have the same diffusion time; AR has none at all."""
+    """Whether all tokens of a sample share one diffusion time; AR has no diffusion time."""
     takes_document_masks: ClassVar[bool] = True
-    """Whether a document in a block of several is treated as it would be alone."""
+    """Whether the family can treat each document of a packed sequence as if it were alone."""
     predicts_next_token: ClassVar[bool] = False
-    """Whether a position predicts the token behind it, from those up to it, without any noise."""
+    """Whether each position predicts the next token from the tokens up to that position, without noise."""
     auto_model: ClassVar[str] = "AutoModelForMaskedLM"
-    """Class of transformers, beside AutoModel, that loads an export."""
+    """Auto class of transformers that loads an export, in addition to AutoModel."""
 
     def check_sizes(self, batch_size: int, seq_length: int) -> None:
         """Refuse a global batch or length that the family cannot divide.
 
         Args:
-            batch_size: samples of a global batch, training's or evaluation's.
-            seq_length: tokens of a sample.
+            batch_size: samples in a global batch of training or evaluation.
+            seq_length: tokens per sample.
 
         Raises:
-            InputError: where it cannot.
+            InputError: the family cannot divide the batch or the length.
         """
 
     def check_prompts(self, *, training: bool) -> None:
-        """Refuse records of prompts and responses, packed as documents of one row, where that cannot be.
+        """Refuse prompt-response data, packed as documents of one row, if the family cannot use it.
 
         Args:
-            training: on them, not only evaluation.
+            training: True if the data is for training, False if only for evaluation.
 
         Raises:
-            InputError: where it cannot.
+            InputError: the family cannot use prompt-response data.
         """
         if not self.takes_document_masks:
             raise InputError(
@@ -78,41 +78,41 @@ class ObjectiveConfig:
         return False
 
     def prior_nats(self, vocabulary: Vocabulary) -> float:
-        """What the bound's protocol leaves out at t = 1: nats a token between the noise there and a prior.
+        """Prior term of the NELBO, in nats per token, which the published protocol leaves out.
 
         Args:
-            vocabulary: ids.
+            vocabulary: token ids of the model.
 
         Returns:
-            0 where the noise at t = 1 is the prior, or there is none.
+            KL divergence of the noise at t = 1 from the prior; 0 if the two are equal or there is no noise.
         """
         return 0.0
 
     @property
     def has_times(self) -> bool:
-        """Whether the bound is an integral over the diffusion time, which noisy copies estimate."""
+        """Whether the NELBO is an integral over the diffusion time, estimated from noisy copies."""
         return False
 
     @property
     def min_time(self) -> float:
-        """Smallest diffusion time of the bound; 0 where there are no times."""
+        """Smallest diffusion time in the NELBO; 0 for families without diffusion times."""
         return 0.0
 
     @property
     def text_multiple(self) -> int:
-        """What the length of a text must be a multiple of, which ends of documents fill up."""
+        """Tokens that a text's length must be a multiple of; end-of-document tokens pad it."""
         return 1
 
     @property
     def has_loss_by_time(self) -> bool:
-        """Whether a noisy copy's share of the bound belongs to one time."""
+        """Whether each noisy copy contributes to the NELBO at one single diffusion time."""
         return self.has_times and self.has_one_time and not self.has_parts
 
     def length_multiple(self, seq_length: int) -> int:
-        """What divides the positions of every forward, for layouts that cut them into equal parts.
+        """Divisor of the positions of every forward pass, for layouts that cut them into equal parts.
 
         Args:
-            seq_length: tokens of a sample.
+            seq_length: tokens per sample.
 
         Returns:
             `seq_length`, unless a family cuts its samples short.
@@ -128,29 +128,29 @@ class Objective(ABC):
     """A family of language models: what the network reads and what it is scored on."""
 
     def split(self, batch: TokenBatch, context: CorruptionContext) -> list[TokenBatch]:
-        """The microbatch in parts that one forward each can take; most families need one.
+        """Split the microbatch into parts that take one forward pass each; most families need only one part.
 
         Args:
-            batch: clean blocks with their positions in the run.
-            context: address of the draws.
+            batch: clean token blocks with their sample positions in the run.
+            context: address of the random draws.
 
         Returns:
-            Parts that hold every sample once; each goes to `corrupt` by itself.
+            Parts that together hold every sample once; `corrupt` is called on each part separately.
         """
         return [batch]
 
     @abstractmethod
     def corrupt(self, batch: TokenBatch, context: CorruptionContext) -> tuple[ModelInputs, Targets]:
-        """Draw the noise of one microbatch.
+        """Apply the forward process to one microbatch: draw the noise and corrupt the clean tokens.
 
-        Runs on the CPU without gradient or collectives; equal on every stage and rank that calls it.
+        Runs on the CPU without gradient or collectives; the result is equal on every stage and rank.
 
         Args:
-            batch: clean blocks with their positions in the run.
-            context: address of the draws.
+            batch: clean token blocks with their sample positions in the run.
+            context: address of the random draws.
 
         Returns:
-            What the denoiser reads and what the loss needs.
+            Inputs of the denoiser and targets of the loss.
         """
 
     @abstractmethod
@@ -159,7 +159,7 @@ class Objective(ABC):
 
         Args:
             logits_RVp: float32 [R, Vp]; may be overwritten.
-            targets: of the same rows.
+            targets: targets of the same rows.
             vocab: this rank's columns.
 
         Returns:
@@ -169,11 +169,11 @@ class Objective(ABC):
     def loss_and_dlogits(
         self, logits_RVp: Tensor, targets: RowTargets, vocab: VocabShard
     ) -> tuple[Tensor, Tensor]:
-        """Row losses and their gradients in the logits; autograd unless a family has a closed form.
+        """Row losses and their gradients with respect to the logits; autograd unless a family overrides it.
 
         Args:
-            logits_RVp: [R, Vp], float32 or, where `vocab.fused`, of the weights' dtype; may be overwritten.
-            targets: of the same rows.
+            logits_RVp: [R, Vp], float32 or, if `vocab.fused`, in the weights' dtype; may be overwritten.
+            targets: targets of the same rows.
             vocab: this rank's columns.
 
         Returns:

@@ -1,4 +1,4 @@
-"""What every diffusion family configures and draws alike: schedule, times, truncated lengths."""
+"""Settings and draws that all diffusion families share: noise schedule, times, truncated lengths."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class DiffusionConfig(ObjectiveConfig):
     """Noise schedule alpha_t, the share of clean tokens at time t: log-linear 1 - 0.999 t, linear 1 - t,
     cosine 1 - cos(pi (1 - t) / 2)."""
     time_epsilon: float = 1e-3
-    """Smallest diffusion time that is drawn."""
+    """Smallest diffusion time that is drawn, in [0, 1)."""
     time_order: TimeOrder = "scrambled"
     """How the strata of diffusion times are spread over the global batch. scrambled: any slice of the batch
     has times from all over [0, 1]; reference: in order, as in the paper's code."""
@@ -44,7 +44,7 @@ class DiffusionConfig(ObjectiveConfig):
             raise InputError(f"objective.ssl_multiple: {self.ssl_multiple} is below 1")
 
     def check_prompts(self, *, training: bool) -> None:
-        """Refuse random lengths in training too: a sample cut to its prompt has nothing to learn."""
+        """Also refuse random lengths in training: a sample cut to its prompt has no token to learn."""
         super().check_prompts(training=training)
         if training and self.ssl_ratio:
             raise InputError(
@@ -62,12 +62,12 @@ class DiffusionConfig(ObjectiveConfig):
 
     @property
     def has_times(self) -> bool:
-        """It is."""
+        """True: the NELBO of a diffusion family is an integral over the diffusion time."""
         return True
 
     @property
     def min_time(self) -> float:
-        """`time_epsilon`."""
+        """Smallest diffusion time in the NELBO, `time_epsilon`."""
         return self.time_epsilon
 
     def length_multiple(self, seq_length: int) -> int:
@@ -78,18 +78,18 @@ class DiffusionConfig(ObjectiveConfig):
 def clean_tokens(
     batch: TokenBatch, context: CorruptionContext, config: DiffusionConfig, multiple: int = 1
 ) -> NDArray[np.int64]:
-    """The tokens to corrupt: a block without its look-ahead, now and then cut short.
+    """Tokens to corrupt: a block without its look-ahead token, cut short with probability `ssl_ratio`.
 
-    The length is drawn for the whole global batch, so every layout cuts alike.
+    One length is drawn for the whole global batch, so all layouts cut to the same length.
 
     Args:
-        batch: clean blocks.
-        context: address of the draw; evaluation never cuts.
-        config: says how often.
-        multiple: the length is rounded up to a multiple of this, too.
+        batch: clean token blocks.
+        context: address of the random draw; evaluation never cuts.
+        config: configuration with `ssl_ratio` and `ssl_multiple`.
+        multiple: the length is also rounded up to a multiple of this.
 
     Returns:
-        int64 [B, L'], L' the whole length or one uniform in {1, ..., L}.
+        int64 [B, L'], L' the whole length or a uniform draw from {1, ..., L}, rounded up.
     """
     tokens_BL: NDArray[np.int64] = batch.token_ids[:, :-1].numpy()
     length = tokens_BL.shape[1]

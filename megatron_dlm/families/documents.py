@@ -1,6 +1,6 @@
-"""Blocks whose documents do not see each other: the corruption of a family, then each document by itself.
+"""Packed documents that do not attend to each other: a family's corruption, then per-document positions.
 
-Prompts with their responses are such documents.
+A prompt with its response is one such document.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from megatron_dlm.interfaces import ModelInputs, Targets, TokenBatch
 def corrupt(
     objective: Objective, batch: TokenBatch, context: CorruptionContext
 ) -> tuple[ModelInputs, Targets]:
-    """The family's corruption; where the batch knows its documents, attention and positions are theirs.
+    """Corrupt a batch; with document ids, attention stays inside a document and positions restart in it.
 
-    The noise is that of the whole block. AR still predicts a document's first token, from the one before it.
+    The noise is drawn for the whole block. AR still predicts a document's first token, from the one before.
 
     Args:
-        objective: the family.
+        objective: objective of the family.
         batch: one part of a microbatch, see `Objective.split`.
-        context: address of the draws.
+        context: address of the random draws.
 
     Returns:
-        What the denoiser reads and what the loss needs.
+        Inputs of the denoiser and targets of the loss.
     """
     inputs, targets = objective.corrupt(batch, context)
     if batch.document_ids is None:
@@ -44,13 +44,13 @@ def corrupt(
 
 
 def document_starts(document_ids_BL: Tensor) -> Tensor:
-    """First position of the document that each token belongs to.
+    """Position at which each token's document begins.
 
     Args:
-        document_ids_BL: int64 [B, L], not falling along a row.
+        document_ids_BL: int64 [B, L], non-decreasing along a row.
 
     Returns:
-        int64 [B, L].
+        int64 [B, L] first positions.
     """
     first = torch.ones_like(document_ids_BL, dtype=torch.bool)
     first[:, 1:] = document_ids_BL[:, 1:] != document_ids_BL[:, :-1]

@@ -38,17 +38,17 @@ def _objective_in(folder: str) -> type[ObjectiveConfig]:
 
 _OBJECTIVE_IN = {folder: _objective_in(folder) for folder in FOLDERS}
 OBJECTIVES: dict[str, type[ObjectiveConfig]] = {config.name: config for config in _OBJECTIVE_IN.values()}
-"""Configuration of each family by its name, which is that of its folder, with "-" for "_"."""
+"""Configuration class of each family by name; the name is the folder's, with "-" in place of "_"."""
 
 
 def folder_of(family: str) -> str:
     """The folder of a family.
 
     Args:
-        family: registered name.
+        family: registered name of the family.
 
     Returns:
-        Its name.
+        Name of the family's folder.
 
     Raises:
         InputError: no family has that name.
@@ -60,32 +60,32 @@ def folder_of(family: str) -> str:
 
 
 def sampler_of(family: str) -> type[FamilySampler]:
-    """The samplers of a family.
+    """The sampler class of a family.
 
     Args:
-        family: registered name.
+        family: registered name of the family.
 
     Returns:
-        The class.
+        The family's `Sampler`.
 
     Raises:
-        InputError: the family is unknown or has none.
+        InputError: the family is unknown or has no sampler.
     """
     sampler: type[FamilySampler] = _part(family, "sampler", "Sampler")
     return sampler
 
 
 def likelihood_of(family: str) -> type[FamilyLikelihood]:
-    """The likelihood of a family's exported models.
+    """The class that computes the likelihood of a family's exported models.
 
     Args:
-        family: registered name.
+        family: registered name of the family.
 
     Returns:
-        The class.
+        The family's `Likelihood`.
 
     Raises:
-        InputError: the family is unknown or has none.
+        InputError: the family is unknown or has no likelihood.
     """
     likelihood: type[FamilyLikelihood] = _part(family, "likelihood", "Likelihood")
     return likelihood

@@ -11,20 +11,20 @@ import triton.language as tl
 from torch import Tensor
 
 WARPS_OF_A_PROCESSOR = 16
-"""What the registers of a GPU's multiprocessor hold of programs that keep sums while they go over rows."""
+"""Warps per GPU multiprocessor, limited by registers, for programs that accumulate sums over rows."""
 PROGRAMS_WITHOUT_GPU = 8
 
 
 @cache
 def programs_of(device: torch.device, warps: int) -> int:
-    """Programs of a kernel that go over several rows each; so many that all run at once and end together.
+    """Number of programs for a kernel whose programs loop over rows, so that all run and end together.
 
     Args:
-        device: of the kernel.
-        warps: of a program.
+        device: device that the kernel runs on.
+        warps: warps per program.
 
     Returns:
-        Their number; backward passes leave as many partial sums.
+        Number of programs; a backward pass writes one partial sum per program.
     """
     if device.type != "cuda":
         return PROGRAMS_WITHOUT_GPU

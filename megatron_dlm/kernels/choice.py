@@ -26,8 +26,8 @@ def wants_triton(kernels: Kernels, device: torch.device) -> bool:
     """Whether kernels of this package run on `device`.
 
     Args:
-        kernels: what was asked for.
-        device: of the run.
+        kernels: requested kernels.
+        device: device of the run.
 
     Returns:
         True for Triton, False for PyTorch.

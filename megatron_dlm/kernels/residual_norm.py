@@ -1,11 +1,11 @@
-"""What stands between two matrix products of an adaLN layer, in one pass each way, in Triton.
+"""Gated residual addition and modulated LayerNorm of an adaLN layer, fused into one Triton kernel per pass.
 
-A branch with its bias, times a sample's gate, is added to the residual stream; the sum's bias-free LayerNorm
-n is modulated by a sample's shift and scale: y = n * weight * (1 + scale) + shift. Either half may be left
-out: a layer begins with a norm alone and ends with a gate alone. The stream is read once and written once. In
-the backward pass the gradients that come by the stream and by y are added here, and a program takes some
-positions of one sample and keeps the sums that the gradients of gate, shift, scale, weight and bias follow
-from.
+A branch plus its bias, times the sample's gate, is added to the residual stream; the bias-free LayerNorm n of
+the sum is modulated by the sample's shift and scale: y = n * weight * (1 + scale) + shift. Either half may be
+left out: a layer begins with a norm alone and ends with a gate alone. The stream is read and written once. In
+the backward pass the gradients with respect to the stream and to y are added here; each program handles some
+positions of one sample and accumulates the sums from which the gradients of gate, shift, scale, weight and
+bias are computed.
 
 Shape legend, as in megatron-core: s sequence, b batch, d hidden size; G groups of positions.
 """
@@ -174,13 +174,13 @@ def modulated_norm(
     Args:
         stream: float32 or float64 [s, b, d].
         weight: [d].
-        shift: [b, d]; its rows may lie apart.
-        scale: [b, d]; likewise.
+        shift: [b, d]; rows may be strided.
+        scale: [b, d]; rows may be strided.
         epsilon: added to the variance.
-        dtype: of y; all is computed in float32, or float64 for such a stream.
+        dtype: dtype of y; computation is in float32, or in float64 for a float64 stream.
 
     Returns:
-        The stream, for what it is needed for besides, so that its gradients are added here; and y [s, b, d].
+        The stream, to be used by later operations so that the kernel adds its gradients; and y [s, b, d].
     """
     found: tuple[Tensor, Tensor] = _ResidualNorm.apply(
         stream, None, None, None, weight, shift, scale, epsilon, dtype
@@ -239,18 +239,18 @@ def gated_residual_norm(
 def normed_again(
     stream: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, epsilon: float, dtype: torch.dtype
 ) -> Tensor:
-    """Y of `modulated_norm` once more, without a gradient, where it was not kept.
+    """Recompute y of `modulated_norm`, without gradient tracking, for a backward pass that did not keep it.
 
     Args:
-        stream: as then.
-        weight: as then.
-        shift: as then.
-        scale: as then.
-        epsilon: as then.
-        dtype: as then.
+        stream: stream of the first computation.
+        weight: weight of the first computation.
+        shift: shift of the first computation.
+        scale: scale of the first computation.
+        epsilon: epsilon of the first computation.
+        dtype: dtype of the first computation.
 
     Returns:
-        [s, b, d] with the same bits.
+        y [s, b, d], equal bit for bit.
     """
     normed = weight, _rows(shift), _rows(scale)
     return _launch_forward(stream, None, normed, epsilon, dtype)[1]

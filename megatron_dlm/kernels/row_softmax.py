@@ -25,7 +25,7 @@ LOWEST = tl.constexpr(-1e30)
 
 @triton.jit
 def _load(logits, columns, width, first, mask_id, size, WIDE: tl.constexpr):
-    """A block of a row; what is never predicted, and what lies behind the row's end, is LOWEST."""
+    """Load a block of a row; the mask token, padding and columns beyond the row's end are LOWEST."""
     kept = (columns < width) & (columns + first != mask_id) & (columns + first < size)
     value = tl.load(logits + columns, mask=columns < width, other=0.0).to(WIDE)
     return tl.where(kept, value, LOWEST)
@@ -125,9 +125,9 @@ def _divergence_sums(
     logits, log_sums, ratios, noisy, clean, out, rows, stride, width, first, mask_id, size,
     WHOLE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of each row sum ln(1 + r p), sum r p / (1 + r p), p at the noisy and at the clean id.
+    """For each row: sum ln(1 + r p), sum r p / (1 + r p), p at the noisy id and p at the clean id.
 
-    Where a row is the WHOLE vocabulary its log-sum-exp is taken here, and written.
+    If a row spans the WHOLE vocabulary, its log-sum-exp is computed and stored here too.
     """
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
@@ -187,15 +187,15 @@ def _geometry(logits_RVp: Tensor, vocab: VocabShard) -> tuple[tuple[int, ...], d
 
 
 def log_sum_exp(logits_RVp: Tensor, ids_R: Tensor, vocab: VocabShard) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp of each row over the whole vocabulary, and one logit of it.
+    """Log-sum-exp of each row over the whole vocabulary, and the logit of one id per row.
 
     Args:
         logits_RVp: [R, Vp] of any dtype.
-        ids_R: int64 [R], of those logits.
+        ids_R: int64 [R], the id whose logit is returned for each row.
         vocab: this rank's columns.
 
     Returns:
-        Two of [R], float32 or, for float64 logits, float64; equal on all ranks.
+        Log-sum-exps [R] and logits [R], float32, or float64 for float64 logits; equal on all ranks.
     """
     dtype = torch.promote_types(logits_RVp.dtype, torch.float32)
     max_R, sum_R, picked_R = (logits_RVp.new_empty(len(logits_RVp), dtype=dtype) for _ in range(3))

@@ -28,7 +28,7 @@ from megatron_dlm.models.time_embedding import Fp32Linear
 
 @dataclass
 class AdaLNLayerSubmodules:
-    """What an adaLN layer is built of."""
+    """Specs of the submodules of an adaLN layer."""
 
     self_attention: ModuleSpec
     mlp: ModuleSpec
@@ -68,7 +68,7 @@ class FusedModulatedNorm(ModulatedNorm):
         return gated_residual_norm(stream, gate, branch, *options)
 
     def again(self, stream: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        """The modulated norm once more, without a gradient."""
+        """Recompute the modulated norm, without gradient tracking."""
         from megatron_dlm.kernels.residual_norm import normed_again
 
         return normed_again(stream, self.weight, shift, scale, LAYER_NORM_EPSILON, self.dtype)
@@ -121,8 +121,8 @@ class AdaLNTransformerLayer(MegatronModule, BaseTransformerLayer):
 
         Args:
             hidden_states: float32 [s, b, d].
-            attention_mask: in place of the core's own pattern, in a form that the core takes; or None.
-            context: float32 [b, c].
+            attention_mask: replaces the attention core's own pattern, in a form the core accepts; or None.
+            context: conditioning vector, float32 [b, c].
             rotary_pos_emb: float32 [s, b or 1, 1, head_dim], from `rotary_table`.
             **unused: inference arguments of megatron-core's block.
 
@@ -138,7 +138,7 @@ class AdaLNTransformerLayer(MegatronModule, BaseTransformerLayer):
         return self.replay(*inputs), context
 
     def _run_hooks(self) -> None:
-        """What megatron-core does before a module reads its weights; a replay calls no module."""
+        """Run megatron-core's forward pre-hooks (such as parameter gathering), which a graph replay skips."""
         for module in self.modules():
             for hook in module._forward_pre_hooks.values():
                 hook(module, ())

@@ -70,7 +70,7 @@ def gather_positions(own: Tensor, group: ProcessGroup) -> Tensor:
 
 
 class RotarySelfAttention(SelfAttention):
-    """megatron-core's self-attention, whose query and key are turned where they leave the projection."""
+    """megatron-core's self-attention with rotary embeddings applied right after the QKV projection."""
 
     def forward(self, *args: Any, rotary_pos_emb: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Self-attention as in the base class, with `rotary_pos_emb` from `rotary_table`."""

@@ -1,8 +1,8 @@
-"""Masks for FlexAttention: which blocks of pairs are visible as a whole, in part or not at all.
+"""Block masks for FlexAttention: which blocks of (query, key) pairs are visible fully, partly or not at all.
 
-Made from the numbers that a mask has for each position, on the CPU beside the noise; no [s, S] tensor exists.
-Queries, keys and lists of blocks travel as one tensor, as megatron-core passes a layer's mask on.
-Shape legend: B microbatch sequences, or 1 where all are alike; s queries, S keys, Q and K blocks of them.
+Built on the CPU from the three numbers that a mask has per position; an [s, S] tensor is never built.
+Queries, keys and block lists are packed into one tensor, since megatron-core passes one mask to each layer.
+Shape legend: B microbatch sequences, or 1 if all share a mask; s queries in Q blocks, S keys in K blocks.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ class BlockTable:
     keys: Tensor
     """[B, 3, S] of the mask."""
     kv_num_blocks: Tensor
-    """[B, Q], key blocks that a query block sees a part of."""
+    """[B, Q], number of key blocks that each query block sees in part."""
     kv_indices: Tensor
-    """[B, Q, K], those, then the others."""
+    """[B, Q, K], indices of those key blocks first, then of all other key blocks."""
     full_kv_num_blocks: Tensor
-    """[B, Q], key blocks that it sees all of."""
+    """[B, Q], number of key blocks that each query block sees fully."""
     full_kv_indices: Tensor
-    """[B, Q, K]."""
+    """[B, Q, K], indices of the fully visible key blocks first, then of all others."""
     q_num_blocks: Tensor
-    """[B, K], the same by key block."""
+    """[B, K], number of query blocks that see part of each key block."""
     q_indices: Tensor
-    """[B, K, Q]."""
+    """[B, K, Q], indices of those query blocks first, then of all others."""
     full_q_num_blocks: Tensor
-    """[B, K]."""
+    """[B, K], number of query blocks that see each key block fully."""
     full_q_indices: Tensor
-    """[B, K, Q]."""
+    """[B, K, Q], indices of those query blocks first, then of all others."""
 
 
 def _shapes(s: int, S: int) -> dict[str, tuple[int, ...]]:
@@ -111,10 +111,11 @@ def unpack_table(table: Tensor, s: int, S: int) -> BlockTable:
 def _classify(
     queries: NDArray[np.int32], keys: NDArray[np.int32]
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Bool [B, Q, K], blocks with pairs of which some may be visible, and blocks with all pairs visible.
+    """Two bool [B, Q, K]: blocks in which some pairs may be visible, and blocks with all pairs visible.
 
-    By smallest and largest numbers of each block. A block of the first kind may turn out to have none, or
-    all, where numbers of a block are not in order: that costs time, and its pairs are looked at one by one.
+    Decided from the minimum and maximum of each block's numbers. If the numbers within a block are unsorted,
+    a block of the first kind may in fact have no or all pairs visible: slower, but still correct, since the
+    kernel tests its pairs one by one.
     """
     (reach_lo, group_lo, document_lo), (reach_hi, group_hi, document_hi) = _bounds(queries)
     (order_lo, kind_lo, text_lo), (order_hi, kind_hi, text_hi) = _bounds(keys)

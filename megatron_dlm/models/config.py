@@ -11,10 +11,10 @@ from megatron_dlm.platform.parallel_config import ParallelConfig
 Precision = Literal["fp32", "bf16", "fp8"]
 """Precision of parameters and matrix products; fp8 has bf16 parameters and FP8 products in the layers."""
 TransformerImpl = Literal["local", "transformer_engine"]
-"""Whose linears and attention: megatron-core's and PyTorch's, or Transformer Engine's."""
+"""Implementation of linears and attention. local: megatron-core's and PyTorch's; or Transformer Engine's."""
 Recompute = Literal["none", "norms", "selective", "full"]
-"""Activations made again in the backward pass: none; modulated norms; these and GELU, which cost no matrix
-product; whole layers."""
+"""Activations to recompute in the backward pass. none; norms: modulated norms; selective: modulated norms and
+GELU, which cost no matrix product; full: whole layers."""
 LAYER_NORM_EPSILON = 1e-5
 ROTARY_BASE = 10000.0
 

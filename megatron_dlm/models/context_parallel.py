@@ -40,14 +40,14 @@ def own_share(inputs: ModelInputs, targets: Targets, rank: int, size: int) -> tu
     """Cut a microbatch to one context parallel rank's positions.
 
     Args:
-        inputs: of S positions, on the CPU.
-        targets: of the same positions.
+        inputs: model inputs for S positions, on the CPU.
+        targets: targets for the same positions.
         rank: context parallel rank.
-        size: context parallel size; 1 gives back what came in.
+        size: context parallel size; 1 returns the arguments unchanged.
 
     Returns:
-        Inputs and targets of S / size positions; a mask keeps all keys, documents all positions. Rank 0
-        counts all the tokens.
+        Inputs and targets for S / size positions; an attention mask keeps all keys and document ids keep all
+        positions. The token count is that of the whole microbatch on rank 0, and 0 on other ranks.
     """
     if size == 1:
         return inputs, targets

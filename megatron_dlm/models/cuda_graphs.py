@@ -32,12 +32,12 @@ class _Computation(nn.Module):
 def record_layers(
     layers: Sequence[AdaLNTransformerLayer], inputs: Sequence[Tensor], constants: Sequence[Tensor]
 ) -> None:
-    """Record forward and backward passes, which the layers replay from then on wherever they are trained.
+    """Record the layers' forward and backward passes as CUDA graphs, which training replays from then on.
 
     Args:
-        layers: of one stage, in order.
-        inputs: with gradients, of the first one's `compute`; all later ones have the same shapes.
-        constants: what `compute` takes behind them, the same for all layers. A replay reads this very memory.
+        layers: layers of one pipeline stage, in order.
+        inputs: inputs of the first layer's `compute` that need gradients; later layers have the same shapes.
+        constants: remaining inputs of `compute`, shared by all layers. Replays read this very memory.
     """
     samples = tuple(
         (*(tensor.detach().clone().requires_grad_() for tensor in inputs), *constants) for _ in layers
@@ -50,10 +50,10 @@ def record_layers(
 
 
 def forget_layers(layers: Sequence[AdaLNTransformerLayer]) -> None:
-    """Give recordings up; a communicator does not end while a recording holds its kernels.
+    """Release CUDA graphs: a NCCL communicator cannot be destroyed while a graph holds its kernels.
 
     Args:
-        layers: that compute from then on.
+        layers: layers to run without graphs from then on.
     """
     for layer in layers:
         layer.replay = None
@@ -63,11 +63,11 @@ def forget_layers(layers: Sequence[AdaLNTransformerLayer]) -> None:
 
 @contextmanager
 def where_recordings_may_join() -> Iterator[None]:
-    """A stream of its own, for megatron-core's data parallel wrapper around layers that are to be recorded.
+    """Use a side CUDA stream while creating megatron-core's DDP wrapper around layers to be recorded.
 
-    The wrapper keeps the nodes that sum parameters' gradients, which stay on the stream it was made on.
-    A recording waits on it, which ends with cudaErrorStreamCaptureImplicit where it is the default stream
-    (pytorch/pytorch#180090); Megatron-LM's own training makes its wrapper so.
+    The wrapper keeps the AccumulateGrad nodes of the parameters, which stay on the stream it was created on.
+    Graph capture waits on that stream, and fails with cudaErrorStreamCaptureImplicit if it is the default
+    stream (pytorch/pytorch#180090). Megatron-LM's own training creates its wrapper the same way.
 
     Yields:
         Nothing.

@@ -1,4 +1,4 @@
-"""What one process holds of the denoiser: embedding, adaLN layers, final layer; the head hangs on the last.
+"""The part of the denoiser on one process: adaLN layers, embedding (first stage), head (last stage).
 
 Shape legend: B microbatch sequences, L tokens, D hidden size; hidden states are [L, B, D].
 """
@@ -36,7 +36,7 @@ from megatron_dlm.platform.vocab_parallel import VocabShard, padded_vocabulary_s
 
 
 class Denoiser(MegatronModule):
-    """A run of layers on one process: its pipeline stage, or one of several chunks of it."""
+    """Consecutive layers on one process: a pipeline stage, or one of its chunks if it is interleaved."""
 
     # megatron-core's schedules and its search for tied embeddings ask for these.
     model_type = ModelType.encoder_or_decoder
@@ -99,7 +99,7 @@ class Denoiser(MegatronModule):
 
     @property
     def chunks(self) -> list[Denoiser]:
-        """Itself: what a `ChunkedDenoiser` has several of."""
+        """A list with this model alone; a `ChunkedDenoiser` has several chunks."""
         return [self]
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
@@ -170,7 +170,7 @@ class Denoiser(MegatronModule):
             self._recorded_constants = None
 
     def _mask_for_attention(self, inputs: ModelInputs) -> Tensor | None:
-        """What the layers' attention is given in place of the family's pattern: one tensor, as it travels."""
+        """Mask for the layers' attention as one tensor; None: the family's attention pattern applies."""
         mask = visibility(inputs, self.attention)
         if mask is None:
             return None
@@ -187,7 +187,7 @@ class Denoiser(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> ShardedStateDict:
-        """As megatron-core's, with the time embedder's copies on later stages marked as replicas."""
+        """Sharded state dict of megatron-core, with the time embedder of later stages marked as a replica."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         for name, tensor in state.items():
             if name.startswith(f"{prefix}time_embedder."):
@@ -219,9 +219,9 @@ class ChunkedDenoiser(nn.Module):
 
 
 def _mark_tensor_parallel(model: nn.Module) -> None:
-    """Mark weights that are cut over tensor parallel ranks, so that the gradient norm counts every part.
+    """Mark weights that are sharded over tensor parallel ranks, so that the gradient norm counts every shard.
 
-    megatron-core marks them only where it draws them itself; unmarked, all parts but rank 0's are left out.
+    megatron-core marks only weights it initializes itself; of unmarked weights only rank 0's shard counts.
     """
     cut_dim = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
     for module in model.modules():
@@ -231,9 +231,9 @@ def _mark_tensor_parallel(model: nn.Module) -> None:
 
 
 def _mark_sequence_parallel(model: nn.Module) -> None:
-    """Mark what works on a part of the positions, so that its gradients are summed over tensor ranks.
+    """Mark parameters used on sequence shards, so that gradients are summed over tensor parallel ranks.
 
-    Norms, modulations and, through these, the time embedder; megatron-core marks its own linears' biases.
+    These are norms, modulations and the time embedder; megatron-core marks the biases of its own linears.
     """
     for module in model.modules():
         if isinstance(module, ModulatedNorm | TimeEmbedder):

@@ -1,4 +1,4 @@
-"""megatron-core's configuration of the denoiser, with what this package's layers need beside it."""
+"""Denoiser configuration: megatron-core's TransformerConfig plus the fields of this package's layers."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from megatron_dlm.platform.parallel_config import ParallelConfig
 
 @dataclass
 class DenoiserConfig(TransformerConfig):
-    """megatron-core's fields, and those of this package's layers."""
+    """megatron-core's TransformerConfig plus the fields of this package's layers."""
 
     has_cond_embedder: bool = True
     """Read by megatron-core: gradients of the time embedder, which every pipeline stage has a copy of, are
     summed over the stages."""
     weights_dtype: torch.dtype = torch.float32
-    """What weights are kept in; layers see them in `params_dtype`, in which fully sharded ones are
-    gathered."""
+    """Storage dtype of the weights; layers compute with weights in `params_dtype`, the dtype in which fully
+    sharded weights are gathered."""
     fused_kernels: bool = False
     """Use this package's Triton kernels."""
     recomputes_gelu: bool = False
@@ -128,7 +128,7 @@ def _parallel_fields(model: ModelConfig, parallel: ParallelConfig) -> dict[str, 
 
 
 def _pipeline_layout(model: ModelConfig, parallel: ParallelConfig) -> list[list[str]] | None:
-    """megatron-core's table of what each stage holds; None for one stage."""
+    """megatron-core's layout: the parts each pipeline stage holds; None with one stage."""
     stages = parallel.pipeline_model_parallel_size * parallel.virtual_pipeline_model_parallel_size
     if stages == 1:
         return None
@@ -150,7 +150,7 @@ def _recompute_fields(recompute: Recompute) -> dict[str, Any]:
 
 
 def _fp8_fields(fp8: Fp8Config | None, transformer_impl: TransformerImpl) -> dict[str, Any]:
-    """megatron-core's fields; those that make it enter Transformer Engine's contexts only with that."""
+    """megatron-core's FP8 fields; those that enable Transformer Engine's FP8 only with that backend."""
     if fp8 is None:
         return {}
     fields: dict[str, Any] = {

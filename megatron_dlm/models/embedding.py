@@ -17,7 +17,7 @@ from megatron_dlm.models.denoiser_config import DenoiserConfig
 
 
 class TokenEmbedding(VocabParallelEmbedding):
-    """megatron-core's, which also embeds mixtures of tokens."""
+    """megatron-core's vocabulary-parallel embedding, extended to mixtures of tokens."""
 
     def __init__(
         self, num_embeddings: int, hidden_size: int, config: DenoiserConfig, tensor_group: ProcessGroup

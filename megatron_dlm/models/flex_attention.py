@@ -41,13 +41,13 @@ def _compiled() -> Callable[..., Any]:
 
 
 def block_mask(table: BlockTable) -> BlockMask:
-    """FlexAttention's form of a table.
+    """Convert a block table to FlexAttention's BlockMask.
 
     Args:
-        table: of one microbatch.
+        table: block table of one microbatch.
 
     Returns:
-        The mask, for any number of heads.
+        The mask, which broadcasts over heads.
     """
 
     def per_head(numbers: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ ROW_MULTIPLE = 16
 
 @dataclass(frozen=True)
 class HeadLosses:
-    """What one microbatch costs."""
+    """Losses of one microbatch."""
 
     loss: Tensor
     """Sum of weight * loss, with its gradient; float32, or float64 from such weights."""

@@ -1,4 +1,4 @@
-"""What the linears before and behind attention have in common, whoever makes their products."""
+"""Shared base of the linears before and after attention, for every backend: no bias, padded heads."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 
 class HeadsLinear(nn.Module):
-    """Put before a parallel linear as a base class: without bias, and padded heads may differ on loading."""
+    """Mixin for a parallel linear: no bias, and a checkpoint may have another number of padded heads."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **(kwargs | {"bias": False}))

@@ -47,7 +47,7 @@ class EmulatedAttentionOutputLinear(HeadsLinear, EmulatedRowParallelLinear):
 
 @dataclass(frozen=True)
 class _Parts:
-    """What multiplies and attends."""
+    """Module classes for the linears and the attention core of a layer."""
 
     qkv: Any
     core: Any

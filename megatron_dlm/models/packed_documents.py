@@ -15,11 +15,11 @@ from torch import Tensor
 def attend_within(
     edges: Tensor, core: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
 ) -> Tensor:
-    """Attention that stays within documents, by a core that takes them packed.
+    """Attention restricted to documents, by an attention core that supports packed sequences.
 
     Args:
-        edges: int32 [documents + 1], where documents begin in the samples one after the other, and their end.
-        core: of [tokens, n, h] to [tokens, n * h], with megatron-core's `packed_seq_params`.
+        edges: int32 [documents + 1], document starts in the concatenated samples, then the total length.
+        core: attention core from [tokens, n, h] to [tokens, n * h] that takes `packed_seq_params`.
         query: [s, b, n, h].
         key: [s, b, n, h].
         value: [s, b, n, h].

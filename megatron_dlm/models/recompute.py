@@ -15,19 +15,19 @@ from megatron_dlm.models.denoiser_config import DenoiserConfig
 
 
 def recomputes_cheap_ones(config: DenoiserConfig) -> bool:
-    """Whether values that cost no matrix product are to be made again in the backward pass that follows."""
+    """Whether activations that cost no matrix product are recomputed in the backward pass."""
     # Transformer Engine's FP8 linears keep an FP8 copy of what they read, not the value itself.
     return config.recompute_granularity == "selective" and torch.is_grad_enabled() and not config.fp8
 
 
 @contextmanager
 def not_keeping(value: Tensor, config: DenoiserConfig, again: Callable[[], Tensor]) -> Iterator[None]:
-    """Let what reads a value keep the way to make it again, not the value, for the backward pass.
+    """Within this context, operations that save `value` for backward recompute it there instead.
 
     Args:
-        value: what is read meanwhile; of no use to anyone afterwards.
-        config: tells whether anything is made again.
-        again: makes the same bits.
+        value: activation that is read within the context and not needed afterwards.
+        config: selects whether anything is recomputed.
+        again: recomputes `value`, bit for bit.
 
     Yields:
         Nothing.
@@ -50,7 +50,7 @@ def not_keeping(value: Tensor, config: DenoiserConfig, again: Callable[[], Tenso
 
 
 class Recomputable:
-    """A function's value that one linear layer reads; it can be dropped and made again for the gradient."""
+    """A function's output that one linear reads; it can be freed and recomputed for the backward pass."""
 
     def __init__(self, config: DenoiserConfig, function: Callable[..., Tensor], *inputs: Any) -> None:
         wanted = recomputes_cheap_ones(config)

@@ -43,7 +43,7 @@ _SHAPES = {
     "2121M": (2176, 28, 17),
 }
 PAPER_1_7B = "2121M"
-"""What the paper calls 1.7B."""
+"""Name, in this table, of the model that the paper calls 1.7B."""
 
 
 def paper_model(name: str) -> ModelConfig:

@@ -19,24 +19,24 @@ from megatron_dlm.models.block_table import pack_table
 
 @dataclass(frozen=True)
 class MaskForms:
-    """What the layers' attention takes in place of a dense mask."""
+    """Mask forms that the layers' attention accepts instead of a dense mask."""
 
     edges: bool = False
-    """Documents packed, by their edges."""
+    """Attention accepts packed documents, given by the document edges (cu_seqlens)."""
     table: bool = False
-    """A table of blocks."""
+    """Attention accepts a block table (FlexAttention)."""
 
 
 def with_one_mask(inputs: ModelInputs, pattern: AttentionPattern, forms: MaskForms) -> ModelInputs:
-    """Inputs whose mask holds their documents too.
+    """Merge the document ids of the inputs into their attention mask.
 
     Args:
-        inputs: of all positions, on the CPU.
-        pattern: of the family.
-        forms: of the layers' attention.
+        inputs: model inputs for all positions, on the CPU.
+        pattern: attention pattern of the model family.
+        forms: mask forms that the layers' attention accepts.
 
     Returns:
-        The same to any network, with edges where attention takes them.
+        Equivalent inputs without document ids; the mask has document edges if the attention accepts them.
     """
     mask, documents_BS = visibility(inputs, pattern), inputs.document_ids_BL
     if mask is not None and documents_BS is not None and forms.edges and inputs.attention_mask is None:
@@ -45,13 +45,13 @@ def with_one_mask(inputs: ModelInputs, pattern: AttentionPattern, forms: MaskFor
 
 
 def with_table(inputs: ModelInputs) -> ModelInputs:
-    """Inputs whose mask, where they have one without edges, has its table of blocks.
+    """Add the block table to the attention mask of the inputs, if there is a mask and it has no edges.
 
     Args:
-        inputs: of the positions that a rank holds, on the CPU.
+        inputs: model inputs for the positions that this rank holds, on the CPU.
 
     Returns:
-        The same to any network.
+        Equivalent inputs.
     """
     mask = inputs.attention_mask
     if mask is None or mask.edges is not None:
@@ -60,14 +60,14 @@ def with_table(inputs: ModelInputs) -> ModelInputs:
 
 
 def visibility(inputs: ModelInputs, pattern: AttentionPattern) -> AttentionMask | None:
-    """Who may look at whom.
+    """The attention mask of a microbatch: which keys each query attends to.
 
     Args:
-        inputs: of all positions; their mask, where there is one, takes the place of `pattern`.
-        pattern: of the family.
+        inputs: model inputs for all positions; if they carry a mask, it replaces `pattern`.
+        pattern: attention pattern of the model family.
 
     Returns:
-        The mask, inside documents where the inputs have them; None where the pattern is all there is.
+        The mask, restricted to documents if the inputs have document ids; None if `pattern` alone applies.
     """
     mask, documents_BS = inputs.attention_mask, inputs.document_ids_BL
     if documents_BS is None:
@@ -78,15 +78,15 @@ def visibility(inputs: ModelInputs, pattern: AttentionPattern) -> AttentionMask 
 
 
 def pattern_mask(pattern: AttentionPattern, length: int, device: torch.device | None = None) -> AttentionMask:
-    """A pattern as a mask.
+    """The attention mask that corresponds to a pattern.
 
     Args:
-        pattern: which.
-        length: S.
-        device: where.
+        pattern: causal or bidirectional.
+        length: S, number of positions.
+        device: device to create the mask on.
 
     Returns:
-        The mask, [1, 3, S].
+        The mask; its queries and keys are [1, 3, S].
     """
     places = torch.arange(length, dtype=torch.int32, device=device)
     order = places if pattern == AttentionPattern.CAUSAL else torch.zeros_like(places)
@@ -94,14 +94,14 @@ def pattern_mask(pattern: AttentionPattern, length: int, device: torch.device | 
 
 
 def within_documents(mask: AttentionMask, documents_BS: Tensor) -> AttentionMask:
-    """Leave of a mask what stays within documents.
+    """Restrict a mask to pairs of positions in the same document.
 
     Args:
-        mask: of all positions.
-        documents_BS: int64 [B, S], equal for positions of one document.
+        mask: attention mask of all positions.
+        documents_BS: int64 [B, S], document id of each position.
 
     Returns:
-        The mask, [B, 3, S].
+        The restricted mask; its queries and keys are [B, 3, S].
     """
     # Of a shard's millions of documents a sample has few.
     numbers_BS = (documents_BS - documents_BS.amin(dim=1, keepdim=True)).int()
@@ -112,14 +112,14 @@ def within_documents(mask: AttentionMask, documents_BS: Tensor) -> AttentionMask
 
 
 def own_queries(mask: AttentionMask, own: Tensor) -> AttentionMask:
-    """The mask of some queries and all keys.
+    """The mask restricted to some queries; all keys stay.
 
     Args:
-        mask: of all positions.
-        own: int64 [s], which.
+        mask: attention mask of all positions.
+        own: int64 [s], indices of the queries to keep.
 
     Returns:
-        The mask.
+        The mask of the s queries and all S keys.
     """
     return replace(mask, queries=mask.queries[:, :, own])
 

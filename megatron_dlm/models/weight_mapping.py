@@ -1,4 +1,4 @@
-"""Where a full tensor under its public name lies in this process: one table for drawing, import and export.
+"""Maps full tensors by public name to this process's parameters, for initialization, import and export.
 
 Public names and shapes are those of the paper's code (github.com/s-sahoo/scaling-dllms, models/dit.py).
 megatron-core keeps query, key and value of a head together, pads heads and vocabulary, and cuts tensors
@@ -144,13 +144,13 @@ def _public_name(local_name: str, denoiser: Denoiser) -> str:
 
 
 def stored_place(name: str) -> tuple[str, int | None]:
-    """Key of a tensor in a checkpoint and, as layers are stacked along the first axis, its layer.
+    """Checkpoint key of a tensor, and its layer index, since layers are stacked along the first axis.
 
     Args:
-        name: public.
+        name: public name of the tensor.
 
     Returns:
-        Key of the whole tensor, padding included, and the layer's index or None.
+        Key of the stored tensor, padding included, and the layer's index; None for a tensor outside layers.
     """
     module, _, kind = name.rpartition(".")
     if name in _PREFIXES.values():
@@ -167,12 +167,12 @@ def unpadded_size(key: str, size: Sequence[int], vocabulary_size: int) -> list[i
     """The size of a stored tensor without the rows that pad the vocabulary.
 
     Args:
-        key: of a checkpoint's tensor, a weight or optimizer state of one.
-        size: as stored.
-        vocabulary_size: ids.
+        key: checkpoint key of a weight, or of the optimizer state of a weight.
+        size: stored size.
+        vocabulary_size: number of ids.
 
     Returns:
-        `size`, or with `vocabulary_size` rows.
+        `size`, with `vocabulary_size` rows if the tensor has one row per id.
     """
     names = ("vocab_embed.embedding", "output_layer.linear.weight", "output_layer.linear.bias")
     has_rows_of_ids = any(
@@ -189,7 +189,7 @@ def from_stored(name: str, tensor: Tensor, num_attention_heads: int) -> Tensor:
 def _transfer(
     name: str, model: ModelConfig, vocabulary_size: int, parallel: ParallelState
 ) -> tuple[Cut, Join]:
-    """How the tensor called `name` is cut for a tensor parallel rank, and put together."""
+    """Functions that shard the tensor `name` for this tensor parallel rank, and that join the shards."""
     rank, size = parallel.tensor_rank, parallel.tensor_size
     heads, padded_heads = model.num_attention_heads, model.padded_heads(size)
     if name.endswith("attn_qkv.weight"):

@@ -12,14 +12,14 @@ _REPEATS = 5
 
 
 def matmul_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
-    """Best of a few square matrix products on this process's device and threads.
+    """Highest measured speed of a few square matrix products on this process's device and threads.
 
     Args:
-        device: of the process; on the CPU other processes share the cores, so all should measure together.
-        dtype: of the training's matrix products.
+        device: device of this process; on a CPU processes share the cores, so all should measure together.
+        dtype: dtype of the matrix products in training.
 
     Returns:
-        FLOP/s.
+        Speed in FLOP/s.
     """
     size = _SIZE[device.type]
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))

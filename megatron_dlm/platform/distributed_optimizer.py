@@ -54,15 +54,15 @@ def _l2_norm(chunk_size: int, noop_flag: Tensor, tensor_lists: list[list[Tensor]
 def main_pieces(
     optimizer: Any, parameters: Collection[torch.nn.Parameter]
 ) -> Iterator[tuple[Any, torch.nn.Parameter, Tensor, int, int]]:
-    """What this rank optimizes of each parameter.
+    """The shard of each parameter that this rank optimizes.
 
     Args:
-        optimizer: what `get_megatron_optimizer` returned.
-        parameters: those that are asked for.
+        optimizer: optimizer from `get_megatron_optimizer`.
+        parameters: parameters to look up.
 
     Yields:
-        The part of the optimizer, the parameter, its float32 main tensor as far as this rank has it (or one
-        that is sharded like the parameter), and the range of the parameter's elements that this is.
+        The (inner) optimizer, the parameter, this rank's shard of its float32 main parameter (or a main
+        parameter sharded like the parameter), and start and end of the shard in the parameter's elements.
     """
     for part in _parts(optimizer):
         if not _is_distributed(part):
@@ -77,14 +77,14 @@ def main_pieces(
 
 
 def state_of(part: Any, main: Tensor) -> dict[str, Tensor]:
-    """Adam's state of one main tensor; that of a first step where it has made none.
+    """Adam state of one main parameter; created with zeros if Adam has not stepped yet.
 
     Args:
-        part: from `main_pieces`.
-        main: from `main_pieces`.
+        part: inner optimizer from `main_pieces`.
+        main: main parameter from `main_pieces`.
 
     Returns:
-        The state itself, by name: MOMENTS, and with torch's AdamW `step`.
+        The state itself, not a copy, by name: MOMENTS and, with torch's AdamW, `step`.
     """
     state: dict[str, Tensor] = part.optimizer.state[main]
     if not state:
@@ -121,7 +121,7 @@ def set_step_count(optimizer: Any, step: int) -> None:
 
 
 def complete_weights(optimizer: Any) -> None:
-    """Gather what the next forward pass would gather: until then each rank has new values of its part only.
+    """Gather the updated weights now, which overlap_param_gather would leave to the next forward pass.
 
     Args:
         optimizer: what `get_megatron_optimizer` returned; all ranks call it.

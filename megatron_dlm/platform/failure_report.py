@@ -1,4 +1,4 @@
-"""Which rank ended a job, and where the ranks were: after a failure those that are left tell each other."""
+"""After a failure, the remaining ranks exchange reports to name the rank at fault, and print stacks."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def _is_broken_collective(error: BaseException) -> bool:
 
 
 def _exchange_reports(parallel: ParallelState, message: str, *, broken: bool) -> dict[int, dict[str, Any]]:
-    """What each rank that answers in time has reported; a rank that failed by itself does not wait for it."""
+    """Reports of the ranks that answer in time, by rank; a rank that failed by itself only posts its own."""
     from torch.distributed.distributed_c10d import _get_default_store
 
     reports: dict[int, dict[str, Any]] = {}

@@ -40,13 +40,13 @@ def commit(temporary: Path, final: Path) -> None:
 
 
 def check_new(output: Path) -> None:
-    """Refuse, before the work, to make what is there already.
+    """Refuse an output path that exists already, before any work is done.
 
     Args:
-        output: of a file or directory to make.
+        output: path of a file or directory to create.
 
     Raises:
-        InputError: it exists, or what would be its parent is no directory.
+        InputError: the path exists, or its nearest existing parent is not a directory.
     """
     if output.exists() or output.is_symlink():
         raise InputError(f"output: {output} exists already")
@@ -59,13 +59,13 @@ def check_new(output: Path) -> None:
 
 @contextmanager
 def beside(output: Path) -> Iterator[Path]:
-    """A place to make `output`, which appears there by a rename; removed at the end with all in it.
+    """A temporary path to write `output` to before it is renamed into place; deleted at the end.
 
     Args:
-        output: to make; its parents are made.
+        output: path to create; missing parent directories are created.
 
     Yields:
-        A path of its name in a new directory on its file system, so that nobody's files are in the way.
+        A path with the same file name in a new temporary directory beside `output`, on the same file system.
     """
     parent = output.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)

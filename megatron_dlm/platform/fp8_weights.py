@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def is_fp8(tensor: Tensor) -> bool:
-    """Whether it is one of them; never without Transformer Engine."""
+    """Whether the tensor is an FP8 weight of Transformer Engine; always False if that is not installed."""
     return bool(is_float8tensor(tensor))
 
 

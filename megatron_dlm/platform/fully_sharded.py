@@ -26,9 +26,10 @@ from megatron_dlm.platform.megatron import DataParallelBase
 
 
 class FullyShardedDataParallel(DataParallelBase):
-    """What megatron-core's schedules need of a wrapper, around a model that FSDP2 shards.
+    """Data parallel wrapper for megatron-core's schedules around a model sharded by torch's FSDP2.
 
-    megatron-core's own takes no precision to gather weights in, and does not scale gradients (0.16.1).
+    megatron-core 0.16.1's own FSDP2 wrapper has no option for the dtype of gathered weights and does not
+    scale gradients.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class FullyShardedDataParallel(DataParallelBase):
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank has of a tensor that may be sharded; shares its memory."""
+    """This rank's shard of a tensor, or the tensor itself if it is not sharded; shares memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -102,11 +103,11 @@ def sharded_names(module: nn.Module) -> set[str]:
 
 @contextmanager
 def stand_ins(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Whole parameters without memory in the place of sharded ones, to ask the module for shapes and places.
+    """Temporarily replace sharded parameters by unsharded meta tensors, to query the module for full shapes.
 
     Args:
-        module: changed until the context ends.
-        dtype: in which the module sees its weights.
+        module: module to change until the context ends.
+        dtype: dtype of the meta tensors, the one in which the module computes with its weights.
     """
     changed = []
     for part in module.modules():

@@ -1,4 +1,4 @@
-"""What a process's GPU can do, and one clear line where it cannot."""
+"""GPU checks and helpers of a process: availability, capability, memory, with one-line errors."""
 
 from __future__ import annotations
 
@@ -85,22 +85,22 @@ def start_cuda(device: torch.device) -> None:
 
 
 def own_gpu(device: torch.device) -> str:
-    """Which GPU of which host a device is, the same in every process that has it."""
+    """Host name and UUID of a GPU; equal in all processes that use the same GPU."""
     import torch
 
     return f"{socket.gethostname()}, GPU-{torch.cuda.get_device_properties(device).uuid}"
 
 
 def refuse_shared_gpus(rank: int, world_size: int, gpu: str) -> None:
-    """Refuse two ranks on one GPU, which NCCL answers with an error of its own internals; all ranks call it.
+    """Refuse two ranks on one GPU, for which NCCL gives only an obscure internal error; all ranks call it.
 
     Args:
-        rank: of this process.
-        world_size: processes of the job.
-        gpu: from `own_gpu`.
+        rank: global rank of this process.
+        world_size: number of processes of the job.
+        gpu: identifier of this rank's GPU from `own_gpu`.
 
     Raises:
-        InputError: some ranks share one; on every rank.
+        InputError: two ranks share a GPU; raised on every rank.
     """
     from torch.distributed.distributed_c10d import _get_default_store
 
@@ -132,7 +132,7 @@ def _all_there(store: Store, place: str, world_size: int) -> str:
 
 
 waits: list[str] = []
-"""Places of the kind below that the process is in."""
+"""Reasons of the `waiting_for_gpu` contexts that this process is currently in."""
 
 
 @contextmanager
@@ -153,14 +153,14 @@ def waiting_for_gpu(what: str) -> Iterator[None]:
 
 
 def sent(values: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on a device, without a wait for what the GPU is doing.
+    """Copy a CPU tensor to a device without synchronizing with the GPU.
 
     Args:
-        values: on the CPU.
-        device: where to.
+        values: tensor on the CPU.
+        device: target device.
 
     Returns:
-        The tensor, from pinned memory where it goes to a GPU.
+        The tensor on `device`; for a GPU, copied asynchronously from pinned memory.
     """
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
@@ -183,17 +183,17 @@ def name_of(device: torch.device) -> str:
 
 @contextmanager
 def allocating(what: str, cures: str) -> Iterator[None]:
-    """Say what did not fit, and what to change, where the GPU's memory is full.
+    """Turn an out-of-memory error of the GPU into one that says what did not fit and what to change.
 
     Args:
-        what: is being allocated.
-        cures: settings that make it smaller.
+        what: what is being allocated within the context, for the message.
+        cures: settings that reduce its memory, for the message.
 
     Yields:
         Nothing.
 
     Raises:
-        TrainingError: the memory is full; of nested ones the innermost speaks.
+        TrainingError: GPU memory is full; with nested contexts the innermost one raises.
     """
     import torch
 

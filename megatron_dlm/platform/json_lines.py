@@ -12,17 +12,17 @@ from megatron_dlm.interfaces import InputError
 
 
 def read_json_lines(path: Path, field: str) -> Iterator[tuple[str, Any]]:
-    """Values of the lines that are not blank.
+    """Read the values of all lines that are not blank.
 
     Args:
-        path: of the file.
-        field: argument that it was given as, for messages.
+        path: path of the file.
+        field: name of the setting that gave the path, for error messages.
 
     Yields:
-        Where the line is ("field: path:number"), and its value.
+        Location of the line ("field: path:number"), and its value.
 
     Raises:
-        InputError: unreadable, or a line that is not JSON in UTF-8.
+        InputError: the file is unreadable, or a line is not JSON in UTF-8.
     """
     try:
         data = path.read_bytes()
@@ -41,7 +41,7 @@ def read_json_lines(path: Path, field: str) -> Iterator[tuple[str, Any]]:
 
 
 def drop_cut_line(path: Path) -> None:
-    """Cut off what is behind the last end of a line: a write that was killed.
+    """Truncate a file after its last complete line, dropping the rest of an interrupted write.
 
     Args:
         path: a file to which lines are appended.

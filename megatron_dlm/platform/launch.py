@@ -137,7 +137,7 @@ def _master_port(environ: Mapping[str, str]) -> int:
 
 
 def _listen(environment: ProcessEnvironment) -> socket.socket | None:
-    """A socket on MASTER_ADDR alone, where torch listens on all interfaces; None where that must be."""
+    """A socket that listens on MASTER_ADDR only; None if torch must listen on all interfaces instead."""
     address = (environment.master_addr, environment.master_port)
     try:
         family, *_, bound = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]

@@ -1,7 +1,7 @@
-"""The one door to what megatron-core and torch keep private or move between releases.
+"""The only module that uses private or unstable APIs of megatron-core and torch.
 
-Public building blocks are imported where they are used. What stands here was tried with megatron-core 0.16.1
-and torch 2.10 to 2.14; look here first when either of them changes.
+Public APIs are imported where they are used. The APIs used here were tested with megatron-core 0.16.1 and
+torch 2.10 to 2.14; look here first when either package changes.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ torch_state = mcore_to_pyt_state_dict
 
 
 def by_checkpoint_key(state: dict[str, Any]) -> dict[str, Any]:
-    """Name sharded tensors and objects as the checkpoint does.
+    """Group sharded tensors and objects by their checkpoint keys.
 
     Args:
-        state: megatron-core's, by the module's own names, with tensors of several layers under one key.
+        state: sharded state dict by module names; tensors of several layers may share one checkpoint key.
 
     Returns:
-        Lists of what has one key, by that key.
+        For each checkpoint key, the list of entries that share it.
     """
     renamed, _, _ = _replace_state_dict_keys_with_sharded_keys(state, True)
     return renamed
@@ -60,14 +60,14 @@ def save_common_state(directory: Path, common: dict[str, Any]) -> None:
 def agree_on_plan(
     own_plan: Callable[[], SavePlan], join: Callable[[list[SavePlan]], tuple[list[SavePlan], Metadata]]
 ) -> tuple[SavePlan, Metadata]:
-    """Let rank 0 join the ranks' plans of a save. All ranks of the default group call it.
+    """Merge all ranks' checkpoint save plans on rank 0. All ranks of the default group must call it.
 
     Args:
-        own_plan: what this rank would write.
-        join: all ranks' final plans and the checkpoint's metadata; called on rank 0.
+        own_plan: function that returns this rank's save plan.
+        join: function from all ranks' plans to final plans and checkpoint metadata; called on rank 0.
 
     Returns:
-        This rank's final plan, and the metadata, which are empty on other ranks than 0.
+        This rank's final plan, and the metadata, which are empty on ranks other than 0.
 
     Raises:
         CheckpointException: `own_plan` or `join` has raised, on all ranks.
@@ -84,7 +84,7 @@ def agree_on_plan(
 
 @contextmanager
 def hooks_at_rest() -> Iterator[None]:
-    """megatron-core's hooks on modules and gradients do nothing meanwhile, as while kernels are recorded."""
+    """Disable megatron-core's hooks on modules and gradients, as during its own CUDA graph capture."""
     cuda_graphs._set_capture_start()
     try:
         yield
@@ -93,14 +93,14 @@ def hooks_at_rest() -> Iterator[None]:
 
 
 def own_elements(part: Any, parameter: torch.nn.Parameter) -> tuple[int, int]:
-    """Which of a parameter's elements this rank optimizes.
+    """Range of a parameter's elements that this rank optimizes.
 
     Args:
         part: megatron-core's distributed optimizer.
-        parameter: one of its own.
+        parameter: a parameter of this optimizer.
 
     Returns:
-        First element in row-major order, and the one behind the last.
+        Start and end (exclusive) of the range, in row-major order.
     """
     own = part._get_model_param_range_map(parameter)["param"]
     return own.start, own.end

@@ -196,16 +196,16 @@ def on_first_rank(state: ParallelState, action: Callable[[], T]) -> T:
     """Run `action` on rank 0 and give its result to all ranks; all ranks call it.
 
     Args:
-        state: this process's place.
-        action: of rank 0 alone; its result must be picklable.
+        state: ranks and process groups of this process.
+        action: function to run on rank 0 only; its result must be picklable.
 
     Returns:
-        What the action returned, on every rank.
+        The result of `action`, on every rank.
 
     Raises:
-        InputError: rank 0's complaint, on every rank, so that none waits for one that has left.
-        TrainingError: likewise.
-        RuntimeError: the text of any other failure of rank 0, on the other ranks.
+        InputError: `action` raised it on rank 0; raised on every rank, so that no rank waits for rank 0.
+        TrainingError: `action` raised it on rank 0; raised on every rank.
+        RuntimeError: on ranks other than 0, with the message of any other exception of rank 0.
     """
     import torch.distributed as dist
 

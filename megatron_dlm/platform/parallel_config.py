@@ -8,7 +8,7 @@ from typing import Literal
 from megatron_dlm.interfaces import InputError
 
 CUDA_VOCABULARY_MULTIPLE = 128
-"""Columns that cuBLAS's fastest kernels take; at 32,001 it falls back to those of an old architecture."""
+"""Vocabulary columns are padded to this multiple on CUDA: at 32,001 columns cuBLAS uses slow, old kernels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +122,7 @@ class ParallelConfig:
             )
 
     def vocabulary_multiple(self, device_type: str) -> int:
-        """What divides the columns of embedding and head on a rank, by what is asked for or the device."""
+        """Divisor of each rank's vocabulary columns: `pad_vocabulary_to`, or the device's default if 0."""
         return self.pad_vocabulary_to or (CUDA_VOCABULARY_MULTIPLE if device_type == "cuda" else 1)
 
     def data_parallel_size(self, world_size: int) -> int:
@@ -150,10 +150,10 @@ class ParallelConfig:
         """Refuse sequences that this layout cannot cut into equal parts.
 
         Args:
-            multiple: what divides the positions of every forward.
+            multiple: number that divides the sequence length of every forward pass.
 
         Raises:
-            InputError: the parts of context or sequence parallelism do not divide it.
+            InputError: context or sequence parallelism needs a divisor that `multiple` does not have.
         """
         context, tensor = self.context_parallel_size, self.tensor_model_parallel_size
         lengths = f"lengths that are multiples of {multiple} (data.seq_length, objective.ssl_multiple)"

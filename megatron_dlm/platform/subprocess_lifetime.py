@@ -14,7 +14,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 JOB_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-"""Signals that ask a job to save and stop; all its processes get them, and its ranks decide what to do."""
+"""Signals that ask a job to save and stop; all processes of the job get them, only its ranks react."""
 _SET_PARENT_DEATH_SIGNAL = 1
 """PR_SET_PDEATHSIG of prctl(2)."""
 
@@ -22,16 +22,16 @@ _SET_PARENT_DEATH_SIGNAL = 1
 def fork(body: Callable[..., None], *arguments: Any) -> BaseProcess:
     """Start a child process, which sees memory as it is now.
 
-    The child ends when its parent does, leaves the job's signals to it, runs PyTorch on one thread and has
-    no GPU: CUDA cannot be used in a fork of a process that has used it, and libraries that find it
-    available use it.
+    The child ends when its parent does, ignores the job's signals, runs PyTorch on one thread and sees no
+    GPU: CUDA cannot be used in a fork of a process that has used it, and libraries that find CUDA available
+    would use it.
 
     Args:
-        body: what the child does; its end is the child's.
-        *arguments: of `body`; nothing is pickled.
+        body: function that the child runs; the child ends when it returns.
+        *arguments: arguments of `body`; they are not pickled.
 
     Returns:
-        The started child. Open connections that it alone should hold are to be closed by the caller.
+        The started child. The caller must close open connections that only the child should hold.
     """
     process = multiprocessing.get_context("fork").Process(
         target=_live, args=(os.getpid(), body, arguments), daemon=True
@@ -63,7 +63,7 @@ def _die_with(parent: int) -> None:
 
 
 def _leave_job_signals_to_the_parent() -> None:
-    """Ignore what asks the job to stop; this process ends when its parent says so, or with it."""
+    """Ignore the job's stop signals; this process ends when its parent tells it to, or with its parent."""
     for number in JOB_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, JOB_SIGNALS)

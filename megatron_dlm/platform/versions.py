@@ -30,7 +30,7 @@ def check_megatron_core() -> None:
 
 
 _broken: list[str] = []
-"""Why Transformer Engine cannot be imported, where it is installed all the same."""
+"""Error messages of the import of Transformer Engine, if it is installed but cannot be imported."""
 
 
 def import_transformer_engine() -> None:
@@ -50,7 +50,7 @@ def import_transformer_engine() -> None:
 
 
 def has_transformer_engine() -> bool:
-    """Whether it is installed, be it broken."""
+    """Whether Transformer Engine is installed, even if it cannot be imported."""
     return bool(_broken) or importlib.util.find_spec("transformer_engine") is not None
 
 

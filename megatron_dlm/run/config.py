@@ -54,9 +54,9 @@ class TrainingConfig:
     FlexAttention, CUDA only, which skips blocks without visible pairs and compiles in the first step; auto:
     flex on CUDA with Triton kernels and without parallel.cuda_graphs, otherwise dense."""
     recompute: Recompute = "selective"
-    """Activations recomputed in the backward pass, with the same bits in all cases. none; norms: outputs of
-    norms; selective: these and GELU, everything that needs no matrix product; full: whole layers, for about a
-    third more time."""
+    """Activation recomputation in the backward pass; results are equal bit for bit in all cases. none: no
+    recomputation; norms: outputs of norms; selective: norms and GELU, everything that needs no matrix
+    product; full: whole layers, for about a third more time."""
     on_non_finite: Literal["skip", "stop", "rollback"] = "skip"
     """What to do if a loss or gradient norm is not finite; parameters never change in such a step. skip: go
     on with the next step; stop: end the run; rollback: load the newest checkpoint and go on with the samples
@@ -124,13 +124,13 @@ class TrainingConfig:
         return list(range(self.ramp_start, self.global_batch_size + 1, self.ramp_increment))
 
     def batch_size_at(self, consumed_samples: int) -> int:
-        """Samples of the step that begins there.
+        """Global batch size of the step that begins after `consumed_samples` samples.
 
         Args:
-            consumed_samples: of the steps before.
+            consumed_samples: samples of all earlier steps.
 
         Returns:
-            Of the sizes below global_batch_size each one for the same share of ramp_samples.
+            Samples of the step; each size below global_batch_size lasts for an equal share of ramp_samples.
         """
         sizes = self.batch_sizes()
         if consumed_samples >= self.ramp_samples:
@@ -138,11 +138,11 @@ class TrainingConfig:
         return sizes[consumed_samples * (len(sizes) - 1) // self.ramp_samples]
 
     def samples_ahead(self, consumed_samples: int, steps: int) -> int:
-        """Samples of the next steps.
+        """Number of samples in the next `steps` optimizer steps.
 
         Args:
-            consumed_samples: of the steps before.
-            steps: how many.
+            consumed_samples: samples of all earlier steps.
+            steps: number of steps.
 
         Returns:
             Sum of their batch sizes.

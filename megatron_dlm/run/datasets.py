@@ -34,8 +34,8 @@ class RunData:
     vocabulary: Vocabulary
     tokenizer_fingerprint: str
     train_sha256: str
-    """SHA-256 of the training tokens, for a blend of its shards and weights. A resumed run refuses another
-    unless the change is allowed."""
+    """SHA-256 of the training tokens, or for a blend, of its shard names and weights. A resumed run refuses
+    another hash unless the change is allowed."""
     validation_bytes_per_token: float
 
     @property
@@ -51,10 +51,10 @@ def open_data(config: DataConfig) -> RunData:
         config: prefixes, weights and sequence length.
 
     Returns:
-        The blocks and what the manifests say.
+        Training and validation rows, with vocabulary, tokenizer fingerprint and hash from the manifests.
 
     Raises:
-        InputError: a shard is missing, damaged, too short or twice there, or made by another tokenizer.
+        InputError: a shard is missing, damaged, too short, listed twice, or made by another tokenizer.
     """
     shards = [Shard(prefix) for _, prefix in config.blend()]
     weights = [weight for weight, _ in config.blend()]
@@ -116,8 +116,8 @@ def held_out_rows(prefix: str, config: DataConfig) -> tuple[Shard, BlendedShards
     """Open one shard by itself, for evaluation.
 
     Args:
-        prefix: of the shard.
-        config: of the run, for how a shard is cut.
+        prefix: path prefix of the shard.
+        config: data configuration of the run, which decides how the shard is cut into rows.
 
     Returns:
         The shard and its rows.
@@ -127,18 +127,18 @@ def held_out_rows(prefix: str, config: DataConfig) -> tuple[Shard, BlendedShards
 
 
 def open_held_out(fingerprint: str, data: str, config: DataConfig) -> tuple[Shard, BlendedShards]:
-    """The shard at `data`, which the model's tokenizer must have made, and its rows.
+    """Open the shard at `data` and check that the model's tokenizer made it.
 
     Args:
-        fingerprint: of the model's tokenizer.
+        fingerprint: fingerprint of the model's tokenizer.
         data: prefix or URL of the shard.
-        config: how it is read.
+        config: data configuration, which decides how the shard is cut into rows.
 
     Returns:
-        Both.
+        The shard and its rows.
 
     Raises:
-        InputError: unreadable, or made by another tokenizer.
+        InputError: the shard is unreadable or was made by another tokenizer.
     """
     shard, shards = held_out_rows(data, config)
     if shard.manifest.tokenizer_fingerprint != fingerprint:

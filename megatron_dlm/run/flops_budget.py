@@ -1,4 +1,4 @@
-"""What a run computes: by the published count, which budgets follow, and honestly, as utilisation needs."""
+"""FLOPs of a run by two counts: the published one, used for budgets, and the actual one, used for MFU."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from megatron_dlm.platform.rng import NoiseSource
 from megatron_dlm.run.config import RunConfig
 
 SAMPLED = 64
-"""Samples that stand for all: rows that carry a loss and lengths are random."""
+"""Maximum number of samples to extrapolate FLOPs from; their lengths and loss-carrying rows are random."""
 
 
 def actual_training_flops(config: RunConfig, vocabulary_size: int) -> float:
-    """Matrix-product FLOPs of a whole run, from a corrupted part of its first batch.
+    """Matrix-product FLOPs of a whole run, extrapolated from samples of its first batch.
 
     Args:
-        config: of the run.
-        vocabulary_size: ids, mask token included.
+        config: configuration of the run.
+        vocabulary_size: number of token ids, including the mask token.
 
     Returns:
-        Attention included, of the head only rows that carry a loss; recomputation left out.
+        FLOPs with attention; the head counts only rows that carry a loss; recomputation is left out.
     """
     vocabulary = Vocabulary(
         size=vocabulary_size, mask_token_id=vocabulary_size - 1, eos_token_id=0, bos_token_id=0

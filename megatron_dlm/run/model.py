@@ -17,12 +17,12 @@ def build_denoiser(
     """Build this process's pipeline stage, with uninitialised weights.
 
     Args:
-        config: of the run.
-        vocabulary: ids of the data.
-        parallel: this process's place.
+        config: configuration of the run.
+        vocabulary: vocabulary of the data.
+        parallel: rank and process groups of this process.
 
     Returns:
-        The stage; of several chunks where the pipeline is interleaved.
+        The pipeline stage; a `ChunkedDenoiser` if the pipeline is interleaved.
     """
     training = config.training
     has_triton = wants_triton(training.kernels, parallel.device)

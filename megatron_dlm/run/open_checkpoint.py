@@ -32,18 +32,18 @@ class OpenedCheckpoint:
 def open_checkpoint(
     record: RunRecord, parallel_config: ParallelConfig, precision: Precision
 ) -> Iterator[OpenedCheckpoint]:
-    """Start the groups, load the weights; stops the groups at the end. All processes of the job enter it.
+    """Start the process groups, load the weights, and stop the groups on exit; all ranks must enter it.
 
     Args:
-        record: of the checkpoint.
-        parallel_config: layout to load on.
-        precision: of the loaded weights; fp32 has those of a bf16 run before they were rounded.
+        record: run record of the checkpoint.
+        parallel_config: parallel layout to load the weights at.
+        precision: precision of the loaded weights; fp32 gives a bf16 run's main weights, before rounding.
 
     Yields:
-        The loaded stage.
+        This rank's pipeline stage, with loaded weights.
 
     Raises:
-        InputError: an interleaved or fully sharded layout, recorded layers, or overlap.
+        InputError: the layout is interleaved or fully sharded, or uses CUDA graphs or overlap.
     """
     refuse_training_layouts(parallel_config)
     parallel = start_parallel(detect_environment(), parallel_config)
@@ -54,13 +54,13 @@ def open_checkpoint(
 
 
 def refuse_training_layouts(parallel_config: ParallelConfig) -> None:
-    """Refuse layouts that only training has.
+    """Refuse parallel layouts that only training supports.
 
     Args:
-        parallel_config: of an evaluation.
+        parallel_config: parallel layout of an evaluation or export.
 
     Raises:
-        InputError: an interleaved or fully sharded layout, recorded layers, or overlap.
+        InputError: the layout is interleaved or fully sharded, or uses CUDA graphs or overlap.
     """
     for name in (
         "virtual_pipeline_model_parallel_size",
@@ -75,12 +75,12 @@ def refuse_training_layouts(parallel_config: ParallelConfig) -> None:
 
 
 def load_denoiser(record: RunRecord, config: RunConfig, parallel: ParallelState) -> Denoiser:
-    """This process's stage of a checkpoint's model, for evaluation. All processes of the job call it.
+    """Load this rank's pipeline stage of a checkpoint's model, for evaluation; all ranks call it.
 
     Args:
-        record: of the checkpoint.
-        config: of the run that wrote it, with the layout and the precision to load.
-        parallel: this process's place.
+        record: run record of the checkpoint.
+        config: configuration of the run that wrote it, with the layout and the precision to load.
+        parallel: rank and process groups of this process.
 
     Returns:
         The loaded stage.

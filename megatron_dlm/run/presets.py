@@ -66,14 +66,14 @@ def isoflop_run(size: str, objective: ObjectiveConfig, *, budget_flops: float) -
 
 
 def within_budget(config: RunConfig, budget_flops: float) -> RunConfig:
-    """The run with as many steps as a budget pays for, as the paper's IsoFLOP runs have them.
+    """Set a run's number of steps to what a FLOP budget pays for, as in the paper's IsoFLOP runs.
 
     Args:
-        config: run whose model, length and batch are kept.
-        budget_flops: of the run, by the published count at the paper's 32,001 ids.
+        config: run whose model, sequence length and batch size are kept.
+        budget_flops: FLOPs of the whole run, by the published count at the paper's 32,001 token ids.
 
     Returns:
-        The run with these steps, a warm-up over 1% of them, at least 100, and the cosine over all of them.
+        The run with that many steps, a warm-up over 1% of them (at least 100) and cosine decay over all.
 
     Raises:
         InputError: the budget is below one step, or the run not longer than its warm-up.

@@ -67,7 +67,7 @@ def checkpoint_root(config: RunConfig) -> CheckpointRoot:
 
 @dataclass(frozen=True)
 class OutsideStart:
-    """Weights that no run of this package has saved: of the paper's code, or an exported folder."""
+    """Weights not saved by a training run of this package: from the paper's code or an exported folder."""
 
     directory: Path
     """The `.ckpt` file or the folder."""

@@ -1,4 +1,4 @@
-"""Checks of a run's configuration that need no process: sizes that fit each other, and what is there."""
+"""Checks of a run's configuration that need no process group: sizes, combinations, device and packages."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 def check_run(config: RunConfig, world_size: int) -> None:
-    """Refuse impossible combinations.
+    """Refuse sizes and combinations of options that cannot work.
 
     Args:
-        config: of the run.
-        world_size: processes of the job.
+        config: configuration of the run.
+        world_size: number of processes of the job.
 
     Raises:
-        InputError: sizes that do not divide, or no family chosen.
+        InputError: sizes do not divide, options do not work together, or no family is chosen.
     """
     if type(config.objective) not in OBJECTIVES.values():
         raise InputError(f"objective: choose a family, one of {', '.join(OBJECTIVES)}")
@@ -74,7 +74,7 @@ def _check_fully_sharded(config: RunConfig) -> None:
 
 
 def _check_passes_are_alike(config: RunConfig, needs: str) -> None:
-    """Refuse layouts whose passes differ in shape, for what is made once and used in every pass."""
+    """Refuse runs whose passes differ in shape, for features set up once and used in every pass."""
     stages = config.parallel.pipeline_model_parallel_size
     if stages > 1:
         raise InputError(f"{needs} parallel.pipeline_model_parallel_size 1, not {stages}")
@@ -116,15 +116,15 @@ def _check_cuda_graphs(config: RunConfig) -> None:
 
 
 def check_device(config: RunConfig, device: torch.device) -> None:
-    """Refuse what the device of a run has not.
+    """Refuse options that the device of a run does not support.
 
     Args:
-        config: of the run.
-        device: of this process.
+        config: configuration of the run.
+        device: device of this process.
 
     Raises:
-        InputError: CUDA graphs are asked for on a CPU, what only Transformer Engine can do without it, or
-            what `wants_triton`, `wants_flex_attention` and `transformer_impl` refuse.
+        InputError: CUDA graphs are requested on a CPU, or an option that needs Transformer Engine without it,
+            or `wants_triton`, `wants_flex_attention` or `transformer_impl` refuses the configuration.
     """
     if config.parallel.cuda_graphs and device.type != "cuda":
         raise InputError("parallel.cuda_graphs: True, and this run is on a CPU")
@@ -160,18 +160,18 @@ def _check_fp8(config: RunConfig) -> None:
 
 
 def transformer_impl(config: RunConfig, device: torch.device) -> TransformerImpl:
-    """Whose linears and attention a run takes.
+    """Implementation of linear layers and attention that a run uses.
 
     Args:
-        config: of the run.
-        device: of the run.
+        config: configuration of the run.
+        device: device of the run.
 
     Returns:
-        What was asked for, or by device and precision.
+        The configured implementation; for auto, the choice by device and installed packages.
 
     Raises:
-        InputError: Transformer Engine is asked for, or needed for FP8 on CUDA, and not there, of a version
-            that does not fit or without its PyTorch part; or the GPU has no FP8 of this recipe.
+        InputError: Transformer Engine is requested, or needed for FP8 on CUDA, but is missing, of an
+            unsupported version or without its PyTorch part; or the GPU has no FP8 of this recipe.
     """
     asked, precision = config.training.transformer_impl, config.training.precision
     # On a CPU nothing of it may be imported, see platform/cpu.py.
@@ -192,19 +192,19 @@ def transformer_impl(config: RunConfig, device: torch.device) -> TransformerImpl
 
 
 def wants_flex_attention(config: RunConfig, device: torch.device, *, has_triton: bool) -> bool:
-    """Whether masks go to attention as tables of blocks.
+    """Whether attention masks are applied by FlexAttention, as tables of blocks.
 
     Args:
-        config: of the run.
-        device: of the run.
+        config: configuration of the run.
+        device: device of the run.
         has_triton: whether the run computes with Triton's kernels.
 
     Returns:
-        What was asked for, or by device.
+        The configured choice; for auto, True on CUDA with Triton kernels and without CUDA graphs.
 
     Raises:
-        InputError: asked for on a CPU, where FlexAttention has no gradient, or on a GPU that it cannot be
-            compiled for.
+        InputError: flex is requested on a CPU, where FlexAttention has no gradient, or on a GPU that it
+            cannot be compiled for.
     """
     asked = config.training.masked_attention
     if asked == "flex" and device.type != "cuda":

@@ -1,4 +1,4 @@
-"""Drawing ids from logits: temperature, nucleus, one uniform number a row.
+"""Drawing ids from logits: temperature, nucleus (top-p) sampling, one uniform draw per row.
 
 Shape legend: ... any leading dimensions, R rows, D hidden size, V ids.
 """
@@ -12,20 +12,20 @@ import torch
 from torch import Tensor
 
 CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
-"""Bytes of float64 probabilities that exist at a time: what a CPU's cache holds, what keeps a GPU busy."""
+"""Most bytes of float64 probabilities held at once, by device: fits a CPU's cache, keeps a GPU busy."""
 
 
 @dataclass(frozen=True)
 class Sharpening:
-    """How the network's distribution is narrowed before a draw."""
+    """Temperature and nucleus (top-p) applied to the network's distribution before a draw."""
 
     temperature: float = 1.0
-    """Divides the logits; 0 takes the most likely id."""
+    """Divides the logits; 0 takes the most likely id (greedy)."""
     top_p: float = 1.0
-    """Mass of the nucleus that is kept."""
+    """Probability mass of the nucleus that is kept, in (0, 1]; 1 keeps all ids."""
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """float64 probabilities of [..., V] logits."""
+        """float64 [..., V] probabilities from [..., V] logits."""
         logits = logits.double()
         if self.temperature == 0:
             best = torch.zeros_like(logits)
@@ -36,14 +36,15 @@ class Sharpening:
 
 
 def keep_nucleus(logits: Tensor, top_p: float) -> Tensor:
-    """Logits of the most likely ids that together hold `top_p`, -inf elsewhere.
+    """Nucleus (top-p) filter: keep the logits of the most likely ids that together hold `top_p`, else -inf.
 
     Args:
         logits: [..., V].
-        top_p: in (0, 1]; an id is kept where those before it hold at most this, so one always is.
+        top_p: in (0, 1]; an id is kept if all more likely ids together hold at most this probability, so
+            at least one id is kept.
 
     Returns:
-        [..., V], not renormalised.
+        [..., V] logits, not renormalised.
     """
     ordered, ids = logits.sort(dim=-1, descending=True)
     probability = ordered.softmax(dim=-1)
@@ -52,16 +53,16 @@ def keep_nucleus(logits: Tensor, top_p: float) -> Tensor:
 
 
 def draw(weights: Tensor, uniform: Tensor) -> Tensor:
-    """The id at which the running sum of the weights passes the uniform share of their total.
+    """Draw an id with probability proportional to its weight, by inverting the cumulative sum.
 
-    One number a row, so noise costs nothing beside the network; an id of weight 0 is never drawn.
+    Takes one uniform number per row, so noise is cheap; an id of weight 0 is never drawn.
 
     Args:
         weights: float64 [..., V], at least 0, need not add up to 1.
         uniform: float64 [...] draws in [0, 1).
 
     Returns:
-        int64 [...].
+        int64 [...] ids.
     """
     sums = weights.cumsum(-1)
     total = sums[..., -1:]
@@ -73,15 +74,15 @@ def draw(weights: Tensor, uniform: Tensor) -> Tensor:
 def logit_chunks(
     head: Callable[[Tensor], Tensor], hidden_RD: Tensor, vocab_size: int
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Logits of rows, as many rows at a time as memory allows.
+    """Logits of rows, in chunks of at most `CHUNK_BYTES`.
 
     Args:
-        head: [r, D] -> [r, V] logits.
-        hidden_RD: hidden states.
-        vocab_size: V.
+        head: function from [r, D] hidden states to [r, V] logits.
+        hidden_RD: [R, D] hidden states.
+        vocab_size: V, the number of ids.
 
     Yields:
-        Which rows, and their [r, V].
+        Slice of the chunk's rows, and their [r, V] logits.
     """
     size = max(1, CHUNK_BYTES[hidden_RD.device.type] // (8 * vocab_size))
     for start in range(0, len(hidden_RD), size):

@@ -1,7 +1,7 @@
-"""In which order, and at which step, masked tokens are revealed: drawn before the network is called.
+"""Decoding plans: the order and the step at which masked tokens are unmasked, drawn before any forward pass.
 
-The order of ancestral sampling does not depend on what is revealed, so it can be known beforehand: a step
-that reveals nothing of a sequence costs nothing, and a causal network knows where to look.
+The order of ancestral sampling does not depend on the predicted tokens, so it can be drawn beforehand: a
+step that unmasks nothing in a sequence costs nothing, and a causal network gets its token order.
 Shape legend: B sequences, L tokens, n unknown tokens of one sequence, T steps.
 """
 
@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 GIVEN = -1
-"""The step of tokens that are given."""
+"""Step number that marks given (prompt) tokens."""
 Part = tuple[NDArray[np.int64], NDArray[np.int64]]
-"""Order (int64 [n], indices of unknown tokens) and the step of each entry, never falling."""
+"""Order (int64 [n], indices of unknown tokens) and the step of each entry (int64 [n], non-decreasing)."""
 
 
 @dataclass
 class Plan:
-    """Orders and steps of a batch."""
+    """Unmasking order and steps of a batch."""
 
     order_BL: Tensor
     """int64 [B, L], all positions in the order in which they become known; given ones first."""
@@ -37,14 +37,14 @@ class Plan:
 
 
 def plan_of(given_BL: NDArray[np.bool_], part_of_row: Callable[[int, NDArray[np.int64]], Part]) -> Plan:
-    """A plan from one for the unknown tokens of each sequence.
+    """Combine the plans of single sequences into the plan of a batch.
 
     Args:
-        given_BL: True where a token is given.
-        part_of_row: (row, int64 [n] positions of its unknown tokens) -> order and steps of these.
+        given_BL: bool [B, L], True where a token is given.
+        part_of_row: function from (row, int64 [n] positions of its unknown tokens) to their order and steps.
 
     Returns:
-        The plan.
+        Plan of the batch.
     """
     orders, steps = [], []
     for row, given in enumerate(given_BL):
@@ -56,15 +56,15 @@ def plan_of(given_BL: NDArray[np.bool_], part_of_row: Callable[[int, NDArray[np.
 
 
 def reveal_shares(alphas: Sequence[float]) -> NDArray[np.float64]:
-    """Which share of the masked tokens each step of the reverse process reveals.
+    """Share of the masked tokens that each step of the reverse process unmasks.
 
     Absorbing-state posterior (arXiv:2406.07524, equation 7): (alpha_s - alpha_t) / (1 - alpha_t).
 
     Args:
-        alphas: alpha at the steps' edges, from noise to clean, not falling.
+        alphas: alpha at the steps' edges, from noise to clean, non-decreasing.
 
     Returns:
-        float64 [len(alphas) - 1].
+        float64 [len(alphas) - 1] shares in [0, 1].
     """
     edges = np.asarray(alphas, dtype=np.float64)
     # Rounding may carry the last share of a schedule that ends at 1 above it.
@@ -72,15 +72,15 @@ def reveal_shares(alphas: Sequence[float]) -> NDArray[np.float64]:
 
 
 def ancestral_part(uniform_n: NDArray[np.float64], shares_T: NDArray[np.float64]) -> Part:
-    """Each token is revealed at a step of its own, as in the reverse process; the rest left to right.
+    """Plan of ancestral sampling: each token draws its step of the reverse process, the rest left to right.
 
     Args:
         uniform_n: float64 [n] draws in [0, 1).
-        shares_T: of the masked tokens, revealed at each step.
+        shares_T: float64 [T], share of the masked tokens that each step unmasks.
 
     Returns:
-        In each step the tokens in random order; those that no step reveals (Eso-LM at alpha_0 < 1,
-        arXiv:2506.01928) one a step behind them.
+        Order and steps. Tokens of one step are in random order; tokens that no step unmasks (Eso-LM at
+        alpha_0 < 1, arXiv:2506.01928) follow, one per step.
     """
     revealed_by_T = 1.0 - np.cumprod(1.0 - shares_T)
     steps = np.searchsorted(revealed_by_T, uniform_n, side="right")
@@ -92,11 +92,11 @@ def ancestral_part(uniform_n: NDArray[np.float64], shares_T: NDArray[np.float64]
 
 
 def block_part(uniform_T: NDArray[np.float64], tokens_per_step: int) -> Part:
-    """T steps that each reveal tokens T apart, the steps' offsets in random order (arXiv:2506.01928).
+    """Plan of T steps that each unmask P tokens, T positions apart, offsets shuffled (arXiv:2506.01928).
 
     Args:
         uniform_T: float64 [T] draws in [0, 1), T the number of steps.
-        tokens_per_step: P; P T tokens in all.
+        tokens_per_step: P tokens unmasked per step; P T tokens in all.
 
     Returns:
         Order and steps of P T tokens.
@@ -108,12 +108,12 @@ def block_part(uniform_T: NDArray[np.float64], tokens_per_step: int) -> Part:
 
 
 def block_autoregressive_part(segment_length: int, num_groups: int, segments_per_group: int) -> Part:
-    """Group after group; in each the segments' first tokens one by one, then all segments side by side.
+    """Plan by groups: each group's segments get their first tokens one by one, then the rest in parallel.
 
     Args:
-        segment_length: T tokens of a segment.
-        num_groups: S.
-        segments_per_group: P; S P T tokens in all.
+        segment_length: T tokens per segment.
+        num_groups: S groups.
+        segments_per_group: P segments per group; S P T tokens in all.
 
     Returns:
         Order and steps of S P T tokens, in S (P + T - 1) steps (arXiv:2506.01928).
@@ -128,15 +128,15 @@ def block_autoregressive_part(segment_length: int, num_groups: int, segments_per
 def in_blocks(
     block_n: NDArray[np.int64], part_of_block: Callable[[NDArray[np.int64]], Part], num_steps: int
 ) -> Part:
-    """Block after block, each by a plan of its own (semi-autoregressive).
+    """Semi-autoregressive plan: blocks one after the other, each by its own plan.
 
     Args:
-        block_n: number of the block that each unknown token is in.
-        part_of_block: (int64 [m], indices of the unknown tokens of a block) -> their order and steps.
-        num_steps: of a block.
+        block_n: int64 [n], index of the block that each unknown token is in.
+        part_of_block: function from int64 [m] indices of a block's unknown tokens to their order and steps.
+        num_steps: denoising steps per block.
 
     Returns:
-        Order and steps.
+        Order and steps of all unknown tokens.
     """
     orders, steps = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for block in np.unique(block_n):

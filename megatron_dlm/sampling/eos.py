@@ -1,4 +1,4 @@
-"""Sequences whose text has ended."""
+"""Early stopping: sequences whose text has ended with <eos>."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from torch import Tensor
 
 
 def finish_ended(ids_BL: Tensor, known_BL: Tensor, given_BL: Tensor, eos_token_id: int) -> Tensor:
-    """Fill a sequence with end tokens behind its first drawn one, once all before that is known.
+    """Fill a sequence with <eos> after its first sampled <eos>, once all tokens before that one are known.
 
     Args:
         ids_BL: int64 [B, L]; changed in place.
-        known_BL: bool [B, L], False where a token is still to come; changed in place.
+        known_BL: bool [B, L], False where a token is still to be sampled; changed in place.
         given_BL: bool [B, L], True where a token was given and is kept.
-        eos_token_id: ends a text.
+        eos_token_id: id of <eos>, the token that ends a text.
 
     Returns:
-        bool [B], sequences that have ended.
+        bool [B], True for sequences that have ended.
     """
     places = torch.arange(ids_BL.shape[1], device=ids_BL.device)
     length = ids_BL.shape[1]

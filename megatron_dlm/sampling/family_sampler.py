@@ -1,4 +1,4 @@
-"""What a family tells the samplers: its noise, which samplers it offers, how it fills in a text.
+"""Base class of a family's samplers: its noise schedule, the samplers it offers, how it fills in a text.
 
 A family's `sampler.py` derives a class `Sampler` from `FamilySampler`, most by way of `MaskedSampler`.
 Shape legend: B sequences, L tokens.
@@ -20,7 +20,7 @@ from megatron_dlm.sampling.noise import SampleNoise
 from megatron_dlm.sampling.settings import SamplingConfig
 
 OnStep = Callable[[int, Tensor], None]
-"""Called with the step and int64 [B, L], the tokens after it; the sampler goes on with the same memory."""
+"""Callback (step, int64 [B, L] tokens after the step); the sampler changes the tensor later, so copy it."""
 Self = TypeVar("Self", bound="FamilySampler")
 
 
@@ -29,7 +29,7 @@ class FamilySampler(ABC):
     """Base of every family's samplers, for one trained model."""
 
     samplers: ClassVar[Mapping[str, tuple[str, ...]]]
-    """Names of the samplers that the family offers, its default first, each with the settings it takes."""
+    """Samplers that the family offers, the default first; each name maps to the settings it accepts."""
 
     name: str
     """Registered name of the family."""
@@ -45,10 +45,10 @@ class FamilySampler(ABC):
         """The sampler of a model.
 
         Args:
-            config: the exported model's configuration, or anything with its attributes.
+            config: the exported model's configuration, or any object with the same attributes.
 
         Returns:
-            With the fields that the configuration gives.
+            Sampler with its fields set from the configuration.
         """
         names = [field.name for field in fields(cls) if field.name not in ("name", "alpha")]
         values = {name: getattr(config, name) for name in names if hasattr(config, name)}
@@ -56,29 +56,29 @@ class FamilySampler(ABC):
 
     @staticmethod
     def schedule_of(config: Any) -> Callable[[float], float]:
-        """Alpha by time.
+        """The noise schedule of a model.
 
         Args:
-            config: with `noise_schedule`.
+            config: configuration with the attribute `noise_schedule`.
 
         Returns:
-            The function.
+            Function from time t to alpha_t.
         """
         return lambda t: float(alpha_and_slope(config.noise_schedule, np.array(t))[0])
 
     @property
     def empty_prompt(self) -> tuple[int, ...]:
-        """Token ids that a text begins with where no prompt is given."""
+        """Token ids that a text begins with when no prompt is given."""
         return ()
 
     def check_given(self, given_BL: Tensor) -> None:  # noqa: B027
-        """Refuse given tokens between which the family cannot fill in.
+        """Refuse given tokens at positions from which the family cannot sample the others.
 
         Args:
             given_BL: bool [B, L], True where a token is given.
 
         Raises:
-            ValueError: it cannot.
+            ValueError: the family cannot sample the tokens that are not given.
         """
 
     @abstractmethod
@@ -94,10 +94,10 @@ class FamilySampler(ABC):
         """Sample the tokens that are not given.
 
         Args:
-            network: trained.
-            config: resolved, of a sampler that the family offers.
+            network: trained network.
+            config: resolved settings of a sampler that the family offers.
             ids_BL: int64 [B, L]; filled in place.
             given_BL: bool [B, L], True where a token is given and kept.
-            noise: of all draws.
-            on_step: told of each step.
+            noise: source of all random draws.
+            on_step: callback after each step; None: no callback.
         """

@@ -30,19 +30,19 @@ def sample(
 ) -> Tensor:
     """Fill in the tokens that are not given.
 
-    A sample depends on (seed, its number), not on what else is in the batch.
+    A sample depends on the seed and its index, not on the rest of the batch.
 
     Args:
-        network: trained.
-        family: its samplers.
-        config: of the sampler.
-        start: the batch.
-        seed: of all draws.
-        samples: number of each sequence; 0 to B - 1 where absent.
-        on_step: called after each step with its number and the tokens so far.
+        network: trained network.
+        family: samplers of the network's family.
+        config: settings of the sampler.
+        start: prompts or other given tokens of the batch.
+        seed: random seed of all draws.
+        samples: index of each sequence, which addresses its draws; None: 0 to B - 1.
+        on_step: called after each step with the step and the tokens so far.
 
     Returns:
-        int64 [B, L] on the network's device.
+        int64 [B, L] tokens on the network's device.
 
     Raises:
         ValueError: settings or tokens that do not fit the family.

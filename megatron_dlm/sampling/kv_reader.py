@@ -1,4 +1,4 @@
-"""How a network is asked about tokens to reveal: in the whole noisy text, or behind what its cache holds.
+"""Readers run the network on the tokens to unmask: over the whole noisy text, or with a key-value cache.
 
 Shape legend: B sequences, L tokens, N tokens fed at a time, R revealed tokens, D hidden size.
 """
@@ -20,26 +20,26 @@ Found = tuple[Tensor, Tensor, Tensor]
 
 
 class Reader(Protocol):
-    """Hidden states that predict some positions."""
+    """Runs the network for the hidden states that predict given positions."""
 
     def __call__(self, ids_BL: Tensor, wanted_BL: Tensor, step: int) -> Found:
-        """Read the text as it is.
+        """Run the network on the current noisy text.
 
         Args:
-            ids_BL: int64 [B, L]; the mask token where not known.
-            wanted_BL: bool [B, L], positions to predict.
-            step: of the sampler.
+            ids_BL: int64 [B, L]; the mask token where a token is not known yet.
+            wanted_BL: bool [B, L], True at positions to predict.
+            step: step of the sampler.
 
         Returns:
-            Hidden states with their places.
+            Hidden states with the rows and positions they predict.
         """
 
     def drop(self, ended_B: Tensor) -> None:
-        """Take note of sequences (bool [B]) of which nothing will be wanted any more."""
+        """Stop reading the sequences that have ended (True in bool [B])."""
 
 
 class WholeText:
-    """Reads whole sequences, those alone in which something is wanted."""
+    """Reader that runs whole sequences, without a cache; skips sequences with nothing to predict."""
 
     def __init__(
         self,
@@ -52,10 +52,12 @@ class WholeText:
         """Prepare.
 
         Args:
-            network: any.
-            alpha_of: (int64 [B, L] texts, step) -> float64 [B], for networks that are told the noise level.
-            window: of a step, how many tokens from the left exist; all where absent.
-            visible_of: (length, device) -> bool [L, L], who looks at whom; the network's own where absent.
+            network: trained network.
+            alpha_of: function (int64 [B, L] texts, step) -> float64 [B] alpha, for networks conditioned on
+                the noise level; None: no conditioning.
+            window: function from the step to the number of tokens, from the left, that are read; None: all.
+            visible_of: function (length, device) -> bool [L, L] attention mask, True where a row attends to a
+                column; None: the network's own pattern.
         """
         self._network = network
         self._alpha_of = alpha_of
@@ -76,23 +78,23 @@ class WholeText:
         return hidden_RD, called[rows], positions
 
     def drop(self, ended_B: Tensor) -> None:
-        """Nothing is kept of any sequence."""
+        """Do nothing: this reader keeps no state."""
 
 
 class BehindCache:
-    """Feeds a causal network what became known since the last call; its tokens, each once, in a plan's order.
+    """Reader with a key-value cache: feeds a causal network the newly known tokens, in the plan's order.
 
-    With masks, those to reveal are fed behind them and predict themselves (arXiv:2506.01928); without, a
-    token is predicted from the one before it.
+    With `feeds_masks`, the mask tokens to unmask follow them and each predicts its own position
+    (arXiv:2506.01928); otherwise each token predicts the next one.
     """
 
     def __init__(self, network: Network, plan: Plan, *, feeds_masks: bool) -> None:
         """Prepare.
 
         Args:
-            network: causal.
-            plan: of the batch.
-            feeds_masks: whether the masks to reveal are fed.
+            network: causal network.
+            plan: decoding plan of the batch.
+            feeds_masks: whether the mask tokens to unmask are fed too.
         """
         self._feeds_masks = feeds_masks
         self._order_BL = plan.order_BL.to(network.device)
@@ -101,7 +103,7 @@ class BehindCache:
         self._cache = network.start_cache(len(self._live))
 
     def __call__(self, ids_BL: Tensor, wanted_BL: Tensor, step: int) -> Found:
-        """Hidden states of the wanted positions, which follow each other in the order."""
+        """Hidden states of the wanted positions, which must be consecutive in the plan's order."""
         live, order = self._live, self._order_BL[self._live]
         wanted = wanted_BL[live].gather(1, order)
         count = wanted.sum(1)
@@ -126,7 +128,7 @@ class BehindCache:
         return hidden_RD, live[which], targets[which, column]
 
     def drop(self, ended_B: Tensor) -> None:
-        """Forget sequences of which nothing will be wanted any more."""
+        """Remove sequences that have ended from the cache."""
         kept = (~ended_B[self._live]).nonzero()[:, 0]
         if len(kept) < len(self._live):
             self._cache.select(kept)

@@ -1,4 +1,4 @@
-"""Samplers of families whose tokens become known one by one, from a text of masks.
+"""Samplers of masked families: they start from mask tokens and unmask each token once.
 
 Shape legend: B sequences, L tokens, n unknown tokens of one sequence, T steps.
 """
@@ -27,28 +27,28 @@ from megatron_dlm.sampling.unmasking import Unmasking
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedSampler(FamilySampler):
-    """Reveals masked tokens, by a plan made beforehand or by the network's confidence."""
+    """Unmasks tokens, by a plan drawn beforehand or by the network's confidence."""
 
     def alphas(self, num_steps: int) -> list[float]:
         """Alpha at the edges of the ancestral sampler's steps.
 
         Args:
-            num_steps: of the sampler.
+            num_steps: denoising steps of the sampler.
 
         Returns:
-            From the noise to the data, not falling.
+            num_steps + 1 or more values, from noise to data, non-decreasing.
         """
         return [self.alpha(t) for t in times(num_steps)]
 
     def block_of(self, unknown_n: NDArray[np.int64], config: SamplingConfig) -> NDArray[np.int64] | None:
-        """The blocks that ancestral sampling reveals one after the other.
+        """The blocks that ancestral sampling unmasks one after the other.
 
         Args:
             unknown_n: int64 [n], positions of the unknown tokens.
-            config: resolved.
+            config: resolved sampler settings.
 
         Returns:
-            int64 [n], the number of each token's block; None where all are one.
+            int64 [n], the index of each token's block; None if all tokens are one block.
         """
         if config.block_length is None:
             return None
@@ -67,26 +67,26 @@ class MaskedSampler(FamilySampler):
         return np.arange(len(unknown_n))
 
     def reader(self, network: Network, config: SamplingConfig, order: Plan) -> Reader:
-        """How the network is asked for tokens that a plan reveals.
+        """Reader that runs the network on the tokens a plan unmasks.
 
         Args:
-            network: trained.
-            config: resolved.
-            order: of the batch.
+            network: trained network.
+            config: resolved sampler settings.
+            order: decoding plan of the batch.
 
         Returns:
-            One that reads whole texts, with the noise level of each step where the network is told one.
+            By default a reader of whole texts, with each step's noise level if the network takes one.
         """
         return WholeText(network, **self.reading(config))
 
     def reading(self, config: SamplingConfig) -> dict[str, Any]:
-        """Arguments of `WholeText` for a sampler.
+        """Keyword arguments of `WholeText` for a sampler.
 
         Args:
-            config: resolved.
+            config: resolved sampler settings.
 
         Returns:
-            By name.
+            Arguments by name.
         """
         return {}
 
@@ -99,7 +99,7 @@ class MaskedSampler(FamilySampler):
         noise: SampleNoise,
         on_step: OnStep | None,
     ) -> None:
-        """Mask what is not given and reveal it."""
+        """Mask all tokens that are not given, then unmask them."""
         ids_BL.masked_fill_(~given_BL, self.mask_token_id)
         sharpen = Sharpening(config.temperature, config.top_p)
         eos = self.eos_token_id if config.stop_at_eos else None
@@ -116,13 +116,13 @@ class MaskedSampler(FamilySampler):
 
 
 def level_of_step(alphas: Sequence[float], step: int) -> float:
-    """Alpha at which a step of ancestral sampling begins; blocks go through all of them again.
+    """Alpha at the start of a step of ancestral sampling; every block runs through all noise levels anew.
 
     Args:
-        alphas: at the edges of the steps.
-        step: of the sampler.
+        alphas: alpha at the edges of the steps of one block.
+        step: step of the sampler, counted over all blocks.
 
     Returns:
-        Alpha.
+        Alpha at the start of the step.
     """
     return alphas[step % (len(alphas) - 1)]

@@ -1,4 +1,4 @@
-"""What samplers ask of a network.
+"""Protocols that a network and its key-value cache implement to be sampled from.
 
 Shape legend: B sequences, L tokens, N tokens fed at a time, R rows that reach the head, D hidden size, V ids.
 """
@@ -12,22 +12,23 @@ from torch import Tensor
 
 
 class Cache(Protocol):
-    """Keys and values of the tokens a causal network has read; the network's own affair otherwise."""
+    """Key-value cache of the tokens a causal network has read; its contents are up to the network."""
 
     def hidden(
         self, ids_BN: Tensor, positions_BN: Tensor, valid_BN: Tensor, kept_BN: Tensor, rows_BN: Tensor
     ) -> Tensor:
-        """Read tokens behind those in the cache, each looking back only.
+        """Read tokens that follow those in the cache, with causal attention.
 
         Args:
             ids_BN: int64 [B, N].
             positions_BN: int64 [B, N], places in the text.
-            valid_BN: bool [B, N]; what is not valid is padding that no token looks at.
-            kept_BN: bool [B, N], valid ones that later calls look at, ahead of all others of their sequence.
-            rows_BN: bool [B, N], where hidden states are wanted.
+            valid_BN: bool [B, N], False at padding, which no token attends to.
+            kept_BN: bool [B, N], True at valid tokens to keep in the cache; they precede all other tokens of
+                their sequence.
+            rows_BN: bool [B, N], True where hidden states are returned.
 
         Returns:
-            [R, D] in row-major order.
+            [R, D] hidden states in row-major order.
         """
 
     def select(self, rows: Tensor) -> None:
@@ -46,16 +47,16 @@ class Network(Protocol):
 
         Args:
             ids_BL: int64 [B, L].
-            rows_BL: bool [B, L], where hidden states are wanted.
-            sigma_B: float32 [B] noise level -ln(alpha), for networks that are told it.
-            visible_LL: bool [L, L], True where a row may look at a column; the family's own where absent.
+            rows_BL: bool [B, L], True where hidden states are returned.
+            sigma_B: float32 [B] noise level -ln(alpha), for networks conditioned on it.
+            visible_LL: bool [L, L], True where a row attends to a column; None: the family's pattern.
 
         Returns:
-            [R, D] in row-major order.
+            [R, D] hidden states in row-major order.
         """
 
     def head(self, hidden_RD: Tensor) -> Tensor:
         """[R, V] logits, at least float32; -inf where an id is never predicted."""
 
     def start_cache(self, batch_size: int) -> Cache:
-        """An empty cache, for networks that only look back."""
+        """An empty key-value cache, for causal networks."""

@@ -1,4 +1,4 @@
-"""Draws of a sampler: functions of (seed, sample, step, position), whatever batch a sample is drawn in."""
+"""Random draws of a sampler: functions of (seed, sample, step, position), independent of the batch."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class SampleNoise:
         self._device = device
 
     def uniform(self, stream: str, step: int = 0) -> Tensor:
-        """Draws in [0, 1), one a position.
+        """Uniform draws in [0, 1), one per position.
 
         Args:
-            stream: name of the draw.
-            step: of the sampler; streams of different steps are independent.
+            stream: name of the random stream.
+            step: step of the sampler; streams of different steps are independent.
 
         Returns:
             float64 [B, L] on the network's device.

@@ -32,25 +32,25 @@ class Shares(NamedTuple):
     stays: Tensor
     """The token stays as it is."""
     predicted: Tensor
-    """It is drawn from the network's prediction."""
+    """The token is drawn anew from the network's prediction."""
     noise: Tensor
-    """It is drawn from the noise."""
+    """The token is drawn anew from the noise."""
 
 
 def posterior_shares(
     p_noisy: Tensor, alpha_t: Tensor, alpha_s: Tensor, inverse_probability: Tensor | int
 ) -> Shares:
-    """q(z_s | z_t, prediction) as a mixture.
+    """Posterior q(z_s | z_t, prediction) as a mixture of staying, prediction and noise.
 
     Args:
-        p_noisy: float64 [...], predicted probability of the token that is there at t.
-        alpha_t: broadcasts to it.
-        alpha_s: not below alpha_t; 1 gives the last step.
-        inverse_probability: 1 over the probability of the token at t as a draw of the noise; K where K ids
-            are drawn alike.
+        p_noisy: float64 [...], predicted probability of the token z_t.
+        alpha_t: alpha at time t, broadcasts to p_noisy.
+        alpha_s: alpha at time s, at least alpha_t; 1 in the last step.
+        inverse_probability: 1 over the probability that the noise draws z_t; K if the noise is uniform over K
+            ids.
 
     Returns:
-        Three of its shape.
+        Three weights in the shape of p_noisy.
     """
     ratio = alpha_t / alpha_s
     total = inverse_probability * alpha_t * p_noisy + 1.0 - alpha_t
@@ -68,11 +68,11 @@ class NoiseDraws(Protocol):
         """Ids from draws in [0, 1), of any shape."""
 
     def inverse_probability(self, ids: Tensor) -> Tensor | int:
-        """1 over the probability that a draw gives each of the ids; infinite where none does."""
+        """1 over the noise's probability of each id; infinite for ids that the noise never draws."""
 
 
 class ReplacingSampler:
-    """Ancestral sampling of one batch."""
+    """Ancestral sampling of one batch, for noise that replaces tokens."""
 
     def __init__(
         self,
@@ -87,13 +87,13 @@ class ReplacingSampler:
         """Prepare.
 
         Args:
-            network: is told the noise level.
-            alpha: probability that a token is still clean, by time.
-            draws: of the noise.
-            vocab_size: ids that the head has logits for.
-            sharpen: temperature and nucleus of the prediction.
-            noise: of the draws.
-            on_step: told of each step.
+            network: trained network, conditioned on the noise level.
+            alpha: noise schedule, the probability that a token is still clean at time t.
+            draws: noise distribution that replaces tokens.
+            vocab_size: number of ids that the head has logits for.
+            sharpen: temperature and nucleus (top-p) of the prediction.
+            noise: source of all random draws.
+            on_step: callback after each step; None: no callback.
         """
         self._network = network
         self._alpha = alpha
@@ -113,16 +113,16 @@ class ReplacingSampler:
         greedy_tail: bool,
         eos_token_id: int | None,
     ) -> None:
-        """Fill in what is not given.
+        """Sample the tokens that are not given.
 
         Args:
             ids_BL: int64 [B, L]; filled in place.
-            given_BL: bool [B, L].
-            times: falling from 1 to 0.
-            block_length: unknown tokens of a block, sampled one after the other, the network seeing nothing
-                behind a block; None: all are one block.
-            greedy_tail: take the most likely ids in the last step.
-            eos_token_id: ends a text; None: nothing does.
+            given_BL: bool [B, L], True where a token is given and kept.
+            times: diffusion times of the steps' edges, decreasing from 1 to 0.
+            block_length: unknown tokens per block; blocks are sampled from left to right, and the network
+                reads no tokens after the current block. None: all tokens are one block.
+            greedy_tail: take the most likely ids in the last step instead of drawing.
+            eos_token_id: id of <eos>, which ends a text; None: texts do not end early.
         """
         start_BL = self._draws.draw(self._noise.uniform("start"))
         ids_BL.copy_(torch.where(given_BL, ids_BL, start_BL))
@@ -155,7 +155,7 @@ class ReplacingSampler:
         *,
         greedy: bool,
     ) -> None:
-        """Move the open positions from alpha_t to alpha_s; a sequence is read up to its end."""
+        """Denoise the open positions from alpha_t to alpha_s, reading each sequence up to `end_B`."""
         alpha_t, alpha_s = torch.tensor(alphas, dtype=torch.float64, device=ids_BL.device)
         mixture_BL, token_BL = self._noise.uniform("mixture", number), self._noise.uniform("token", number)
         # A prediction can only add to what stays.
@@ -209,7 +209,7 @@ class ReplacingFamilySampler(FamilySampler):
         noise: SampleNoise,
         on_step: OnStep | None,
     ) -> None:
-        """Begin with noise; left to right is a step from noise to data for each token."""
+        """Start from noise and denoise; "left-to-right" takes one step from noise to data per token."""
         one_by_one = config.sampler == "left-to-right"
         sharpen = Sharpening(config.temperature, config.top_p)
         ReplacingSampler(network, self.alpha, self.draws, self.vocab_size, sharpen, noise, on_step).run(

@@ -1,4 +1,4 @@
-"""The plan of each sampler that has one."""
+"""Builds the decoding plan of each sampler whose unmasking order is drawn beforehand."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ class Planned(Protocol):
 
 
 def plan(config: SamplingConfig, family: Planned, given_BL: NDArray[np.bool_], noise: SampleNoise) -> Plan:
-    """When each token of a batch is revealed.
+    """The decoding plan: at which step each token of a batch is unmasked.
 
     Args:
-        config: resolved, of a sampler that has a plan.
-        family: the network's.
-        given_BL: True where a token is given.
-        noise: of the orders.
+        config: resolved settings of a sampler that has a plan.
+        family: samplers of the network's family.
+        given_BL: bool [B, L], True where a token is given.
+        noise: source of the random orders.
 
     Returns:
-        The plan.
+        Plan of the batch.
 
     Raises:
         ValueError: steps or segments that do not divide the tokens of a sequence.
@@ -69,11 +69,11 @@ def check_division(config: SamplingConfig, count: int) -> None:
     """Refuse steps or segments that do not divide the tokens to sample.
 
     Args:
-        config: resolved.
+        config: resolved sampler settings.
         count: unknown tokens of a sequence.
 
     Raises:
-        ValueError: they do not.
+        ValueError: the steps or segments do not divide `count`.
     """
     length, groups, steps = config.segment_length, config.num_groups, config.num_steps
     if config.sampler == "block-autoregressive" and count % ((length or 1) * (groups or 1)):

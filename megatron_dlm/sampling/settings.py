@@ -9,18 +9,18 @@ from typing import Literal, Protocol
 
 SamplerName = Literal["ancestral", "confidence", "block", "block-autoregressive", "left-to-right"]
 _SETTINGS = ("num_steps", "block_length", "segment_length", "num_groups")
-"""Settings that not every sampler takes."""
+"""Settings that only some samplers accept."""
 _DEFAULTS: dict[str, dict[str, int]] = {
     "ancestral": {"num_steps": 64},
     "confidence": {"num_steps": 64},
     "block-autoregressive": {"num_groups": 1},
 }
 SMALLEST_TEMPERATURE = 1e-4
-"""Below it logits overflow, and 0 is meant."""
+"""Smallest temperature above 0; smaller ones would overflow the logits, use 0 for greedy sampling."""
 
 
 class OffersSamplers(Protocol):
-    """A family, as far as settings are checked against it."""
+    """The part of a family that sampler settings are checked against."""
 
     @property
     def name(self) -> str:
@@ -36,25 +36,28 @@ class SamplingConfig:
     """How tokens are sampled."""
 
     sampler: SamplerName | None = None
-    """ancestral: the reverse process; confidence: most probable tokens first, the others masked again; block:
-    tokens num_steps apart together; block-autoregressive: groups of segments side by side; left-to-right: one
-    token at a time. None: the family's first."""
+    """ancestral: the reverse process; confidence: unmask the most probable tokens first, remask the others;
+    block: unmask tokens num_steps apart together; block-autoregressive: segments of a group in parallel, one
+    group after another; left-to-right: one token at a time. None: the family's default."""
     num_steps: int | None = None
-    """Denoising steps of ancestral (64), confidence (64) and block; of each block where there are blocks."""
+    """Denoising steps, per block if there are blocks; default 64 for ancestral and confidence, required for
+    block."""
     block_length: int | None = None
-    """Tokens of a block for ancestral and confidence, from left to right; None: all tokens at once."""
+    """Tokens per block for ancestral and confidence, which sample blocks from left to right; None: all tokens
+    are one block."""
     segment_length: int | None = None
-    """Tokens of a segment for block-autoregressive."""
+    """Tokens per segment for block-autoregressive, which requires it."""
     num_groups: int | None = None
-    """Groups of segments for block-autoregressive (1)."""
+    """Groups of segments for block-autoregressive; default 1."""
     temperature: float = 1.0
-    """Divides the logits; 0 takes the most likely token."""
+    """Sampling temperature, which divides the logits; 0 takes the most likely token (greedy)."""
     top_p: float = 1.0
-    """Probability mass of the most likely tokens that are kept, in (0, 1]."""
+    """Nucleus sampling: probability mass of the most likely tokens that are kept, in (0, 1]; 1 keeps all."""
     greedy_tail: bool = False
-    """In the last step of a sampler of uniform noise, take the most likely tokens instead of drawing."""
+    """For samplers of uniform noise: take the most likely tokens in the last step instead of drawing."""
     stop_at_eos: bool = False
-    """End a text with its first <eos> and fill up with <eos>; sequences that have ended cost nothing more."""
+    """End a text at its first sampled <eos> and fill the rest with <eos>; an ended sequence is no longer
+    computed."""
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "block_length", "segment_length", "num_groups"):
@@ -72,13 +75,13 @@ class SamplingConfig:
         """These settings with the family's defaults in place of None.
 
         Args:
-            family: the network's.
+            family: samplers of the network's family.
 
         Returns:
-            Settings whose sampler and numbers are all given.
+            Settings with the sampler and all fields that it uses set.
 
         Raises:
-            ValueError: a sampler the family has not, or a field that the sampler does not use or lacks.
+            ValueError: the family does not offer the sampler, or a field is not used or is missing.
         """
         offered = family.samplers
         sampler: str = self.sampler or next(iter(offered))

@@ -1,4 +1,4 @@
-"""What sampling starts from: tokens that are given and kept, of prompts or anywhere in the text.
+"""Start of sampling: given tokens that are kept, as prompts or anywhere in the text (infilling).
 
 Shape legend: B sequences, L tokens.
 """
@@ -20,7 +20,7 @@ class Start:
     """Texts to fill in."""
 
     ids_BL: Tensor
-    """int64 [B, L], anything where not given."""
+    """int64 [B, L]; ids at positions that are not given are ignored."""
     given_BL: Tensor
     """bool [B, L], True where a token is given and kept."""
 
@@ -40,12 +40,12 @@ def start_from(prompts: Sequence[Sequence[int]], length: int, family: FamilySamp
     """Texts that begin with prompts, which may be of unequal length.
 
     Args:
-        prompts: token ids; in place of an empty one stands the family's, which may be <bos>.
-        length: tokens in all.
-        family: the network's.
+        prompts: token ids; an empty prompt is replaced by the family's default, which may be <bos>.
+        length: tokens per text, prompt included.
+        family: samplers of the network's family.
 
     Returns:
-        Their start.
+        Start of the batch.
 
     Raises:
         ValueError: a prompt longer than `length`.
@@ -64,8 +64,8 @@ def check_tokens(start: Start, family: FamilySampler) -> None:
     """Refuse given tokens that the family cannot start from.
 
     Args:
-        start: the batch.
-        family: the network's.
+        start: texts to fill in.
+        family: samplers of the network's family.
 
     Raises:
         ValueError: an id outside the vocabulary, the mask token, or gaps that the family cannot fill in.

@@ -1,4 +1,4 @@
-"""Samplers that reveal masked tokens: by a plan made beforehand, or by the network's confidence.
+"""Samplers that unmask tokens: by a plan drawn beforehand, or by the network's confidence.
 
 Shape legend: B sequences, L tokens, R tokens predicted in a step.
 """
@@ -18,11 +18,11 @@ from megatron_dlm.sampling.noise import SampleNoise
 from megatron_dlm.sampling.step_grid import blocks_of
 
 CONFIDENCE_STEP = 2.0**-16
-"""Confidences that differ by less are equal, so that rounding, and with it the batch, decides nothing."""
+"""Confidences are rounded to multiples of this, so that rounding error, and so the batch, decides nothing."""
 
 
 class Unmasking:
-    """What both ways share: draw, write, stop."""
+    """Unmasks the tokens of one batch, with `follow` (a plan) or `most_confident`."""
 
     def __init__(
         self,
@@ -37,13 +37,13 @@ class Unmasking:
         """Prepare.
 
         Args:
-            network: its head turns hidden states into logits.
-            vocab_size: ids that the head has logits for.
-            reader: how it is asked.
-            sharpen: temperature and nucleus.
-            noise: of the draws.
-            eos_token_id: ends a text; None: nothing does.
-            on_step: told of each step.
+            network: trained network, whose head turns hidden states into logits.
+            vocab_size: number of ids that the head has logits for.
+            reader: runs the network on the tokens to unmask.
+            sharpen: temperature and nucleus (top-p).
+            noise: source of all random draws.
+            eos_token_id: id of <eos>, which ends a text; None: texts do not end early.
+            on_step: callback after each step; None: no callback.
         """
         self._network = network
         self._vocab_size = vocab_size
@@ -54,12 +54,12 @@ class Unmasking:
         self._on_step = on_step
 
     def follow(self, plan: Plan, ids_BL: Tensor, given_BL: Tensor) -> None:
-        """Reveal tokens in the order of a plan.
+        """Unmask tokens in the order of a plan.
 
         Args:
-            plan: of the batch.
+            plan: decoding plan of the batch.
             ids_BL: int64 [B, L], the mask token where not given; filled in place.
-            given_BL: bool [B, L].
+            given_BL: bool [B, L], True where a token is given and kept.
         """
         step_at_BL, known_BL = plan.step_at_BL.to(ids_BL.device), given_BL.clone()
         # Each token is drawn once, so its position is address enough.
@@ -78,16 +78,16 @@ class Unmasking:
     def most_confident(
         self, ids_BL: Tensor, given_BL: Tensor, num_steps: int, block_length: int | None
     ) -> None:
-        """Predict all masked tokens of the block in each step and keep the most probable of them.
+        """Predict all masked tokens of the block in each step and keep the most probable predictions.
 
-        The others are masked again ("low-confidence remasking", arXiv:2502.09992), as many as leave the
-        rest of the block to the rest of the steps.
+        The others are masked again ("low-confidence remasking", arXiv:2502.09992); the number kept spreads
+        the block's tokens evenly over its steps.
 
         Args:
             ids_BL: int64 [B, L], the mask token where not given; filled in place.
-            given_BL: bool [B, L].
-            num_steps: of each block.
-            block_length: unknown tokens of a block; None: all are one block.
+            given_BL: bool [B, L], True where a token is given and kept.
+            num_steps: denoising steps per block.
+            block_length: unknown tokens per block; None: all tokens are one block.
         """
         known_BL = given_BL.clone()
         # The how-manieth unknown token of its sequence a position holds.

@@ -10,12 +10,12 @@ from megatron_dlm.telemetry.writers import read_metrics
 
 
 def plot_loss(directory: Path, output: Path, *, title: str, unigram_entropy: float | None = None) -> None:
-    """Draw the bound over steps.
+    """Plot the likelihood bound over optimizer steps.
 
     Args:
-        directory: of the run, with metrics.jsonl.
+        directory: directory of the run, which holds metrics.jsonl.
         output: PNG file.
-        title: of the picture.
+        title: title of the plot.
         unigram_entropy: nats per token, drawn as a line for comparison.
     """
     entries = read_metrics(directory)
@@ -35,14 +35,14 @@ def plot_loss(directory: Path, output: Path, *, title: str, unigram_entropy: flo
 def plot_by_time(
     bands: Sequence[tuple[float, float, float, float]], output: Path, *, title: str, of: str = "bound"
 ) -> None:
-    """Draw what the diffusion times contribute to a bound.
+    """Plot how much each interval of diffusion times contributes to a bound.
 
     Args:
-        bands: first and last time, nats per token of the bound's integrand, and half the width
-            of its 95% interval.
+        bands: for each interval its first and last time, the bound's integrand in nats per token, and half
+            the width of its 95% confidence interval.
         output: PNG file.
-        title: of the picture.
-        of: what is drawn, where it is not a bound.
+        title: title of the plot.
+        of: name of the plotted quantity, if it is not a bound.
     """
     pyplot, figure, axes = _canvas()
     first, last, nats, half_widths = zip(*bands, strict=True)
@@ -69,9 +69,9 @@ def plot_pareto(
 
     Args:
         series: (tokens/s, generative perplexity) by name.
-        published: the same of others, drawn in grey behind.
+        published: published results in the same form, drawn in grey in the background.
         output: PNG file.
-        frontier: points that none beats in both ways, from the fastest on.
+        frontier: Pareto-optimal points, which no other point beats in both ways, fastest first.
     """
     pyplot, figure, axes = _canvas()
     for marker, (name, points) in zip("xv^s*", published.items(), strict=False):
@@ -89,12 +89,12 @@ def plot_pareto(
 
 
 def plot_lengths(histogram: Sequence[tuple[int, int, int]], output: Path, *, title: str) -> None:
-    """Draw how long documents are.
+    """Plot a histogram of document lengths.
 
     Args:
-        histogram: for each bin its first length in tokens, the one behind its last, and its documents.
+        histogram: for each bin its first length in tokens, its end (exclusive) and its number of documents.
         output: PNG file.
-        title: of the picture.
+        title: title of the plot.
     """
     pyplot, figure, axes = _canvas()
     lows, highs, counts = zip(*histogram, strict=True)

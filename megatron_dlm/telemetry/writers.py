@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 METRICS_FILE = "metrics.jsonl"
 FIRST_STEP = "first_step"
-"""First step of the window that a line's means are taken over; the line's step is the last."""
+"""Metric with the first step of the window that a line's means cover; the line's `step` is the last."""
 
 Metrics = dict[str, float | int | str]
 
@@ -22,7 +22,7 @@ class Writer(Protocol):
         """Record `metrics` of `step`; `kind` is train, validation, skipped or rollback."""
 
     def rewind(self, step: int) -> None:
-        """Take back what was recorded of steps after `step`, which will be made again."""
+        """Discard the metrics of steps after `step`, which will be repeated."""
 
     def close(self) -> None:
         """Flush everything."""
@@ -48,14 +48,14 @@ class JsonLinesWriter:
         self._whole = self._file.seek(0, os.SEEK_END)
 
     def rewind(self, step: int) -> None:
-        """Drop lines of steps after `step`, also those that wait for room on the disk."""
+        """Drop lines of steps after `step`, including pending lines for which the disk was full."""
         self._pending = [line for line in self._pending if json.loads(line)["step"] <= step]
         previous = self._file
         self._open(step)
         previous.close()
 
     def write(self, kind: str, step: int, metrics: Metrics) -> None:
-        """Append one line; lines that the disk had no room for come with the next one that it has."""
+        """Append one line, after any pending lines for which the disk was full."""
         self._pending.append(json.dumps({"kind": kind, "step": step, **metrics}).encode() + b"\n")
         self._write_pending()
 
@@ -99,7 +99,7 @@ class TensorBoardWriter:
                 self._writer.add_scalar(f"{kind}/{name}", value, step)
 
     def rewind(self, step: int) -> None:
-        """Let a new event file say that points after `step` no longer hold."""
+        """Start a new event file that makes TensorBoard discard points after `step`."""
         self._writer.close()
         self._open(step)
 

@@ -23,12 +23,12 @@ class Hook:
         """After each optimizer step, on all ranks, but not after one that was rolled back."""
 
     def after_rollback(self, session: Session, progress: TrainingProgress, report: StepReport) -> None:
-        """After a step that sent the run back to a checkpoint, on all ranks.
+        """Called on all ranks after a step that rolled the run back to a checkpoint.
 
         Args:
             session: holds the weights and optimizer state of the checkpoint.
-            progress: of the checkpoint.
-            report: of the step at fault.
+            progress: progress of the checkpoint.
+            report: report of the step that caused the rollback.
         """
 
     def on_end(self, session: Session, progress: TrainingProgress) -> None:
@@ -40,7 +40,7 @@ def fit(session: Session, progress: TrainingProgress, hooks: Sequence[Hook]) -> 
 
     Args:
         session: model, optimizer and data.
-        progress: where to begin; kept up to date.
+        progress: step and samples to start from; updated after each step.
         hooks: called in this order.
     """
     for hook in hooks:

@@ -60,13 +60,14 @@ def _fully_sharded(chunk: Denoiser, ddp_config: Any) -> Any:
 def build_optimizer(
     config: OptimizerConfig, parallel: ParallelConfig, precision: Precision, chunks: list[Any]
 ) -> Any:
-    """megatron-core's optimizer over the wrapped stage.
+    """Build megatron-core's optimizer for the wrapped chunks of one pipeline stage.
 
     Args:
-        config: AdamW.
-        parallel: tells whether optimizer state is sharded over data parallel ranks.
-        precision: of the parameters; fully sharded ones are their own fp32 main weights at any.
-        chunks: from `wrap_data_parallel`.
+        config: hyperparameters of AdamW.
+        parallel: selects whether optimizer state is sharded over data parallel ranks.
+        precision: precision of the parameters; at any precision, fully sharded parameters are fp32 and serve
+            as their own main weights.
+        chunks: wrapped chunks from `wrap_data_parallel`.
 
     Returns:
         A `MegatronOptimizer`; its learning rate is set every step by the loop.
@@ -105,13 +106,14 @@ def finish_gradients(
 ) -> None:
     """Sum gradients over ranks and divide by the tokens of the batch; megatron-core's schedules call it.
 
-    As its own `finalize_model_grads`, which asks the GPU whether there are any tokens before it divides.
+    Same result as megatron-core's `finalize_model_grads`, which waits for the GPU before it divides, to see
+    whether there are any tokens.
 
     Args:
-        model: wrapped chunks of this stage.
-        num_tokens: int [], of this rank's microbatches on the last stage; None divides by nothing.
-        pg_collection: groups of this process, from the schedule.
-        **kwargs: of megatron-core's function.
+        model: wrapped chunks of this pipeline stage.
+        num_tokens: int [], tokens of this rank's microbatches, valid on the last stage; None: no division.
+        pg_collection: process groups of this rank, passed by the schedule.
+        **kwargs: passed on to megatron-core's `finalize_model_grads`.
     """
     import torch
     import torch.distributed as dist
@@ -131,15 +133,15 @@ def finish_gradients(
 
 
 def step_if_finite(optimizer: Any, device: torch.device, largest_norm: float = math.inf) -> float:
-    """Make an optimizer step unless the last pass's gradients are not finite; all ranks call it.
+    """Make an optimizer step if the gradients of the last backward pass are finite; all ranks call it.
 
     Args:
         optimizer: from `build_optimizer`.
-        device: where ranks exchange numbers.
-        largest_norm: gradients above it change nothing.
+        device: device of the tensors that ranks exchange.
+        largest_norm: no step is made if the gradient norm is above this.
 
     Returns:
-        The gradient's norm before clipping; NaN where some rank's is not finite: nothing has changed then.
+        Gradient norm before clipping; NaN if it is not finite on some rank, and then no parameter changes.
     """
     from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
@@ -158,14 +160,14 @@ def step_if_finite(optimizer: Any, device: torch.device, largest_norm: float = m
 
 
 def gradient_norm(optimizer: Any) -> float:
-    """Norm of the last pass's gradients over all ranks, which then wait for a step."""
+    """Global norm of the last backward pass's gradients, which are then ready for an optimizer step."""
     optimizer.prepare_grads()
     with waiting_for_gpu("the gradient's norm"):
         return float(optimizer.get_grad_norm())
 
 
 def _largest_of_replicas(optimizer: Any, device: torch.device, norm: float) -> float:
-    """A norm that all ranks agree on: where replicas have one each, one may be damaged."""
+    """Gradient norm that all ranks agree on: the maximum over replicas, since one of them may be damaged."""
     import torch
     import torch.distributed as dist
 

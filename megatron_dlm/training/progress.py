@@ -31,9 +31,10 @@ class StepReport:
     work: Work
     seconds: float
     bad_samples: tuple[int, ...]
-    """Samples at fault where loss or gradient is not finite or a spike, and no parameter has changed."""
+    """Positions in the run of samples with a non-finite or spiking loss or gradient; if there are any, the
+    step changed no parameter."""
     fault: str
-    """What is wrong, where there are such samples; empty otherwise."""
+    """Description of the fault if `bad_samples` is not empty; otherwise empty."""
 
     @property
     def applied(self) -> bool:
@@ -52,9 +53,9 @@ class MetricsWindow:
     first_step: int = 0
     """Number of the first step after the last line."""
     loss: float = 0.0
-    """Nats, weighted as the training loss is."""
+    """Sum of the weighted training loss over tokens, in nats."""
     nats: float = 0.0
-    """Nats of the NELBO (AR: NLL)."""
+    """Sum of the NELBO (AR: NLL) over tokens, in nats."""
     tokens: int = 0
     samples: int = 0
     seconds: float = 0.0
@@ -96,11 +97,11 @@ class TrainingProgress:
     fingerprint: int = 0
     """Digest of the last step's corruption."""
     recent_losses: tuple[float, ...] = ()
-    """Losses of the last steps, in nats per token; kept where spikes are looked for."""
+    """Losses of the last steps, in nats per token; recorded only if spike detection is on."""
     recent_grad_norms: tuple[float, ...] = ()
-    """Gradient norms of the last steps; kept where spikes are looked for."""
+    """Gradient norms of the last steps; recorded only if spike detection is on."""
     window: MetricsWindow = field(default_factory=MetricsWindow)
-    """Steps that no line of metrics has told of yet."""
+    """Sums over the steps since the last line of metrics."""
     stop_requested: bool = False
     """Set by a hook; the loop ends after the current step. Not saved."""
     save_requested: bool = False
@@ -112,14 +113,14 @@ class TrainingProgress:
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any], where: str) -> TrainingProgress:
-        """The progress that `record` was made of.
+        """Restore the progress from the JSON values of `record`.
 
         Args:
-            record: from `record`, now or in an earlier version; other entries are passed over.
+            record: output of `record`, of this or an earlier version; unknown entries are ignored.
             where: name of the record in error messages.
 
         Returns:
-            Where to go on.
+            Progress from which training continues.
 
         Raises:
             InputError: a field is missing or of the wrong type.
@@ -127,7 +128,7 @@ class TrainingProgress:
         return decode(cls, {name: record[name] for name in _SAVED if name in record}, where)
 
     def go_back_to(self, saved: TrainingProgress) -> None:
-        """Go on from an earlier checkpoint, behind the samples read so far, which are not read again.
+        """Return to an earlier checkpoint, but keep `consumed_samples`, so that no sample is read again.
 
         Args:
             saved: progress of the checkpoint.

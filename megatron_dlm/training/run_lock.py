@@ -17,9 +17,9 @@ JOB_VARIABLES = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "TORCHELASTIC_RUN_ID"
 
 
 class RunLock:
-    """Held from `acquire` until the process ends, however it ends.
+    """Lock on a run's directory, held from `acquire` until the process ends, even if it is killed.
 
-    The kernel keeps it (flock), on shared storage the file server, so a lock whose holder has died is free.
+    The kernel, or the file server of shared storage, releases the lock (flock) when its holder dies.
     """
 
     def __init__(self, directory: Path) -> None:

@@ -85,11 +85,11 @@ class Session:
         )
         self._noise = NoiseSource(config.training.seed)
         self.votes: dict[str, Callable[[], bool]] = {}
-        """What ranks have to agree on in each training batch; the same names on all ranks."""
+        """Yes/no questions, by name, that ranks answer in each training batch; same names on all ranks."""
         self.agreed: dict[str, bool] = {}
-        """Which votes of the last training batch any rank has cast."""
+        """For each vote, whether any rank answered yes in the last training batch."""
         self.plan = (PlanSegment(0, data.train.blend),)
-        """Which blend is read from which sample on."""
+        """Segments of the run, each with the blend of shards that is read from its first sample on."""
         self._read_by_plan()
         self._connect()
 
@@ -121,11 +121,11 @@ class Session:
         self._batches.close()
 
     def follow(self, plan: Sequence[PlanSegment], consumed_samples: int) -> None:
-        """Go on with the plan of a checkpoint; where the blend is another now, with that from here on.
+        """Continue with a checkpoint's data plan; if the blend has changed, the new one applies from here on.
 
         Args:
             plan: segments of the run so far.
-            consumed_samples: of the run so far.
+            consumed_samples: samples that the run has read so far.
         """
         blend = self.data.train.blend
         changed = () if plan[-1].blend == blend else (PlanSegment(consumed_samples, blend),)
@@ -169,7 +169,7 @@ class Session:
         Args:
             step: optimizer steps before the batch.
             first_sample: position in the run of the batch's first sample.
-            position: of the sample, in the run.
+            position: position of the sample in the run.
 
         Returns:
             Sums over the sample.
@@ -192,7 +192,7 @@ class Session:
         Args:
             step: optimizer steps done before the batch.
             first_sample: position in the run of the batch's first sample.
-            positions: int64 [n], in the run.
+            positions: int64 [n], positions of the samples in the run.
 
         Returns:
             For each position its clean tokens and the tensors of its inputs and targets, by name.

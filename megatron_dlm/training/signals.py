@@ -12,15 +12,16 @@ from megatron_dlm.platform.subprocess_lifetime import JOB_SIGNALS
 
 REPEATED_SIGNAL_SECONDS = 5.0
 EXIT_PREEMPTED = 3
-"""Stopped by a signal; a later start goes on where this one was saved."""
+"""Exit code of a run that a signal or its time limit stopped; the next start resumes from its checkpoint."""
 
 
 class StopSignals:
-    """SIGTERM, SIGUSR1 and SIGINT, which schedulers and terminals send before they kill.
+    """Handles SIGTERM, SIGUSR1 and SIGINT, which schedulers and terminals send before they kill a job.
 
-    Before the ranks have met there is nothing to save, and the process ends at once. Launchers deliver one
-    signal twice (to the process and to its group), so later only one that comes seconds after another means
-    that.
+    The first signal asks the run to save and stop; before the process groups exist there is nothing to save,
+    and the process ends at once. A second signal also ends it at once, but only if it comes more than
+    REPEATED_SIGNAL_SECONDS after the first: launchers deliver one signal twice (to the process and to its
+    group).
     """
 
     def __init__(self) -> None:

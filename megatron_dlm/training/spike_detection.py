@@ -7,9 +7,9 @@ import statistics
 from collections.abc import Sequence
 
 WINDOW = 128
-"""Steps that a new one is compared with, as in OLMo's optimizer that skips."""
+"""Number of past steps that a new step is compared with, as in OLMo's step-skipping optimizer."""
 FEWEST = 32
-"""Steps below which nothing is a spike."""
+"""Number of past steps needed; with fewer of them nothing counts as a spike."""
 
 
 def spike_limit(recent: Sequence[float], sigmas: float) -> float:

@@ -35,17 +35,17 @@ if TYPE_CHECKING:
 
 
 def find_start(config: RunConfig, data: RunData) -> RunRecord | OutsideStart | None:
-    """What to start from, checked against this run.
+    """Find the checkpoint or weights that a run starts from, and check that they fit the run.
 
     Args:
-        config: of the run.
-        data: of the run.
+        config: configuration of the run.
+        data: data of the run.
 
     Returns:
-        The run's own newest checkpoint, or what `checkpoint.initialize_from` names; None from scratch.
+        The run's own newest checkpoint, or what `checkpoint.initialize_from` names; None: start from scratch.
 
     Raises:
-        InputError: it belongs to another model, vocabulary or run, or cannot be read.
+        InputError: the checkpoint belongs to another model, vocabulary or run, or cannot be read.
     """
     complete = checkpoint_root(config).complete()
     source = complete[-1] if complete else config.checkpoint.initialize_from
@@ -108,21 +108,21 @@ def _exported_start(source: Path, config: RunConfig, data: RunData) -> OutsideSt
     if fingerprint != data.tokenizer_fingerprint and "data.tokenizer" not in config.checkpoint.allow_changed:
         raise InputError(
             f"data.tokenizer: {data.tokenizer_fingerprint} differs from {fingerprint} in {source}; "
-            "--checkpoint.allow-changed data.tokenizer goes on all the same"
+            "pass --checkpoint.allow-changed data.tokenizer to continue"
         )
     weights = folder.weights(config.model, data.vocabulary)
     return OutsideStart(source, weights, folder.refuse_altered_weights)
 
 
 def agree_on_start(start: RunRecord | OutsideStart | None, parallel: ParallelState) -> None:
-    """Refuse to go on where ranks see different checkpoints, as on storage they do not share.
+    """Refuse to start if ranks see different checkpoints, for example on storage that they do not share.
 
     Args:
-        start: what this rank has found; all ranks call it.
-        parallel: this process's place.
+        start: result of `find_start` on this rank; all ranks call this function.
+        parallel: rank and process groups of this process.
 
     Raises:
-        InputError: rank 0 has found another.
+        InputError: rank 0 has found another checkpoint than this rank.
     """
     mine = None if start is None else str(start.directory.resolve())
     first = on_first_rank(parallel, lambda: mine)
@@ -142,22 +142,22 @@ def _refuse_change(record: RunRecord, path: str, saved: Any, asked: Any) -> None
 def _mismatch(record: RunRecord, name: str, saved: Any, asked: Any, *, changeable: bool = True) -> None:
     allowable = get_args(ChangeableField) if changeable else ()
     field = next((field for field in allowable if name == field or name.startswith(f"{field}.")), None)
-    hint = f"; --checkpoint.allow-changed {field} goes on all the same" if field else ""
+    hint = f"; pass --checkpoint.allow-changed {field} to continue" if field else ""
     raise InputError(f"{name}: {asked} differs from {saved} in checkpoint {record.directory}{hint}")
 
 
 def restore(session: Session, start: RunRecord | OutsideStart | None) -> TrainingProgress:
-    """Load what `start` holds: everything for this run's own checkpoint, weights alone for another's.
+    """Load `start`: the full training state of this run's own checkpoint, or only the weights of another.
 
     Args:
-        session: changed in place; all ranks call it.
-        start: from `find_start`.
+        session: changed in place; all ranks call this function.
+        start: result of `find_start`.
 
     Returns:
-        Where to go on.
+        Progress from which training continues.
 
     Raises:
-        InputError: what it holds is damaged.
+        InputError: the checkpoint or the weights are damaged.
     """
     from megatron_dlm.checkpointing.manager import load, load_weights, verify_on_all_ranks
     from megatron_dlm.models.weight_mapping import local_tensors
@@ -190,7 +190,7 @@ def restore(session: Session, start: RunRecord | OutsideStart | None) -> Trainin
 
 
 def _tell_of_lost_steps(config: RunConfig) -> None:
-    """Warn where the run has been further than what is left of it."""
+    """Warn if the run has metrics but no complete checkpoint, and therefore restarts at step 0."""
     from megatron_dlm.telemetry.writers import read_metrics
 
     if checkpoint_root(config).complete():
@@ -206,7 +206,7 @@ def _tell_of_lost_steps(config: RunConfig) -> None:
 
 
 def _sound(newest: Path, session: Session) -> Path:
-    """The newest checkpoint, or where it is damaged and `checkpoint.on_corrupt` says so the one before."""
+    """The newest checkpoint; if damaged and `checkpoint.on_corrupt` is `previous`, the one before it."""
     from megatron_dlm.checkpointing.manager import verify_on_all_ranks
 
     try:

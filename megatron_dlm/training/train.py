@@ -25,10 +25,10 @@ def train(config: RunConfig) -> bool:
     """Run, or continue, one training run; every process of the job calls it.
 
     Args:
-        config: of the run.
+        config: configuration of the run.
 
     Returns:
-        True when the run reached its last step, False when a signal ended it early (it is saved).
+        True if the run reached its last step, False if it was asked to stop earlier and saved a checkpoint.
 
     Raises:
         InputError: the configuration, the data or the checkpoint to start from cannot be used, or another job
@@ -67,12 +67,12 @@ def train(config: RunConfig) -> bool:
 
 
 def go_on(session: Session, progress: TrainingProgress, signals: StopSignals) -> None:
-    """Train a session to its last step, or until a signal, with all that happens around steps.
+    """Train a session with all hooks, to its last step or until it is asked to stop.
 
     Args:
         session: model, optimizer and data.
-        progress: where to begin; kept up to date.
-        signals: that stop the run.
+        progress: step and samples to start from; updated after each step.
+        signals: signal handlers that ask the run to stop.
     """
     from megatron_dlm.training.hooks.checkpoint import CheckpointHook
     from megatron_dlm.training.hooks.evaluation import EvaluationHook

@@ -1,10 +1,10 @@
-"""Keys and values of tokens read before. B sequences, M cached tokens, N tokens fed at a time."""
+"""Key-value cache of a causal model. B sequences, M cached tokens, N tokens fed at a time."""
 
 import torch
 
 
 class LayerCache:
-    """Keys and values of one layer in memory that grows."""
+    """Keys and values of one layer, in a buffer that grows as needed."""
 
     def __init__(self, cache):
         self._cache = cache
@@ -35,7 +35,7 @@ class LayerCache:
 
 
 class KeyValueCache:
-    """What a causal model has read; tokens that are not kept are overwritten by the next."""
+    """Keys and values of all layers; tokens that are not kept are overwritten by the next call."""
 
     def __init__(self, model, batch_size):
         self._model = model
@@ -48,14 +48,14 @@ class KeyValueCache:
         return self._layers[index]
 
     def hidden(self, ids, positions, valid, kept, rows):
-        """[R, hidden] where `rows`, of tokens that look at all kept before and at each other backwards.
+        """Hidden states [R, hidden] of the tokens at `rows`; attention is causal, cached tokens included.
 
         Args:
-            ids: int64 [B, N].
-            positions: int64 [B, N].
-            valid: bool [B, N], False where there is only padding.
-            kept: bool [B, N], what later calls look at; ahead of all else of a sequence.
-            rows: bool [B, N], where hidden states are wanted.
+            ids: int64 [B, N] token ids.
+            positions: int64 [B, N] positions in the text.
+            valid: bool [B, N], False at padding.
+            kept: bool [B, N], True at tokens to keep in the cache; they precede all others of their sequence.
+            rows: bool [B, N], True where hidden states are returned.
         """
         mask = self._mask(valid)
         hidden = self._model.hidden(ids, position_ids=positions, visible_mask=mask, cache=self)

@@ -1,4 +1,4 @@
-"""Samplers and likelihood of a model's family; an export has the names of its own family's here instead."""
+"""Samplers and likelihood of a model's family; in an export this file imports the family's own classes."""
 
 from megatron_dlm.families.registry import likelihood_of, sampler_of
 

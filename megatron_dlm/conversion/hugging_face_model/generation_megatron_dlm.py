@@ -1,4 +1,4 @@
-"""The model as its samplers see it."""
+"""Connects the exported model to its samplers and implements `generate`."""
 
 from dataclasses import fields
 
@@ -12,7 +12,7 @@ from .family_megatron_dlm import sampler_for
 
 
 class ModelNetwork:
-    """An exported model behind the samplers' protocol."""
+    """An exported model wrapped as the network that samplers call."""
 
     def __init__(self, model):
         self.model = model
@@ -21,12 +21,12 @@ class ModelNetwork:
         self.start_cache = model.start_cache
 
     def hidden(self, ids, rows, sigma=None, visible=None):
-        """[R, hidden] where `rows`."""
+        """Hidden states [R, hidden] at the positions where `rows` is True."""
         return self.model.hidden(ids, sigma=sigma, visible_mask=visible)[rows]
 
 
 def prompts_of(input_ids, attention_mask, batch_size):
-    """Lists of token ids, without padding."""
+    """Prompts as lists of token ids, without padding."""
     if input_ids is None:
         return [[]] * batch_size
     if not torch.is_tensor(input_ids):
@@ -41,7 +41,7 @@ def prompts_of(input_ids, attention_mask, batch_size):
 
 
 def generate(model, prompts, max_length, max_new_tokens, given, seed, on_step, settings):
-    """int64 [B, max_length]; the arguments are those of `MegatronDlmModel.generate`."""
+    """Sampled tokens, int64 [B, max_length]; the arguments are those of `MegatronDlmModel.generate`."""
     family = sampler_for(model.config)
     known = [field.name for field in fields(SamplingConfig)]
     for name in settings:

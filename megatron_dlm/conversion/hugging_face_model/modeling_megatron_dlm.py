@@ -33,7 +33,7 @@ class VocabularyEmbedding(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """Noise level sigma to the conditioning vector."""
+    """Maps the noise level sigma to the conditioning vector of adaLN."""
 
     def __init__(self, config):
         super().__init__()
@@ -65,7 +65,7 @@ class Norm(nn.Module):
 
 
 def modulation(linear, conditioning, parts):
-    """`parts` tensors [B, 1, hidden] for shift, scale and gate."""
+    """Modulation by adaLN: `parts` tensors [B, 1, hidden] of shifts, scales and gates."""
     values = F.linear(conditioning, linear.weight.float(), linear.bias.float())
     return values[:, None].chunk(parts, dim=-1)
 
@@ -183,11 +183,12 @@ class MegatronDlmModel(PreTrainedModel):
             input_ids: int64 [B, L].
             sigma: [B] noise level -ln(alpha) for families that condition on it; zeros when absent.
             position_ids: int64 [B, L] or [1, L]; 0 to L - 1 when absent. Tokens may be in any order.
-            visible_mask: bool [L, L], True where a row may look at a column; the family's own when absent.
-            labels: refused: use `bound` or `nll`.
-            attention_mask: all ones, as tokenizers give it; padding would be read as text and is refused.
+            visible_mask: bool [L, L], True where a row attends to a column; the family's own pattern when
+                absent.
+            labels: not supported, raises ValueError; use `bound` or `nll`.
+            attention_mask: must be all ones, as tokenizers give it for unpadded text; zeros raise ValueError.
             return_dict: False returns a tuple.
-            **kwargs: ignored arguments of other models, such as use_cache.
+            **kwargs: ignored; arguments that other models accept, such as use_cache.
 
         Returns:
             MaskedLMOutput with float32 logits [B, L, V]; the mask token's logit is -inf.
@@ -202,17 +203,17 @@ class MegatronDlmModel(PreTrainedModel):
         return MaskedLMOutput(logits=logits) if return_dict else (logits,)
 
     def hidden(self, input_ids, sigma=None, position_ids=None, visible_mask=None, cache=None):
-        """[B, L, hidden] in front of the head.
+        """Final hidden states [B, L, hidden], the input of the head.
 
         Args:
             input_ids: int64 [B, L].
             sigma: as in `forward`.
             position_ids: as in `forward`.
             visible_mask: bool [..., L, L], or with a cache [B or 1, 1, L, cached + L].
-            cache: `KeyValueCache` of the tokens before; the new ones are written behind them.
+            cache: `KeyValueCache` of the preceding tokens; keys and values of `input_ids` are appended.
 
         Returns:
-            Of the head's dtype.
+            Hidden states in the head's dtype.
         """
         if sigma is None:
             sigma = torch.zeros(input_ids.shape[0], device=input_ids.device)
@@ -226,13 +227,13 @@ class MegatronDlmModel(PreTrainedModel):
         return self.output_layer(x, conditioning)
 
     def head(self, hidden):
-        """float32 logits [..., V]; the mask token's is -inf."""
+        """float32 logits [..., V] from hidden states; the mask token's logit is -inf."""
         logits = self.output_layer.head(hidden)
         logits[..., self.config.mask_token_id] = float("-inf")
         return logits
 
     def start_cache(self, batch_size):
-        """An empty `KeyValueCache`, for families that only look back."""
+        """An empty `KeyValueCache`, for causal families."""
         return KeyValueCache(self, batch_size)
 
     def _rotary(self, position_ids):
@@ -271,9 +272,9 @@ class MegatronDlmModel(PreTrainedModel):
             input_ids: int64 [B, L] clean tokens.
             num_samples: draws of time and noise for each sequence, stratified over time; causal language
                 models need none.
-            seed: of the draws.
-            t_grid: times in (0, 1] instead of random ones, one draw of noise at each: the mean of the
-                integrand over them.
+            seed: random seed of the draws.
+            t_grid: diffusion times in (0, 1] to use instead of random ones, with one draw of noise at each;
+                the result is the mean of the integrand over these times.
 
         Returns:
             float64 [B] nats; causal language models score tokens 1 to L - 1.
@@ -298,18 +299,18 @@ class MegatronDlmModel(PreTrainedModel):
             input_ids: int64 [B, P] prompts that are kept, or a list of B lists of unequal length; a
                 causal language model begins with <bos> where there are none. With `given`, int64
                 [B, max_length].
-            max_length: tokens in all; the training length when absent.
-            max_new_tokens: instead of it, tokens behind the longest prompt.
-            given: bool [B, max_length], True where `input_ids` holds a token to keep: filling in.
-            seed: of the draws; a sequence depends on the seed and its place in the batch alone.
-            batch_size: sequences to make when there is no prompt.
-            on_step: called after each step with its number and int64 [B, max_length], the tokens so far.
-            attention_mask: [B, P], 0 where `input_ids` holds padding, on either side; it is dropped.
+            max_length: tokens per sequence, prompt included; the training length when absent.
+            max_new_tokens: tokens after the longest prompt; an alternative to max_length.
+            given: bool [B, max_length], True where `input_ids` holds a token to keep (infilling).
+            seed: random seed; a sequence depends on the seed and its index in the batch only.
+            batch_size: sequences to sample when there is no prompt.
+            on_step: called after each step with the step and int64 [B, max_length], the tokens so far.
+            attention_mask: [B, P], 0 where `input_ids` holds padding, on either side; padding is dropped.
             **settings: fields of `SamplingConfig`: sampler, num_steps, block_length, segment_length,
                 num_groups, temperature, top_p, greedy_tail, stop_at_eos.
 
         Returns:
-            int64 [B, max_length].
+            int64 [B, max_length] token ids, prompts included.
         """
         prompts = prompts_of(input_ids, attention_mask, batch_size)
         return generate(self, prompts, max_length, max_new_tokens, given, seed, on_step, settings)

@@ -1,7 +1,8 @@
-"""Compare this folder, loaded by transformers alone, with what the trained model said: verify.py [FOLDER].
+"""Compare an exported folder, loaded by transformers alone, with recorded outputs of the trained model.
 
-Needs torch and transformers. Checks that files are those of the report, that every tensor is read and none
-left over or drawn anew, and that bound, logits and a greedy sampling trace are the trained model's.
+Usage: python verify_megatron_dlm.py [FOLDER]. Needs torch and transformers. Checks that the files match the
+report, that every tensor is loaded and none is left over or newly initialized, and that NELBO, logits and a
+trace of greedy sampling equal the trained model's.
 """
 
 import argparse
@@ -23,7 +24,7 @@ HASHED_SUFFIXES = (".py", ".safetensors")
 
 
 class Difference(Exception):
-    """The folder is not the trained model."""
+    """The folder differs from the trained model."""
 
 
 def main():
@@ -52,7 +53,7 @@ def main():
 
 
 def compare(folder):
-    """The report; raises `Difference` where the folder is not the trained model."""
+    """Report of the comparison; raises `Difference` if the folder differs from the trained model."""
     hashes = hashes_of(folder)
     compare_hashes(folder, hashes)
     record = json.loads((folder / "check.json").read_text(encoding="utf-8"))
@@ -87,7 +88,7 @@ def hashes_of(folder):
 
 
 def sha256(path):
-    """Hexadecimal, read in pieces."""
+    """Hexadecimal SHA-256 of a file, read in pieces of 1 MiB."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(1 << 20):
@@ -96,7 +97,7 @@ def sha256(path):
 
 
 def compare_hashes(folder, hashes):
-    """Files are those that the report was written for, if there is one."""
+    """Check that the files are those the report was written for, if there is a report."""
     if (folder / REPORT).is_file():
         expected = json.loads((folder / REPORT).read_text(encoding="utf-8"))["sha256"]
         for name in sorted(expected.keys() | hashes.keys()):
@@ -120,7 +121,7 @@ def load(folder):
 
 
 def compare_tensors(folder, model):
-    """Each tensor of the model is, bit for bit, that of one file."""
+    """Check that each tensor of the model equals, bit for bit, the tensor stored in a weight file."""
     state, seen = model.state_dict(), set()
     for path in sorted(folder.glob("model*.safetensors")):
         with safe_open(path, framework="pt") as file:
@@ -140,7 +141,7 @@ def noise_of(check):
 
 
 def compare_bound(model, check, trained, tolerance):
-    """The bound at the same noise."""
+    """Compare the NELBO at the recorded noise with the trained model's."""
     if not trained > 0:
         raise Difference(f"bound of the trained model: {trained} nats/token; there is nothing to compare")
     exported = model.bound(check["input_ids"], check["target_ids"], check["weights"], **noise_of(check))
@@ -151,7 +152,7 @@ def compare_bound(model, check, trained, tolerance):
 
 
 def compare_logits(model, check, tolerance):
-    """Logits of the first sequence."""
+    """Compare logits of the first sequence with the trained model's."""
     expected = check["logits"]
     noise = {name: value if name == "visible_mask" else value[:1] for name, value in noise_of(check).items()}
     with torch.no_grad():
@@ -167,10 +168,11 @@ def compare_logits(model, check, tolerance):
 
 
 def compare_trace(model, expected, record, dtype, tolerance):
-    """Tokens after every step of greedy sampling, up to where two ids were as likely as each other.
+    """Compare tokens after every step of greedy sampling, up to a near tie between two ids.
 
-    At fp32 all must be equal; at less, where one early token changes all others, the share is reported.
-    Tokens of steps that decide nothing are not counted, and a trace without any other proves nothing.
+    At fp32 all tokens must be equal; at lower precision, where one early token changes all later ones, only
+    the share of equal tokens is reported. Steps without predictions are not counted; at least one step must
+    have predictions.
     """
     states = []
     model.generate(

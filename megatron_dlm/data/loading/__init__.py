@@ -1,1 +1,1 @@
-"""Shards to batches on the device."""
+"""Reads shards and brings batches to the device."""

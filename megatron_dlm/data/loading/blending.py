@@ -24,7 +24,7 @@ from megatron_dlm.interfaces import InputError, TokenBatch
 from megatron_dlm.platform.rng import NoiseSource, Permutation
 
 STRETCH = 1024
-"""Samples over which each shard's count is its weight's share, up to one sample."""
+"""Samples in one stretch; in each, every shard's count matches its weight to within one sample."""
 
 
 @dataclass(frozen=True)
@@ -32,17 +32,17 @@ class Blend:
     """Shards with their weights."""
 
     names: tuple[str, ...]
-    """What each is: checksum of its tokens, the part of it that is read, and the length of a block."""
+    """Name of each shard: checksum of its tokens, the part of it that is read, and the block length."""
     weights: tuple[float, ...]
-    """Shares of the samples; they add up to 1."""
+    """Share of the samples that comes from each shard; the shares add up to 1."""
 
     @staticmethod
     def of(names: Sequence[str], weights: Sequence[float]) -> Blend:
-        """Weights of any sum.
+        """A blend from weights that need not add up to 1.
 
         Args:
-            names: of the shards.
-            weights: of the same shards, above 0.
+            names: names of the shards.
+            weights: weights of the same shards, above 0.
 
         Returns:
             The blend.
@@ -60,7 +60,7 @@ class Blend:
         """Samples of each shard in each of the first stretches.
 
         Args:
-            stretches: how many, n.
+            stretches: number of stretches, n.
 
         Returns:
             int64 [n, shards]; every row adds up to STRETCH, and every sum over rows is the weight's share to
@@ -79,7 +79,7 @@ class Blend:
 
 @dataclass(frozen=True)
 class PlanSegment:
-    """A blend from one sample of the run on."""
+    """A blend and the sample of the run from which it applies."""
 
     first_sample: int
     blend: Blend
@@ -88,12 +88,12 @@ class PlanSegment:
 class SampleOrder:
     """Sample position in the run -> shard and block, for the last segment of a plan.
 
-    A shard that an earlier segment has read goes on behind its last sample there, so nothing is repeated or
-    left out.
+    A shard that an earlier segment has read continues after the last sample read there, so no sample is
+    repeated or skipped.
     """
 
     def __init__(self, plan: Sequence[PlanSegment], num_rows: Mapping[str, int], noise: NoiseSource) -> None:
-        """`num_rows`: of each shard of the last segment, by name."""
+        """`num_rows`: number of rows of each shard of the last segment, by name."""
         self._first, self._blend = plan[-1].first_sample, plan[-1].blend
         self._noise = noise
         self._num_rows = [num_rows[name] for name in self._blend.names]
@@ -111,13 +111,13 @@ class SampleOrder:
         return Permutation(self._num_rows[shard], self._noise, stream, epoch)
 
     def __call__(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Shards of the blend and blocks.
+        """Shard and block that each sample reads.
 
         Args:
-            positions: int64 [B], of samples, not below the segment's first.
+            positions: int64 [B], positions of samples in the run, not below the segment's first sample.
 
         Returns:
-            int64 [B] and int64 [B].
+            Indices of the shards in the blend, int64 [B], and of the blocks in their shards, int64 [B].
         """
         shards, indices = self._segment.locate(positions - self._first)
         indices = indices + self._before[shards]
@@ -152,7 +152,7 @@ class _Segment:
         return self._before[stretch]
 
     def _new_stretch(self, stretch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Shards of a stretch's samples, in order, and for each how many of its shard come before it."""
+        """Shard of each sample of a stretch, in order, and the number of earlier samples of that shard."""
         before = self._read_before_stretch(stretch)
         counts = self._read_before_stretch(stretch + 1) - before
         sorted_shards = np.repeat(np.arange(len(counts)), counts)
@@ -165,7 +165,7 @@ class _Segment:
         return shards, indices
 
     def locate(self, samples: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Shard of each sample, counted from the segment's first, and its index among that shard's."""
+        """Shard of each sample of the segment, and its index among that shard's samples."""
         found = [
             (shards[place], indices[place])
             for stretch, place in zip(*np.divmod(samples, STRETCH), strict=True)
@@ -188,7 +188,7 @@ class SampleReader:
     """Reads the samples of a plan out of its shards."""
 
     def __init__(self, plan: Sequence[PlanSegment], shards: Mapping[str, Rows], noise: NoiseSource) -> None:
-        """`shards`: those of the last segment, by name."""
+        """`shards`: shards of the last segment, by name."""
         self._shards = [shards[name] for name in plan[-1].blend.names]
         self._order = SampleOrder(plan, {name: blocks.num_rows for name, blocks in shards.items()}, noise)
 
@@ -196,10 +196,10 @@ class SampleReader:
         """The samples at some positions of the run.
 
         Args:
-            positions: int64 [B].
+            positions: int64 [B], positions of samples in the run.
 
         Returns:
-            Their tokens.
+            Token batch of the samples, in the order of the positions.
         """
         shards, indices = self._order(positions)
         # By shard, so that each is asked once; then in the order of the positions.
@@ -221,7 +221,7 @@ class SampleReader:
         )
 
     def epochs(self, position: int) -> dict[str, float]:
-        """How often each shard has been read before a position, by the file's name."""
+        """Epochs of each shard read before a position, by the name of the shard's files."""
         return {
             blocks.label: epochs
             for blocks, epochs in zip(self._shards, self._order.epochs(position), strict=True)
@@ -231,7 +231,7 @@ class SampleReader:
 def _stacked(
     parts: Sequence[NDArray[Any] | None], absent: Iterable[NDArray[Any]], order: NDArray[np.int64]
 ) -> torch.Tensor | None:
-    """Rows of all shards, with `absent` in place of what a shard has not; None where none has any."""
+    """Rows of all shards, with `absent` where a shard has None; None if all shards have None."""
     if all(part is None for part in parts):
         return None
     filled = [other if part is None else part for part, other in zip(parts, absent, strict=True)]

@@ -1,6 +1,6 @@
-"""An NVIDIA DALI pipeline that carries batches to the device ahead of their use.
+"""An NVIDIA DALI pipeline that copies batches to the device ahead of their use.
 
-DALI reads, shuffles and decodes nothing here: what it is given comes out in order, bit for bit.
+DALI does not read, shuffle or decode here: batches come out in order and unchanged, bit for bit.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from megatron_dlm.data.loading.tensor_buffer import Layout, pack, unpack
 from megatron_dlm.interfaces import InputError
 
 QUEUE_DEPTH = 2
-"""Batches on their way."""
+"""Number of batches that DALI prefetches."""
 
 
 def require_dali() -> None:
     """Refuse a machine without DALI.
 
     Raises:
-        InputError: the package is not there.
+        InputError: the package nvidia.dali is not installed.
     """
     try:
         found = importlib.util.find_spec("nvidia.dali")
@@ -39,7 +39,7 @@ def require_dali() -> None:
 
 
 def transfer_with_dali(batches: Iterator[Sequence[Tensor]], device: torch.device) -> Iterator[list[Tensor]]:
-    """Bring tensors to a device while earlier ones are worked on.
+    """Copy tensors to a device while earlier batches are in use.
 
     The tensors of a batch, whose number, shapes and types may change, travel as the bytes of one buffer: one
     copy for each batch, from pinned memory.

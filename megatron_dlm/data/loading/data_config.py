@@ -1,4 +1,4 @@
-"""What a run reads, and which samples each rank's microbatches are."""
+"""Configuration of a run's data, and the sample positions of each rank's microbatches."""
 
 from __future__ import annotations
 
@@ -20,29 +20,31 @@ class DataConfig:
     """The data of a run."""
 
     train: tuple[str, ...]
-    """Training shards. One prefix (of PREFIX.bin, .idx and .json), or a blend of weights and prefixes in
-    turn: 3 A 7 B. A prefix may be the URL of an object store, such as s3://bucket/prefix."""
+    """Training shards: one prefix (of PREFIX.bin, PREFIX.idx and PREFIX.json), or a blend given as
+    alternating weights and prefixes, such as 3 A 7 B. A prefix may be the URL of an object store, such as
+    s3://bucket/prefix."""
     validation: str | None = None
-    """Prefix of the held-out shard; leave it out with split."""
+    """Prefix of the held-out shard for validation; give either this or split."""
     split: tuple[float, ...] = ()
-    """Shares of each training shard's documents for training, validation and test, for example 98 1 1."""
+    """Relative shares of each training shard's documents used for training, validation and test, for example
+    98 1 1; needed if no validation shard is given."""
     seq_length: int = 2048
-    """Tokens per sample."""
+    """Sequence length: tokens per sample."""
     document_mask: bool = False
     """Let tokens attend only to their own document, whose positions start at 0. Without it a sample is one
     text, as in the paper. Records of prompt and response are always kept apart."""
     drop_long_records: bool = False
-    """Leave out records of prompt and response that are longer than seq_length, which are refused otherwise.
-    Bits per byte still use the bytes per token of the whole shard."""
+    """Skip prompt-response records longer than seq_length tokens; if off, such a record is an error. Bits per
+    byte still use the bytes per token of the whole shard."""
     workers: int = 0
-    """Processes per rank that read and corrupt batches ahead of time; 0: each step does it itself. Samples
-    and noise do not depend on it."""
+    """Worker processes per rank that read and corrupt batches ahead of time; 0: the training process does so
+    in each step. Samples and noise do not depend on the number of workers."""
     loader: Loader = "auto"
     """How batches get to the device, with the same bits in all cases. torch: copied in each step; pinned:
-    copied ahead of time from pinned memory on a CUDA stream of its own; dali: the same by NVIDIA DALI; auto:
-    pinned on CUDA, torch on a CPU."""
+    copied ahead of time from pinned memory on a CUDA stream of its own; dali: ahead of time, by
+    NVIDIA DALI; auto: pinned on CUDA, torch on a CPU."""
     verify_checksums: bool = False
-    """Read all shards before the run and compare their SHA-256 with the manifests."""
+    """Before the run, read all shards in full and compare their SHA-256 checksums with the manifests."""
 
     def __post_init__(self) -> None:
         if self.seq_length < 1:
@@ -61,7 +63,7 @@ class DataConfig:
             raise InputError(f"data.split: {shares}: not three shares, the first two above 0")
 
     def loader_for(self, device_type: str) -> Loader:
-        """What brings batches to a device of this type."""
+        """Loader that moves batches to a device of this type; resolves `auto`."""
         if self.loader != "auto":
             return self.loader
         return "pinned" if device_type == "cuda" else "torch"

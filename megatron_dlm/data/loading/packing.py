@@ -14,22 +14,22 @@ from megatron_dlm.interfaces import InputError
 
 
 class Rows(Protocol):
-    """What a run reads of a shard, by row: blocks of text, or records."""
+    """Rows of a shard that a run reads: blocks of text, or prompt-response records."""
 
     label: str
     """Name of the shard's files."""
     name: str
-    """Checksum of the tokens, the part that is read, how it is cut."""
+    """Identity of the rows: checksum of the tokens, the part that is read, and how it is cut into rows."""
     num_rows: int
 
     def read(self, row_indices: NDArray[np.int64], /) -> NDArray[np.int64]:
         """Tokens, int64 [B, L + 1]."""
 
     def read_documents(self, row_indices: NDArray[np.int64], /) -> NDArray[np.int64] | None:
-        """Documents that do not see each other, int64 [B, L + 1]; None where they do."""
+        """Document of each token, int64 [B, L + 1]; tokens attend within it. None: no document mask."""
 
     def read_loss_mask(self, row_indices: NDArray[np.int64], /) -> NDArray[np.bool_] | None:
-        """What is noised and scored, bool [B, L + 1]; None where all is."""
+        """True for tokens that are noised and scored, bool [B, L + 1]; None if all tokens are."""
 
 
 class TokenBlocks:
@@ -47,7 +47,7 @@ class TokenBlocks:
         document_mask: bool = False,
         documents: tuple[int, int] | None = None,
     ) -> None:
-        """`document_mask` also tells each token's document; `documents` are all that is read."""
+        """`document_mask`: also give each token's document; `documents`: range to read; None: all."""
         self.seq_length = seq_length
         self.label = shard.prefix.name
         ends = np.cumsum(shard.document_lengths, dtype=np.int64)
@@ -108,11 +108,11 @@ def split_documents(num_documents: int, shares: Sequence[float]) -> list[tuple[i
     """Cut documents in order into parts, as Megatron-LM's --split does.
 
     Args:
-        num_documents: of the shard.
-        shares: of the parts, of any sum.
+        num_documents: number of documents in the shard.
+        shares: relative shares of the parts; they need not add up to 1.
 
     Returns:
-        First document and the one behind the last, for each part; no document is in two parts.
+        Range of documents [first, end) of each part; no document is in two parts.
     """
     bounds = [round(num_documents * sum(shares[:n]) / sum(shares)) for n in range(len(shares) + 1)]
     return list(pairwise(bounds))

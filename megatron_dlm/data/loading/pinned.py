@@ -1,4 +1,4 @@
-"""Batches carried to a GPU from pinned memory, on a stream of their own, while earlier ones are worked on."""
+"""Copies batches to a GPU from pinned memory on a separate stream, while earlier batches are in use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_dlm.interfaces import InputError
 def transfer_from_pinned_memory(
     batches: Iterator[Sequence[Tensor]], device: torch.device
 ) -> Iterator[list[Tensor]]:
-    """Bring tensors to a device; a batch is on its way while the one before it is worked on.
+    """Copy tensors to a device; the next batch is copied while the current one is in use.
 
     The tensors of a batch, whose number, shapes and types may change, travel as the bytes of one buffer.
 
@@ -24,7 +24,7 @@ def transfer_from_pinned_memory(
         device: a GPU; on a CPU, with platform/cpu.py installed, copies are made at once.
 
     Yields:
-        The tensors of each batch, in order. Their memory is overwritten once the next is asked for.
+        The tensors of each batch, in order. Their memory is reused once the next batch is requested.
     """
     stream = torch.cuda.Stream(device)
     buffers = itertools.cycle([_Buffer(device, stream), _Buffer(device, stream)])
@@ -52,7 +52,7 @@ def transfer_from_pinned_memory(
 
 
 class _Buffer:
-    """A place for one batch, in pinned memory and on the device."""
+    """Buffers for one batch: one in pinned memory, one on the device."""
 
     def __init__(self, device: torch.device, stream: torch.cuda.Stream) -> None:
         self._device, self._stream = device, stream
@@ -66,7 +66,7 @@ class _Buffer:
             self._on_device = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
 
     def send(self, tensors: Sequence[Tensor]) -> None:
-        """Start the way of a batch, when the last one's work is done."""
+        """Start copying a batch, after the work on the previous batch in this buffer is done."""
         # What was sent before has left the pinned memory.
         self._sent.synchronize()
         self._stream.wait_event(self._read)
@@ -85,5 +85,5 @@ class _Buffer:
         return unpack(self._on_device[: self._layout.num_bytes], self._layout)
 
     def work_is_queued(self) -> None:
-        """All that reads the batch is in the current stream."""
+        """Note that all work that reads the batch has been queued in the current stream."""
         self._read.record(torch.cuda.current_stream())

@@ -1,8 +1,8 @@
-"""Batches made ahead of their use, in worker processes.
+"""Prefetches batches in worker processes.
 
-Not torch's DataLoader: a worker that dies while it writes leaves that waiting for ever, its handler of
-SIGCHLD raises in the middle of whatever the program does, and it sends each tensor as an open file in
-/dev/shm. Here each worker has a pipe of its own, which ends with it.
+This is not torch's DataLoader, which waits for ever if a worker dies while it writes, whose SIGCHLD handler
+raises in the middle of unrelated code, and which sends each tensor as an open file in /dev/shm. Here each
+worker has its own pipe, which closes when the worker ends.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ Request = TypeVar("Request")
 Made = TypeVar("Made")
 
 REQUESTS_AHEAD = 2
-"""Batches that each worker is asked for ahead of time."""
+"""Number of batches that each worker process makes ahead of time."""
 
 
 class Prefetcher(Generic[Request, Made]):
-    """Makes what is asked for, and meanwhile in worker processes what will probably be asked for next.
+    """Answers requests for batches, and meanwhile makes the batches expected next in worker processes.
 
-    What is asked for alone decides what is made: after a wrong guess the workers begin again from there.
+    Results depend on the request alone: after a wrong guess the workers restart from the actual request.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Prefetcher(Generic[Request, Made]):
         workers: int,
         transfer: Callable[[Iterator[Made]], Iterator[Made]] | None = None,
     ) -> None:
-        """`following` guesses the request after one; `transfer` moves what is made to a device, in order."""
+        """`following`: predicts the next request; `transfer`: moves results to a device, in order."""
         self._make = make
         self._following = following
         self._num_workers = workers
@@ -52,17 +52,17 @@ class Prefetcher(Generic[Request, Made]):
         self._workers: list[_Worker] = []
 
     def get(self, request: Request) -> Made:
-        """What belongs to a request.
+        """The result for a request.
 
         Args:
-            request: says what.
+            request: argument for `make`.
 
         Returns:
-            What `make` gives for it.
+            The result of `make(request)`.
 
         Raises:
-            InputError: from `make`.
-            TrainingError: a worker is dead; one that only hangs is left to whoever watches the steps.
+            InputError: raised by `make`.
+            TrainingError: a worker process has died; a worker that only hangs is not detected here.
         """
         if not self._num_workers and self._transfer is None:
             return self._make(request)
@@ -78,7 +78,7 @@ class Prefetcher(Generic[Request, Made]):
         return made
 
     def close(self) -> None:
-        """End the workers at once; all that they have made is not wanted any more."""
+        """Kill the worker processes and discard what they have prefetched."""
         self._made = None
         for worker in self._workers:
             worker.end()
@@ -108,7 +108,7 @@ class Prefetcher(Generic[Request, Made]):
 
 
 class _Worker:
-    """A process that makes one thing after the other."""
+    """A worker process that answers one request after another."""
 
     def __init__(self, make: Callable[[Any], Any]) -> None:
         # Forked: nothing is pickled on the way there, and open files stay open.
@@ -149,7 +149,7 @@ def _end(process: Any, connection: Connection) -> None:
 
 
 def _work(connection: Connection, make: Callable[[Any], Any]) -> None:
-    """The worker's life: requests in, what belongs to them out, until it is killed."""
+    """Main loop of a worker process: receive a request, send its result, until the process is killed."""
     while True:
         request = connection.recv()
         try:

@@ -10,10 +10,10 @@ from megatron_dlm.interfaces import InputError
 
 
 class PromptRows:
-    """As many whole records one after the other as a row of L tokens holds, then padding.
+    """Rows of L tokens, each packed with as many whole prompt-response records as fit, then padding.
 
     Records keep the shard's order, rows do not. Every record is a document of its own, and so is the padding,
-    so that a record is trained on as it would be alone, whatever lies beside it.
+    so a record is trained on as if it were alone in its row.
     """
 
     def __init__(
@@ -24,7 +24,7 @@ class PromptRows:
         drop_long: bool = False,
         documents: tuple[int, int] | None = None,
     ) -> None:
-        """`drop_long` leaves out records above `seq_length` tokens; `documents` are all that is read."""
+        """`drop_long`: skip records above `seq_length` tokens; `documents`: range to read; None: all."""
         assert shard.prompt_lengths is not None
         self.seq_length = seq_length
         self.label = shard.prefix.name
@@ -86,7 +86,7 @@ class PromptRows:
         return documents
 
     def read_loss_mask(self, row_indices: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which tokens of some rows are of a response, its <eos> included.
+        """Which tokens of some rows belong to a response, including its <eos>.
 
         Args:
             row_indices: int64 [B], each in [0, num_rows).
@@ -111,7 +111,7 @@ class PromptRows:
 
 
 def _packed(lengths: NDArray[np.int64], seq_length: int) -> list[int]:
-    """First record of each row, and the end, where each row takes what still fits."""
+    """First record of each row, then the number of records; each row takes as many records as fit."""
     ends = np.cumsum(lengths, dtype=np.int64)
     rows = [0]
     while rows[-1] < len(lengths):

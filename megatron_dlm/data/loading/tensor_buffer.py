@@ -1,4 +1,4 @@
-"""Many tensors as one: the bytes of all in a buffer that travels at once, tensors that occur twice once."""
+"""Packs a batch's tensors into one buffer for a single copy; a tensor that occurs twice is packed once."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 ALIGNMENT = 16
-"""Bytes; where each tensor begins."""
+"""Alignment in bytes: each tensor begins at a multiple of it."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where tensors are in a buffer."""
+    """Places of tensors in a buffer."""
 
     places: tuple[tuple[torch.dtype, torch.Size, int], ...]
     """Dtype, shape and first byte of each tensor; tensors that share memory share a place."""
@@ -25,7 +25,7 @@ class Layout:
 
     @staticmethod
     def of(tensors: Sequence[Tensor]) -> Layout:
-        """A layout of tensors one behind the other."""
+        """The layout that places tensors one after another; tensors that share memory share a place."""
         starts: dict[Any, int] = {}
         places, end = [], 0
         for tensor in tensors:
@@ -39,15 +39,16 @@ class Layout:
 
 
 def pack(tensors: Sequence[Tensor], layout: Layout, out: Tensor | None = None) -> Tensor:
-    """The bytes of some tensors.
+    """Copy tensors into one buffer.
 
     Args:
-        tensors: on the CPU.
-        layout: theirs.
-        out: uint8 [layout.num_bytes] to write to, whose bytes between tensors stay as they are.
+        tensors: tensors on the CPU.
+        layout: layout of the tensors, from `Layout.of`.
+        out: buffer to write to, uint8 [layout.num_bytes]; padding between tensors is left unchanged. None: a
+            new buffer.
 
     Returns:
-        uint8 [layout.num_bytes].
+        The buffer, uint8 [layout.num_bytes].
     """
     buffer = torch.zeros(layout.num_bytes, dtype=torch.uint8) if out is None else out
     done: set[int] = set()
@@ -62,8 +63,8 @@ def unpack(buffer: Tensor, layout: Layout) -> list[Tensor]:
     """The tensors of a buffer, sharing its memory.
 
     Args:
-        buffer: from `pack`, on any device.
-        layout: of the tensors.
+        buffer: buffer from `pack`, on any device.
+        layout: layout of the tensors in the buffer.
 
     Returns:
         The tensors.
@@ -75,13 +76,13 @@ def unpack(buffer: Tensor, layout: Layout) -> list[Tensor]:
 
 
 def without_tensors(content: Any) -> tuple[bytes, list[Tensor]]:
-    """An object for another process of this program, and the tensors it holds.
+    """Pickle an object without its tensors, to send it to another process of this program.
 
     Args:
         content: anything that can be pickled.
 
     Returns:
-        All of it but the tensors, and those.
+        The pickled object without its tensors, and the tensors.
     """
     file = io.BytesIO()
     pickler = _Pickler(file)
@@ -90,11 +91,11 @@ def without_tensors(content: Any) -> tuple[bytes, list[Tensor]]:
 
 
 def with_tensors(pickled: bytes, tensors: Sequence[Tensor]) -> Any:
-    """The object again.
+    """Restore an object pickled by `without_tensors`.
 
     Args:
-        pickled: by `without_tensors`, in a process of this program.
-        tensors: that belong into it.
+        pickled: bytes from `without_tensors`, from a process of this program.
+        tensors: tensors of the object, in the order `without_tensors` returned them.
 
     Returns:
         The object.
@@ -103,7 +104,7 @@ def with_tensors(pickled: bytes, tensors: Sequence[Tensor]) -> Any:
 
 
 class _Pickler(pickle.Pickler):
-    """Leaves tensors out."""
+    """Pickler that leaves tensors out and collects them."""
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file)
@@ -117,7 +118,7 @@ class _Pickler(pickle.Pickler):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Puts them back."""
+    """Unpickler that puts the tensors back."""
 
     def __init__(self, file: io.BytesIO, tensors: Sequence[Tensor]) -> None:
         super().__init__(file)

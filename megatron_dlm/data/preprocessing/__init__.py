@@ -1,1 +1,1 @@
-"""Text to shards, by any number of processes."""
+"""Tokenizes text into shards, with any number of processes."""

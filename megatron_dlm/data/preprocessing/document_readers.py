@@ -1,4 +1,4 @@
-"""Documents of one unit in bounded memory: texts by key, and what there is in place of a document."""
+"""Reads the documents of one unit in bounded memory: texts by key, and the lines that are rejected."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from megatron_dlm.interfaces import InputError
 LARGEST_LINE_BYTES = 64 << 20
 """Default limit for one line of input; longer lines are rejected."""
 BATCH_BYTES = 4 << 20
-"""Text that is encoded at a time."""
+"""Approximate bytes of input in one batch of documents."""
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _SKIPPED_BYTES = 1 << 20
 
 Text = str | list[str]
-"""A document, or one in several sequences."""
+"""Text of a document: a string, or a list of strings, one for each of its sequences."""
 
 
 def whole(text: Text) -> str:
@@ -38,23 +38,23 @@ class Batch:
     texts: list[list[Text]] = field(default_factory=list)
     """The text under each key, for each document."""
     rejects: list[tuple[int, str]] = field(default_factory=list)
-    """Line of the unit, counted from 1, and the reason."""
+    """Line of the unit, counted from 1, and the reason, for each rejected line."""
     lines: list[int] = field(default_factory=list)
     """Line of the unit at which each document begins."""
     num_lines: int = 0
     num_bytes: int = 0
-    """Read for the batch."""
+    """Bytes of input read for the batch, decompressed."""
 
 
 def keys_read(keys: Sequence[str], prompt_key: str) -> tuple[str, ...]:
     """All members or columns that a document is made of.
 
     Args:
-        keys: of the texts.
-        prompt_key: of the prompt in front of them, or empty.
+        keys: keys of the texts.
+        prompt_key: key of the prompt that precedes the text; empty: no prompt.
 
     Returns:
-        In the order of the text.
+        The keys, the prompt's first.
     """
     return (prompt_key, *keys) if prompt_key else tuple(keys)
 
@@ -63,10 +63,10 @@ def read_batches(source: Source, unit: Unit, keys: Sequence[str], max_line_bytes
     """The documents of a unit.
 
     Args:
-        source: of the unit.
-        unit: what to read.
+        source: source that the unit belongs to.
+        unit: unit to read.
         keys: members of each JSON object, or columns, that hold text; plain text has one.
-        max_line_bytes: a longer line, or document of plain text, is a reject.
+        max_line_bytes: maximum bytes of a line, or of a plain-text document; a longer one is rejected.
 
     Yields:
         Batches of about BATCH_BYTES.
@@ -93,7 +93,7 @@ def read_batches(source: Source, unit: Unit, keys: Sequence[str], max_line_bytes
 
 
 def _lines(file: IO[bytes], num_bytes: int | None, max_line_bytes: int) -> Iterator[tuple[bytes | None, int]]:
-    """Lines up to so many bytes; None for a line above the limit, which is skipped; and their bytes."""
+    """Each line with its size in bytes, until `num_bytes` are read; None for a line above the limit."""
     done = 0
     while num_bytes is None or done < num_bytes:
         line = file.readline(max_line_bytes + 1)
@@ -263,11 +263,11 @@ def lines_before(source: Source, unit: Unit) -> int:
     """Lines, or rows, of a source before a unit; reads all of them, to name a place in an error.
 
     Args:
-        source: of the unit.
-        unit: one of its units.
+        source: source that the unit belongs to.
+        unit: unit of the source.
 
     Returns:
-        How many.
+        Number of lines, or rows.
     """
     if source.format == "parquet":
         with open_parquet(source) as file:

@@ -1,4 +1,4 @@
-"""Text files to verified shards: units encoded by any number of processes, joined in order by one."""
+"""Indexes text files into verified shards: any number of processes encode units, one joins them in order."""
 
 from __future__ import annotations
 
@@ -46,38 +46,45 @@ class IndexConfig:
     """Files (.jsonl, .json, .txt with blank lines between documents, each also .gz or .zst; .parquet), globs,
     directories, fsspec URLs such as s3://bucket/file.jsonl, or - for JSON lines on standard input."""
     output: Path
-    """Prefix of the shard: OUTPUT.bin, .idx and .json are written, of several keys OUTPUT_KEY.bin etc."""
+    """Prefix of the shard: OUTPUT.bin, OUTPUT.idx and OUTPUT.json are written; with several json_keys,
+    OUTPUT_KEY.bin and so on, one shard for each key."""
     tokenizer: Path
     """Directory with tokenizer.json and tokenizer_config.json, a SentencePiece .model, a .json vocabulary of
     Megatron-LM's TikTokenizer, or the word bytes."""
     json_keys: tuple[str, ...] = ("text",)
-    """Members of each JSON line, or columns, that hold text; each gives a shard."""
+    """Keys of each JSON line, or Parquet columns, that hold the text; one shard is written for each key."""
     prompt_key: str = ""
-    """Member or column that holds a prompt, which training never noises or scores; json_keys is then one, the
-    response."""
+    """Key of each JSON line, or Parquet column, that holds a prompt, which training never noises or scores;
+    json_keys must then name exactly one key, the response. Empty: documents have no prompt."""
     append_eos: bool = True
-    """End every document with the tokenizer's <eos>."""
+    """Append the tokenizer's <eos> token to every document."""
     special_tokens_as_text: bool = True
-    """Encode text that spells a special token as plain text; off, it becomes the token, as in Megatron-LM."""
+    """Encode text that spells a special token, such as <eos>, as plain text; if off, it becomes the special
+    token, as in Megatron-LM."""
     max_rejects: int = 0
-    """Lines that may be unusable before the run fails; each is listed in OUTPUT.rejects.jsonl."""
+    """Number of unusable input lines that are tolerated before indexing fails; each one is listed in
+    OUTPUT.rejects.jsonl."""
     max_line_bytes: int = LARGEST_LINE_BYTES
-    """A longer line, in bytes, is unusable."""
+    """Maximum length of an input line, in bytes; a longer line is unusable and counts towards max_rejects."""
     workers: int = 0
-    """Processes that encode; 0: one for each CPU."""
+    """Number of worker processes that tokenize; 0: one per CPU."""
     shard: str = ""
-    """i/n: one of n jobs, i in [0, n), that share the work and the storage of OUTPUT; the last one joins."""
+    """i/n: run as job i of n, i in [0, n). The jobs share the work and the storage of OUTPUT; the job that
+    finishes last joins the parts. Empty: one job does all the work."""
     mpi: bool = False
-    """Share the work among the processes that mpirun has started, one worker each."""
+    """Divide the work among the processes started by mpirun; each one tokenizes as a single worker."""
     megatron_names: bool = False
-    """Name the shards OUTPUT_KEY_document, as Megatron-LM's tool does."""
+    """Name the shards OUTPUT_KEY_document, as Megatron-LM's tools/preprocess_data.py does."""
     stats: bool = False
-    """Then print lengths of documents, tokens of each source and duplicates, and draw OUTPUT.lengths.png;
-    `megatron-dlm index --stats PREFIX ...` does so for shards that are there."""
+    """After indexing, print document lengths, tokens per source and duplicate counts, and draw
+    OUTPUT.lengths.png; `megatron-dlm index --stats PREFIX ...` does the same for existing shards."""
     backend: Backend = "auto"
-    """Encoder; auto takes gigatoken where it gives the ids of the tokenizer's own library on a sample."""
+    """Package that encodes the text. gigatoken: the fast encoder; library: the tokenizer's own package; auto:
+    gigatoken if it can read the tokenizer, else library. It is an error if gigatoken gives other ids than
+    library on a sample."""
     unit_bytes: int = 0
-    """Bytes of the pieces that the work is cut into; 0: 4 to 64 MiB, or more for very much text."""
+    """Approximate size, in bytes, of the units the input is divided into; 0: 4 to 64 MiB, or more for a very
+    large corpus."""
 
     def __post_init__(self) -> None:
         for name in ("max_rejects", "workers", "unit_bytes"):
@@ -101,7 +108,7 @@ class IndexConfig:
 
     @property
     def is_shared(self) -> bool:
-        """Whether other jobs or ranks take part."""
+        """Whether other jobs or MPI ranks share the work."""
         return self.mpi or bool(self.shard)
 
     def shard_of(self) -> tuple[int, int]:
@@ -120,11 +127,11 @@ class IndexConfig:
 
 
 def build_shards(config: IndexConfig, on_progress: Report) -> list[Manifest]:
-    """Index `config.input` into one shard for each key. A killed run is gone on with by the same call.
+    """Index `config.input` into one shard for each key; the same call resumes after a kill.
 
     Args:
         config: what to read and where to write.
-        on_progress: called now and then.
+        on_progress: called every few seconds with the progress of the whole job.
 
     Returns:
         The manifests, in the order of the keys; none where another process joins the parts.
@@ -132,7 +139,7 @@ def build_shards(config: IndexConfig, on_progress: Report) -> list[Manifest]:
     Raises:
         InputError: unreadable input or tokenizer, too many rejects, no documents, a mask id in the output, or
             another process at work on the same output.
-        SaveError: the storage is full; what was there before is as it was, and what is done is kept.
+        SaveError: the storage is full; existing shards are unchanged, and finished units are kept.
     """
     # Several processes encode, each on one thread.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -209,7 +216,7 @@ def _rules(
 
 
 def _plan(config: IndexConfig, loaded: LoadedTokenizer, job: Job) -> dict[str, Any]:
-    """All that decides the bytes of parts."""
+    """Everything that determines the bytes of the parts, as a JSON object."""
     return {
         "version": PLAN_VERSION,
         "tokenizer": loaded.fingerprint,
@@ -225,7 +232,7 @@ def _plan(config: IndexConfig, loaded: LoadedTokenizer, job: Job) -> dict[str, A
 
 
 def _is_done(config: IndexConfig, plan: dict[str, Any]) -> bool:
-    """Whether the others have done this job already, before this one began."""
+    """Whether other processes finished this job before this process began."""
     try:
         manifests = [read_manifest(prefix) for prefix in config.prefixes()]
     except InputError:
@@ -234,7 +241,7 @@ def _is_done(config: IndexConfig, plan: dict[str, Any]) -> bool:
 
 
 def _encode(config: IndexConfig, job: Job, space: Workspace, on_progress: Report) -> bool:
-    """Encode this process's share; whether it is the one to join the parts."""
+    """Encode this process's share of the units; returns whether this process must join the parts."""
     count, first = len(job.units), 0
     progress = ProgressReporter(job, space, on_progress)
     if config.mpi:

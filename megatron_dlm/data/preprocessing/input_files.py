@@ -33,11 +33,11 @@ class Source:
     """Local path or URL."""
     format: Format
     compression: str
-    """.gz, .zst or nothing."""
+    """Suffix of the compression, .gz or .zst; empty: not compressed."""
     num_bytes: int
-    """As stored."""
+    """Size of the file as stored, compressed or not."""
     modified: int
-    """Nanoseconds since the epoch, 0 for URLs; a file that has changed is not gone on with."""
+    """Modification time in nanoseconds since the epoch, 0 for URLs; if it changes, indexing starts over."""
 
     @property
     def divisible(self) -> bool:
@@ -46,7 +46,7 @@ class Source:
 
 
 def find_sources(inputs: Iterable[str | Path]) -> list[Source]:
-    """The files that names stand for, in the order given, those of a glob or directory by name.
+    """Find the input files, in the order given; files of one glob or directory are sorted by name.
 
     Args:
         inputs: paths, globs, directories (their files of a known suffix, subdirectories too) and URLs.
@@ -69,7 +69,7 @@ def find_sources(inputs: Iterable[str | Path]) -> list[Source]:
 
 
 def is_url(name: str) -> bool:
-    """Whether a name is for an object store or another file system of fsspec."""
+    """Whether a name is a URL of an object store or another fsspec file system."""
     return "://" in name
 
 
@@ -141,7 +141,7 @@ def _describe(path: str) -> Source:
 
 
 def open_raw(source: Source) -> IO[bytes]:
-    """The stored bytes, with `seek`."""
+    """Open the file as stored, without decompression; the file supports `seek`."""
     if not is_url(source.path):
         return open(source.path, "rb", buffering=1 << 20)
     system, path = _file_system(source.path)
@@ -152,7 +152,7 @@ def open_raw(source: Source) -> IO[bytes]:
 
 
 def open_decompressed(source: Source) -> IO[bytes]:
-    """The text's bytes, from the start; what a damaged or cut archive raises is for the reader.
+    """Open the decompressed text from its start; reading may raise if the archive is damaged or truncated.
 
     Args:
         source: a file of lines.

@@ -29,9 +29,9 @@ def merge_parts(
     """Join all parts to one shard for each key, and remove them.
 
     Args:
-        job: whose units are all done.
-        space: where their parts are.
-        prefixes: of the shards.
+        job: indexing job whose units are all encoded.
+        space: workspace that holds the parts.
+        prefixes: prefixes of the shards to write, one for each key.
         loaded: the tokenizer.
         backend: name of the encoder.
 
@@ -67,11 +67,11 @@ def merge_parts(
 
 
 def publish(manifests: Mapping[Path, Manifest], temporary: Mapping[Path, Path]) -> None:
-    """Make files that have been written beside their final names visible.
+    """Rename finished temporary files to their final names, and write the manifests last.
 
     Args:
-        manifests: by prefix.
-        temporary: where each file is, by its final name.
+        manifests: manifest of each shard, by prefix.
+        temporary: temporary path of each file, by its final path.
     """
     # An old manifest must not describe new files, nor a new one old files.
     for prefix in manifests:
@@ -165,7 +165,7 @@ class TokenCounts:
         self._frequencies = np.zeros(vocabulary_size, dtype=np.int64)
 
     def add(self, ids: NDArray[np.integer]) -> None:
-        """Count some more."""
+        """Add the occurrences of `ids`."""
         self._frequencies += np.bincount(ids, minlength=len(self._frequencies))
 
     def entropy(self) -> float:
@@ -180,14 +180,14 @@ def merge_tokens(
     """Write token files one after the other.
 
     Args:
-        paths: of the parts, in order.
+        paths: token files of the parts, in order.
         target: file to write.
-        name: that it will have.
-        dtype: of a token.
-        counts: that all tokens are added to.
+        name: final name of the file.
+        dtype: dtype of a token.
+        counts: token counts to which all tokens are added.
 
     Returns:
-        Size and checksum.
+        Name, size and checksum of the file.
     """
     digest, num_bytes = hashlib.sha256(), 0
     with target.open("wb") as out:
@@ -204,17 +204,17 @@ def merge_tokens(
 def merge_index(
     lengths: Sequence[Path], documents: Sequence[Path], target: Path, name: str, dtype: np.dtype[np.generic]
 ) -> FileDigest:
-    """Write the index of tokens laid one after the other.
+    """Write the index of the merged token file.
 
     Args:
-        lengths: int32 files of the parts: tokens of sequences.
-        documents: int32 files of the parts: sequences of documents.
+        lengths: int32 files of the parts, tokens per sequence.
+        documents: int32 files of the parts, sequences per document.
         target: file to write.
-        name: that it will have.
-        dtype: of a token.
+        name: final name of the file.
+        dtype: dtype of a token.
 
     Returns:
-        Size and checksum.
+        Name, size and checksum of the file.
     """
     write_index(target, dtype, lambda: _pieces(lengths), lambda: _pieces(documents))
     return FileDigest(name=name, bytes=target.stat().st_size, sha256=sha256_of(target))

@@ -30,11 +30,11 @@ def together(world: Any, action: Callable[[], None]) -> None:
     """Run `action` on every process and wait for all; where one fails, all raise its error.
 
     Args:
-        world: from `communicator`.
-        action: of this process.
+        world: communicator from `communicator`.
+        action: work of this process.
 
     Raises:
-        Exception: of the first process that failed.
+        Exception: error of the lowest rank that failed.
     """
     error: Exception | None = None
     try:

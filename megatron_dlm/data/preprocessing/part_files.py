@@ -1,4 +1,4 @@
-"""One unit's tokens as files beside the output, written once whoever takes it, kept until all are joined."""
+"""Tokens of one unit as files (a part): written by whichever process claims it, kept until the merge."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from megatron_dlm.platform.codec import decode, encode
 from megatron_dlm.platform.files import write_json
 
 MAX_DOCUMENT_TOKENS = 2**31 - 1
-"""What the index's int32 lengths hold."""
+"""Maximum tokens of a sequence: the largest int32, the type of lengths in the index."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PartRecord:
-    """What one unit gave; written last, so a part with a record is whole."""
+    """Counts of one encoded unit; written last, so a part that has a record is complete."""
 
     num_bytes: int = 0
     """Bytes of the source, decompressed."""
@@ -44,7 +44,7 @@ class PartRecord:
     num_text_bytes: tuple[int, ...] = ()
     """UTF-8 bytes under each key, prompts left out."""
     num_tokens: tuple[int, ...] = ()
-    """End-of-document tokens included, under each key."""
+    """Tokens under each key, including end-of-document tokens."""
     num_prompt_tokens: tuple[int, ...] = ()
     """How many of `num_tokens` are prompts'."""
     num_rejects: int = 0
@@ -81,7 +81,7 @@ class Part:
 
     @property
     def rejects_path(self) -> Path:
-        """JSON lines of the line of the unit, counted from 1, and the reason."""
+        """Path of the JSON lines file of rejects: line of the unit, counted from 1, and reason."""
         return self._stem.with_name(f"{self._stem.name}.rejects")
 
     @property
@@ -90,15 +90,15 @@ class Part:
         return self._stem.with_name(f"{self._stem.name}.json")
 
     def is_done(self) -> bool:
-        """Whether some process has written it."""
+        """Whether the part has been written, by any process."""
         return self.record_path.exists()
 
     def read_record(self) -> PartRecord:
-        """What it holds."""
+        """Read the part's record."""
         return decode(PartRecord, json.loads(self.record_path.read_text(encoding="utf-8")))
 
     def claim(self) -> Claim:
-        """The right to write it."""
+        """The lock that a process must take before it writes the part."""
         return Claim(self._stem.with_name(f"{self._stem.name}.claim"))
 
 
@@ -110,7 +110,7 @@ class Claim:
         self._descriptor = -1
 
     def take(self) -> bool:
-        """Take it; False where another process has it."""
+        """Try to take the lock; returns False if another process holds it."""
         self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -143,14 +143,14 @@ def write_part(
     """Encode a unit and write its files.
 
     Args:
-        part: where to.
-        source: of the unit.
-        unit: what to read.
+        part: part to write.
+        source: source that the unit belongs to.
+        unit: unit to read.
         rules: how text becomes tokens.
-        on_batch: called after each batch with what there is so far.
+        on_batch: called after each batch with the counts so far.
 
     Returns:
-        What was written.
+        Counts of the whole unit.
 
     Raises:
         InputError: an unreadable source, too many rejects, a document of too many tokens or one that encodes
@@ -212,7 +212,7 @@ def write_part(
 
 
 def _of_prompts_and_responses(batch: Batch, rules: EncodingRules) -> Batch:
-    """The batch with one text in two sequences for each document; one of them without tokens is a reject."""
+    """The batch with prompt and response as two sequences of one text; an empty one rejects the document."""
     texts: list[list[Text]] = [[[whole(part) for part in document]] for document in batch.texts]
     _, _, sequences = _encode([document[0] for document in texts], rules)
     bad = [(batch.lines[i], "a prompt or response without tokens") for i in np.flatnonzero(sequences != 2)]
@@ -226,7 +226,7 @@ def _of_prompts_and_responses(batch: Batch, rules: EncodingRules) -> Batch:
 
 
 def too_many_rejects(source: str, line: int, reason: str, max_rejects: int) -> InputError:
-    """The complaint of a run with more unusable lines than allowed; names one of them."""
+    """The error for more unusable lines than allowed; it names one of the lines."""
     return InputError(
         f"input: {source}:{line}: {reason} (more than --max-rejects {max_rejects} unusable lines)"
     )
@@ -237,8 +237,8 @@ def _encode(
 ) -> tuple[NDArray[np.uint32], NDArray[np.int64], NDArray[np.int64]]:
     """Ids of all sequences with the ends of documents, lengths of sequences, sequences of documents.
 
-    As Megatron-LM's tools/preprocess_data.py has it: a sequence without tokens is none, and a document
-    without tokens has no end either, but keeps its place in the index.
+    As in Megatron-LM's tools/preprocess_data.py, a sequence without tokens is dropped, and a document without
+    tokens gets no end-of-document token but keeps its place in the index.
     """
     flat: list[str] = []
     sizes = np.ones(len(texts), dtype=np.int64)

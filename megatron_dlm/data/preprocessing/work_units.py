@@ -1,4 +1,4 @@
-"""The indexer's work cut into units that any process can take: ranges of whole documents, or whole files."""
+"""Divides the indexer's input into units for its processes: ranges of whole documents, or whole files."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ class Unit:
     source: int
     """Index of the source."""
     start: int
-    """First byte as stored; of a parquet file its first row group."""
+    """First byte of the unit in the stored file; for a Parquet file, the first row group."""
     end: int
-    """Behind the last."""
+    """Byte, or row group, after the last one of the unit."""
 
 
 def plan_units(sources: list[Source], unit_bytes: int | None = None) -> list[Unit]:
-    """Cut all sources, in order; the same for every process that asks.
+    """Divide all sources into units, in order; every process computes the same units.
 
     Args:
-        sources: what to cut.
-        unit_bytes: about how large; None for a size that suits the sum of the sources.
+        sources: sources to divide into units.
+        unit_bytes: approximate size of a unit in bytes; None: chosen from the total size of the sources.
 
     Returns:
         Units in the order of the documents.
@@ -69,7 +69,7 @@ def _cuts(source: Source, unit_bytes: int) -> Iterator[int]:
 
 
 def _document_start(file: IO[bytes], place: int, *, blank_lines: bool) -> int:
-    """The first line that begins at or behind `place`, in plain text one that follows a blank line."""
+    """Start of the first document at or after byte `place`: a line, in plain text one after a blank."""
     file.seek(place - 1)
     _skip_line(file)
     if not blank_lines:

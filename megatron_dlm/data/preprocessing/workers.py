@@ -1,4 +1,4 @@
-"""Takes an indexing job's units and encodes them, in this process or in several, and says how far all are."""
+"""Encodes an indexing job's units, in this process or in worker processes, and reports progress."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REPORT_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class Job:
-    """What there is to encode."""
+    """An indexing job: the sources, their units and the encoding rules."""
 
     sources: list[Source]
     units: list[Unit]
@@ -41,7 +41,7 @@ class Job:
 
 @dataclass(frozen=True)
 class IndexProgress:
-    """How far all processes that share the work have come, and how fast since this one began."""
+    """Progress of all processes that share the work; speeds are averages since this process began."""
 
     stored_bytes: int
     """Bytes of the sources, as stored, in finished units."""
@@ -57,16 +57,16 @@ class IndexProgress:
 
 Report = Callable[[IndexProgress], None]
 OnBatch = Callable[[PartRecord | None], None]
-"""Called with what a unit has given so far, and with None once it is finished."""
+"""Called with the counts of a unit so far, and with None once the unit is finished."""
 
 
 def encode_units(job: Job, space: Workspace, first: int, on_batch: OnBatch) -> None:
-    """Encode what no other process has or takes; returns when nothing is left to take.
+    """Encode units that no other process has encoded or claimed; returns when none is left.
 
     Args:
-        job: what there is to encode.
-        space: where the processes meet.
-        first: unit to begin with, so that processes rarely ask for the same one.
+        job: indexing job.
+        space: workspace that the processes share.
+        first: unit to begin with, chosen so that processes rarely ask for the same one.
         on_batch: see `OnBatch`.
 
     Raises:
@@ -118,7 +118,7 @@ class ProgressReporter:
         )
 
     def tell(self, unfinished: Sequence[int] = (0, 0, 0)) -> None:
-        """Report where it is time.
+        """Report progress if the last report is at least REPORT_SECONDS old.
 
         Args:
             unfinished: bytes, documents and tokens of units that this process has begun.
@@ -157,19 +157,19 @@ def encode_here(job: Job, space: Workspace, first: int, progress: ProgressReport
 def encode_in_children(
     job: Job, space: Workspace, workers: int, first: int, progress: ProgressReporter
 ) -> None:
-    """Encode in several processes of this one's making.
+    """Encode in worker processes that this process starts.
 
     Args:
-        job: what there is to encode.
-        space: where they meet.
-        workers: how many.
+        job: indexing job.
+        space: workspace that the processes share.
+        workers: number of worker processes.
         first: unit to begin with.
-        progress: reported to from here.
+        progress: reporter that this process calls for all workers.
 
     Raises:
-        InputError: what a child complained of.
-        OSError: what a child could not write.
-        TrainingError: a child has died.
+        InputError: raised in a worker process.
+        OSError: raised in a worker process, for example because the disk is full.
+        TrainingError: a worker process has died.
     """
     counters = [multiprocessing.RawArray("q", 3) for _ in range(workers)]
     children: dict[Any, Connection] = {}
@@ -213,5 +213,6 @@ def _raise_what_happened(child: Any, outcome: Connection, space: Workspace) -> N
     with suppress(EOFError, OSError):
         error = outcome.recv() if outcome.poll() else None
     raise error or TrainingError(
-        f"a worker process ended with exit code {child.exitcode}; what is done is kept, start again to go on"
+        f"a worker process ended with exit code {child.exitcode}; finished units are kept; run the same "
+        "command again to resume"
     )

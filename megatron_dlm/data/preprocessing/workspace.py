@@ -1,4 +1,4 @@
-"""The directory OUTPUT.parts, where the processes that share an indexing job meet: lock, plan, units."""
+"""The directory OUTPUT.parts, which the processes of an indexing job share: lock, plan, finished units."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SET_UP_SECONDS = 10.0
 
 
 class Workspace:
-    """Opened by `open_workspace`; `parts` are those of the plan."""
+    """Directory that the processes of an indexing job share; opened by `open_workspace`."""
 
     def __init__(self, directory: Path, plan: dict[str, Any], num_units: int) -> None:
         self.directory = directory
@@ -32,7 +32,7 @@ class Workspace:
         self.parts = [Part(directory, index) for index in range(num_units)]
 
     def stop(self) -> None:
-        """Tell the other processes that they need not go on."""
+        """Tell the other processes to stop."""
         (self.directory / STOP).touch()
 
     def is_stopped(self) -> bool:
@@ -40,7 +40,7 @@ class Workspace:
         return (self.directory / STOP).exists()
 
     def is_done(self) -> bool:
-        """Whether all units are there."""
+        """Whether all units are encoded."""
         return all(part.is_done() for part in self.parts)
 
     def exists(self) -> bool:
@@ -48,11 +48,11 @@ class Workspace:
         return self.directory.exists()
 
     def join_claim(self) -> Claim:
-        """The right to join the parts."""
+        """The lock that a process must take before it joins the parts."""
         return Claim(self.directory / JOIN)
 
     def remove(self) -> None:
-        """Remove everything, for other processes at once."""
+        """Remove the directory; it is renamed first, so it disappears for other processes at once."""
         stem = f"{self.directory.name}.old-"
         self.directory.rename(self.directory.with_name(f"{stem}{uuid.uuid4().hex}"))
         # What a killed process has left too; another one may be removing it at the same time.
@@ -61,7 +61,7 @@ class Workspace:
 
 
 def sha256_of_plan(plan: dict[str, Any]) -> str:
-    """What tells one job from another."""
+    """SHA-256 of a plan, which identifies the indexing job."""
     return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
 
 
@@ -69,16 +69,16 @@ def sha256_of_plan(plan: dict[str, Any]) -> str:
 def open_workspace(
     output: Path, plan: dict[str, Any], num_units: int, *, shared: bool
 ) -> Iterator[Workspace]:
-    """Keep other processes out, except those that share the work, and find what is done already.
+    """Lock the workspace against processes that do not share the work, and find units already encoded.
 
     Args:
         output: prefix of the shard.
-        plan: JSON object of all that decides the bytes; parts of another plan are removed.
-        num_units: of the plan.
-        shared: whether other processes take part.
+        plan: JSON object of everything that determines the bytes; parts of another plan are removed.
+        num_units: number of units in the plan.
+        shared: whether other processes share the work.
 
     Yields:
-        The workspace; what is left in it when the process ends is gone on with by the next call.
+        The workspace; the next call resumes from the units left in it when the process ends.
 
     Raises:
         InputError: another process is at work there, or those that share the work have another plan.

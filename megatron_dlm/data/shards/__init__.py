@@ -1,1 +1,1 @@
-"""Indexed token files and what describes them."""
+"""Indexed token files (shards) and the manifests that describe them."""

@@ -1,4 +1,4 @@
-"""What a shard says of itself: counts, vocabulary, checksums; the `.json` beside `.bin` and `.idx`."""
+"""Manifest of a shard: counts, vocabulary and checksums, in the `.json` file beside `.bin` and `.idx`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class FileDigest:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceCount:
-    """What one input file gave."""
+    """Documents, tokens and rejected lines of one input file."""
 
     path: str
     documents: int
@@ -46,7 +46,7 @@ class Manifest:
     """Directory of that tokenizer when the data was indexed; exports copy it from there."""
     backend: str
     dtype: str
-    """uint16 or int32, of one token in `.bin`."""
+    """Data type of a token in the `.bin` file: uint16 or int32."""
     append_eos: bool
     json_key: str = "text"
     """Member or column that held the text, or the responses."""
@@ -59,11 +59,11 @@ class Manifest:
     num_documents: int
     """Documents that have tokens; one without any keeps a place in the index only."""
     num_tokens: int
-    """End-of-document tokens included."""
+    """Tokens in the `.bin` file, including end-of-document tokens."""
     num_prompt_tokens: int = 0
     """How many of `num_tokens` belong to prompts, which are never noised or scored."""
     num_text_bytes: int
-    """UTF-8 bytes of what is scored, the documents or responses; turns nats per token into bits per byte."""
+    """UTF-8 bytes of the scored text (documents or responses); converts nats per token to bits per byte."""
     unigram_entropy_nats: float
     """Entropy of the frequencies of all tokens, prompts too: the loss of the best context-free model."""
     sources: tuple[SourceCount, ...]
@@ -76,7 +76,7 @@ class Manifest:
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes of text per token, of what is scored."""
+        """UTF-8 bytes per token of the scored text; prompts are not counted."""
         return self.num_text_bytes / (self.num_tokens - self.num_prompt_tokens)
 
 

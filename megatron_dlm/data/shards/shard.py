@@ -1,7 +1,8 @@
 """Megatron `.bin`/`.idx` shards: a streaming writer and a reader that checks before it trusts.
 
 The bytes are those of megatron-core's IndexedDatasetBuilder (a test compares them and opens them with
-IndexedDataset). Ours because that builder wraps ids silently into uint16 and its reader follows any pointer.
+IndexedDataset). We do not use megatron-core's because its builder silently wraps ids into uint16 and its
+reader follows any pointer.
 """
 
 from __future__ import annotations
@@ -39,13 +40,13 @@ def write_index(
     lengths: Callable[[], Iterator[NDArray[np.int32]]],
     documents: Callable[[], Iterator[NDArray[np.int32]]],
 ) -> None:
-    """Write a `.idx` in memory that does not grow with it.
+    """Write a `.idx` file; memory use does not grow with its size.
 
     Args:
-        path: of the file.
-        dtype: of a token.
-        lengths: gives the tokens of all sequences, in pieces; called three times.
-        documents: gives the sequences of all documents, in pieces; called twice.
+        path: `.idx` file to write.
+        dtype: dtype of a token.
+        lengths: returns an iterator over the sequences' lengths in tokens, in pieces; called three times.
+        documents: returns an iterator over the documents' numbers of sequences, in pieces; called twice.
     """
     num_sequences = sum(len(piece) for piece in lengths())
     num_documents = sum(len(piece) for piece in documents())
@@ -118,7 +119,7 @@ class Shard:
         self.tokens = TokenFile(bin_path, dtype, found[2])
 
     def pieces(self) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.integer]]]:
-        """All documents in order, some megabytes at a time: number of the first, lengths of all, tokens."""
+        """All documents, some megabytes at a time: index of the first one, their lengths, their tokens."""
         ends = np.cumsum(self.document_lengths, dtype=np.int64)
         first, start = 0, 0
         while first < len(ends):
@@ -128,10 +129,10 @@ class Shard:
             first, start = last, int(ends[last - 1])
 
     def check_ids(self, token_ids: NDArray[np.integer]) -> None:
-        """Refuse tokens that no text gives; tensor parallel embeddings and losses accept them in silence.
+        """Refuse invalid token ids, which tensor parallel embeddings and losses would silently accept.
 
         Args:
-            token_ids: of the shard.
+            token_ids: tokens read from the shard.
 
         Raises:
             InputError: an id outside the vocabulary, or the mask id, which clean data never contains.
@@ -157,13 +158,13 @@ class Shard:
                     raise InputError(f"data: {path}: SHA-256 differs from the manifest")
 
     def _sha256(self, path: Path) -> str:
-        """What the manifest says."""
+        """Checksum of a file according to the manifest."""
         return next(digest.sha256 for digest in self.manifest.files if digest.name == path.name)
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """What a `.idx` says."""
+    """Content of a `.idx` file."""
 
     dtype: np.dtype[np.generic]
     """Type in which a token is stored."""
@@ -182,7 +183,7 @@ def read_index(path: Path, bin_bytes: int) -> ShardIndex:
         bin_bytes: size of the `.bin` file; nothing may point outside it.
 
     Returns:
-        What it says, and its checksum.
+        Content of the index, and its checksum.
 
     Raises:
         InputError: wrong magic, version, dtype or size; a length, pointer or document out of place.

@@ -1,4 +1,4 @@
-"""What indexed shards hold: lengths of documents, tokens of each source, documents that occur twice."""
+"""Statistics of indexed shards: document lengths, tokens per source, and duplicate documents."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class ShardStatistics:
 
     shard: Shard
     quantiles: dict[str, int]
-    """Document lengths in tokens."""
+    """Document lengths in tokens, by name: shortest, median, 95%, longest."""
     repeats: int
     """Documents with the same tokens as an earlier one of the shard."""
     elsewhere: int
@@ -30,7 +30,7 @@ class ShardStatistics:
         return self.shard.document_lengths
 
     def histogram(self) -> list[tuple[int, int, int]]:
-        """Bins between powers of two: first length in it, the one behind its last, number of documents."""
+        """Bins [low, high) between powers of two, in tokens: low, high, number of documents in the bin."""
         edges = 2 ** np.arange(int(self.lengths.max()).bit_length() + 1)
         counts, _ = np.histogram(self.lengths, bins=edges)
         first = int(np.argmax(counts > 0))
@@ -47,10 +47,10 @@ def statistics_of(shards: Sequence[Shard]) -> list[ShardStatistics]:
     for the same with a probability of 3%. Needs up to 80 bytes of memory a document.
 
     Args:
-        shards: of one tokenizer, or their tokens mean different things.
+        shards: shards made with one tokenizer; otherwise equal ids do not mean equal text.
 
     Returns:
-        In the order of the shards.
+        Statistics of each shard, in the order of `shards`.
     """
     hashes = [_document_hashes(shard) for shard in shards]
     distinct = [np.unique(some) for some in hashes]

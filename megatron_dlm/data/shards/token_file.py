@@ -1,6 +1,7 @@
-"""Ranges of a `.bin` file, on a disk or in an object store.
+"""Reads ranges of tokens from a `.bin` file, on a disk or in an object store.
 
-Read, not mapped: a mapped file that somebody cuts ends the process with a bus error, a read one with a line.
+The file is read, not memory-mapped: if it is truncated while in use, reading gives an error message, while a
+mapped file would kill the process with a bus error.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from megatron_dlm.interfaces import InputError
 
 
 def as_path(name: str | Path) -> Path:
-    """A local path, or for a URL such as s3://bucket/prefix what reads there in the same words.
+    """A `Path` for a local path, or an object with the same methods for a URL such as s3://bucket/prefix.
 
     Args:
         name: path or URL.
 
     Returns:
-        A `pathlib.Path`, or a `upath.UPath`, which does all that is asked of it here.
+        A `pathlib.Path`, or a `upath.UPath` for a URL.
     """
     if isinstance(name, str) and is_url(name):
         from upath import UPath
@@ -36,16 +37,16 @@ def as_path(name: str | Path) -> Path:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Errors of storage, of which each kind has its own, as one line.
+    """Turn errors of any storage backend into an InputError that names the path.
 
     Args:
-        path: what is read.
+        path: path or URL that is read.
 
     Yields:
         Nothing.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: the path cannot be read.
     """
     try:
         yield
@@ -60,7 +61,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 class TokenFile:
-    """The tokens of a file, as an array that is read where it is looked at; usable in forked processes."""
+    """The tokens of a file as an array; slices are read on access. Usable in forked processes."""
 
     def __init__(self, path: Path, dtype: np.dtype[np.generic], num_tokens: int) -> None:
         self._path = path
@@ -75,19 +76,19 @@ class TokenFile:
         return self._num_tokens
 
     def __getitem__(self, where: slice) -> NDArray[np.integer]:
-        """Tokens of a range, as numpy cuts it."""
+        """Tokens of a slice, with numpy's slicing rules; the step must be 1."""
         start, stop, step = where.indices(self._num_tokens)
         assert step == 1
         return self.read([(start, max(start, stop))])[0]
 
     def read(self, ranges: Sequence[tuple[int, int]]) -> list[NDArray[np.integer]]:
-        """Tokens of some ranges; an object store is asked for all at once.
+        """Tokens of some ranges; all ranges of an object store are fetched in one call.
 
         Args:
-            ranges: first token of each and the one behind its last.
+            ranges: ranges of tokens, [start, stop).
 
         Returns:
-            One array for each.
+            One array for each range.
 
         Raises:
             InputError: the file has become shorter, or cannot be read.
@@ -109,7 +110,7 @@ class TokenFile:
         return np.asarray(self[:], dtype=dtype)
 
     def _read(self, start: int, stop: int) -> bytes | bytearray:
-        """Bytes of the file; fewer where it ends before."""
+        """Bytes [start, stop) of the file; fewer if the file ends earlier."""
         piece, done = bytearray(stop - start), 0
         while done < len(piece):
             # A disk may give less than asked for at a time.
@@ -120,7 +121,7 @@ class TokenFile:
         return piece[:done]
 
     def _fetch(self, ranges: Sequence[tuple[int, int]]) -> list[bytes | bytearray]:
-        """Bytes of the object; an empty range is none to a store."""
+        """Bytes of some ranges of the object; empty ranges are not requested from the store."""
         if self._process != os.getpid():
             # Connections do not survive a fork.
             self._opened, self._process = as_path(str(self._path)), os.getpid()

@@ -1,6 +1,6 @@
-"""What a tokenizer is here, and which package encodes with it.
+"""The interface of a loaded tokenizer, and the choice of the package that encodes with it.
 
-`gigatoken` encodes where it agrees with the tokenizer's own package on a sample of the real input.
+`gigatoken` encodes if it agrees with the tokenizer's own package on a sample of the real input.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from megatron_dlm.interfaces import InputError, Vocabulary
 logger = logging.getLogger(__name__)
 
 SAMPLE_DOCUMENTS, SAMPLE_CHARACTERS = 256, 400_000
-"""How much of the real input gigatoken and the tokenizer's own package are compared on."""
+"""Amount of input on which gigatoken and the tokenizer's own package are compared."""
 LARGEST_FILE_BYTES = 256 << 20
-"""Largest tokenizer file that is read; those of 256,000 ids have 35 MB."""
+"""Largest tokenizer file that is read, in bytes; a tokenizer of 256,000 ids takes about 35 MB."""
 
 Backend = Literal["auto", "gigatoken", "library"]
 
@@ -31,12 +31,12 @@ class Encoder(Protocol):
     """Token ids of documents, without special tokens."""
 
     def __call__(self, texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-        """All ids one after the other, and where those of each text begin, and the end: int64 [texts + 1]."""
+        """Concatenated ids of all texts, and the offset of each text, then the end: int64 [texts + 1]."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedTokenizer:
-    """A tokenizer with its special ids and its identity."""
+    """A tokenizer with its vocabulary, special token ids and fingerprint."""
 
     path: Path
     """Directory of a Hugging Face tokenizer, or file of another kind."""
@@ -47,10 +47,10 @@ class LoadedTokenizer:
     encode: Encoder
     """Encode texts with the tokenizer's own package."""
     fast_encoder: Callable[[], Encoder]
-    """gigatoken's; raises where it cannot read the tokenizer."""
+    """Builds gigatoken's encoder; raises if gigatoken cannot read the tokenizer."""
     decode: Callable[[list[int]], str]
     size: int
-    """Ids of the tokenizer itself, without a mask token that was added."""
+    """Number of ids of the tokenizer itself, without a mask token added by us."""
     vocabulary: Vocabulary
     fingerprint: str
     """SHA-256 of the file that decides the ids."""
@@ -66,24 +66,24 @@ def refuse_huge(path: Path) -> None:
     """Refuse a file that no tokenizer needs, before it is read.
 
     Args:
-        path: of the tokenizer.
+        path: tokenizer file.
 
     Raises:
-        InputError: above LARGEST_FILE_BYTES.
-        OSError: it cannot be looked at.
+        InputError: the file is larger than LARGEST_FILE_BYTES.
+        OSError: the file's size cannot be read.
     """
     if (num_bytes := path.stat().st_size) > LARGEST_FILE_BYTES:
         raise InputError(f"tokenizer: {path}: {num_bytes} bytes are above {LARGEST_FILE_BYTES}")
 
 
 def vocabulary_of(size: int, *, mask: int | None, eos: int, bos: int | None) -> Vocabulary:
-    """The ids a model is built for.
+    """The vocabulary a model is built for.
 
     Args:
-        size: of the tokenizer.
-        mask: its mask token; None adds an id behind the last.
-        eos: ends a document.
-        bos: starts sampling; None takes `eos`.
+        size: number of ids of the tokenizer.
+        mask: id of the mask token; None: a new id is added after the last one.
+        eos: id of the token that ends a document.
+        bos: id of the token that starts sampling; None: `eos`.
 
     Returns:
         The vocabulary, mask included.
@@ -102,7 +102,7 @@ def choose_encoder(loaded: LoadedTokenizer, sample: Sequence[str], backend: Back
     Args:
         loaded: the tokenizer.
         sample: documents of the real input; the first ones are compared.
-        backend: "auto" takes gigatoken where it can read the tokenizer; the others force one.
+        backend: "auto" uses gigatoken if it can read the tokenizer; the other values force one package.
 
     Returns:
         Name of the package and the encoder.
@@ -133,7 +133,7 @@ def choose_encoder(loaded: LoadedTokenizer, sample: Sequence[str], backend: Back
 
 
 def joined(ids: Sequence[Sequence[int]]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-    """Lists of ids as an `Encoder` gives them."""
+    """Lists of ids in the form that an `Encoder` returns: concatenated, with offsets."""
     offsets = np.zeros(len(ids) + 1, dtype=np.int64)
     np.cumsum([len(part) for part in ids], out=offsets[1:])
     return np.fromiter(chain.from_iterable(ids), dtype=np.uint32, count=int(offsets[-1])), offsets

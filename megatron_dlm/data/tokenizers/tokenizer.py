@@ -1,4 +1,4 @@
-"""Hugging Face tokenizers, `tokenizer.json` with its special tokens, and training one.
+"""Loads Hugging Face tokenizers (`tokenizer.json` with its special tokens) and trains new ones.
 
 Text that spells a special token is encoded as plain text, so no document can contain a mask, <eos> or <bos>
 id. Other tokenizers are in `tokenizer_files.py`.
@@ -41,7 +41,7 @@ def load_tokenizer(path: Path, *, special_tokens_as_text: bool = True) -> Loaded
         special_tokens_as_text: encode text that spells a special token as plain text.
 
     Returns:
-        The tokenizer; a missing mask token gets a new last id, for a missing <bos> there is <eos>.
+        The tokenizer; if it has no mask token, a new last id is added; if it has no <bos>, <eos> is used.
 
     Raises:
         InputError: a file is missing or unreadable, or a special token is not in the vocabulary.
@@ -114,8 +114,8 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int, directory: Path)
 
     Args:
         texts: documents.
-        vocabulary_size: ids in all: 3 special tokens, 256 bytes, merges.
-        directory: made if absent.
+        vocabulary_size: total number of ids: 3 special tokens, 256 bytes, and BPE merges.
+        directory: directory to write to; created if absent.
 
     Raises:
         InputError: vocabulary_size is below 259, or the texts hold too few merges to reach it.

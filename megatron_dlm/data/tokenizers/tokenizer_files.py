@@ -1,4 +1,4 @@
-"""Tokenizers of one file: SentencePiece, Megatron-LM's tiktoken vocabularies; and bytes, which need none."""
+"""Tokenizers of one file: SentencePiece, Megatron-LM's tiktoken vocabularies; and bytes, without one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megatron_dlm.data.tokenizers.encoders import (
 from megatron_dlm.interfaces import InputError
 
 BYTES = "bytes"
-"""Given in place of a tokenizer's path: UTF-8 bytes are the ids."""
+"""Word to give in place of a tokenizer's path: the ids are then the UTF-8 bytes of the text."""
 
 
 def load_tokenizer_file(path: Path, *, special_tokens_as_text: bool = True) -> LoadedTokenizer:
@@ -30,7 +30,7 @@ def load_tokenizer_file(path: Path, *, special_tokens_as_text: bool = True) -> L
 
     Args:
         path: a SentencePiece `.model`, a `.json` vocabulary of Megatron-LM's TikTokenizer, or the word bytes.
-        special_tokens_as_text: must hold, since these tokenizers know no special tokens in text.
+        special_tokens_as_text: must be True; these tokenizers do not recognize special tokens in text.
 
     Returns:
         The tokenizer.
@@ -102,7 +102,7 @@ def _sentencepiece(path: Path) -> LoadedTokenizer:
 
 
 def _fast_sentencepiece(path: Path) -> Encoder:
-    """Read by gigatoken as a tokenizer.json, without the control symbols, which it would find in text."""
+    """SentencePiece model as gigatoken's encoder, without control symbols, so that text cannot match them."""
     import gigatoken
 
     try:

@@ -1,4 +1,4 @@
-"""AR's sampler: left to right behind a cache."""
+"""AR's sampler: left to right with a key-value cache."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from megatron_dlm.sampling.settings import SamplingConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler(MaskedSampler):
-    """Continues texts; a token is predicted from the one before it."""
+    """Continues texts; the hidden state at each token predicts the next token."""
 
     samplers: ClassVar = {"left-to-right": ()}
 
     @staticmethod
     def schedule_of(config: Any) -> Callable[[float], float]:
-        """Nothing is noised."""
+        """Constant alpha = 1: an autoregressive model has no noise."""
         return lambda t: 1.0
 
     @property
     def empty_prompt(self) -> tuple[int, ...]:
-        """<bos>."""
+        """The <bos> token, with which a text begins when no prompt is given."""
         return (self.bos_token_id,)
 
     def check_given(self, given_BL: Tensor) -> None:
@@ -40,5 +40,5 @@ class Sampler(MaskedSampler):
             raise ValueError(f"prompt: {self.name} continues a text and cannot fill in gaps")
 
     def reader(self, network: Network, config: SamplingConfig, order: Plan) -> Reader:
-        """Behind a cache."""
+        """Reader with a key-value cache, which feeds known tokens and no masks."""
         return BehindCache(network, order, feeds_masks=False)

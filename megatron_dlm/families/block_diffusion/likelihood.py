@@ -1,4 +1,4 @@
-"""Block diffusion's bound on an exported model."""
+"""NELBO of an exported block diffusion model."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from megatron_dlm.diffusion.noisy_then_clean import noisy_then_clean_mask
 
 
 class Likelihood(DiffusionLikelihood):
-    """Each block from itself, masked, and from those before it, clean."""
+    """Predicts each block from its own masked copy and the clean blocks before it."""
 
     def copy(self, model: Any, ids_BL: Tensor, draws: Draws, index: int) -> Tensor:
-        """Masked at a time of its own in each block."""
+        """NELBO of one noisy copy, each block masked at its own diffusion time."""
         length, size = ids_BL.shape[1], int(self.config.block_size)
         times = draws.times(index, -(-length // size)).repeat_interleave(size, dim=1)
         noisy_BL, _, weight_BL, _ = self.mask(ids_BL, draws, times[:, :length])

@@ -41,11 +41,11 @@ class BlockDiffusionConfig(DiffusionConfig):
 
     @property
     def text_multiple(self) -> int:
-        """Whole blocks."""
+        """Block size: a text is padded to whole blocks."""
         return self.block_size
 
     def check_sizes(self, batch_size: int, seq_length: int) -> None:
-        """Refuse a length that blocks do not fill."""
+        """Refuse a sequence length that the block size does not divide."""
         if seq_length % self.block_size:
             raise InputError(
                 f"objective.block_size: {self.block_size} does not divide data.seq_length {seq_length}"
@@ -57,7 +57,7 @@ class BlockDiffusionConfig(DiffusionConfig):
 
 
 class BlockDiffusion(CrossEntropyObjective):
-    """Each block has its own time and sees itself noisy and the blocks before it clean."""
+    """Each block has its own diffusion time and attends to its noisy self and the clean blocks before it."""
 
     def __init__(self, config: BlockDiffusionConfig, mask_token_id: int) -> None:
         self._config = config

@@ -15,15 +15,15 @@ from megatron_dlm.sampling.settings import SamplingConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler(MaskedSampler):
-    """A token looks at its own block and those before it; what is behind no token looks at."""
+    """A token attends to its own block and the blocks before it, never to later blocks."""
 
     samplers: ClassVar = {"ancestral": ("num_steps",), "left-to-right": ()}
 
     block_size: int
-    """Tokens of a block."""
+    """Tokens per block."""
 
     def block_of(self, unknown_n: NDArray[Any], config: SamplingConfig) -> NDArray[Any]:
-        """The model's own blocks."""
+        """Blocks of the trained model, counted from the start of the text."""
         return unknown_n // self.block_size
 
     def left_to_right_steps(self, unknown_n: NDArray[Any]) -> NDArray[Any]:
@@ -31,7 +31,7 @@ class Sampler(MaskedSampler):
         return unknown_n
 
     def reading(self, config: SamplingConfig) -> dict[str, Any]:
-        """Up to the end of the step's block."""
+        """Read the text up to the end of the current step's block, with block-causal attention."""
         steps = self.block_size
         if config.sampler == "ancestral":
             steps = len(self.alphas(config.num_steps or 0)) - 1

@@ -20,9 +20,9 @@ QUADRATURE_POINTS = 4001
 QUADRATURE_REACH = 12.0
 """Standard deviations to both sides of the integrand's Gaussian."""
 SMALLEST_SHARE = 1e-6
-"""Least signal, and least noise, at the ends of the curriculum's range."""
+"""Smallest alpha, and smallest 1 - alpha, allowed at gamma_min and gamma_max."""
 LARGEST_DROPPED = 1e-3
-"""Most of a soft token's weight that may lie on entries that are not kept."""
+"""Largest share of a soft token's weight that may lie on entries dropped by top_k."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +30,14 @@ class CurriculumConfig:
     """Duo's curriculum of soft tokens (arXiv:2506.10892); off by default, as in arXiv:2602.15014."""
 
     steps: int = 0
-    """Optimizer steps at the start of training that see soft tokens instead of drawn ones; 0: none."""
+    """Optimizer steps at the start of training that use soft tokens instead of sampled ones; 0: none."""
     temperature: float = 1e-3
     """Temperature of the softmax that blends embeddings."""
     gamma_min: float = -3.55
-    """gamma(t) = gamma_min + t (gamma_max - gamma_min), minus the log signal-to-noise ratio."""
+    """gamma at t = 0; gamma(t) = gamma_min + t (gamma_max - gamma_min) is minus the log signal-to-noise
+    ratio."""
     gamma_max: float = -1.85
-    """Value of gamma at t = 1."""
+    """gamma at t = 1."""
     top_k: int = 16
     """Largest noise entries per soft token that are kept; ample at the default temperature, too few at a high
     one."""
@@ -79,7 +80,7 @@ def signal_probability(
 
 
 class GaussianCurriculum:
-    """Soft tokens and their noise level over `states` states, addressed by their ordinal."""
+    """Soft tokens and their noise level over `states` states; a state is given by its ordinal."""
 
     def __init__(self, config: CurriculumConfig, states: int) -> None:
         if config.steps and config.top_k > states - 1:
@@ -132,13 +133,13 @@ class GaussianCurriculum:
         sample_indices: NDArray[np.int64],
         noise: NoiseSource,
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Draw the entries that carry weight.
+        """Draw soft tokens as their largest entries, the only ones that carry weight.
 
         Args:
             clean_BL: int64 [B, L] ordinals of the clean tokens.
-            t_B1: float64 [B, 1].
-            sample_indices: int64 [B], address of the draws.
-            noise: source of the draws.
+            t_B1: float64 [B, 1] diffusion times in [0, 1].
+            sample_indices: int64 [B], sample positions in the run, which address the random draws.
+            noise: source of the random draws.
 
         Returns:
             Ordinals int64 [B, L, k + 1], largest entry first, and their weights, float32, adding up to 1.

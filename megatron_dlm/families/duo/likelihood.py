@@ -1,4 +1,4 @@
-"""Duo's bound on an exported model."""
+"""NELBO of an exported Duo model."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Likelihood(DivergenceLikelihood):
         return UniformStates(config.vocab_size, config.mask_token_id, mask_in_noise=config.mask_in_noise)
 
     def rows(self, alpha_L: Tensor, q: Tensor, noisy_L: Tensor, clean_L: Tensor) -> UniformRows:
-        """Rows of a divergence of uniform noise."""
+        """Per-position terms of the divergence for uniform noise."""
         return UniformRows.of(self._states.count, alpha_L, q, noisy_L == clean_L)
 
     def copy(self, model: Any, ids_BL: Tensor, draws: Draws, index: int) -> Tensor:
-        """Replaced at one time."""
+        """NELBO of one noisy copy, tokens replaced by uniform noise at one diffusion time."""
         alpha_B1, slope_B1 = self.alpha_and_slope(draws.times(index))
         drawn_BL = self._states.token(draws.integers(self._states.count))
         noisy_BL = torch.where(draws.uniform(*ids_BL.shape) < 1 - alpha_B1, drawn_BL, ids_BL)

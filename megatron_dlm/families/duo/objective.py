@@ -41,10 +41,10 @@ class DuoConfig(DiffusionConfig):
     attention: ClassVar[AttentionPattern] = AttentionPattern.BIDIRECTIONAL
 
     time_conditioning: bool = True
-    """Give the network the noise level. Must stay on: a token does not show whether it is noise."""
+    """Condition the network on the noise level. Must stay on: a token does not show whether it is noise."""
     mask_in_noise: bool = True
-    """Let noise draw the mask token, which is never predicted, like any other id, as the paper's code
-    does."""
+    """Let uniform noise draw the mask token like any other id, as the paper's code does; the network never
+    predicts it."""
     curriculum: CurriculumConfig = CurriculumConfig()
 
     def __post_init__(self) -> None:
@@ -53,7 +53,7 @@ class DuoConfig(DiffusionConfig):
             raise InputError("objective.time_conditioning: False; Duo needs the noise level")
 
     def prior_nats(self, vocabulary: Vocabulary) -> float:
-        """Divergence of a token's law at t = 1 from the uniform one."""
+        """KL divergence, in nats per token, of a token's distribution at t = 1 from the uniform prior."""
         states, alpha = self.states(vocabulary).count, self.alpha(1.0)
         others = 1.0 - alpha
         same = states * alpha + others
@@ -62,7 +62,7 @@ class DuoConfig(DiffusionConfig):
         )
 
     def states(self, vocabulary: Vocabulary) -> UniformStates:
-        """The ids that the noise draws from."""
+        """The token ids that uniform noise draws from."""
         return UniformStates(vocabulary.size, vocabulary.mask_token_id, mask_in_noise=self.mask_in_noise)
 
     def build(self, vocabulary: Vocabulary) -> Objective:

@@ -17,5 +17,5 @@ class Sampler(ReplacingFamilySampler):
 
     @property
     def draws(self) -> UniformStates:
-        """Any state alike."""
+        """Uniform noise over all states."""
         return UniformStates(self.vocab_size, self.mask_token_id, mask_in_noise=self.mask_in_noise)

@@ -59,12 +59,12 @@ class EsoLMConfig(DiffusionConfig):
 
     @property
     def has_times(self) -> bool:
-        """It is, unless all is sequential."""
+        """Whether alpha_0 > 0; otherwise all tokens are sequential and the likelihood has no integral."""
         return self.alpha_0 > 0
 
     @property
     def has_parts(self) -> bool:
-        """Whether both parts are trained."""
+        """Whether both the diffusion and the sequential part are trained."""
         return 0 < self.alpha_0 < 1
 
     def check_sizes(self, batch_size: int, seq_length: int) -> None:
@@ -88,7 +88,7 @@ class EsoLM(CrossEntropyObjective):
         self._mask_token_id = mask_token_id
 
     def split(self, batch: TokenBatch, context: CorruptionContext) -> list[TokenBatch]:
-        """The diffusion samples and the sequential ones."""
+        """Split the microbatch into the samples of the diffusion part and those of the sequential part."""
         is_diffusion = self._is_diffusion(batch, context)
         parts = [np.flatnonzero(is_diffusion), np.flatnonzero(~is_diffusion)]
         return [batch.rows(rows) for rows in parts if len(rows)]
@@ -107,7 +107,7 @@ class EsoLM(CrossEntropyObjective):
         return strata < self._config.num_diffusion(context.global_batch_size)
 
     def _diffusion(self, batch: TokenBatch, context: CorruptionContext) -> tuple[ModelInputs, Targets]:
-        """Mask at time t, then order: prompts, clean tokens, masked ones, each at random."""
+        """Mask at time t, then order: prompts, clean tokens, masked tokens, each group shuffled."""
         config = self._config
         clean_BL = clean_tokens(batch, context, config)
         num_diffusion = config.num_diffusion(context.global_batch_size)
@@ -144,9 +144,9 @@ class EsoLM(CrossEntropyObjective):
         return inputs, targets
 
     def _sequential(self, batch: TokenBatch, context: CorruptionContext) -> tuple[ModelInputs, Targets]:
-        """Mask with probability 1 - alpha_0; each masked token is predicted from all that is before it.
+        """Mask with probability 1 - alpha_0; predict each masked token from those before it in the order.
 
-        The order has prompts, then clean tokens, each at random, then the masked ones from left to right.
+        The order is: prompts shuffled, then clean tokens shuffled, then masked tokens from left to right.
         """
         config = self._config
         clean_BL = clean_tokens(batch, context, config)

@@ -1,4 +1,4 @@
-"""Eso-LM's samplers, all behind a cache: the reverse process, then left to right, and plans in blocks."""
+"""Eso-LM's samplers, all with a key-value cache: the reverse process, then left to right; block plans."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_dlm.sampling.settings import SamplingConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler(MaskedSampler):
-    """Feeds known tokens once, and the masks to reveal behind them."""
+    """Feeds each known token once into the key-value cache, then the mask tokens to unmask."""
 
     samplers: ClassVar = {
         "ancestral": ("num_steps",),
@@ -29,13 +29,13 @@ class Sampler(MaskedSampler):
 
     @staticmethod
     def schedule_of(config: Any) -> Callable[[float], float]:
-        """Ends at alpha_0: what is masked then is filled in left to right."""
+        """Noise schedule that ends at alpha_0; tokens still masked then are filled in left to right."""
         return lambda t: float(alpha_and_slope(config.noise_schedule, np.array(t), alpha_0=config.alpha_0)[0])
 
     def alphas(self, num_steps: int) -> list[float]:
-        """No step removes the last noise: that is left to the tokens still masked."""
+        """Alpha at the steps' edges, up to alpha_0; the sequential part fills in the tokens still masked."""
         return [self.alpha(t) for t in np.linspace(1.0, 0.0, num_steps + 1).tolist()]
 
     def reader(self, network: Network, config: SamplingConfig, order: Plan) -> Reader:
-        """Behind a cache."""
+        """Reader with a key-value cache, which feeds the mask tokens to unmask."""
         return BehindCache(network, order, feeds_masks=True)

@@ -1,1 +1,1 @@
-"""Masked and uniform-state diffusion in one: noise draws the mask, or any id alike."""
+"""Mixture of masked and uniform-state diffusion: noise is the mask token or a uniform draw over all ids."""

@@ -1,4 +1,4 @@
-"""The mixture's bound on an exported model."""
+"""NELBO of an exported model with mask and uniform noise."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_dlm.families.mask_uniform.rows import MixtureRows
 
 
 class Likelihood(DivergenceLikelihood):
-    """The divergence of `rows.py`, weighted as it says."""
+    """The divergence derived in `rows.py`, with the weights given there."""
 
     @property
     def _noise(self) -> MaskUniformNoise:
@@ -22,7 +22,7 @@ class Likelihood(DivergenceLikelihood):
         return MaskUniformNoise(config.vocab_size, config.mask_token_id, config.uniform_share)
 
     def rows(self, alpha_L: Tensor, q: Tensor, noisy_L: Tensor, clean_L: Tensor) -> MixtureRows:
-        """Rows of a divergence of the mixture's noise."""
+        """Per-position terms of the divergence for mask and uniform noise."""
         noise = self._noise
         masked_L = noisy_L == noise.mask_token_id
         return MixtureRows.of(alpha_L, q, noise.probability, noisy_L == clean_L, masked_L)
@@ -30,13 +30,13 @@ class Likelihood(DivergenceLikelihood):
     def token_nats(
         self, logits_BLV: Tensor, noisy_BL: Tensor, clean_BL: Tensor, sigma_B: Tensor | None
     ) -> Tensor:
-        """The divergence; with masks alone the cross-entropy."""
+        """The divergence in nats; the cross-entropy if the noise is the mask alone."""
         if not self.config.uniform_share:
             return cross_entropy_nats(logits_BLV, clean_BL)
         return super().token_nats(logits_BLV, noisy_BL, clean_BL, sigma_B)
 
     def copy(self, model: Any, ids_BL: Tensor, draws: Draws, index: int) -> Tensor:
-        """Replaced at one time."""
+        """NELBO of one noisy copy, tokens replaced by mask and uniform noise at one diffusion time."""
         noise = self._noise
         alpha_B1, slope_B1 = self.alpha_and_slope(draws.times(index))
         drawn_BL = noise.draw(draws.uniform(*ids_BL.shape))

@@ -1,6 +1,6 @@
-"""The noise: a token is replaced by a draw from pi = share / V for each id and 1 - share more for the mask.
+"""Mask and uniform noise: draws from pi, which is share / V at each id, plus 1 - share at the mask.
 
-It does not depend on the time, so a token at time t is clean with probability alpha and a draw from pi
+pi does not depend on the time, so a token at time t is clean with probability alpha and a draw from pi
 otherwise, and no text is noisier than one of draws from pi.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class MaskUniformNoise:
-    """Draws of the noise."""
+    """Noise distribution pi over the token ids."""
 
     vocab_size: int
     """V, mask token included."""
@@ -24,7 +24,7 @@ class MaskUniformNoise:
 
     @property
     def probability(self) -> float:
-        """Pi at every id but the mask."""
+        """Probability pi of any single id other than the mask."""
         return self.uniform_share / self.vocab_size
 
     def draw(self, uniform: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ class MaskUniformNoise:
         return torch.where(uniform < self.uniform_share, ids, self.mask_token_id)
 
     def inverse_probability(self, ids: Tensor) -> Tensor:
-        """1 / pi of each id, float64 of their shape; infinite where no draw gives it."""
+        """1 / pi of each id, float64 in the shape of `ids`; infinite for ids that the noise never draws."""
         at_mask = torch.tensor(1.0 / (self.probability + 1.0 - self.uniform_share), dtype=torch.float64)
         elsewhere = self.vocab_size / self.uniform_share if self.uniform_share else float("inf")
         return torch.where(ids == self.mask_token_id, at_mask.to(ids.device), elsewhere)

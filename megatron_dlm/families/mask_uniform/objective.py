@@ -48,7 +48,7 @@ class MaskUniformConfig(DiffusionConfig):
     """Probability that noise is a uniform draw over all ids instead of the mask: 0 is masked diffusion, 1
     uniform-state diffusion."""
     time_conditioning: bool = True
-    """Give the network the noise level; needed where a token does not show whether it is noise."""
+    """Condition the network on the noise level; required unless uniform_share is 0."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,7 +61,7 @@ class MaskUniformConfig(DiffusionConfig):
             )
 
     def prior_nats(self, vocabulary: Vocabulary) -> float:
-        """Divergence of a token's law at t = 1 from the noise; with masks alone, as for masked diffusion."""
+        """KL divergence, nats per token, of a token at t = 1 from the noise; at share 0 as for MDLM."""
         if not self.uniform_share:
             return super().prior_nats(vocabulary)
         alpha, probability = self.alpha(1.0), self.uniform_share / vocabulary.size
@@ -70,7 +70,7 @@ class MaskUniformConfig(DiffusionConfig):
         return same * math.log(same / probability) + (q * (1.0 - probability) * math.log(q) if q else 0.0)
 
     def noise(self, vocabulary: Vocabulary) -> MaskUniformNoise:
-        """What replaces tokens."""
+        """The noise distribution that replaces tokens."""
         return MaskUniformNoise(vocabulary.size, vocabulary.mask_token_id, self.uniform_share)
 
     def build(self, vocabulary: Vocabulary) -> Objective:

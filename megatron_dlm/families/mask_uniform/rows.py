@@ -30,7 +30,7 @@ SMALLEST = 1e-300
 
 @dataclass(frozen=True)
 class MixtureRows:
-    """float64 [R] numbers of rows that do not depend on the prediction; the share is above 0."""
+    """float64 [R] coefficients of each row's loss that do not depend on the prediction; needs share > 0."""
 
     alpha: Tensor
     q: Tensor
@@ -40,24 +40,24 @@ class MixtureRows:
     same: Tensor
     """bool [R], the noise left the token as it was."""
     masked: Tensor
-    """bool [R], it is the mask."""
+    """bool [R], the noisy token is the mask."""
     c: Tensor
 
     @classmethod
     def of(
         cls, alpha_R: Tensor, q_R: Tensor, probability: float, same_R: Tensor, masked_R: Tensor
     ) -> MixtureRows:
-        """The numbers of rows.
+        """Compute the coefficients of the rows.
 
         Args:
             alpha_R: float64 [R], in [0, 1).
             q_R: 1 - alpha, of a shape that broadcasts to [R].
             probability: share / V, above 0.
             same_R: bool [R], the noise left the token as it was.
-            masked_R: bool [R], it is the mask.
+            masked_R: bool [R], the noisy token is the mask.
 
         Returns:
-            The rows.
+            The rows' coefficients.
         """
         b_R = q_R * probability
         # A row that only pads a chunk has alpha 0 and costs nothing.
@@ -66,12 +66,12 @@ class MixtureRows:
         return cls(alpha_R, q_R, b_R, alpha_R / b_R, same_R, masked_R, c_R)
 
     def loss(self, s_R: Tensor, p_noisy_R: Tensor, p_clean_R: Tensor) -> Tensor:
-        """What the rows cost.
+        """Unweighted loss of each row, in nats.
 
         Args:
             s_R: float64 [R], sum over the vocabulary of ln(1 + r p).
-            p_noisy_R: float64 [R], prediction at the noisy token; 0 at the mask.
-            p_clean_R: float64 [R], at the clean token.
+            p_noisy_R: float64 [R], predicted probability of the noisy token; 0 if it is the mask.
+            p_clean_R: float64 [R], predicted probability of the clean token.
 
         Returns:
             float64 [R], at least 0, to be weighted as the module says.
@@ -86,14 +86,14 @@ class MixtureRows:
         return torch.where(self.masked, masked, torch.where(self.same, unchanged, replaced))
 
     def slopes(self, p_noisy_R: Tensor, p_clean_R: Tensor) -> tuple[Tensor, Tensor]:
-        """Slopes of the loss in the predictions, S held.
+        """Partial derivatives of the loss in the two predicted probabilities, with S held constant.
 
         Args:
-            p_noisy_R: float64 [R], prediction at the noisy token.
-            p_clean_R: float64 [R], at the clean token.
+            p_noisy_R: float64 [R], predicted probability of the noisy token.
+            p_clean_R: float64 [R], predicted probability of the clean token.
 
         Returns:
-            Two float64 [R], at the noisy and at the clean token.
+            Two float64 [R], the derivatives at the noisy and at the clean token.
         """
         alpha, b, r = self.alpha, self.b, self.r
         h_z, h_x = r / (1.0 + r * p_noisy_R), r / (1.0 + r * p_clean_R)

@@ -10,12 +10,12 @@ from megatron_dlm.sampling.replacing import ReplacingFamilySampler
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler(ReplacingFamilySampler):
-    """Samplers of the mixture's noise; where it is the mask alone, a token that has been filled in stays."""
+    """Samplers for mask and uniform noise; if noise is the mask alone, an unmasked token stays."""
 
     uniform_share: float
     """Probability that noise is a uniform draw instead of the mask."""
 
     @property
     def draws(self) -> MaskUniformNoise:
-        """The mask, or any id."""
+        """The noise: the mask token, or a uniform draw over all ids."""
         return MaskUniformNoise(self.vocab_size, self.mask_token_id, self.uniform_share)

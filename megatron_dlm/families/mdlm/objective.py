@@ -29,7 +29,7 @@ class MDLMConfig(DiffusionConfig):
     """Training weight of a masked token. low-variance: 1 (arXiv:2602.15014 eq. 8); elbo: -alpha'/(1 - alpha),
     as in the NELBO."""
     time_conditioning: bool = False
-    """Give the network the noise level. Off in the paper, where adaLN then acts as learned constants."""
+    """Condition the network on the noise level. Off in the paper; adaLN then acts as learned constants."""
 
     def build(self, vocabulary: Vocabulary) -> Objective:
         """The family over `vocabulary`."""

@@ -14,7 +14,7 @@ from megatron_dlm.sampling.settings import SamplingConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler(MaskedSampler):
-    """Reads the whole text in each step."""
+    """Samplers whose network reads the whole text at every denoising step."""
 
     samplers: ClassVar = {
         "ancestral": ("num_steps", "block_length"),
@@ -28,7 +28,7 @@ class Sampler(MaskedSampler):
     """Whether the network is told the noise level."""
 
     def reading(self, config: SamplingConfig) -> dict[str, Any]:
-        """Give the network the step's noise level, or where steps have none, that of the known tokens."""
+        """Give the network the step's noise level, or for samplers without one, the share of known tokens."""
         if not self.time_conditioning:
             return {}
         if config.sampler != "ancestral":
@@ -41,5 +41,5 @@ class Sampler(MaskedSampler):
         return {"alpha_of": alpha_of}
 
     def _share_known(self, ids_BL: Tensor, step: int) -> Tensor:
-        """Share of known tokens, at least the smallest that training has seen."""
+        """Share of known tokens, but at least alpha(1), the smallest share seen in training."""
         return (ids_BL != self.mask_token_id).double().mean(1).clamp_min(self.alpha(1.0))

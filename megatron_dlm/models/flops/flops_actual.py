@@ -1,4 +1,4 @@
-"""What a pass really computes on, and the matrix-product FLOPs of that: the honest count, for MFU."""
+"""Rows and attention pairs that a pass computes, and its actual matrix-product FLOPs, for MFU."""
 
 from __future__ import annotations
 
@@ -50,15 +50,15 @@ class Work:
 
 
 def work_of(inputs: ModelInputs, targets: Targets, attention: AttentionPattern) -> Work:
-    """What one microbatch makes the network compute on.
+    """Amount of work of one microbatch.
 
     Args:
-        inputs: of the microbatch.
-        targets: of the microbatch.
-        attention: the family's pattern, where the inputs bring no mask.
+        inputs: model inputs of the microbatch.
+        targets: targets of the microbatch.
+        attention: attention pattern of the family, used if the inputs have no mask.
 
     Returns:
-        The counts.
+        Rows, attention pairs, head rows and sequences of the microbatch.
     """
     batch_size, length = inputs.token_ids_BL.shape
     return Work(

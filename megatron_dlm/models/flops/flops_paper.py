@@ -59,9 +59,9 @@ def max_steps(budget_flops: float, forward_flops: float, global_batch_size: int)
     """Optimizer steps that a training budget pays for.
 
     Args:
-        budget_flops: of the whole run, for example 6e18.
-        forward_flops: of one sequence, by the published count.
-        global_batch_size: sequences of a step.
+        budget_flops: FLOPs of the whole run, for example 6e18.
+        forward_flops: FLOPs of one sequence's forward pass, by the published count.
+        global_batch_size: sequences per optimizer step.
 
     Returns:
         Steps, rounded down.

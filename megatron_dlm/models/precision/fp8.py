@@ -1,4 +1,4 @@
-"""How the layers' linears multiply in 8-bit floating point, and what shapes that takes."""
+"""FP8 recipes for the layers' linears, and the operand shapes they need."""
 
 from __future__ import annotations
 

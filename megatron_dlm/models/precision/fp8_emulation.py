@@ -64,8 +64,8 @@ def round_blocks(x: Tensor, dtype: torch.dtype, rows: int, columns: int) -> Tens
     Args:
         x: float32 [m, n].
         dtype: torch's FP8 type.
-        rows: of a block.
-        columns: of a block; those at the edges are smaller.
+        rows: rows per block.
+        columns: columns per block; blocks at the edges may be smaller.
 
     Returns:
         float32 [m, n].
@@ -198,20 +198,20 @@ class EmulatedLinear(nn.Module):
 
 
 class EmulatedColumnParallelLinear(EmulatedLinear, ColumnParallelLinear):
-    """megatron-core's, in emulated FP8."""
+    """megatron-core's column-parallel linear with emulated FP8 products."""
 
 
 class EmulatedRowParallelLinear(EmulatedLinear, RowParallelLinear):
-    """megatron-core's, in emulated FP8."""
+    """megatron-core's row-parallel linear with emulated FP8 products."""
 
 
 def keep_bf16_layers(layer: nn.Module, config: Any, layer_number: int) -> None:
-    """Take the first and last layers out of FP8 where the configuration says so.
+    """Turn FP8 emulation off in a layer that the configuration keeps in bf16 (first and last layers).
 
     Args:
-        layer: just built.
-        config: megatron-core's.
-        layer_number: of the whole model, from 1.
+        layer: newly built layer; changed in place.
+        config: megatron-core's configuration.
+        layer_number: number of the layer in the whole model, from 1.
     """
     if is_first_last_bf16_layer(config, layer_number - 1):
         for linear in _emulated(layer):
@@ -223,7 +223,7 @@ def follow_maxima(model: nn.Module, group: dist.ProcessGroup) -> None:
 
     Args:
         model: this process's stage.
-        group: of all processes with the same layers, whatever part of them.
+        group: process group of all ranks that hold shards or replicas of the same layers.
     """
     linears = [linear for linear in _emulated(model) if linear._is_delayed]
     if not linears:

@@ -1,7 +1,7 @@
-"""Transformer Engine's linears and attention, as megatron-core wraps them; nothing else here needs them.
+"""Transformer Engine's linears and attention in megatron-core's wrappers; only this module imports them.
 
-Its LayerNorm-linears do not fit: the modulation stands between norm and linear. Norm and modulation are one
-kernel with the gate and residual before them (kernels/residual_norm.py).
+Transformer Engine's fused LayerNorm-linears do not fit, since the modulation is between norm and linear. Norm
+and modulation are fused with the gate and residual before them instead (kernels/residual_norm.py).
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ EXTRA_STATE = "_extra_state"
 
 
 def share_buffers(rows: int, hidden_size: int, tensor_size: int, *, fp8: bool) -> None:
-    """Make the buffers through which tensor parallel ranks exchange pieces of what products read or make.
+    """Create Transformer Engine's user buffers, which overlap tensor parallel communication with products.
 
     Args:
-        rows: of hidden states in a forward pass, all tensor parallel ranks' together.
-        hidden_size: columns.
-        tensor_size: tensor parallel ranks.
+        rows: rows of the hidden states in a forward pass, over all tensor parallel ranks.
+        hidden_size: columns of the hidden states.
+        tensor_size: tensor parallel size.
         fp8: whether the products are FP8.
     """
     quantization = UserBufferQuantizationMode.FP8 if fp8 else UserBufferQuantizationMode.NONE
@@ -115,9 +115,9 @@ class FusedAttention(nn.Module):
             query: [s, b, n, h].
             key: [s, b, n, h].
             value: [s, b, n, h].
-            attention_mask: None; as in `SdpaAttention`; or int32 [documents + 1], the edges of documents in
-                all samples one after the other.
-            **kwargs: of megatron-core's cores.
+            attention_mask: None; a mask as in `SdpaAttention`; or int32 [documents + 1], the document edges
+                in the concatenated samples (cu_seqlens).
+            **kwargs: further arguments of megatron-core's attention cores.
 
         Returns:
             [s, b, n * h].

@@ -34,7 +34,7 @@ class CheckpointHook(Hook):
         self._failures = 0
 
     def on_start(self, session: Session, progress: TrainingProgress) -> None:
-        """Ask in each step whether a save is still being written."""
+        """Let ranks vote in each step on whether a checkpoint is still being written."""
         session.votes["writing"] = lambda: self._pending is not None and not self._pending.is_done()
 
     def after_step(self, session: Session, progress: TrainingProgress, report: StepReport) -> None:
@@ -45,7 +45,7 @@ class CheckpointHook(Hook):
             self._save(session, progress)
 
     def after_rollback(self, session: Session, progress: TrainingProgress, report: StepReport) -> None:
-        """Leave the checkpoint that was just loaded as it is; it answers a request to save too."""
+        """Do not save again the checkpoint just loaded; it also satisfies a pending request to save."""
         self._saved_step = progress.step
         if progress.save_requested:
             self._forget_request(session)
@@ -119,7 +119,7 @@ class CheckpointHook(Hook):
 
     @contextmanager
     def _failures_counted(self, session: Session, step: int) -> Iterator[None]:
-        """Let training go on after a failed save, some times."""
+        """Warn of a failed save and continue; raise at `checkpoint.max_failed_saves` consecutive failures."""
         try:
             yield
         except SaveError as error:

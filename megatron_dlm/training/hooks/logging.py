@@ -11,11 +11,11 @@ from megatron_dlm.training.session import Session
 
 
 class LoggingHook(Hook):
-    """Writes a line of metrics every few steps: losses and speed are means over the tokens since the last.
+    """Writes a line of metrics every few steps; losses and speed are means over tokens since the last line.
 
     Lines are written at multiples of `telemetry.log_every`, and one more at the last step of the run.
-    Utilisation is the model's matrix products, recomputation and padding left out, over the speed of this
-    device's own matrix product, measured at the start.
+    MFU is the FLOP/s of the model's matrix products, without recomputation and padding, divided by the FLOP/s
+    of a matrix product measured on this device at the start.
     """
 
     def __init__(self, telemetry: Telemetry) -> None:
@@ -41,7 +41,7 @@ class LoggingHook(Hook):
             progress.window = MetricsWindow()
 
     def after_rollback(self, session: Session, progress: TrainingProgress, report: StepReport) -> None:
-        """Take back the lines of steps that will be made again, and tell of the step at fault."""
+        """Discard metrics of steps that will be repeated, and log the step that caused the rollback."""
         self._telemetry.rewind(progress.step)
         self._telemetry.write("rollback", progress.step, {"failed_step": report.step} | _fault(report))
 

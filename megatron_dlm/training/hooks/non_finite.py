@@ -22,7 +22,7 @@ NAMED_SAMPLES = 8
 class NonFiniteHook(Hook):
     """Acts on steps that changed no parameter; all ranks see the same report and do the same.
 
-    Must come first: the others may take a step for granted.
+    Must come before hooks that assume that the step changed the parameters.
     """
 
     def __init__(self, roll_back: Callable[[], TrainingProgress]) -> None:

@@ -1,4 +1,4 @@
-"""Compares replicas of the weights, which raise no error where they come apart."""
+"""Compares data parallel replicas of the weights, which could otherwise diverge without an error."""
 
 from __future__ import annotations
 

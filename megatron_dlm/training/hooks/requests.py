@@ -16,7 +16,7 @@ from megatron_dlm.training.signals import StopSignals
 
 
 class RequestHook(Hook):
-    """What asks a run from outside to save or to stop: signals, the time limit, a file in its directory."""
+    """Handles requests to save or stop a run: signals, the time limit, a file in the run's directory."""
 
     def __init__(self, signals: StopSignals) -> None:
         self._signals = signals

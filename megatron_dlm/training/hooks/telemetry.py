@@ -17,9 +17,10 @@ from megatron_dlm.training.session import Session
 
 
 class Telemetry:
-    """The writers of rank 0; on other ranks it takes everything and writes nothing.
+    """Sends metrics to all writers on rank 0; does nothing on other ranks.
 
-    A full disk costs metrics, never a run: the first failure of a writer is told.
+    A writer that fails, for example on a full disk, never ends the run: its first failure is printed as a
+    warning.
     """
 
     def __init__(self, session: Session, first_step: int) -> None:
@@ -34,7 +35,7 @@ class Telemetry:
             ]
 
     def rewind(self, step: int) -> None:
-        """Take back what was written of steps after `step`, as a resume at that step does."""
+        """Discard metrics of steps after `step`, as a resume from that step does."""
         for writer in self._writers:
             with self._failure_told(writer):
                 writer.rewind(step)

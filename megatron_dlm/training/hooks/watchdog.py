@@ -11,7 +11,7 @@ from megatron_dlm.training.session import Session
 
 
 class WatchdogHook(Hook):
-    """Ends the process with the stacks of its threads where a step takes too long; SIGUSR2 prints them."""
+    """Prints all thread stacks and ends the process if a step takes too long; SIGUSR2 only prints them."""
 
     def on_start(self, session: Session, progress: TrainingProgress) -> None:
         """Begin to watch."""
@@ -21,15 +21,15 @@ class WatchdogHook(Hook):
         self._watch(session)
 
     def after_step(self, session: Session, progress: TrainingProgress, report: StepReport) -> None:
-        """Begin anew."""
+        """Restart the timer for the next step."""
         self._watch(session)
 
     def after_rollback(self, session: Session, progress: TrainingProgress, report: StepReport) -> None:
-        """Begin anew."""
+        """Restart the timer for the next step."""
         self._watch(session)
 
     def on_end(self, session: Session, progress: TrainingProgress) -> None:
-        """Leave the last save the same time as a step."""
+        """Restart the timer: the last save may take as long as a step."""
         self._watch(session)
 
     def _watch(self, session: Session) -> None:
