@@ -12,6 +12,8 @@ from tests.helpers.paths import ROOT
 PACKAGES = sorted(path.parent.name for path in (ROOT / "megatron_dlm").glob("*/__init__.py"))
 ALONE = ("diffusion", "models", "platform")
 """Packages whose example needs no data, model or GPU."""
+ELSEWHERE = ("tools/checkpoint/convert.py",)
+"""Files of Megatron-LM that pages speak of."""
 
 
 def page(package):
@@ -57,3 +59,20 @@ def test_every_link_between_pages_leads_somewhere():
     for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "tests" / "data" / "README.md"]:
         for target in re.findall(r"\]\((?!https?:)([^)#\s]+)", path.read_text()):
             assert (path.parent / target).exists(), f"{path}: {target}"
+
+
+def test_every_file_that_a_page_or_a_docstring_names_is_there():
+    named_file = re.compile(
+        r"(?<![\w/.])(?:tests|tools|megatron_dlm|examples|docs)/[\w/.-]+\.(?:py|sh|npz|csv|md)\b"
+    )
+    places = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
+    places += [
+        path for folder in ("megatron_dlm", "tools", "tests") for path in (ROOT / folder).rglob("*.py")
+    ]
+    missing = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in places
+        for name in named_file.findall(path.read_text())
+        if not (ROOT / name).exists() and name not in ELSEWHERE and "/FAMILY/" not in name
+    }
+    assert not missing, sorted(missing)

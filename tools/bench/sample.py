@@ -2,10 +2,10 @@
 
     python tools/bench/sample.py [--families mdlm duo ar esolm] [--steps 32 128] [--length 512]
 
-Both sides have the same weights (random) in the same exported model. The published way (tests/helpers/
-naive_sampling.py) reads all rows in every step, forms all logits and draws with a [B, L, V] buffer of noise;
-for AR it keeps keys unrotated and rotates all of them for each token, for Eso-LM it reads again all that is
-known.
+Both sides have the same weights (random) in the same exported model. The published way
+(tools/bench/naive_sampling.py) reads all rows in every step, forms all logits and draws with a [B, L, V]
+buffer of noise; for AR it keeps keys unrotated and rotates all of them for each token, for Eso-LM it reads
+again all that is known.
 Each measurement is a process of its own; sides alternate. Times are medians over repeats, of whole calls;
 memory is the peak of another process over what it held before the call. AR takes a step a token.
 """
