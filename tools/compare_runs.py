@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_dlm.interfaces import InputError
-from megatron_dlm.telemetry.writers import FIRST_STEP, METRICS_FILE, read_metrics
+from megatron_dlm.telemetry.writers import METRICS_FILE, read_metrics, same_window
 
 COMPARED = ("loss", "nats_per_token", "grad_norm", "lr", "fingerprint")
 
@@ -33,12 +33,6 @@ def training_steps(run: Path) -> dict[int, dict[str, Any]]:
         if entry["kind"] in ("train", "skipped"):
             steps.setdefault(entry["step"], {}).update(entry)
     return steps
-
-
-def same_window(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Whether two lines are means over the same steps; logs of earlier versions do not say of which."""
-    first, second = a.get(FIRST_STEP), b.get(FIRST_STEP)
-    return first == second or None in (first, second)
 
 
 def difference(a: dict[str, Any], b: dict[str, Any], name: str) -> float:

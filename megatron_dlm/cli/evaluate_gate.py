@@ -81,7 +81,7 @@ def run(arguments: list[str]) -> int:
         raise InputError(f"plot: {first.objective.name} as configured has no loss by diffusion time")
     training = None
     if config.a != config.b and all((path / METRICS_FILE).is_file() for path in (config.a, config.b)):
-        training = training_difference(logged_bounds(config.a), logged_bounds(config.b))
+        training = training_difference(*logged_bounds(config.a, config.b))
     bound, difference, is_first = compare_checkpoints(
         a,
         b,

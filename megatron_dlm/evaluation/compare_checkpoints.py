@@ -18,7 +18,7 @@ from megatron_dlm.platform.parallel import start_parallel, stop_parallel
 from megatron_dlm.platform.parallel_config import ParallelConfig
 from megatron_dlm.run.open_checkpoint import load_denoiser, refuse_training_layouts
 from megatron_dlm.run.run_record import RunRecord, read_run_record
-from megatron_dlm.telemetry.writers import read_metrics
+from megatron_dlm.telemetry.writers import read_metrics, same_window
 
 if TYPE_CHECKING:
     import numpy as np
@@ -177,17 +177,23 @@ class _Paired:
         return self._kept.popleft()
 
 
-def logged_bounds(run: Path) -> dict[int, tuple[int, float]]:
-    """Training bounds from a run's log.
+def logged_bounds(a: Path, b: Path) -> tuple[dict[int, tuple[int, float]], dict[int, tuple[int, float]]]:
+    """Training bounds from two runs' logs, of the lines that are means over the same steps in both.
 
     Args:
-        run: directory of the run.
+        a: directory of run A.
+        b: directory of run B.
 
     Returns:
-        Noise fingerprint and bound (nats/token) by training step; of a step logged twice, the later.
+        For each run: noise fingerprint and bound (nats/token) by training step; of a step logged twice, the
+        later.
     """
-    return {
-        entry["step"]: (entry["fingerprint"], entry["nats_per_token"])
-        for entry in read_metrics(run)
-        if entry["kind"] == "train"
-    }
+    first, second = (
+        {entry["step"]: entry for entry in read_metrics(run) if entry["kind"] == "train"} for run in (a, b)
+    )
+    steps = [step for step in first.keys() & second.keys() if same_window(first[step], second[step])]
+    one, other = (
+        {step: (entries[step]["fingerprint"], entries[step]["nats_per_token"]) for step in steps}
+        for entries in (first, second)
+    )
+    return one, other

@@ -171,3 +171,17 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     # What is behind the last end of a line was cut; splitlines() would also split at other characters.
     whole = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in whole]
+
+
+def same_window(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two lines of metrics are means over the same steps.
+
+    Args:
+        a: entry of a training step.
+        b: entry of the same step of another run.
+
+    Returns:
+        True also if one of them was written by an earlier version, which does not name its first step.
+    """
+    first, second = a.get(FIRST_STEP), b.get(FIRST_STEP)
+    return first == second or None in (first, second)

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 
+from megatron_dlm.evaluation.compare_checkpoints import logged_bounds
 from megatron_dlm.evaluation.intervals import Mean
 from megatron_dlm.evaluation.paired_comparison import passes, training_difference
 from megatron_dlm.interfaces import InputError
+from megatron_dlm.telemetry.writers import JsonLinesWriter
 
 
 def runs(shift, noise=0.01, steps=400):
@@ -36,6 +38,19 @@ def test_common_noise_shows_a_difference_far_below_the_steps_own_spread():
 def test_runs_that_cannot_be_compared(change, message):
     with pytest.raises(InputError, match=message):
         training_difference(*change(*runs(0.0)))
+
+
+def test_means_over_other_steps_are_not_compared(tmp_path):
+    windows = {"a": [(1, 10), (11, 20), (21, 25)], "b": [(1, 10), (12, 20), (21, 25), (26, 30)]}
+    for name, lines in windows.items():
+        writer = JsonLinesWriter(tmp_path / name, 0)
+        for first, last in lines:
+            metrics = {"first_step": first, "fingerprint": last, "nats_per_token": 1.0 + (name == "b")}
+            writer.write("train", last, metrics)
+        writer.write("skipped", 10, {"fingerprint": 3})
+        writer.close()
+    a, b = logged_bounds(tmp_path / "a", tmp_path / "b")
+    assert a == {10: (10, 1.0), 25: (25, 1.0)} and b == {10: (10, 2.0), 25: (25, 2.0)}
 
 
 def test_better_passes_and_worse_does_not():
