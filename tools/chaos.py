@@ -46,7 +46,7 @@ DEADLINE_SECONDS = 120.0
 """An attempt that takes longer hangs, which is a failure."""
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["megatron_dlm.training.session", "megatron_dlm.checkpointing.manager"])
+_context.set_forkserver_preload(["tools.preload"])
 
 
 @dataclass

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["tests.helpers.preload"])
+context.set_forkserver_preload(["tools.preload"])
 ROOT = Path(__file__).resolve().parents[2]
 CPU = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 TRAINER = ("-m", "megatron_dlm")
