@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, load
 
 from megatron_dlm.checkpointing.layout import verify
-from megatron_dlm.checkpointing.safe_metadata import check_metadata, tensors_only
+from megatron_dlm.checkpointing.safe_metadata import check_metadata, force_weights_only
 from megatron_dlm.checkpointing.tensor_chunks import LoadPlanner, TensorChunks, main_weight_key
 from megatron_dlm.models.config import ModelConfig
 from megatron_dlm.models.weight_mapping import from_stored, public_shapes, stored_place
@@ -64,6 +64,6 @@ class FullWeights:
         with warnings.catch_warnings():
             # Of there being no process group.
             warnings.simplefilter("ignore", UserWarning)
-            with tensors_only():
+            with force_weights_only(True):
                 load(wanted, storage_reader=self._reader, planner=LoadPlanner())
         return {name: from_stored(name, tensor, self._num_heads) for name, tensor in tensors.items()}

@@ -157,8 +157,6 @@ class CheckpointRoot:
         write_json(temporary / MANIFEST, {"version": VERSION, "files": files})
         replaced = self.replaced(step)
         if (final / MANIFEST).is_file():
-            if replaced.exists():
-                self.remove(replaced)
             final.rename(replaced)
         elif final.exists():
             shutil.rmtree(final)

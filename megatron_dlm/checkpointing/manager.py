@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_dlm.checkpointing.async_writer import SavePlans, ShareWriter
 from megatron_dlm.checkpointing.layout import CheckpointRoot, verify
 from megatron_dlm.checkpointing.optimizer_state import load_state, state_to_save
-from megatron_dlm.checkpointing.safe_metadata import check_metadata, tensors_only
+from megatron_dlm.checkpointing.safe_metadata import check_metadata, force_weights_only
 from megatron_dlm.checkpointing.tensor_chunks import TensorChunks, main_weight_key
 from megatron_dlm.interfaces import InputError, SaveError
 from megatron_dlm.models.denoiser import ChunkedDenoiser, Denoiser
@@ -209,7 +209,7 @@ def _load(state: dict[str, Any], directory: Path, parallel: ParallelState) -> di
     strategy = FullyParallelLoadStrategyWrapper(
         get_default_load_sharded_strategy(str(directory)), parallel.replica_group
     )
-    with tensors_only():
+    with force_weights_only(True):
         loaded: dict[str, Any] = dist_checkpointing.load(state, str(directory), strategy)
     return loaded
 

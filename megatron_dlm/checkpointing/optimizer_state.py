@@ -19,7 +19,7 @@ from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.tensor import DTensor
 
-from megatron_dlm.checkpointing.safe_metadata import tensors_only
+from megatron_dlm.checkpointing.safe_metadata import force_weights_only
 from megatron_dlm.checkpointing.tensor_chunks import PREFIX, LoadPlanner, TensorChunks, main_weight_key
 from megatron_dlm.platform import distributed_optimizer
 from megatron_dlm.platform.fully_sharded import local
@@ -98,7 +98,7 @@ def load_state(directory: Path, optimizer: Any, sharded: Mapping[torch.nn.Parame
     # What the checkpoint has not is padding that another layout did without.
     for pieces in wanted.values():
         pieces.fill_with_zeros()
-    with tensors_only():
+    with force_weights_only(True):
         load(wanted, storage_reader=FileSystemReader(directory), planner=LoadPlanner())
 
 

@@ -57,16 +57,20 @@ class _Unpickler(pickle.Unpickler):
 
 
 @contextmanager
-def tensors_only() -> Iterator[None]:
-    """Let torch unpickle tensors and plain containers only, for as long as a checkpoint is read."""
-    previous = os.environ.get(FORCE_WEIGHTS_ONLY)
-    os.environ[FORCE_WEIGHTS_ONLY] = "1"
+def force_weights_only(on: bool) -> Iterator[None]:
+    """Let torch unpickle tensors and plain containers only, whatever the caller of torch.load says.
+
+    Args:
+        on: False lifts such an order of the user's environment for as long as the context lasts.
+    """
+    previous = os.environ.pop(FORCE_WEIGHTS_ONLY, None)
+    if on:
+        os.environ[FORCE_WEIGHTS_ONLY] = "1"
     try:
         yield
     finally:
-        if previous is None:
-            del os.environ[FORCE_WEIGHTS_ONLY]
-        else:
+        os.environ.pop(FORCE_WEIGHTS_ONLY, None)
+        if previous is not None:
             os.environ[FORCE_WEIGHTS_ONLY] = previous
 
 

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -76,12 +77,8 @@ def _flowing_help() -> ConstructorRegistry:
         if not dataclasses.is_dataclass(info.type):
             return None
         hints = get_type_hints(info.type, include_extras=True)
-        helps = {
-            param.arg_name: " ".join((param.description or "").split())
-            for base in reversed(info.type.__mro__)
-            if base is not object
-            for param in docstring_parser.parse_from_object(base).params
-        }
+
+        helps = _paragraphs(info.type)
 
         def default_of(field: dataclasses.Field[Any]) -> Any:
             if isinstance(info.default, info.type):
@@ -97,6 +94,17 @@ def _flowing_help() -> ConstructorRegistry:
         return StructConstructorSpec(instantiate=info.type, fields=tuple(fields))
 
     return registry
+
+
+@cache
+def _paragraphs(declared: type) -> dict[str, str]:
+    """Docstrings of a dataclass's fields, its base classes' included, without line breaks."""
+    return {
+        param.arg_name: " ".join((param.description or "").split())
+        for base in reversed(declared.__mro__)
+        if base is not object
+        for param in docstring_parser.parse_from_object(base).params
+    }
 
 
 def check_new_file(name: str, path: Path | None) -> None:

@@ -6,11 +6,8 @@ are made of; objects of known libraries become placeholders that do nothing, any
 
 from __future__ import annotations
 
-import os
 import pickle
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_dlm.checkpointing.safe_metadata import FORCE_WEIGHTS_ONLY
+from megatron_dlm.checkpointing.safe_metadata import force_weights_only
 from megatron_dlm.interfaces import InputError, Vocabulary
 from megatron_dlm.models.config import ROTARY_BASE, ModelConfig
 from megatron_dlm.models.weight_mapping import public_shapes
@@ -130,7 +127,8 @@ def _load(path: Path) -> dict[str, Any]:
         raise _complaint(path, "no such file")
     _refuse_programs(path)
     try:
-        with _own_unpickler_allowed():
+        # torch's own restricted unpickler refuses the configuration objects that every real file holds.
+        with force_weights_only(False):
             loaded = torch.load(
                 path, map_location="cpu", weights_only=False, pickle_module=_PICKLE, mmap=True
             )
@@ -159,20 +157,6 @@ def _refuse_programs(path: Path) -> None:
         raise _complaint(path, "is a TorchScript program, not a checkpoint; refused")
     if "data.pkl" not in records:
         raise _complaint(path, "unreadable: holds no data.pkl")
-
-
-@contextmanager
-def _own_unpickler_allowed() -> Iterator[None]:
-    """Unset, for one call, the environment variable with which a user forces torch to load weights only.
-
-    torch's own restricted unpickler refuses the configuration objects that every real file holds.
-    """
-    order = os.environ.pop(FORCE_WEIGHTS_ONLY, None)
-    try:
-        yield
-    finally:
-        if order is not None:
-            os.environ[FORCE_WEIGHTS_ONLY] = order
 
 
 def write_reference_checkpoint(state: dict[str, Tensor], path: Path, model: ModelConfig, step: int) -> None:

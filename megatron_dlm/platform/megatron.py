@@ -24,8 +24,6 @@ from megatron.core.transformer import cuda_graphs
 from torch.distributed.checkpoint import Metadata, SavePlan
 from torch.distributed.checkpoint.utils import _DistWrapper
 
-__all__ = ["DataParallelBase", "SavePlannerBase", "torch_state"]
-
 CHECKPOINT_BACKEND, CHECKPOINT_VERSION = "torch_dist", 1
 """megatron-core's names of the checkpoint format."""
 DataParallelBase = _BaseDataParallel

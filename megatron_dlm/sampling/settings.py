@@ -72,7 +72,7 @@ class SamplingConfig:
             raise ValueError(f"top_p: {self.top_p} is outside (0, 1]")
 
     def resolved(self, family: OffersSamplers) -> SamplingConfig:
-        """These settings with the family's defaults in place of None.
+        """Fill in the family's defaults where a setting is None.
 
         Args:
             family: samplers of the network's family.

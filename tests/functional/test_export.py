@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from megatron_dlm.conversion.to_hugging_face import new_folder
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.telemetry.writers import read_metrics
-from tests.helpers.processes import ROOT, TRAINER, run
+from tests.helpers.paths import ROOT
+from tests.helpers.processes import TRAINER, run
 from tests.helpers.runs import arguments_for, finish, finish_ranks, start_interpreter
 
 SLOW = pytest.mark.slow

@@ -11,7 +11,7 @@ import tarfile
 import pytest
 
 from megatron_dlm.telemetry.writers import read_metrics
-from tests.helpers.processes import ROOT
+from tests.helpers.paths import ROOT
 from tests.helpers.runs import finish, start_interpreter
 
 PACKED = ROOT / "tests" / "data" / "upgrade.tar.xz"

@@ -18,9 +18,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.paths import ROOT
+
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["tools.preload"])
-ROOT = Path(__file__).resolve().parents[2]
 CPU = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 TRAINER = ("-m", "megatron_dlm")
 _running = set()

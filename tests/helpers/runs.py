@@ -9,7 +9,8 @@ import psutil
 import pytest
 
 from megatron_dlm.telemetry.writers import read_metrics
-from tests.helpers.processes import CPU, ROOT, TRAINER, Program
+from tests.helpers.paths import ROOT
+from tests.helpers.processes import CPU, TRAINER, Program
 from tools.ports import free_port
 
 STEPS = 14

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from megatron_dlm.telemetry.writers import (
     ConsoleWriter,
@@ -36,28 +35,22 @@ class Telemetry:
 
     def rewind(self, step: int) -> None:
         """Discard metrics of steps after `step`, as a resume from that step does."""
-        for writer in self._writers:
-            with self._failure_told(writer):
-                writer.rewind(step)
+        self._on_each(lambda writer: writer.rewind(step))
 
     def write(self, kind: str, step: int, metrics: Metrics) -> None:
         """Pass on to all writers."""
-        for writer in self._writers:
-            with self._failure_told(writer):
-                writer.write(kind, step, metrics)
+        self._on_each(lambda writer: writer.write(kind, step, metrics))
 
     def close(self) -> None:
         """Close all writers."""
-        for writer in self._writers:
-            with self._failure_told(writer):
-                writer.close()
+        self._on_each(lambda writer: writer.close())
 
-    @contextmanager
-    def _failure_told(self, writer: Writer) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            name = type(writer).__name__
-            if name not in self._failed:
-                print(f"warning: {name}: {error}; training goes on", file=sys.stderr, flush=True)
-            self._failed.add(name)
+    def _on_each(self, action: Callable[[Writer], None]) -> None:
+        for writer in self._writers:
+            try:
+                action(writer)
+            except OSError as error:
+                name = type(writer).__name__
+                if name not in self._failed:
+                    print(f"warning: {name}: {error}; training goes on", file=sys.stderr, flush=True)
+                self._failed.add(name)
