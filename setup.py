@@ -20,7 +20,7 @@ EXTRAS = {
     "data": ["pyarrow>=15", "s3fs>=2024.2", "sentencepiece>=0.2", "tiktoken>=0.7"],
     "hf": ["transformers>=4.51"],
     "eval": ["matplotlib"],
-    "harness": ["lm-eval>=0.4.9,<0.5"],
+    "harness": ["lm-eval>=0.4.10,<0.5"],
     "test": ["moto[s3,server]>=5", "psutil", "pytest>=8", "pytest-timeout", "pytest-xdist"],
 }
 # On CUDA torch brings its own; here it is for kernels in Triton's interpreter.
@@ -59,6 +59,11 @@ setup(
         "rich>=13",
     ],
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["megatron-dlm = megatron_dlm.cli.main:main"]},
+    entry_points={
+        "console_scripts": [
+            "megatron-dlm = megatron_dlm.cli.main:main",
+            "megatron-dlm-lm-eval = megatron_dlm.cli.lm_eval:main",
+        ]
+    },
     classifiers=["Programming Language :: Python :: 3", "Operating System :: POSIX :: Linux"],
 )

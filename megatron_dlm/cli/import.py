@@ -17,8 +17,8 @@ from megatron_dlm.interfaces import InputError
 class ImportConfig:
     """Import weights as a checkpoint that any parallel layout can load; no code stored with them is executed.
 
-    SOURCE is a folder that `megatron-dlm export` made, or a Lightning .ckpt of the paper's code, which needs
-    --recipe and --tokenizer. Training can start from
+    SOURCE is a folder that `megatron-dlm export` made, also one that transformers or peft has saved again, or
+    a Lightning .ckpt of the paper's code, which needs --recipe and --tokenizer. Training can start from
     SOURCE, or from the imported checkpoint, with --checkpoint.initialize-from.
     """
 
@@ -27,7 +27,8 @@ class ImportConfig:
     output: Annotated[Path, tyro.conf.Positional]
     """Directory to create; the checkpoint is written to its subdirectory checkpoints/."""
     recipe: Path | None = None
-    """Recipe file that defines model and objective; required for a .ckpt file, not allowed for a folder."""
+    """Recipe file that defines model, objective and training; required for a .ckpt file and for a folder
+    without megatron_dlm_run.json, not allowed for other folders."""
     tokenizer: Path | None = None
     """Directory of the tokenizer; required for a .ckpt file, not allowed for a folder."""
 
@@ -43,9 +44,9 @@ def run(arguments: list[str]) -> int:
             raise InputError("recipe, tokenizer: a .ckpt says neither shape nor vocabulary; give both")
         imported = read_reference(config.source, load_recipe(config.recipe), config.tokenizer)
     else:
-        if config.recipe is not None or config.tokenizer is not None:
-            raise InputError("recipe, tokenizer: an exported folder has its own")
-        imported = read_folder(config.source)
+        if config.tokenizer is not None:
+            raise InputError("tokenizer: an exported folder has its own")
+        imported = read_folder(config.source, None if config.recipe is None else load_recipe(config.recipe))
     checkpoint = import_weights(imported, config.output)
     print(f"{checkpoint}: {imported.config.objective.name} weights, fp32")
     return 0

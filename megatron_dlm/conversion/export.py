@@ -24,6 +24,7 @@ from megatron_dlm.run.run_record import RunRecord
 
 if TYPE_CHECKING:
     from megatron_dlm.conversion.to_hugging_face import ExportDtype, ExportSource
+    from megatron_dlm.data.tokenizers.encoders import LoadedTokenizer
 
 VERIFY_SECONDS = 3600
 CHECK_SAMPLES = 8
@@ -64,22 +65,22 @@ def export_checkpoint(
     if verify and find_spec("transformers") is None:
         raise InputError("verify: needs transformers; install megatron-dlm[hf], or give --no-verify")
     data = data or record.config.data.validation or record.config.data.train[0]
-    tokenizer = _tokenizer(record, tokenizer, data)
+    loaded = _tokenizer(record, tokenizer, data)
     from megatron_dlm.conversion.to_hugging_face import new_folder, write_card, write_folder
 
-    source = _source(record, tokenizer)
+    source = _source(record, loaded.path)
     with new_folder(output) as folder:
         write_folder(source, folder, dtype, max_shard_size)
         facts = _facts(record)
         if verify:
-            nats = _write_check(record, data, folder, dtype)
+            nats = _write_check(record, data, folder, dtype, loaded)
             facts["bound on fixed noise"] = f"{nats:.4f} nats/token, {CHECK_SAMPLES} held-out sequences"
         write_card(source, folder, dtype, facts)
         return _verify(folder) if verify else ""
 
 
-def _tokenizer(record: RunRecord, path: Path | None, data: str) -> Path:
-    """Directory of the model's tokenizer, checked."""
+def _tokenizer(record: RunRecord, path: Path | None, data: str) -> LoadedTokenizer:
+    """The model's tokenizer, checked."""
     if path is None:
         shard, _ = open_held_out(record.tokenizer_fingerprint, data, record.config.data)
         path = Path(shard.manifest.tokenizer_directory)
@@ -92,7 +93,7 @@ def _tokenizer(record: RunRecord, path: Path | None, data: str) -> Path:
         raise InputError(f"tokenizer: {path} is not the one the model was trained with")
     if tokenizer.library != "tokenizers":
         raise InputError(f"tokenizer: {path} is not a Hugging Face directory, which an export ships")
-    return path
+    return tokenizer
 
 
 def _source(record: RunRecord, tokenizer: Path) -> ExportSource:
@@ -128,7 +129,9 @@ def _facts(record: RunRecord) -> dict[str, str]:
     }
 
 
-def _write_check(record: RunRecord, data: str, folder: Path, dtype: ExportDtype) -> float:
+def _write_check(
+    record: RunRecord, data: str, folder: Path, dtype: ExportDtype, tokenizer: LoadedTokenizer
+) -> float:
     """Write the trained model's outputs on a batch at fixed noise; returns its NELBO in nats per token."""
     import numpy as np
     import torch
@@ -168,6 +171,7 @@ def _write_check(record: RunRecord, data: str, folder: Path, dtype: ExportDtype)
             folder,
             dtype,
             record.config.training.head_rows_per_chunk,
+            tokenizer,
         )
 
 

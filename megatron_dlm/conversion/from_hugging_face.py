@@ -98,15 +98,13 @@ class ExportedFolder:
         return dict.fromkeys(sorted(self._names_in(file)), file)
 
     def _names_in(self, file: Path) -> set[str]:
-        with file.open("rb") as opened:
-            start = opened.read(2)
-        if any(start.startswith(first) for first in PICKLE_STARTS):
-            raise self._complaint(f"{file.name}: a pickle under another name; refused")
         try:
             with safe_open(file, framework="pt") as tensors:
                 return set(tensors.keys())
         except (SafetensorError, OSError) as error:
-            raise self._complaint(f"{file.name}: unreadable: {error}") from error
+            # Only now: a good file begins with its header's length, which may be the same bytes.
+            what = "a pickle under another name; refused" if _is_pickle(file) else f"unreadable: {error}"
+            raise self._complaint(f"{file.name}: {what}") from error
 
     def _refuse_altered(self) -> None:
         """Compare code and configuration with the report, if there is one."""
@@ -120,8 +118,13 @@ class ExportedFolder:
         """
         self._refuse_unlike(lambda name: name.endswith(WEIGHT_SUFFIX))
 
+    @property
+    def is_saved_again(self) -> bool:
+        """Whether transformers has saved the folder since it was exported, perhaps with other weights."""
+        return (self.path / REPORT).exists() and self._json(REPORT).get("saved_again") is True
+
     def _refuse_unlike(self, compared: Callable[[str], bool]) -> None:
-        if not (self.path / REPORT).exists():
+        if not (self.path / REPORT).exists() or self.is_saved_again:
             return
         expected = self._json(REPORT).get("sha256")
         if not isinstance(expected, dict):
@@ -186,6 +189,13 @@ class ExportedFolder:
                 if dtype not in FLOATS:
                     raise self._complaint(f"tensor {name} is {dtype}, not one of {', '.join(FLOATS)}")
         return FolderWeights(self._files)
+
+
+def _is_pickle(file: Path) -> bool:
+    """Whether a file that is not safetensors begins as torch.save's archives or plain pickles do."""
+    with file.open("rb") as opened:
+        start = opened.read(2)
+    return any(start.startswith(first) for first in PICKLE_STARTS)
 
 
 class FolderWeights(Mapping[str, Tensor]):

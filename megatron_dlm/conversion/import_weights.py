@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_dlm.checkpointing.layout import CHECKPOINTS, CheckpointRoot
 from megatron_dlm.interfaces import InputError, Vocabulary
-from megatron_dlm.platform.codec import decode, encode
+from megatron_dlm.platform.codec import encode
 from megatron_dlm.platform.files import check_new
 from megatron_dlm.platform.launch import detect_environment
 from megatron_dlm.platform.parallel import start_parallel, stop_parallel
@@ -31,38 +31,31 @@ class Imported:
     weights: OutsideStart
 
 
-def read_folder(path: Path) -> Imported:
-    """An exported folder with the record of its run.
+def read_folder(path: Path, recipe: RunConfig | None = None) -> Imported:
+    """An exported folder, also one that transformers has saved again.
 
     Args:
-        path: exported folder.
+        path: folder.
+        recipe: settings of its training, for a folder without the record of its run; None: not given.
 
     Returns:
         Metadata and weights of the folder; the weights are read later.
 
     Raises:
-        InputError: unusable folder.
+        InputError: unusable folder, or a recipe that is missing or does not fit.
     """
+    from megatron_dlm.conversion.exported_run import read_exported_run, with_recipe
     from megatron_dlm.conversion.from_hugging_face import ExportedFolder
 
     folder = ExportedFolder(path)
-    record, where = folder.record, f"{path}: megatron_dlm_run.json"
-    config = decode(RunConfig, record.get("config"), f"{where}: config")
-    vocabulary = decode(Vocabulary, record.get("vocabulary"), f"{where}: vocabulary")
-    folder.refuse_other(config.model, vocabulary)
-    weights = folder.weights(config.model, vocabulary)
-    step = record.get("step", 0)
-    if type(step) is not int or step < 0:
-        raise InputError(f"{where}: step: {step!r} is not a number of steps")
-    hashes = [record.get(name) for name in ("tokenizer_fingerprint", "train_sha256")]
-    if not all(isinstance(value, str) for value in hashes):
-        raise InputError(f"{where}: tokenizer_fingerprint, train_sha256: {hashes} are not both texts")
+    run = with_recipe(read_exported_run(folder), path, recipe)
+    weights = folder.weights(run.config.model, run.vocabulary)
     return Imported(
-        config=config,
-        vocabulary=vocabulary,
-        tokenizer_fingerprint=str(hashes[0]),
-        train_sha256=str(hashes[1]),
-        step=step,
+        config=run.config,
+        vocabulary=run.vocabulary,
+        tokenizer_fingerprint=run.tokenizer_fingerprint or folder.tokenizer_fingerprint or "",
+        train_sha256=run.train_sha256,
+        step=run.step,
         weights=OutsideStart(path, weights, folder.refuse_altered_weights),
     )
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import re
 from importlib import resources
 
-from megatron_dlm.families.registry import folder_of, likelihood_of, sampler_of
+from megatron_dlm.families.registry import OBJECTIVES, folder_of, likelihood_of, sampler_of
 
 MODEL = "conversion.hugging_face_model"
 MODELING = f"{MODEL}.modeling_megatron_dlm"
+CAUSAL = f"{MODEL}.causal_megatron_dlm"
+"""Model with transformers' own generation; in exports of autoregressive models only."""
 FAMILY = f"{MODEL}.family_megatron_dlm"
 """Module from which the model imports its family; generated for each export."""
 PROGRAM = f"{MODEL}.verify_megatron_dlm"
@@ -40,12 +42,14 @@ def remote_code(family: str) -> dict[str, str]:
     """
     texts = {FAMILY: _family_text(family), PROGRAM: _text(PROGRAM)}
     waiting = [MODELING, *_imported(texts[FAMILY])]
+    if OBJECTIVES[family].predicts_next_token:
+        waiting.append(CAUSAL)
     while waiting:
         module = waiting.pop()
         if module not in texts:
             texts[module] = _text(module)
             waiting += _imported(texts[module])
-    texts[MODELING] += _names_of(sorted(texts.keys() - {MODELING, PROGRAM}))
+    texts[MODELING] += _names_of(sorted(texts.keys() - {MODELING, CAUSAL, PROGRAM}))
     return {
         f"{file_name(module)}.py": _IMPORT.sub(lambda m: f"{m[1]}from .{file_name(m[2])} import", text)
         for module, text in sorted(texts.items())

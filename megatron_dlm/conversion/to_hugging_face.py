@@ -6,7 +6,6 @@ Tensors are read and written a file at a time, in one process, so no model is ev
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,12 +17,13 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_dlm.conversion.export_tokenizer import padding_id, write_tokenizer
 from megatron_dlm.conversion.remote_code import MODEL, file_name, remote_code
-from megatron_dlm.data.tokenizers.tokenizer import CONFIG_FILE, TOKENIZER_FILE
+from megatron_dlm.data.tokenizers.tokenizer import TOKENIZER_FILE
 from megatron_dlm.families.base import ObjectiveConfig
 from megatron_dlm.interfaces import AttentionPattern, Vocabulary
 from megatron_dlm.models.config import LAYER_NORM_EPSILON, ROTARY_BASE, ModelConfig
-from megatron_dlm.platform.files import beside, check_new, commit, flush_to_disk, write_json
+from megatron_dlm.platform.files import beside, check_new, commit, flush_to_disk, sha256_of, write_json
 
 ExportDtype = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[ExportDtype, torch.dtype] = {
@@ -35,6 +35,8 @@ CONFIG, INDEX, RUN = "config.json", "model.safetensors.index.json", "megatron_dl
 GENERATION = "generation_config.json"
 REPORT = "export_report.json"
 WEIGHT_FILES = "model{suffix}.safetensors"
+EXPORTED_TOKENIZER = "exported_tokenizer"
+"""Entry of an export's run record: SHA-256 of its tokenizer.json, which may have one token more."""
 
 _CARD = """---
 library_name: transformers
@@ -119,14 +121,15 @@ def write_folder(source: ExportSource, directory: Path, dtype: ExportDtype, max_
         dtype: precision of the exported weights.
         max_shard_size: largest size of a weight file, for example "5GB".
     """
+    # First: it refuses tokenizers that an export cannot have.
+    write_tokenizer(source.tokenizer, source.vocabulary, source.seq_length, directory)
     write_weights(source.read, source.shapes, directory, dtype, max_shard_size)
-    write_json(directory / CONFIG, _config(source, DTYPES[dtype]))
-    write_json(directory / GENERATION, _generation_config(source))
-    write_json(directory / RUN, source.record)
+    padding = padding_id(directory)
+    write_json(directory / CONFIG, _config(source, DTYPES[dtype]) | {"pad_token_id": padding})
+    write_json(directory / GENERATION, _generation_config(source) | {"pad_token_id": padding})
+    write_json(directory / RUN, source.record | {EXPORTED_TOKENIZER: sha256_of(directory / TOKENIZER_FILE)})
     for name, text in remote_code(source.objective.name).items():
         (directory / name).write_text(text, encoding="utf-8")
-    for name in (TOKENIZER_FILE, CONFIG_FILE):
-        shutil.copyfile(source.tokenizer / name, directory / name)
 
 
 def write_weights(
@@ -192,17 +195,20 @@ def shape_fields(model: ModelConfig, vocabulary: Vocabulary) -> dict[str, Any]:
 
 
 def _config(source: ExportSource, dtype: torch.dtype) -> dict[str, Any]:
-    configuration, modeling = (file_name(f"{MODEL}.{p}_megatron_dlm") for p in ("configuration", "modeling"))
-    model_class = f"{modeling}.MegatronDlmModel"
+    configuration, modeling, causal = (
+        file_name(f"{MODEL}.{part}_megatron_dlm") for part in ("configuration", "modeling", "causal")
+    )
+    base = f"{modeling}.MegatronDlmModel"
+    if source.objective.predicts_next_token:
+        classes = {"AutoModelForCausalLM": f"{causal}.MegatronDlmForCausalLM"}
+    else:
+        classes = {"AutoModelForMaskedLM": base}
+    (architecture,) = classes.values()
     name = str(dtype).removeprefix("torch.")
     return {
-        "architectures": ["MegatronDlmModel"],
+        "architectures": [architecture.partition(".")[2]],
         "model_type": "megatron_dlm",
-        "auto_map": {
-            "AutoConfig": f"{configuration}.MegatronDlmConfig",
-            "AutoModel": model_class,
-            source.objective.auto_model: model_class,
-        },
+        "auto_map": {"AutoConfig": f"{configuration}.MegatronDlmConfig", "AutoModel": base} | classes,
         # The same by the name that transformers 5 uses and by the one before.
         "dtype": name,
         "torch_dtype": name,

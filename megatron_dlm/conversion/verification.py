@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_dlm.conversion.denoiser_network import MegatronNetwork
 from megatron_dlm.conversion.hugging_face_model.configuration_megatron_dlm import MegatronDlmConfig
 from megatron_dlm.conversion.to_hugging_face import ExportDtype, hugging_face_fields
+from megatron_dlm.data.tokenizers.encoders import LoadedTokenizer
 from megatron_dlm.families.base import ObjectiveConfig
 from megatron_dlm.families.registry import sampler_of
 from megatron_dlm.interfaces import HeadRows, ModelInputs, Targets, TrainingError
@@ -55,6 +56,7 @@ def write_check(
     directory: Path,
     dtype: ExportDtype,
     rows_per_chunk: int,
+    tokenizer: LoadedTokenizer,
 ) -> float:
     """Write a noisy batch, its NELBO and some of its logits, and a trace of greedy sampling.
 
@@ -66,6 +68,7 @@ def write_check(
         directory: directory of the export.
         dtype: precision of the exported weights.
         rows_per_chunk: most rows whose logits are in memory at once.
+        tokenizer: tokenizer that the data was indexed with.
 
     Returns:
         The NELBO of the batch in nats per token.
@@ -100,10 +103,17 @@ def write_check(
         "nats_per_token": nats_per_token,
         "dtype": dtype,
         "tolerance": TOLERANCE[dtype],
+        "tokenizer": _tokenized(tokenizer, targets),
         "trace": trace_record,
     }
     write_json(directory / CHECK_RECORD, record)
     return nats_per_token
+
+
+def _tokenized(tokenizer: LoadedTokenizer, targets: Targets) -> dict[str, Any]:
+    """Texts of the batch with the ids that the data's tokenizer gives them."""
+    texts = [tokenizer.decode(ids) for ids in targets.clean_BL.tolist()]
+    return {"texts": texts, "ids": [tokenizer.ids_of(text) for text in texts]}
 
 
 def _deciding_trace(

@@ -6,9 +6,11 @@ Shape legend: B sequences, L tokens, V ids.
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,9 +18,15 @@ from torch.nn import functional
 
 from megatron_dlm.diffusion.noise_schedules import alpha_and_slope
 
+IGNORED = -100
+"""Label of tokens that are given, as in PyTorch's cross-entropy."""
+
 
 class FamilyLikelihood(ABC):
     """Scores sequences by a model of one family."""
+
+    unread_tokens: ClassVar[int] = 0
+    """Tokens at the end of a text that the network scores without reading them."""
 
     def __init__(self, config: Any) -> None:
         """Keep the configuration.
@@ -45,9 +53,17 @@ class FamilyLikelihood(ABC):
         return cross_entropy_nats(logits_BLV, clean_BL)
 
     def nll(
-        self, model: Any, ids_BL: Tensor, num_samples: int, seed: int, t_grid: Sequence[float] | None
+        self,
+        model: Any,
+        ids_BL: Tensor,
+        num_samples: int,
+        seed: int,
+        t_grid: Sequence[float] | None,
+        attention_mask: Tensor | None = None,
     ) -> Tensor:
         """Negative log-likelihood of sequences, or for diffusion its upper bound.
+
+        A sequence's value depends on its tokens and the seed, not on its batch.
 
         Args:
             model: exported model.
@@ -55,12 +71,13 @@ class FamilyLikelihood(ABC):
             num_samples: noisy copies of each sequence.
             seed: random seed of the draws.
             t_grid: diffusion times in (0, 1] to use instead of random ones.
+            attention_mask: [B, L], 0 at padding; None: no padding.
 
         Returns:
             float64 [B] nats.
 
         Raises:
-            ValueError: no times, or one outside (0, 1].
+            ValueError: no times, or one outside (0, 1]; tokens or padding that cannot be scored.
         """
         if t_grid is not None:
             num_samples = len(t_grid)
@@ -69,40 +86,90 @@ class FamilyLikelihood(ABC):
                     raise ValueError(f"t_grid: {t} is outside (0, 1]")
         if num_samples < 1:
             raise ValueError(f"num_samples, t_grid: {num_samples} times; at least one is needed")
-        return self.estimate(model, ids_BL, num_samples, seed, t_grid)
+        texts = Texts.of(ids_BL, self.config, attention_mask)
+        self._check_length(texts, self.config.max_position_embeddings + self.unread_tokens)
+        return self.estimate(model, texts, num_samples, seed, t_grid)
+
+    def training_loss(
+        self,
+        model: Any,
+        ids_BL: Tensor,
+        labels_BL: Tensor,
+        attention_mask: Tensor | None,
+        num_items: Tensor | int | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Loss for training: the bound from one draw of time and noise, from torch's random state.
+
+        Args:
+            model: exported model.
+            ids_BL: int64 [B, L] clean tokens.
+            labels_BL: int64 [B, L], the tokens again where they are noised and scored, -100 elsewhere.
+            attention_mask: [B, L], 0 at padding; None: no padding.
+            num_items: divisor of the sum; None: the number of labels.
+
+        Returns:
+            Loss in nats per label, and the logits it was computed from, [B, L, V].
+
+        Raises:
+            ValueError: labels that are neither the tokens nor -100, or none at all.
+        """
+        if labels_BL.shape != ids_BL.shape:
+            raise ValueError(f"labels: {tuple(labels_BL.shape)} instead of {tuple(ids_BL.shape)}")
+        scored_BL = labels_BL != IGNORED
+        if bool((scored_BL & (labels_BL != ids_BL)).any()):
+            raise ValueError("labels: they are input_ids, clean, or -100; the noise is drawn by the model")
+        texts = Texts.of(ids_BL, self.config, attention_mask, scored_BL)
+        self._check_length(texts, self.config.max_position_embeddings)
+        count = int(texts.scored_BL.sum())
+        if not count:
+            raise ValueError("labels: all are -100")
+        nats_B, logits = self.one_draw(model, texts)
+        return nats_B.sum() / (count if num_items is None else num_items), logits
+
+    def _check_length(self, texts: Texts, longest: int) -> None:
+        if texts.ids_BL.shape[1] > longest:
+            raise ValueError(f"input_ids: {texts.ids_BL.shape[1]} tokens, and the model takes {longest}")
 
     @abstractmethod
     def estimate(
-        self, model: Any, ids_BL: Tensor, num_samples: int, seed: int, t_grid: Sequence[float] | None
+        self, model: Any, texts: Texts, num_samples: int, seed: int, t_grid: Sequence[float] | None
     ) -> Tensor:
         """Compute `nll` after its arguments have been checked."""
+
+    @abstractmethod
+    def one_draw(self, model: Any, texts: Texts) -> tuple[Tensor, Tensor]:
+        """Nats of each text from one random draw, [B] with gradients, and the logits behind them."""
 
 
 class DiffusionLikelihood(FamilyLikelihood):
     """Monte Carlo estimate of the NELBO: the mean over noisy copies, stratified over the diffusion time."""
 
     def estimate(
-        self, model: Any, ids_BL: Tensor, num_samples: int, seed: int, t_grid: Sequence[float] | None
+        self, model: Any, texts: Texts, num_samples: int, seed: int, t_grid: Sequence[float] | None
     ) -> Tensor:
         """Mean of `copy` over the noisy copies."""
-        draws = Draws(ids_BL, seed, num_samples, self.config.time_epsilon, t_grid)
-        total_B = torch.zeros(len(ids_BL), dtype=torch.float64, device=ids_BL.device)
+        draws = SeededDraws(texts, seed, num_samples, self.config.time_epsilon, t_grid)
+        total_B = torch.zeros(len(texts.ids_BL), dtype=torch.float64, device=texts.ids_BL.device)
         for index in range(num_samples):
-            total_B += self.copy(model, ids_BL, draws, index)
+            total_B += self.copy(model, texts, draws, index)[0]
         return total_B / num_samples
 
+    def one_draw(self, model: Any, texts: Texts) -> tuple[Tensor, Tensor]:
+        """`copy` with noise from torch's random state, times stratified over the batch."""
+        return self.copy(model, texts, FreeDraws(texts, self.config.time_epsilon), 0)
+
     @abstractmethod
-    def copy(self, model: Any, ids_BL: Tensor, draws: Draws, index: int) -> Tensor:
+    def copy(self, model: Any, texts: Texts, draws: Draws, index: int) -> tuple[Tensor, Tensor]:
         """NELBO estimate from one noisy copy of each sequence.
 
         Args:
             model: exported model.
-            ids_BL: int64 [B, L] clean tokens.
+            texts: clean tokens.
             draws: random draws of the copies.
             index: index of the copy.
 
         Returns:
-            float64 [B] nats.
+            float64 [B] nats, and the logits [B, L, V] that they come from.
         """
 
     def alpha_and_slope(self, times: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,11 +183,11 @@ class DiffusionLikelihood(FamilyLikelihood):
         """Alpha at time 0, the share of tokens generated by diffusion; 1 unless the family is Eso-LM."""
         return 1.0
 
-    def mask(self, ids_BL: Tensor, draws: Draws, times: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Apply the masked (absorbing-state) forward process.
+    def mask(self, texts: Texts, draws: Draws, times: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Apply the masked (absorbing-state) forward process to the scored tokens.
 
         Args:
-            ids_BL: int64 [B, L] clean tokens.
+            texts: clean tokens.
             draws: random draws of the copies.
             times: float64 [B, 1] or [B, L] diffusion times.
 
@@ -128,8 +195,8 @@ class DiffusionLikelihood(FamilyLikelihood):
             Noisy ids, bool mask of the masked tokens, weights in the NELBO, and alpha in the times' shape.
         """
         alpha, slope = self.alpha_and_slope(times)
-        masked_BL = draws.uniform(*ids_BL.shape) < 1 - alpha
-        noisy_BL = torch.where(masked_BL, self.config.mask_token_id, ids_BL)
+        masked_BL = (draws.uniform() < 1 - alpha) & texts.scored_BL
+        noisy_BL = torch.where(masked_BL, self.config.mask_token_id, texts.ids_BL)
         return noisy_BL, masked_BL, masked_BL * -slope / (1 - alpha), alpha
 
 
@@ -138,52 +205,183 @@ def cross_entropy_nats(logits_BLV: Tensor, clean_BL: Tensor) -> Tensor:
     return functional.cross_entropy(logits_BLV.transpose(1, 2), clean_BL, reduction="none").double()
 
 
-class Draws:
-    """Seeded draws, made on the CPU so that every device gets the same."""
+@dataclass(frozen=True)
+class Texts:
+    """Clean sequences to score, padding moved to their ends."""
+
+    ids_BL: Tensor
+    """int64 [B, L]."""
+    scored_BL: Tensor
+    """bool [B, L], True at tokens that are noised and scored; other tokens are given."""
+    real_BL: Tensor | None
+    """bool [B, L], False at padding; None: there is none. An `attention_mask` for the model."""
+
+    @classmethod
+    def of(
+        cls, ids_BL: Tensor, config: Any, attention_mask: Tensor | None, scored_BL: Tensor | None = None
+    ) -> Texts:
+        """Check sequences and move their padding to the end.
+
+        Args:
+            ids_BL: int64 [B, L] clean tokens.
+            config: configuration of the exported model.
+            attention_mask: [B, L], 0 at padding; None: no padding.
+            scored_BL: bool [B, L]; None: all tokens are scored.
+
+        Returns:
+            The texts.
+
+        Raises:
+            ValueError: another shape or dtype, ids outside the vocabulary, the mask token,
+                a text of padding alone, or padding inside a text.
+        """
+        if ids_BL.dim() != 2 or ids_BL.dtype not in (torch.int64, torch.int32) or not ids_BL.numel():
+            raise ValueError(f"input_ids: {ids_BL.dtype} {tuple(ids_BL.shape)} instead of int64 [B, L]")
+        scored_BL = torch.ones_like(ids_BL, dtype=torch.bool) if scored_BL is None else scored_BL
+        real_BL = None
+        if attention_mask is not None:
+            if attention_mask.shape != ids_BL.shape:
+                raise ValueError(
+                    f"attention_mask: {tuple(attention_mask.shape)} instead of {tuple(ids_BL.shape)}"
+                )
+            real_BL = attention_mask.bool()
+            first_B1 = real_BL.int().argmax(1, keepdim=True)
+            length_B1 = real_BL.sum(1, keepdim=True)
+            places = torch.arange(ids_BL.shape[1], device=ids_BL.device)
+            is_one_piece = real_BL == ((places >= first_B1) & (places < first_B1 + length_B1))
+            for row in (~(is_one_piece.all(1) & (length_B1[:, 0] > 0))).nonzero()[:, 0].tolist():
+                raise ValueError(f"attention_mask: row {row} is all padding, or has padding inside its text")
+            order_BL = (places + first_B1) % ids_BL.shape[1]
+            longest = int(length_B1.max())
+            ids_BL, scored_BL, real_BL = (
+                x.gather(1, order_BL)[:, :longest] for x in (ids_BL, scored_BL, real_BL)
+            )
+            scored_BL = scored_BL & real_BL
+            ids_BL = torch.where(real_BL, ids_BL, config.eos_token_id)
+            real_BL = None if bool(real_BL.all()) else real_BL
+        if bool(((ids_BL < 0) | (ids_BL >= config.vocab_size)).any()):
+            raise ValueError(f"input_ids: a token is outside [0, {config.vocab_size})")
+        if bool((scored_BL & (ids_BL == config.mask_token_id)).any()):
+            raise ValueError(f"input_ids: contains the mask token {config.mask_token_id}")
+        return cls(ids_BL.long(), scored_BL, real_BL)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each text."""
+        if self.real_BL is None:
+            return [self.ids_BL.shape[1]] * len(self.ids_BL)
+        lengths: list[int] = self.real_BL.sum(1).tolist()
+        return lengths
+
+
+class Draws(ABC):
+    """Random draws for the noisy copies of texts."""
+
+    def __init__(self, texts: Texts, time_epsilon: float) -> None:
+        """Keep the shape.
+
+        Args:
+            texts: sequences to draw for.
+            time_epsilon: smallest diffusion time.
+        """
+        self.texts = texts
+        self.time_epsilon = time_epsilon
+
+    @abstractmethod
+    def uniform(self, size: int = 1) -> Tensor:
+        """Uniform draws in [0, 1), one for every `size` tokens.
+
+        Args:
+            size: tokens that share a draw.
+
+        Returns:
+            float64 [B, L], constant over each piece of `size` tokens.
+        """
+
+    def integers(self, count: int) -> Tensor:
+        """Uniform integers in [0, count), int64 [B, L]."""
+        return (self.uniform() * count).long().clamp(max=count - 1)
+
+    @abstractmethod
+    def times(self, index: int, size: int | None = None) -> Tensor:
+        """Diffusion times of one copy, in [time_epsilon, 1].
+
+        Args:
+            index: index of the copy.
+            size: tokens that share a time; None: all tokens of a text.
+
+        Returns:
+            float64 [B, 1], or [B, L] where `size` is given.
+        """
+
+
+class SeededDraws(Draws):
+    """Draws that depend on a text's tokens and the seed alone; made on the CPU, the same for every device."""
 
     def __init__(
         self,
-        ids_BL: Tensor,
+        texts: Texts,
         seed: int,
         num_samples: int,
         time_epsilon: float,
         t_grid: Sequence[float] | None,
     ) -> None:
-        """Seed the generator.
+        """Seed a generator for each text.
 
         Args:
-            ids_BL: int64 [B, L], sequences to draw for.
-            seed: random seed of all draws.
-            num_samples: noisy copies of each sequence.
+            texts: sequences to draw for.
+            seed: random seed.
+            num_samples: noisy copies of each sequence, each of which has its stratum of the times.
             time_epsilon: smallest diffusion time.
             t_grid: diffusion times to use instead of random ones.
         """
-        self.generator = torch.Generator().manual_seed(seed)
-        self._shape, self._device = ids_BL.shape, ids_BL.device
+        super().__init__(texts, time_epsilon)
+        self._lengths = texts.lengths
+        self._generators = [
+            torch.Generator().manual_seed(_seed_of(ids[:length], seed))
+            for ids, length in zip(texts.ids_BL.tolist(), self._lengths, strict=True)
+        ]
         self._num_samples = num_samples
-        self._time_epsilon = time_epsilon
         self._t_grid = t_grid
 
-    def uniform(self, *shape: int) -> Tensor:
-        """Uniform draws in [0, 1), float64 of the given shape."""
-        return torch.rand(shape, generator=self.generator, dtype=torch.float64).to(self._device)
+    def uniform(self, size: int = 1) -> Tensor:
+        """Draws of each text's own generator; 0 at padding."""
+        drawn_BL = torch.zeros(self.texts.ids_BL.shape, dtype=torch.float64)
+        for row, length, generator in zip(drawn_BL, self._lengths, self._generators, strict=True):
+            pieces = torch.rand(-(-length // size), generator=generator, dtype=torch.float64)
+            row[:length] = pieces.repeat_interleave(size)[:length]
+        return drawn_BL.to(self.texts.ids_BL.device)
 
-    def integers(self, count: int) -> Tensor:
-        """Uniform integers in [0, count), int64 [B, L]."""
-        return torch.randint(count, self._shape, generator=self.generator).to(self._device)
-
-    def times(self, index: int, columns: int = 1) -> Tensor:
-        """Diffusion times of one copy.
-
-        Args:
-            index: index of the copy and of its stratum of [time_epsilon, 1].
-            columns: times per sequence.
-
-        Returns:
-            float64 [B, columns]; the time of `t_grid` if one was given.
-        """
+    def times(self, index: int, size: int | None = None) -> Tensor:
+        """Times of the copy's stratum, or the time of `t_grid` if one was given."""
+        length = self.texts.ids_BL.shape[1]
+        strata = self.uniform(length if size is None else size)
+        if size is None:
+            strata = strata[:, :1]
         if self._t_grid is not None:
-            shape = (self._shape[0], columns)
-            return torch.full(shape, float(self._t_grid[index]), dtype=torch.float64, device=self._device)
-        strata = (self.uniform(self._shape[0], columns) + index) / self._num_samples
-        return self._time_epsilon + (1 - self._time_epsilon) * strata
+            return torch.full_like(strata, float(self._t_grid[index]))
+        return self.time_epsilon + (1 - self.time_epsilon) * (strata + index) / self._num_samples
+
+
+class FreeDraws(Draws):
+    """Draws from torch's random state, for training; times are stratified over the batch."""
+
+    def uniform(self, size: int = 1) -> Tensor:
+        """Draws on the CPU, moved to the texts' device."""
+        count, length = self.texts.ids_BL.shape
+        pieces = torch.rand(count, -(-length // size), dtype=torch.float64)
+        return pieces.repeat_interleave(size, dim=1)[:, :length].to(self.texts.ids_BL.device)
+
+    def times(self, index: int, size: int | None = None) -> Tensor:
+        """Times of which each text, or piece of it, has one in a stratum of its own."""
+        count, length = self.texts.ids_BL.shape
+        drawn = self.uniform(length if size is None else size)
+        if size is None:
+            drawn = drawn[:, :1]
+        strata = torch.randperm(count).to(drawn.device)[:, None]
+        return self.time_epsilon + (1 - self.time_epsilon) * (drawn + strata) / count
+
+
+def _seed_of(ids: Sequence[int], seed: int) -> int:
+    digest = hashlib.sha256(f"{seed}/{list(ids)}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

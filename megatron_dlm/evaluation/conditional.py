@@ -68,8 +68,6 @@ class Scored:
 
     nats: list[float]
     """Nats of each noisy copy; their mean is the NELBO."""
-    is_greedy: bool = False
-    """Whether every token of the continuation is the most likely one; always False except for AR."""
 
     @property
     def mean(self) -> float:
@@ -187,10 +185,7 @@ class ConditionalScorer:
         for forwards in waiting.values():
             self._flush(forwards, totals)
         for question, number in jobs:
-            place = scored[question][number]
-            place.nats += totals[question, number].tolist()
-            if self._objective.predicts_next_token:
-                place.is_greedy = self._is_greedy(questions[question][number])
+            scored[question][number].nats += totals[question, number].tolist()
 
     def _context(self, first: Choice, round_number: int, copies: int) -> CorruptionContext:
         # By what is asked, not by its place among the questions.
@@ -230,9 +225,3 @@ class ConditionalScorer:
         for forward in forwards:
             totals[forward.job][forward.places] += found[first : first + len(forward.places)]
             first += len(forward.places)
-
-    @torch.no_grad()
-    def _is_greedy(self, choice: Choice) -> bool:
-        ids = torch.tensor([[*choice.context, *choice.continuation]], device=self._model.device)
-        logits = self._model(ids[:, :-1]).logits[0, len(choice.context) - 1 :]
-        return bool((logits.argmax(-1).cpu() == torch.tensor(choice.continuation)).all())

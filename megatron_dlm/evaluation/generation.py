@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -67,6 +69,64 @@ def sample_all(
         ids_BL = sample(network, family, config, batch, seed=seed, samples=samples).cpu()
         seconds = time.perf_counter() - begun
         yield Generated(places, ids_BL, batch.given_BL, int((~batch.given_BL).sum()), seconds)
+
+
+def are_greedy(
+    network: Network,
+    family: FamilySampler,
+    texts: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    batch_size: int,
+) -> list[bool]:
+    """Whether each continuation is what the model writes greedily, left to right, in a text of that length.
+
+    Args:
+        network: trained network.
+        family: samplers of the network's family.
+        texts: token ids of each context, from which the family can start, and of its continuation.
+        batch_size: most texts sampled at a time; a batch ends as soon as all its texts differ.
+
+    Returns:
+        One answer for each text.
+    """
+    found = [False] * len(texts)
+    lengths = [len(context) + len(continuation) for context, continuation in texts]
+    order = sorted(range(len(texts)), key=lengths.__getitem__)
+    for length, group in groupby(order, key=lengths.__getitem__):
+        members = list(group)
+        for first in range(0, len(members), batch_size):
+            some = members[first : first + batch_size]
+            start = start_from([texts[i][0] for i in some], length, family)
+            greedy = _Greedy(start, torch.tensor([[*texts[i][0], *texts[i][1]] for i in some]), family)
+            with suppress(_AllDiffer):
+                sample(network, family, _Greedy.SETTINGS, start, on_step=greedy)
+            for i, same in zip(some, greedy.same_B.tolist(), strict=True):
+                found[i] = same
+    return found
+
+
+class _AllDiffer(Exception):
+    """No text of the batch is the greedy one any more."""
+
+
+class _Greedy:
+    """Compares the tokens that greedy sampling has written so far with those of given texts."""
+
+    SETTINGS = SamplingConfig(sampler="left-to-right", temperature=0.0)
+
+    def __init__(self, start: Start, wanted_BL: Tensor, family: FamilySampler) -> None:
+        self._wanted_BL = wanted_BL
+        self._mask_token_id = family.mask_token_id
+        self._ordinal_BL = torch.where(start.given_BL, -1, (~start.given_BL).cumsum(1) - 1)
+        self.same_B = torch.ones(len(wanted_BL), dtype=torch.bool)
+
+    def __call__(self, step: int, ids_BL: Tensor) -> None:
+        """Called after each step, which has written one more token of a text, or none."""
+        ids_BL = ids_BL.cpu()
+        written_BL = (self._ordinal_BL <= step) & (ids_BL != self._mask_token_id)
+        self.same_B &= ~(written_BL & (ids_BL != self._wanted_BL)).any(1)
+        if not self.same_B.any():
+            raise _AllDiffer
 
 
 def start_of_parts(parts: Sequence[Sequence[int] | int], length: int, family: FamilySampler) -> Start:

@@ -14,7 +14,19 @@ from megatron_dlm.platform.json_lines import read_json_lines
 
 MARK = "####"
 """Marker that precedes the final number of an answer."""
-_NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d[\d,]*)?|[-+]?\.\d+")
+_CLOSING_MARK = re.compile(rf"({MARK}[^\n#]*[^\s#])[^\S\n]*{MARK}[^\S\n]*$", re.MULTILINE)
+_NUMBER = re.compile(
+    r"""(?P<sign>[-+]?)\s*
+    (?:(?P<whole>\d[\d,]*)\s+(?=\d[\d,]*\s*/))?        # of a mixed number: 2 1/2
+    (?P<number>
+        (?:\d{1,3}(?:[\s']\d{3})+(?!\d)|\d[\d,]*)       # 1 234, 1'234 or 1,234
+        (?:\.\d+)?
+        |\.\d+
+    )
+    (?P<exponent>[eE][-+]?\d{1,3}(?![\d.]))?
+    (?:\s*/\s*(?P<denominator>\d[\d,]*))?""",
+    re.VERBOSE,
+)
 
 
 @dataclass(frozen=True)
@@ -58,24 +70,28 @@ def read_problems(path: Path) -> list[Problem]:
 
 
 def final_number(text: str) -> Fraction | None:
-    """The number behind the last mark, without currency, units, thousands' commas or a full stop.
+    """The number behind the last mark, without currency, units, thousands' separators or a full stop.
 
     Args:
-        text: worked answer.
+        text: worked answer; a mark that closes a line, as in "#### 18 ####", is ignored.
 
     Returns:
-        Exact value of the number, so that 3.50 is 7/2; None if there is no mark or no number after the mark.
+        Exact value of the number, so that 3.50 is 7/2 and so is 3 1/2; None if there is no mark or no number
+        after the mark.
     """
-    _, mark, tail = text.rpartition(MARK)
+    _, mark, tail = _CLOSING_MARK.sub(r"\1", text).rpartition(MARK)
     line = tail.strip().partition("\n")[0]
     found = _NUMBER.search(line.replace("$", "").replace("\u2212", "-")) if mark else None
     if found is None:
         return None
-    numerator, _, denominator = found[0].replace(",", "").replace(" ", "").partition("/")
+    number = re.sub(r"[\s',]", "", found["number"]) + (found["exponent"] or "")
     try:
-        return Fraction(numerator) / Fraction(denominator or 1)
-    except (ValueError, ZeroDivisionError):
+        value = Fraction(number) / Fraction((found["denominator"] or "1").replace(",", ""))
+    except ZeroDivisionError:
         return None
+    if found["whole"]:
+        value += int(found["whole"].replace(",", ""))
+    return -value if found["sign"] == "-" else value
 
 
 def accuracy(correct: Sequence[bool]) -> tuple[float, float, float]:

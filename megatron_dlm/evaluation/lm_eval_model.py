@@ -1,11 +1,17 @@
 """A model class for EleutherAI's lm-evaluation-harness 0.4, registered as "megatron-dlm".
 
-`megatron-dlm evaluate harness` runs it; elsewhere importing this module is enough for
+`megatron-dlm evaluate harness` runs it, and so does `megatron-dlm-lm-eval`, lm-eval's own command line with
+this model registered; elsewhere importing this module is enough for
 `lm_eval.simple_evaluate(model="megatron-dlm", model_args="path=FOLDER")`.
 """
 
 from __future__ import annotations
 
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -13,16 +19,35 @@ from typing import Any
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
-from megatron_dlm.evaluation.conditional import Choice, ConditionalConfig, ConditionalScorer, Scored
-from megatron_dlm.evaluation.generation import before_end, sample_all
+from megatron_dlm.evaluation.conditional import Choice, ConditionalConfig, ConditionalScorer
+from megatron_dlm.evaluation.generation import are_greedy, before_end, sample_all
 from megatron_dlm.evaluation.loaded_model import LoadedModel, open_model
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.sampling.settings import SamplingConfig
 from megatron_dlm.sampling.start import start_from
 
+logger = logging.getLogger(__name__)
+
 MAX_GENERATED_TOKENS = 256
+CONTEXT_CUT = "contexts cut on the left to fit the model's length"
+PROMPT_CUT = "prompts cut on the left to leave room for an answer"
+ANSWER_SHORTENED = "answers given fewer tokens than the task asks for"
+IN_WINDOWS = "texts longer than the model, scored in windows"
+SETTINGS = ("until", "do_sample", "max_gen_toks", "temperature", "top_p")
+"""Generation settings of a task that have an effect."""
+
+
+@dataclass(frozen=True, order=True)
+class _Generation:
+    """How one text is generated; texts of equal values are sampled together."""
+
+    length: int
+    """Tokens of prompt and answer."""
+    temperature: float
+    top_p: float
 
 
 @register_model("megatron-dlm")
@@ -75,6 +100,27 @@ class HarnessModel(LM):
         self._scorer = ConditionalScorer(
             self._loaded.model, self._loaded.config.objective, self._loaded.vocabulary, self._config
         )
+        self.notes: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        """By task, how many requests were not answered as asked, for each thing that was done instead."""
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What lm-eval adds to the configuration in its results: here, the notes."""
+        return {"notes": {task: dict(counts) for task, counts in self.notes.items()}}
+
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        """Warn at the end of a block of the notes that were made in it."""
+        before = {task: counts.copy() for task, counts in self.notes.items()}
+        yield
+        for task, counts in self.notes.items():
+            for what, count in (counts - before.get(task, Counter())).items():
+                logger.warning("harness: %s: %d %s", task, count, what)
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Refuse chat templates: their special tokens would be encoded as plain text."""
+        raise InputError("harness: chat templates are not supported; leave out --apply_chat_template")
 
     @property
     def _length(self) -> int:
@@ -85,8 +131,9 @@ class HarnessModel(LM):
         """Name for the harness's request cache."""
         return self._loaded.tokenizer.fingerprint
 
-    def _choice(self, context: str, continuation: str) -> Choice:
+    def _choice(self, request: Instance) -> Choice:
         """Tokens of both; spaces in between join the continuation; a long context is cut on the left."""
+        context, continuation = request.args
         stripped = context.rstrip()
         continuation = context[len(stripped) :] + continuation
         before = self._loaded.tokenizer.ids_of(stripped)
@@ -96,11 +143,15 @@ class HarnessModel(LM):
             # Its characters went into a token of the context.
             after = self._loaded.tokenizer.ids_of(continuation)
         before = before or list(self._loaded.family.empty_prompt)
-        if len(before) + len(after) > self._length and len(after) >= self._length:
-            raise InputError(
-                f"harness: a continuation of {len(after)} tokens does not fit the model's {self._length}"
-            )
-        before = before[-(self._length - len(after)) :]
+        room = self._length - len(after)
+        if len(before) > room:
+            if room < 1:
+                raise InputError(
+                    f"harness: {request.task_name}: a continuation of {len(after)} tokens does not fit the "
+                    f"model's {self._length}"
+                )
+            self.notes[str(request.task_name)][CONTEXT_CUT] += 1
+            before = before[-room:]
         # lm-eval's acc_norm divides by the characters of the choice, which a delimiter stands before.
         return Choice(tuple(before), tuple(after), weight=max(1, len(continuation.lstrip())))
 
@@ -112,17 +163,28 @@ class HarnessModel(LM):
             disable_tqdm: hide the progress bar.
 
         Returns:
-            (log-likelihood in nats, whether it is the greedy continuation; always False except for AR).
+            (log-likelihood in nats, whether the model writes the continuation greedily, left to right).
         """
+        with self._noting():
+            return self._score_requests(requests, disable_tqdm)
+
+    def _score_requests(self, requests: list[Instance], disable_tqdm: bool) -> list[tuple[float, bool]]:
         order = sorted(range(len(requests)), key=lambda i: _question_of(requests[i]))
         groups = [list(group) for _, group in groupby(order, key=lambda i: _question_of(requests[i]))]
-        questions = [[self._choice(*requests[i].args) for i in group] for group in groups]
+        questions = [[self._choice(requests[i]) for i in group] for group in groups]
         with tqdm(total=len(questions), desc="questions", disable=disable_tqdm) as bar:
             scored = self._scorer.score(questions, bar.update)
-        answers: dict[int, Scored] = {}
-        for group, own in zip(groups, scored, strict=True):
-            answers |= dict(zip(group, own, strict=True))
-        return [(-answers[i].mean, answers[i].is_greedy) for i in range(len(requests))]
+        # Groups are pieces of `order`, so their answers in a row are in that order.
+        choices = [choice for choices in questions for choice in choices]
+        greedy = are_greedy(
+            self._loaded.network,
+            self._loaded.family,
+            [(choice.context, choice.continuation) for choice in choices],
+            batch_size=self._config.batch_size,
+        )
+        means = [-answer.mean for answers in scored for answer in answers]
+        found = dict(zip(order, zip(means, greedy, strict=True), strict=True))
+        return [found[i] for i in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihoods of whole texts, as negative NELBOs, cut into windows of the model's length.
@@ -135,11 +197,17 @@ class HarnessModel(LM):
             Log-likelihood of each text in nats. AR is given the token before each window (<bos> before the
             first); other families see nothing outside the window.
         """
+        with self._noting():
+            return self._score_windows(requests, disable_tqdm)
+
+    def _score_windows(self, requests: list[Instance], disable_tqdm: bool) -> list[float]:
         windows: list[list[Choice]] = []
         owner: list[int] = []
         for index, request in enumerate(requests):
             tokens = self._loaded.tokenizer.ids_of(request.args[0])
             size = self._length - 1
+            if len(tokens) > size:
+                self.notes[str(request.task_name)][IN_WINDOWS] += 1
             for start in range(0, len(tokens), size):
                 part = tuple(tokens[start : start + size])
                 seen = self._loaded.family.empty_prompt
@@ -157,22 +225,26 @@ class HarnessModel(LM):
         """Generated continuations of contexts, cut before the first stop string.
 
         Args:
-            requests: requests with arguments (context, settings), where settings may hold until,
-                max_gen_toks, temperature and do_sample.
+            requests: requests with arguments (context, settings), where settings may hold until, temperature,
+                do_sample, top_p, and max_gen_toks or one of the names that lm-eval takes for it.
             disable_tqdm: hide the progress bar.
 
         Returns:
-            Generated text of each request.
+            Generated text of each request. A prompt is kept whole where its answer then has as many tokens as
+            asked for, or half of the model's length; otherwise it is cut on the left, and counted in `notes`.
         """
+        with self._noting():
+            return self._generate(requests, disable_tqdm)
+
+    def _generate(self, requests: list[Instance], disable_tqdm: bool) -> list[str]:
         texts = [""] * len(requests)
         jobs = [self._generation(request) for request in requests]
-        order = sorted(range(len(jobs)), key=lambda i: (jobs[i][1], jobs[i][2]))
+        order = sorted(range(len(jobs)), key=lambda i: jobs[i][1])
         with tqdm(total=len(jobs), desc="texts", disable=disable_tqdm) as bar:
-            # Texts of one length and temperature are sampled together.
-            for (length, temperature), group in groupby(order, key=lambda i: (jobs[i][1], jobs[i][2])):
+            for how, group in groupby(order, key=lambda i: jobs[i][1]):
                 members = list(group)
-                settings = SamplingConfig(**vars(self._sampling) | {"temperature": temperature})
-                starts = [start_from([jobs[i][0]], length, self._loaded.family) for i in members]
+                settings = replace(self._sampling, temperature=how.temperature, top_p=how.top_p)
+                starts = [start_from([jobs[i][0]], how.length, self._loaded.family) for i in members]
                 for batch in sample_all(
                     self._loaded.network,
                     self._loaded.family,
@@ -189,20 +261,36 @@ class HarnessModel(LM):
                     bar.update(len(batch.places))
         return texts
 
-    def _generation(self, request: Instance) -> tuple[list[int], int, float]:
-        """Prompt token ids, total length in tokens, and temperature of a request."""
-        context, settings = request.args
-        new_tokens = min(int(settings.get("max_gen_toks", MAX_GENERATED_TOKENS)), self._length - 1)
-        prompt = self._loaded.tokenizer.ids_of(context)[-(self._length - new_tokens) :]
-        sampled = settings.get("do_sample", False)
-        temperature = float(settings.get("temperature", self._sampling.temperature)) if sampled else 0.0
-        return prompt, len(prompt) + new_tokens, temperature
+    def _generation(self, request: Instance) -> tuple[list[int], _Generation]:
+        """Prompt token ids of a request, and how its answer is generated."""
+        context, given = request.args
+        notes = self.notes[str(request.task_name)]
+        settings: dict[str, Any] = dict(normalize_gen_kwargs(given, MAX_GENERATED_TOKENS))
+        for name in settings.keys() - set(SETTINGS):
+            if settings[name] is not None:
+                notes[f"texts generated without the task's setting {name}"] += 1
+        asked = settings["max_gen_toks"]
+        if asked < 1:
+            raise InputError(f"harness: {request.task_name}: max_gen_toks: {asked} is below 1")
+        prompt = self._loaded.tokenizer.ids_of(context) or list(self._loaded.family.empty_prompt)
+        room = self._length - min(asked, max(1, self._length // 2))
+        if len(prompt) > room:
+            notes[PROMPT_CUT] += 1
+            prompt = prompt[-room:]
+        new_tokens = min(asked, self._length - len(prompt))
+        if new_tokens < asked:
+            notes[ANSWER_SHORTENED] += 1
+        sampled = settings["do_sample"]
+        return prompt, _Generation(
+            length=len(prompt) + new_tokens,
+            temperature=float(settings.get("temperature", self._sampling.temperature)) if sampled else 0.0,
+            top_p=float(settings.get("top_p", self._sampling.top_p)),
+        )
 
     def _cut(self, ids: list[int], given: list[bool], request: Instance) -> str:
         tokens = before_end(ids, given, self._loaded.vocabulary.eos_token_id)
         text = self._loaded.tokenizer.decode(tokens[sum(given) :])
-        until = request.args[1].get("until", [])
-        for end in [until] if isinstance(until, str) else until:
+        for end in normalize_gen_kwargs(request.args[1])["until"]:
             if end:
                 text = text.partition(end)[0]
         return text

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,7 +19,6 @@ from megatron_dlm.data.tokenizers.tokenizer import TOKENIZER_FILE, load_tokenize
 from megatron_dlm.families.base import ObjectiveConfig
 from megatron_dlm.interfaces import InputError, Vocabulary
 from megatron_dlm.models.config import ModelConfig
-from megatron_dlm.platform.codec import decode
 from megatron_dlm.platform.launch import detect_environment
 from megatron_dlm.run.config import RunConfig
 from megatron_dlm.run.run_record import EXPORT_CONFIG, RunRecord, read_run_record
@@ -56,8 +55,21 @@ class LoadedModel:
         return network
 
     def length(self, wanted: int | None) -> int:
-        """Length of a text in tokens: `wanted`, or the training sequence length if None."""
-        return self.config.data.seq_length if wanted is None else wanted
+        """Length of a text in tokens.
+
+        Args:
+            wanted: length that was asked for; None: the sequence length of the training.
+
+        Returns:
+            The length.
+
+        Raises:
+            InputError: longer than the sequences of the training.
+        """
+        longest = self.config.data.seq_length
+        if wanted is not None and wanted > longest:
+            raise InputError(f"length: {wanted} is above {longest}, the tokens of a training sequence")
+        return longest if wanted is None else wanted
 
     def weights_sha256(self) -> str:
         """Hexadecimal SHA-256 of all tensors by name: the same for a checkpoint and its fp32 export."""
@@ -92,20 +104,36 @@ def open_model(path: Path, *, tokenizer: Path | None, dtype: ModelDtype, device:
     chosen = _device(device)
     if (path / MANIFEST).is_file():
         record = read_run_record(path)
-        config, vocabulary, fingerprint = record.config, record.vocabulary, record.tokenizer_fingerprint
-        weights = _checkpoint_weights(record)
-        tokenizer = tokenizer or tokenizer_of_data(config)
-    elif (path / EXPORT_CONFIG).is_file():
-        config, vocabulary, fingerprint, weights = _folder(path)
-        tokenizer = tokenizer or path
-    else:
+        loaded = _load_tokenizer(
+            tokenizer or tokenizer_of_data(record.config), record.vocabulary, {record.tokenizer_fingerprint}
+        )
+        return _build(record.config, record.vocabulary, loaded, _checkpoint_weights(record), dtype, chosen)
+    if not (path / EXPORT_CONFIG).is_file():
         raise InputError(f"model: {path}: neither a checkpoint (step-NNNNNNNN) nor an exported folder")
-    loaded = load_tokenizer(tokenizer)
-    if loaded.fingerprint != fingerprint:
-        raise InputError(f"tokenizer: {tokenizer} is not the one the model was trained with")
+    from megatron_dlm.conversion.exported_run import read_exported_run
+    from megatron_dlm.conversion.from_hugging_face import ExportedFolder
+
+    folder = ExportedFolder(path)
+    run = read_exported_run(folder)
+    folder.refuse_altered_weights()
+    if tokenizer is None and folder.tokenizer_fingerprint is None:
+        raise InputError(f"{path}: has no {TOKENIZER_FILE}; give --tokenizer")
+    loaded = _load_tokenizer(tokenizer or path, run.vocabulary, run.tokenizer_files)
+    if run.tokenizer_fingerprint:
+        # The export's file may have a mask token more; shards know the tokenizer by the file before.
+        loaded = replace(loaded, fingerprint=run.tokenizer_fingerprint)
+    weights = folder.weights(run.config.model, run.vocabulary)
+    return _build(run.config, run.vocabulary, loaded, weights, dtype, chosen)
+
+
+def _load_tokenizer(path: Path, vocabulary: Vocabulary, fingerprints: Set[str]) -> LoadedTokenizer:
+    """The model's tokenizer; `fingerprints` are those of its files, none where they are unknown."""
+    loaded = load_tokenizer(path)
+    if fingerprints and loaded.fingerprint not in fingerprints:
+        raise InputError(f"tokenizer: {path} is not the one the model was trained with")
     if loaded.vocabulary != vocabulary:
-        raise InputError(f"tokenizer: {tokenizer}: {loaded.vocabulary} differs from the model's {vocabulary}")
-    return _build(config, vocabulary, loaded, weights, dtype, chosen)
+        raise InputError(f"tokenizer: {path}: {loaded.vocabulary} differs from the model's {vocabulary}")
+    return loaded
 
 
 def _device(name: str | None) -> torch.device:
@@ -136,20 +164,6 @@ def _checkpoint_weights(record: RunRecord) -> Mapping[str, torch.Tensor]:
 
     weights = FullWeights(record.directory, record.config.model, record.vocabulary.size)
     return weights.read(weights.shapes)
-
-
-def _folder(path: Path) -> tuple[RunConfig, Vocabulary, str, Mapping[str, torch.Tensor]]:
-    from megatron_dlm.conversion.from_hugging_face import ExportedFolder
-
-    folder = ExportedFolder(path)
-    config = decode(RunConfig, folder.record.get("config"), f"{path}: config")
-    vocabulary = decode(Vocabulary, folder.record.get("vocabulary"), f"{path}: vocabulary")
-    folder.refuse_other(config.model, vocabulary)
-    folder.refuse_altered_weights()
-    if folder.tokenizer_fingerprint is None:
-        raise InputError(f"{path}: has no {TOKENIZER_FILE}")
-    weights = folder.weights(config.model, vocabulary)
-    return config, vocabulary, str(folder.record.get("tokenizer_fingerprint")), weights
 
 
 def tokenizer_of_data(config: RunConfig) -> Path:

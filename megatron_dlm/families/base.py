@@ -43,8 +43,6 @@ class ObjectiveConfig:
     """Whether the family can treat each document of a packed sequence as if it were alone."""
     predicts_next_token: ClassVar[bool] = False
     """Whether each position predicts the next token from the tokens up to that position, without noise."""
-    auto_model: ClassVar[str] = "AutoModelForMaskedLM"
-    """Auto class of transformers that loads an export, in addition to AutoModel."""
 
     def check_sizes(self, batch_size: int, seq_length: int) -> None:
         """Refuse a global batch or length that the family cannot divide.

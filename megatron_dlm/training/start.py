@@ -97,14 +97,16 @@ def find_start(config: RunConfig, data: RunData) -> RunRecord | OutsideStart | N
 
 def _exported_start(source: Path, config: RunConfig, data: RunData) -> OutsideStart:
     """An exported folder whose shape and vocabulary are this run's."""
+    from megatron_dlm.conversion.exported_run import read_exported_run
     from megatron_dlm.conversion.from_hugging_face import ExportedFolder
 
     try:
         folder = ExportedFolder(source)
         folder.refuse_other(config.model, data.vocabulary)
+        run = read_exported_run(folder)
     except InputError as error:
         raise InputError(f"checkpoint.initialize_from: {error}") from error
-    fingerprint = folder.tokenizer_fingerprint
+    fingerprint = run.tokenizer_fingerprint or folder.tokenizer_fingerprint
     if fingerprint != data.tokenizer_fingerprint and "data.tokenizer" not in config.checkpoint.allow_changed:
         raise InputError(
             f"data.tokenizer: {data.tokenizer_fingerprint} differs from {fingerprint} in {source}; "

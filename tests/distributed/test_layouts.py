@@ -136,7 +136,7 @@ def test_recomputed_activations_change_no_bit(corpus, one_process, recompute):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(700)
+@pytest.mark.timeout(1900)
 @pytest.mark.parametrize("name", ["duo", "esolm-two-parts"])
 def test_triton_kernels_compute_what_pytorch_does(corpus, one_process, name, record_property):
     """Through Triton's interpreter, on two tensor parallel ranks; without Triton, one process."""
@@ -145,8 +145,8 @@ def test_triton_kernels_compute_what_pytorch_does(corpus, one_process, name, rec
     parallel = parallel_of(layout)
     config = configs_for(corpus, parallel, 4)[name]
     config = replace(config, training=replace(config.training, kernels="triton"))
-    # The interpreter takes minutes.
-    run = run_distributed(three_steps, 2, config, parallel=parallel, timeout=600)[0]
+    # The interpreter takes 5 minutes alone, 10 beside other work.
+    run = run_distributed(three_steps, 2, config, parallel=parallel, timeout=1800)[0]
     differences = assert_equal_runs(run, one_process[name])
     record_property("table: layout", (*layout, name, *(f"{d:.1e}" for d in differences)))
 

@@ -15,7 +15,7 @@ import torch
 import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModel
+from transformers import AutoModel, AutoTokenizer
 
 REPORT = "export_report.json"
 HASHED_NAMES = ("config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json")
@@ -60,6 +60,7 @@ def compare(folder):
     check = load_file(folder / "check.safetensors")
     model = load(folder)
     tolerance = record["tolerance"]
+    compare_tokenizer(folder, model.config, record["tokenizer"])
     report = {
         "passed": True,
         "torch": torch.__version__,
@@ -99,7 +100,10 @@ def sha256(path):
 def compare_hashes(folder, hashes):
     """Check that the files are those the report was written for, if there is a report."""
     if (folder / REPORT).is_file():
-        expected = json.loads((folder / REPORT).read_text(encoding="utf-8"))["sha256"]
+        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        if report.get("saved_again"):
+            return
+        expected = report["sha256"]
         for name in sorted(expected.keys() | hashes.keys()):
             if expected.get(name) != hashes.get(name):
                 raise Difference(f"{name}: not the file that was verified")
@@ -133,6 +137,22 @@ def compare_tensors(folder, model):
     if seen != state.keys():
         raise Difference(f"tensors in no file: {sorted(state.keys() - seen)}")
     return {"count": len(seen), "parameters": sum(tensor.numel() for tensor in state.values())}
+
+
+def compare_tokenizer(folder, config, record):
+    """Check that transformers' tokenizer gives the training's ids, and that the model has all of them."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if len(tokenizer) > config.vocab_size:
+        raise Difference(f"tokenizer: {len(tokenizer)} tokens, and the model has {config.vocab_size} ids")
+    for name in ("mask", "eos", "bos", "pad"):
+        found, expected = (getattr(where, f"{name}_token_id", None) for where in (tokenizer, config))
+        if found is None or found != expected:
+            raise Difference(f"tokenizer: {name} token {found}, the model's {expected}")
+    if not record["texts"]:
+        raise Difference("tokenizer: no text to compare")
+    for text, ids in zip(record["texts"], record["ids"], strict=True):
+        if tokenizer(text, add_special_tokens=False)["input_ids"] != ids:
+            raise Difference(f"tokenizer: other ids than in the training for {text[:60]!r}")
 
 
 def noise_of(check):

@@ -19,7 +19,6 @@ class ARConfig(ObjectiveConfig):
     name: ClassVar[str] = "ar"
     attention: ClassVar[AttentionPattern] = AttentionPattern.CAUSAL
     predicts_next_token: ClassVar[bool] = True
-    auto_model: ClassVar[str] = "AutoModelForCausalLM"
 
     def build(self, vocabulary: Vocabulary) -> Objective:
         """The family over `vocabulary`."""

@@ -7,22 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_dlm.diffusion.likelihood import DiffusionLikelihood, Draws
+from megatron_dlm.diffusion.likelihood import DiffusionLikelihood, Draws, Texts
 from megatron_dlm.diffusion.noisy_then_clean import noisy_then_clean_mask
 
 
 class Likelihood(DiffusionLikelihood):
     """Predicts each block from its own masked copy and the clean blocks before it."""
 
-    def copy(self, model: Any, ids_BL: Tensor, draws: Draws, index: int) -> Tensor:
+    def copy(self, model: Any, texts: Texts, draws: Draws, index: int) -> tuple[Tensor, Tensor]:
         """NELBO of one noisy copy, each block masked at its own diffusion time."""
+        ids_BL, real_BL = texts.ids_BL, texts.real_BL
         length, size = ids_BL.shape[1], int(self.config.block_size)
-        times = draws.times(index, -(-length // size)).repeat_interleave(size, dim=1)
-        noisy_BL, _, weight_BL, _ = self.mask(ids_BL, draws, times[:, :length])
+        noisy_BL, _, weight_BL, _ = self.mask(texts, draws, draws.times(index, size))
         places = torch.arange(length, device=ids_BL.device)[None]
         logits_BLV = model(
             torch.cat([noisy_BL, ids_BL], dim=1),
             position_ids=torch.cat([places, places], dim=1),
             visible_mask=noisy_then_clean_mask(length, size).dense()[0, 0].to(ids_BL.device),
+            attention_mask=None if real_BL is None else torch.cat([real_BL, real_BL], dim=1),
         ).logits[:, :length]
-        return (self.token_nats(logits_BLV, noisy_BL, ids_BL, None) * weight_BL).sum(1)
+        return (self.token_nats(logits_BLV, noisy_BL, ids_BL, None) * weight_BL).sum(1), logits_BLV

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_dlm.diffusion.divergence_likelihood import DivergenceLikelihood
-from megatron_dlm.diffusion.likelihood import Draws
+from megatron_dlm.diffusion.likelihood import Draws, Texts
 from megatron_dlm.diffusion.uniform_divergence_rows import UniformRows
 from megatron_dlm.diffusion.uniform_states import UniformStates
 
@@ -25,12 +25,14 @@ class Likelihood(DivergenceLikelihood):
         """Per-position terms of the divergence for uniform noise."""
         return UniformRows.of(self._states.count, alpha_L, q, noisy_L == clean_L)
 
-    def copy(self, model: Any, ids_BL: Tensor, draws: Draws, index: int) -> Tensor:
+    def copy(self, model: Any, texts: Texts, draws: Draws, index: int) -> tuple[Tensor, Tensor]:
         """NELBO of one noisy copy, tokens replaced by uniform noise at one diffusion time."""
         alpha_B1, slope_B1 = self.alpha_and_slope(draws.times(index))
         drawn_BL = self._states.token(draws.integers(self._states.count))
-        noisy_BL = torch.where(draws.uniform(*ids_BL.shape) < 1 - alpha_B1, drawn_BL, ids_BL)
+        replaced_BL = (draws.uniform() < 1 - alpha_B1) & texts.scored_BL
+        noisy_BL = torch.where(replaced_BL, drawn_BL, texts.ids_BL)
         sigma_B = -alpha_B1[:, 0].log()
-        logits_BLV = model(noisy_BL, sigma=sigma_B.float()).logits
-        weight_B1 = -slope_B1 / (self._states.count * alpha_B1)
-        return (self.token_nats(logits_BLV, noisy_BL, ids_BL, sigma_B) * weight_B1).sum(1)
+        logits_BLV = model(noisy_BL, sigma=sigma_B.float(), attention_mask=texts.real_BL).logits
+        weight_BL = texts.scored_BL * -slope_B1 / (self._states.count * alpha_B1)
+        nats_BL = self.token_nats(logits_BLV, noisy_BL, texts.ids_BL, sigma_B)
+        return (nats_BL * weight_BL).sum(1), logits_BLV

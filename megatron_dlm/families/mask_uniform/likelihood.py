@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_dlm.diffusion.divergence_likelihood import DivergenceLikelihood
-from megatron_dlm.diffusion.likelihood import Draws, cross_entropy_nats
+from megatron_dlm.diffusion.likelihood import Draws, Texts, cross_entropy_nats
 from megatron_dlm.families.mask_uniform.noise import MaskUniformNoise
 from megatron_dlm.families.mask_uniform.rows import MixtureRows
 
@@ -35,16 +35,19 @@ class Likelihood(DivergenceLikelihood):
             return cross_entropy_nats(logits_BLV, clean_BL)
         return super().token_nats(logits_BLV, noisy_BL, clean_BL, sigma_B)
 
-    def copy(self, model: Any, ids_BL: Tensor, draws: Draws, index: int) -> Tensor:
+    def copy(self, model: Any, texts: Texts, draws: Draws, index: int) -> tuple[Tensor, Tensor]:
         """NELBO of one noisy copy, tokens replaced by mask and uniform noise at one diffusion time."""
         noise = self._noise
         alpha_B1, slope_B1 = self.alpha_and_slope(draws.times(index))
-        drawn_BL = noise.draw(draws.uniform(*ids_BL.shape))
-        noisy_BL = torch.where(draws.uniform(*ids_BL.shape) < 1 - alpha_B1, drawn_BL, ids_BL)
+        drawn_BL = noise.draw(draws.uniform())
+        replaced_BL = (draws.uniform() < 1 - alpha_B1) & texts.scored_BL
+        noisy_BL = torch.where(replaced_BL, drawn_BL, texts.ids_BL)
         sigma_B = -alpha_B1[:, 0].log()
-        logits_BLV = model(noisy_BL, sigma=sigma_B.float() if self.config.time_conditioning else None).logits
+        sigma = sigma_B.float() if self.config.time_conditioning else None
+        logits_BLV = model(noisy_BL, sigma=sigma, attention_mask=texts.real_BL).logits
         rate_B1 = -slope_B1 / alpha_B1
         weight_BL = torch.where(
             noisy_BL == noise.mask_token_id, -slope_B1 / (1 - alpha_B1), rate_B1 * noise.probability
         )
-        return (self.token_nats(logits_BLV, noisy_BL, ids_BL, sigma_B) * weight_BL).sum(1)
+        nats_BL = self.token_nats(logits_BLV, noisy_BL, texts.ids_BL, sigma_B)
+        return (nats_BL * weight_BL * texts.scored_BL).sum(1), logits_BLV

@@ -6,15 +6,16 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_dlm.diffusion.likelihood import DiffusionLikelihood, Draws
+from megatron_dlm.diffusion.likelihood import DiffusionLikelihood, Draws, Texts
 
 
 class Likelihood(DiffusionLikelihood):
     """Predicts masked tokens from the unmasked ones."""
 
-    def copy(self, model: Any, ids_BL: Tensor, draws: Draws, index: int) -> Tensor:
+    def copy(self, model: Any, texts: Texts, draws: Draws, index: int) -> tuple[Tensor, Tensor]:
         """NELBO of one noisy copy, masked at one diffusion time."""
-        noisy_BL, _, weight_BL, alpha_B1 = self.mask(ids_BL, draws, draws.times(index))
+        noisy_BL, _, weight_BL, alpha_B1 = self.mask(texts, draws, draws.times(index))
         sigma_B = -alpha_B1[:, 0].log().float() if self.config.time_conditioning else None
-        logits_BLV = model(noisy_BL, sigma=sigma_B).logits
-        return (self.token_nats(logits_BLV, noisy_BL, ids_BL, sigma_B) * weight_BL).sum(1)
+        logits_BLV = model(noisy_BL, sigma=sigma_B, attention_mask=texts.real_BL).logits
+        nats_BL = self.token_nats(logits_BLV, noisy_BL, texts.ids_BL, sigma_B)
+        return (nats_BL * weight_BL).sum(1), logits_BLV

@@ -1,0 +1,87 @@
+"""The tokenizer of an export: the one the data was indexed with, with every special token of the model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer
+
+from megatron_dlm.data.tokenizers.tokenizer import CONFIG_FILE, MASK_TOKEN, TOKENIZER_FILE
+from megatron_dlm.interfaces import InputError, Vocabulary
+from megatron_dlm.platform.files import write_json
+
+KEPT = ("chat_template", "unk_token", "sep_token", "cls_token", "additional_special_tokens")
+"""Entries of tokenizer_config.json that an export keeps beside those it sets."""
+
+
+def write_tokenizer(tokenizer: Path, vocabulary: Vocabulary, seq_length: int, directory: Path) -> None:
+    """Write tokenizer.json and tokenizer_config.json for transformers' `PreTrainedTokenizerFast`.
+
+    Args:
+        tokenizer: directory of the Hugging Face tokenizer that the data was indexed with.
+        vocabulary: token ids of the model; a mask token that the tokenizer lacks is added.
+        seq_length: tokens that the model was trained on.
+        directory: directory of the export.
+
+    Raises:
+        InputError: the mask token cannot be added at the model's id, since the tokenizer's ids have gaps.
+    """
+    library = Tokenizer.from_file(str(tokenizer / TOKENIZER_FILE))
+    given = json.loads((tokenizer / CONFIG_FILE).read_text(encoding="utf-8"))
+    if library.id_to_token(vocabulary.mask_token_id) is None:
+        library.add_special_tokens([AddedToken(_unused(library), special=True, normalized=False)])
+        if library.id_to_token(vocabulary.mask_token_id) is None:
+            raise InputError(
+                f"tokenizer: {tokenizer}: its ids have gaps, so that no mask token can be added as id "
+                f"{vocabulary.mask_token_id}; add one to {TOKENIZER_FILE}, and index with that"
+            )
+        write_json(directory / TOKENIZER_FILE, json.loads(library.to_str()))
+    else:
+        # The same bytes, and so the fingerprint that shards have.
+        shutil.copyfile(tokenizer / TOKENIZER_FILE, directory / TOKENIZER_FILE)
+    padding = library.token_to_id(_content(given.get("pad_token")) or "")
+    config: dict[str, Any] = {
+        # Not the class of the tokenizer's own model, which may change tokens behind our back.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": seq_length,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "padding_side": "left",
+        "clean_up_tokenization_spaces": False,
+        "eos_token": library.id_to_token(vocabulary.eos_token_id),
+        "bos_token": library.id_to_token(vocabulary.bos_token_id),
+        "mask_token": library.id_to_token(vocabulary.mask_token_id),
+        "pad_token": library.id_to_token(vocabulary.eos_token_id if padding is None else padding),
+    }
+    write_json(directory / CONFIG_FILE, {name: given[name] for name in KEPT if name in given} | config)
+
+
+def padding_id(directory: Path) -> int:
+    """Id of the padding token of an exported tokenizer.
+
+    Args:
+        directory: directory of the export, after `write_tokenizer`.
+
+    Returns:
+        Its id.
+    """
+    library = Tokenizer.from_file(str(directory / TOKENIZER_FILE))
+    config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+    found = library.token_to_id(config["pad_token"])
+    assert found is not None
+    return found
+
+
+def _content(token: Any) -> str | None:
+    """Text of a special token, which tokenizer_config.json gives as a text or an object."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _unused(library: Tokenizer) -> str:
+    """A name for the mask token that is no token yet."""
+    name = MASK_TOKEN
+    while library.token_to_id(name) is not None:
+        name = f"<{name}>"
+    return name
