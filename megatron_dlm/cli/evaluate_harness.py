@@ -75,6 +75,11 @@ def run(arguments: list[str]) -> int:
 
     print(make_table(results))
     _print_notes(results["notes"])
+    if results["greedy_tasks"]:
+        print(
+            f"{', '.join(results['greedy_tasks'])}: an answer counts as greedy if its tokens are what "
+            f"{loaded.family.name} writes left to right at temperature 0, in a text that ends with them"
+        )
     if config.output is not None:
         import json
 
@@ -128,5 +133,5 @@ def _evaluate(config: HarnessConfig, loaded: Any) -> dict[str, Any]:
         )
     except (InputError, FileNotFoundError) as error:
         raise InputError(f"tasks: {error}") from error
-    results |= model.get_model_info()
+    results |= model.get_model_info() | {"greedy_tasks": sorted(model.greedy_tasks)}
     return results

@@ -93,15 +93,13 @@ def _described(folder: ExportedFolder) -> ExportedRun:
         "ffn_hidden_size": "intermediate_size",
     }
     shape = {field.name: given.get(names.get(field.name, field.name)) for field in fields(ModelConfig)}
+    length = given.get("max_position_embeddings")
+    data = {"train": [UNKNOWN_DATA], "validation": UNKNOWN_DATA, "seq_length": length}
     config = RunConfig(
         directory=folder.path,
         model=decode(ModelConfig, shape, where),
         objective=_objective(given, where),
-        data=DataConfig(
-            train=(UNKNOWN_DATA,),
-            validation=UNKNOWN_DATA,
-            seq_length=decode(int, given.get("max_position_embeddings"), f"{where}: max_position_embeddings"),
-        ),
+        data=decode(DataConfig, data, where),
         training=TrainingConfig(num_steps=1, global_batch_size=1),
         schedule=LrScheduleConfig(),
     )

@@ -49,7 +49,10 @@ def remote_code(family: str) -> dict[str, str]:
         if module not in texts:
             texts[module] = _text(module)
             waiting += _imported(texts[module])
-    texts[MODELING] += _names_of(sorted(texts.keys() - {MODELING, CAUSAL, PROGRAM}))
+    shared = texts.keys() - {MODELING, CAUSAL, PROGRAM}
+    texts[MODELING] += _names_of(sorted(shared))
+    if CAUSAL in texts:
+        texts[CAUSAL] += _names_of(sorted(shared))
     return {
         f"{file_name(module)}.py": _IMPORT.sub(lambda m: f"{m[1]}from .{file_name(m[2])} import", text)
         for module, text in sorted(texts.items())

@@ -222,7 +222,6 @@ def _generation_config(source: ExportSource) -> dict[str, Any]:
     return {
         "bos_token_id": source.vocabulary.bos_token_id,
         "eos_token_id": source.vocabulary.eos_token_id,
-        "max_length": source.seq_length,
     }
 
 

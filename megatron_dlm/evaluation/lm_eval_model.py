@@ -103,6 +103,9 @@ class HarnessModel(LM):
         self.notes: defaultdict[str, Counter[str]] = defaultdict(Counter)
         """By task, how many requests were not answered as asked, for each thing that was done instead."""
 
+        self.greedy_tasks: set[str] = set()
+        """Tasks whose questions have one answer, so that a metric may ask whether it is the greedy one."""
+
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval adds to the configuration in its results: here, the notes."""
         return {"notes": {task: dict(counts) for task, counts in self.notes.items()}}
@@ -174,6 +177,7 @@ class HarnessModel(LM):
         questions = [[self._choice(requests[i]) for i in group] for group in groups]
         with tqdm(total=len(questions), desc="questions", disable=disable_tqdm) as bar:
             scored = self._scorer.score(questions, bar.update)
+        self.greedy_tasks |= {str(requests[group[0]].task_name) for group in groups if len(group) == 1}
         # Groups are pieces of `order`, so their answers in a row are in that order.
         choices = [choice for choices in questions for choice in choices]
         greedy = are_greedy(

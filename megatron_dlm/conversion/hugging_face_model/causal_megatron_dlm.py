@@ -9,7 +9,7 @@ from .modeling_megatron_dlm import MegatronDlmModel, output_of, refuse_outputs
 from .padding_megatron_dlm import positions_of
 
 
-class MegatronDlmForCausalLM(GenerationMixin, MegatronDlmModel):
+class MegatronDlmForCausalLM(MegatronDlmModel, GenerationMixin):
     """Causal language model: `generate` is transformers', `labels` give the shifted cross-entropy.
 
     The same weights as `MegatronDlmModel`, whose `generate` runs megatron_dlm's samplers.
@@ -17,6 +17,8 @@ class MegatronDlmForCausalLM(GenerationMixin, MegatronDlmModel):
 
     # transformers below 4.56 asks for it.
     _supports_cache_class = True
+    # Not the first base's, which is first since PreTrainedModel itself is a GenerationMixin in 4.51.
+    generate = GenerationMixin.generate
 
     def __init__(self, config):
         if not config.causal:
@@ -40,6 +42,7 @@ class MegatronDlmForCausalLM(GenerationMixin, MegatronDlmModel):
         return_dict=None,
         output_attentions=None,
         output_hidden_states=None,
+        cache=None,
     ):
         """Logits of the next tokens, and with labels the loss.
 
@@ -58,12 +61,14 @@ class MegatronDlmForCausalLM(GenerationMixin, MegatronDlmModel):
             return_dict: False returns a tuple.
             output_attentions: must not be True.
             output_hidden_states: must not be True.
+            cache: transformers' later name for `past_key_values`.
 
         Returns:
             CausalLMOutputWithPast with float32 logits [B, L, V], where the mask token's are -inf, and the
             loss in nats per label.
         """
         refuse_outputs(output_attentions, output_hidden_states)
+        past_key_values = past_key_values if cache is None else cache
         if use_cache and past_key_values is None:
             from transformers import DynamicCache
 

@@ -185,10 +185,11 @@ class MegatronDlmModel(PreTrainedModel):
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_hidden_layers)])
         self.output_layer = OutputLayer(config)
         self.gradient_checkpointing = False
-        # peft takes it from every model of its type CAUSAL_LM. Not a method: transformers 4 warns of models
-        # that have one and are no GenerationMixin.
-        if not hasattr(self, "prepare_inputs_for_generation"):
+        if not self.can_generate():
+            # peft asks every model of its type CAUSAL_LM for both. The first is no method, since
+            # transformers 4 warns of models that have one and are no GenerationMixin.
             self.prepare_inputs_for_generation = _as_they_are
+            self.generation_config = None
         self.post_init()
 
     def _init_weights(self, module):

@@ -141,7 +141,7 @@ def compare_tensors(folder, model):
 
 def compare_tokenizer(folder, config, record):
     """Check that transformers' tokenizer gives the training's ids, and that the model has all of them."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if len(tokenizer) > config.vocab_size:
         raise Difference(f"tokenizer: {len(tokenizer)} tokens, and the model has {config.vocab_size} ids")
     for name in ("mask", "eos", "bos", "pad"):
