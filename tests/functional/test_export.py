@@ -18,6 +18,7 @@ from megatron_dlm.telemetry.writers import read_metrics
 from tests.helpers.paths import ROOT
 from tests.helpers.processes import TRAINER, run
 from tests.helpers.runs import arguments_for, finish, finish_ranks, start_interpreter
+from tests.helpers.transformers_environments import environment_with
 
 SLOW = pytest.mark.slow
 STEPS = 4
@@ -177,28 +178,13 @@ def test_weights_go_to_the_reference_s_file_and_back(command, corpus, checkpoint
 @SLOW
 @pytest.mark.parametrize("version", ["4.51", "4.57"])
 def test_older_transformers_load_it_too(checkpoint_of, command, tmp_path, version):
-    """In a virtual environment of its own, which shares torch alone with this one."""
+    """In a virtual environment of its own."""
     python = environment_with(version)
     for name in ("mdlm", "ar", "duo", "esolm"):
         folder = tmp_path / name
         command("export", checkpoint_of(name), folder)
         finished = verify(folder, python)
         assert finished.returncode == 0, finished.stderr
-
-
-def environment_with(version):
-    directory = ROOT / f".venv-transformers-{version}"
-    python = directory / "bin" / "python"
-    if not (directory / ".installed").is_file():
-        subprocess.run([sys.executable, "-m", "venv", str(directory)], check=True)
-        here = next(path for path in sys.path if path.endswith("site-packages"))
-        (next(directory.glob("lib/python*/site-packages")) / "torch_of_another.pth").write_text(here + "\n")
-        words = [str(python), "-m", "pip", "install", "--quiet", f"transformers=={version}.*"]
-        subprocess.run(words, check=True)
-        (directory / ".installed").touch()
-    found = [str(python), "-c", "import transformers; print(transformers.__version__)"]
-    assert subprocess.check_output(found, text=True).startswith(version)
-    return python
 
 
 # ---- what is not the trained model, or no export
