@@ -32,8 +32,7 @@ def write_tokenizer(tokenizer: Path, vocabulary: Vocabulary, seq_length: int, di
     library = Tokenizer.from_file(str(tokenizer / TOKENIZER_FILE))
     given = json.loads((tokenizer / CONFIG_FILE).read_text(encoding="utf-8"))
     if library.id_to_token(vocabulary.mask_token_id) is None:
-        library.add_special_tokens([AddedToken(_unused(library), special=True, normalized=False)])
-        if library.id_to_token(vocabulary.mask_token_id) is None:
+        if not _add_mask(library, vocabulary.mask_token_id):
             raise InputError(
                 f"tokenizer: {tokenizer}: its ids have gaps, so that no mask token can be added as id "
                 f"{vocabulary.mask_token_id}; add one to {TOKENIZER_FILE}, and index with that"
@@ -79,9 +78,36 @@ def _content(token: Any) -> str | None:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _unused(library: Tokenizer) -> str:
-    """A name for the mask token that is no token yet."""
-    name = MASK_TOKEN
+def _add_mask(library: Tokenizer, mask_token_id: int) -> bool:
+    """Add the mask token, and before it unused tokens where ids have gaps; whether it has the wanted id.
+
+    New tokens get the number of tokens as their id, which in a tokenizer with gaps may be taken already.
+    """
+    taken = set(library.get_vocab(with_added_tokens=True).values())
+    while (place := _next_id(library)) <= mask_token_id and place not in taken:
+        name = MASK_TOKEN if place == mask_token_id else f"<unused {place}>"
+        library.add_special_tokens([_special(_new_name(library, name))])
+        if place == mask_token_id:
+            return True
+    return False
+
+
+def _next_id(library: Tokenizer) -> int:
+    """Id that the next added token would get."""
+    copy = Tokenizer.from_str(library.to_str())
+    name = _new_name(copy, "<next>")
+    copy.add_special_tokens([_special(name)])
+    found = copy.token_to_id(name)
+    assert found is not None
+    return found
+
+
+def _special(name: str) -> AddedToken:
+    return AddedToken(name, special=True, normalized=False)
+
+
+def _new_name(library: Tokenizer, name: str) -> str:
+    """A name that is no token yet."""
     while library.token_to_id(name) is not None:
         name = f"<{name}>"
     return name

@@ -16,6 +16,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
@@ -84,6 +85,10 @@ class HarnessModel(LM):
             sampling: settings of the sampler for generated texts; None: left to right, stopping at <eos>.
         """
         super().__init__()
+        if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
+            # lm-eval's command line gives cuda:0 where nothing was asked for.
+            logger.warning("harness: no CUDA for device %s; using the CPU", device)
+            device = None
         self._loaded = loaded or open_model(
             Path(path), tokenizer=Path(tokenizer) if tokenizer else None, dtype=dtype, device=device
         )
@@ -108,7 +113,7 @@ class HarnessModel(LM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval adds to the configuration in its results: here, the notes."""
-        return {"notes": {task: dict(counts) for task, counts in self.notes.items()}}
+        return {"notes": {task: dict(counts) for task, counts in self.notes.items() if counts}}
 
     @contextmanager
     def _noting(self) -> Iterator[None]:

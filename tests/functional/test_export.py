@@ -187,6 +187,26 @@ def test_older_transformers_load_it_too(checkpoint_of, command, tmp_path, versio
         assert finished.returncode == 0, finished.stderr
 
 
+@pytest.mark.parametrize("start", [b"\x80", b"PK"])
+def test_a_file_may_begin_as_a_pickle_or_an_archive_does(broken, tmp_path, start):
+    """With its header's length: 128 modulo 256, as one file in 32 has it, or 0x4b50."""
+    from megatron_dlm.conversion.import_weights import read_folder
+
+    file, expected = broken / "model.safetensors", weights_of(broken)
+    content = file.read_bytes()
+    length = struct.unpack("<Q", content[:8])[0]
+    modulus, wanted = 256 ** len(start), int.from_bytes(start, "little")
+    longer = length + (wanted - length) % modulus
+    file.write_bytes(
+        struct.pack("<Q", longer) + content[8 : 8 + length].ljust(longer) + content[8 + length :]
+    )
+    assert file.read_bytes().startswith(start)
+    (broken / "export_report.json").unlink()
+    found = read_folder(broken).weights.state
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 # ---- what is not the trained model, or no export
 
 

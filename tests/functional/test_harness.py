@@ -31,6 +31,22 @@ generation_kwargs: {until: [" the"], max_gen_toks: 8, do_sample: false}
 metric_list:
   - {metric: exact_match, aggregation: mean, higher_is_better: true}
 """,
+    "local_long": """
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{choices[answer]}}"
+generation_kwargs: {until: [" the"], max_new_tokens: 4096, repetition_penalty: 1.2}
+metric_list:
+  - {metric: exact_match, aggregation: mean, higher_is_better: true}
+""",
+    "local_last_word": """
+output_type: loglikelihood
+doc_to_text: "{{question}}"
+doc_to_target: "{{choices[answer]}}"
+metric_list:
+  - {metric: perplexity, aggregation: perplexity, higher_is_better: false}
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+""",
     "local_perplexity": """
 output_type: loglikelihood_rolling
 doc_to_text: ""
@@ -43,7 +59,7 @@ metric_list:
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
-    """Three task files and their data."""
+    """Task files and their data."""
     directory = tmp_path_factory.mktemp("tasks")
     data = directory / "data.jsonl"
     words = ["reads noisy tokens", "zzqx", "predicts clean ones", "while def class"]
@@ -81,6 +97,16 @@ def test_local_tasks_end_to_end(command, model, tasks, tmp_path, read_json):
     # Trained on the words of one choice, and never on the other.
     assert scores["local_choice"]["acc,none"] >= 0.5
     assert 0 < scores["local_perplexity"]["bits_per_byte,none"] < 10
+    assert results["notes"] == {
+        "local_long": {
+            "answers given fewer tokens than the task asks for": 6,
+            # Of more than half of the model's 32 tokens.
+            "prompts cut on the left to leave room for an answer": 3,
+            "texts generated without the task's setting repetition_penalty": 6,
+        },
+    }
+    assert "not answered as asked" in finished.stdout
+    assert "local_last_word: an answer counts as greedy if" in finished.stdout
     samples = results["samples"]["local_text"]
     assert len(samples) == 6 and all(" the" not in sample["filtered_resps"][0] for sample in samples)
     again = command(*words, "--output", tmp_path / "again.json", "--batch-size", 3, **home)
@@ -107,6 +133,24 @@ print("ACC", found["results"]["local_choice"]["acc,none"])
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, env=environment
     )
     assert finished.returncode == 0 and "ACC" in finished.stdout, finished.stderr
+
+
+@pytest.mark.slow
+def test_lm_eval_s_own_command_line_knows_the_model(model, tasks, tmp_path):
+    words = ["--model", "megatron-dlm", "--model_args", f"path={model},num_times=4,max_copies=4"]
+    words += ["--tasks", "local_choice,local_long", "--include_path", str(tasks), "--limit", "2"]
+    words += ["--output_path", str(tmp_path / "out")]
+    program = [sys.executable, "-c", "from megatron_dlm.cli.lm_eval import main; main()", *words]
+    environment = os.environ | {"HF_HOME": str(tasks / "cache")}
+    finished = subprocess.run(program, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert finished.returncode == 0 and "local_choice" in finished.stdout, finished.stderr
+    assert "harness: local_long: 2 answers given fewer tokens" in finished.stderr
+    words[words.index(f"path={model},num_times=4,max_copies=4")] = "path=nowhere"
+    refused = subprocess.run(
+        [*program[:3], *words], capture_output=True, text=True, cwd=ROOT, env=environment
+    )
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1].startswith("megatron-dlm-lm-eval: error: model: nowhere: neither")
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Exports in the hands of users of transformers, accelerate and peft; what these save comes back."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -7,11 +8,13 @@ import sys
 from functools import lru_cache
 
 import pytest
+from tokenizers import Tokenizer
 
 from megatron_dlm.families.registry import OBJECTIVES
 from tests.helpers.paths import ROOT
 from tests.helpers.runs import arguments_for
 from tests.helpers.transformers_environments import PEFT, environment_with
+from tools.tiny import sentences
 
 SLOW = pytest.mark.slow
 STEPS = 4
@@ -53,6 +56,42 @@ def use(folder, out, python=sys.executable):
 def test_an_autoregressive_export_is_a_causal_language_model(exported, command, tmp_path):
     assert "ar: all as expected" in use(exported("ar"), tmp_path / "out")
     comes_back(command, tmp_path / "out" / "again", tmp_path)
+
+
+def test_a_tokenizer_without_a_mask_token_gets_it_in_the_export(command, corpus, tmp_path, read_json):
+    """As the paper's, of 32,000 ids: the export has one more, and scores shards of the tokenizer before."""
+    given = tmp_path / "tokenizer"
+    given.mkdir()
+    library = Tokenizer.from_file(str(corpus.tokenizer / "tokenizer.json"))
+    description = json.loads(library.to_str())
+    # Its mask becomes a common token.
+    (mask,) = (token for token in description["added_tokens"] if token["content"] == "[MASK]")
+    mask["content"] = "<other>"
+    description["model"]["vocab"]["<other>"] = description["model"]["vocab"].pop("[MASK]")
+    (given / "tokenizer.json").write_text(json.dumps(description))
+    config = json.loads((corpus.tokenizer / "tokenizer_config.json").read_text())
+    del config["mask_token"]
+    (given / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "a.txt").write_text("\n".join(sentences(200, seed=3)))
+    command("index", "--input", tmp_path / "a.txt", "--output", tmp_path / "data", "--tokenizer", given)
+    data = ("--data.train", tmp_path / "data", "--data.validation", tmp_path / "data")
+    command(*arguments_for(corpus, tmp_path / "run", *data, steps=2))
+    folder = tmp_path / "folder"
+    command("export", tmp_path / "run" / "checkpoints" / "step-00000002", folder)
+    model, size = read_json(folder / "config.json"), library.get_vocab_size()
+    assert (model["vocab_size"], model["mask_token_id"]) == (size + 1, size)
+    tokens = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert tokens.get_vocab_size() == size + 1 and tokens.id_to_token(size) == "[MASK]"
+    command("sample", folder, "--num-samples", 1)
+    command("evaluate", "nll", folder, "--num-sequences", 8, "--num-times", 4)
+    command("import", folder, tmp_path / "imported")
+    # A tokenizer of another size, or none of the model's, in the folder.
+    shutil.copyfile(corpus.tokenizer / "tokenizer.json", folder / "tokenizer.json")
+    refused = command("sample", folder, check=False)
+    assert refused.returncode == 2 and "tokenizer.json: not the file that was verified" in refused.stderr
+    (folder / "export_report.json").unlink()
+    refused = command("sample", folder, check=False)
+    assert refused.returncode == 2 and "is not the one the model was trained with" in refused.stderr
 
 
 @SLOW
