@@ -48,15 +48,16 @@ tags: [diffusion-language-model]
 megatron_dlm.
 
 ```python
-from transformers import AutoModel, AutoTokenizer
+from transformers import {auto_class}, AutoTokenizer
 
-model = AutoModel.from_pretrained(PATH, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(PATH, trust_remote_code=True)
-print(tokenizer.decode(model.generate(max_length={length})[0], skip_special_tokens=True))
+model = {auto_class}.from_pretrained(PATH, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(PATH)
+prompt = tokenizer("The", return_tensors="pt")
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=32)[0], skip_special_tokens=True))
 ```
-`model.nll(ids)` gives the negative log-likelihood bound in nats and `model(ids).logits` the logits;
-`help(model.generate)` lists the samplers. `{report}` tells how these weights were compared with the trained
-model, and `python verify_megatron_dlm.py` in this folder repeats it.
+`labels` give a loss for training, and `AutoModel` has `nll(ids)`, the negative log-likelihood (bound) in
+nats, and the samplers of megatron_dlm (`help(model.generate)`). `{report}` tells how these weights were
+compared with the trained model, and `python verify_megatron_dlm.py` in this folder repeats it.
 
 | | |
 |---|---|
@@ -199,16 +200,18 @@ def _config(source: ExportSource, dtype: torch.dtype) -> dict[str, Any]:
         file_name(f"{MODEL}.{part}_megatron_dlm") for part in ("configuration", "modeling", "causal")
     )
     base = f"{modeling}.MegatronDlmModel"
+    architecture = base
     if source.objective.predicts_next_token:
-        classes = {"AutoModelForCausalLM": f"{causal}.MegatronDlmForCausalLM"}
-    else:
-        classes = {"AutoModelForMaskedLM": base}
-    (architecture,) = classes.values()
+        architecture = f"{causal}.MegatronDlmForCausalLM"
     name = str(dtype).removeprefix("torch.")
     return {
         "architectures": [architecture.partition(".")[2]],
         "model_type": "megatron_dlm",
-        "auto_map": {"AutoConfig": f"{configuration}.MegatronDlmConfig", "AutoModel": base} | classes,
+        "auto_map": {
+            "AutoConfig": f"{configuration}.MegatronDlmConfig",
+            "AutoModel": base,
+            _auto_class(source.objective): architecture,
+        },
         # The same by the name that transformers 5 uses and by the one before.
         "dtype": name,
         "torch_dtype": name,
@@ -216,6 +219,11 @@ def _config(source: ExportSource, dtype: torch.dtype) -> dict[str, Any]:
         "tie_word_embeddings": False,
         **hugging_face_fields(source.model, source.vocabulary, source.objective),
     }
+
+
+def _auto_class(objective: ObjectiveConfig) -> str:
+    """Auto class of transformers for the family, beside AutoModel."""
+    return "AutoModelForCausalLM" if objective.predicts_next_token else "AutoModelForMaskedLM"
 
 
 def _generation_config(source: ExportSource) -> dict[str, Any]:
@@ -242,6 +250,7 @@ def write_card(source: ExportSource, directory: Path, dtype: ExportDtype, facts:
         batch=source.batch_size,
         length=source.seq_length,
         report=REPORT,
+        auto_class=_auto_class(source.objective),
         facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
     )
     (directory / "README.md").write_text(card, encoding="utf-8")
