@@ -21,7 +21,11 @@ EXTRAS = {
     "hf": ["transformers>=4.51"],
     "eval": ["matplotlib"],
     "harness": ["lm-eval>=0.4.10,<0.5"],
-    "test": ["moto[s3,server]>=5", "psutil", "pytest>=8", "pytest-timeout", "pytest-xdist"],
+    "test": [
+        *("moto[s3,server]>=5", "psutil", "pytest>=8", "pytest-timeout", "pytest-xdist"),
+        # What users of exports have.
+        *("accelerate>=1.3", "peft>=0.15"),
+    ],
 }
 # On CUDA torch brings its own; here it is for kernels in Triton's interpreter.
 EXTRAS["dev"] = [*EXTRAS["test"], "ruff==0.17.6", "mypy==2.4.1", 'triton>=3.3; platform_system == "Linux"']

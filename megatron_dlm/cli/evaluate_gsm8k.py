@@ -187,7 +187,8 @@ def _answer(
                 batch.places, batch.ids_BL.tolist(), batch.given_BL.tolist(), strict=True
             ):
                 problem = problems[place]
-                answer = before_end(ids, given, loaded.vocabulary.eos_token_id)[sum(given) :]
+                tokens_before_end = before_end(ids, given, loaded.vocabulary.eos_token_id)
+                answer = tokens_before_end[sum(given) :]
                 response = loaded.tokenizer.decode(answer)
                 found = final_number(response)
                 correct += found == problem.expected
@@ -198,6 +199,7 @@ def _answer(
                     "response": response,
                     "found": None if found is None else str(found),
                     "correct": found == problem.expected,
+                    "unfinished": len(tokens_before_end) == length,
                 }
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
@@ -220,11 +222,11 @@ def _score(config: Gsm8kConfig, problems: list[Problem]) -> None:
     answers = [line for line in _answers(config) if line["number"] in asked]
     share, low, high = accuracy([line["correct"] for line in answers])
     empty = sum(line["found"] is None for line in answers)
-    write_json(
-        config.output / RESULT,
-        {"exact_match": share, "low": low, "high": high, "problems": len(answers), "without_number": empty},
-    )
+    # Of an earlier version's answers it is not known.
+    unfinished = sum(line.get("unfinished") is True for line in answers)
+    counts = {"problems": len(answers), "without_number": empty, "unfinished": unfinished}
+    write_json(config.output / RESULT, {"exact_match": share, "low": low, "high": high, **counts})
     print(
         f"{config.model}: exact match {share:.4f} [{low:.4f}, {high:.4f}] of {len(answers):,} problems, "
-        f"{empty:,} answers without a number"
+        f"{empty:,} answers without a number, {unfinished:,} that reach the end of the text without <eos>"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 from megatron_dlm.interfaces import InputError
+
+logger = logging.getLogger(__name__)
 
 JUDGE_TOKENS = 2048
 """Most tokens of a text that the judge reads, as in the paper's code."""
@@ -42,16 +45,26 @@ class Judge:
             texts: decoded samples.
 
         Returns:
-            The perplexity; infinite if no text has two tokens.
+            The perplexity; infinite if no text has two tokens. Texts that are cut or left out are counted in
+            a warning.
         """
-        nats, count = 0.0, 0
+        nats, count, cut, short = 0.0, 0, 0, 0
         for text in texts:
-            ids = torch.tensor([list(self._encode(text))[: self._length]], dtype=torch.int64)
+            tokens = list(self._encode(text))
+            cut += len(tokens) > self._length
+            ids = torch.tensor([tokens[: self._length]], dtype=torch.int64)
             if ids.shape[1] < 2:
+                short += 1
                 continue
             log_p = self._logits_of(ids)[0, :-1].double().log_softmax(-1).cpu()
             nats -= float(log_p.gather(1, ids[0, 1:, None]).sum())
             count += ids.shape[1] - 1
+        if cut:
+            logger.warning(
+                "judge: %d of %d texts judged by their first %d tokens", cut, len(texts), self._length
+            )
+        if short:
+            logger.warning("judge: %d of %d texts have no two tokens and are left out", short, len(texts))
         return math.exp(nats / count) if count else math.inf
 
 

@@ -57,6 +57,7 @@ def test_problems_are_answered_scored_and_gone_on_with(command, tuned, tmp_path,
     for line in answers:
         assert line["correct"] == (line["found"] == line["expected"])
     result = read_json(tmp_path / "whole" / "result.json")
+    assert result["unfinished"] == sum(a["unfinished"] for a in answers)
     assert result["problems"] == 12 and result["exact_match"] == sum(a["correct"] for a in answers) / 12
     # Stopped in the middle of a line, and asked in other batches: the same answers.
     part = tmp_path / "part"

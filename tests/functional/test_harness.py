@@ -154,6 +154,41 @@ def test_lm_eval_s_own_command_line_knows_the_model(model, tasks, tmp_path):
 
 
 @pytest.mark.slow
+def test_lm_eval_s_own_model_class_takes_an_autoregressive_export(command, corpus, tasks, tmp_path):
+    """`--model hf`: texts, likelihoods and choices are those of this package's model class."""
+    recipe, run = "examples/ar/tiny.py", tmp_path / "run"
+    command(*arguments_for(corpus, run, recipe=recipe, steps=20))
+    command("export", run / "checkpoints" / "step-00000020", tmp_path / "folder")
+    script = f"""
+import lm_eval, megatron_dlm.evaluation.lm_eval_model
+from lm_eval.tasks import TaskManager
+found = {{}}
+for model, given in (("hf", "pretrained={tmp_path}/folder,trust_remote_code=True,dtype=float32"),
+                     ("megatron-dlm", "path={tmp_path}/folder")):
+    results = lm_eval.simple_evaluate(
+        model=model, model_args=given, tasks=["local_choice", "local_text", "local_last_word"], device="cpu",
+        task_manager=TaskManager(include_path="{tasks}"), batch_size=2, bootstrap_iters=0)
+    found[model] = {{task: [sample["filtered_resps"] for sample in samples]
+                    for task, samples in results["samples"].items()}}
+print("TEXTS", found["hf"]["local_text"] == found["megatron-dlm"]["local_text"])
+for task in ("local_choice", "local_last_word"):
+    pairs = [(a, b) for one, two in zip(found["hf"][task], found["megatron-dlm"][task])
+             for a, b in zip(one, two)]
+    print("NATS", max(abs(a[0] - b[0]) for a, b in pairs))
+    print("GREEDY", all(bool(a[1]) == bool(b[1]) for a, b in pairs))
+"""
+    environment = os.environ | {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    finished = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, env=environment
+    )
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    print(finished.stdout)
+    assert "TEXTS True" in finished.stdout and finished.stdout.count("GREEDY True") == 2
+    nats = [float(line.split()[1]) for line in finished.stdout.splitlines() if line.startswith("NATS")]
+    assert len(nats) == 2 and max(nats) < 1e-3
+
+
+@pytest.mark.slow
 def test_bad_input_ends_in_one_line(command, model, tasks, tmp_path):
     words = ["evaluate", "harness", model]
     cases = {

@@ -108,14 +108,16 @@ def test_bad_input_ends_in_one_line(command, models, gpt2, tmp_path, more, words
     assert not (tmp_path / "out").exists()
 
 
-def test_a_judge_s_perplexity_is_that_of_its_tokens():
+def test_a_judge_s_perplexity_is_that_of_its_tokens(caplog):
     table = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6]]).log()
     judge = Judge(lambda ids: table[ids], lambda text: [int(c) for c in text], 4)
     expected = -(math.log(0.25) + math.log(0.8) + math.log(0.5)) / 3
     assert judge.perplexity(["011", "00", "2"]) == pytest.approx(math.exp(expected))
     # Longer than the judge can read: cut.
     assert judge.perplexity(["011112222"]) == judge.perplexity(["0111"])
+    assert "judge: 1 of 1 texts judged by their first 4 tokens" in caplog.text
     assert judge.perplexity([""]) == math.inf
+    assert "judge: 1 of 1 texts have no two tokens" in caplog.text
 
 
 def test_a_judge_that_would_run_code_is_refused(gpt2, tmp_path):

@@ -6,7 +6,7 @@ from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .modeling_megatron_dlm import MegatronDlmModel, output_of, refuse_outputs
-from .padding_megatron_dlm import positions_of
+from .padding_megatron_dlm import check_ids, positions_of
 
 
 class MegatronDlmForCausalLM(MegatronDlmModel, GenerationMixin):
@@ -68,6 +68,7 @@ class MegatronDlmForCausalLM(MegatronDlmModel, GenerationMixin):
             loss in nats per label.
         """
         refuse_outputs(output_attentions, output_hidden_states)
+        check_ids(input_ids, self.config)
         past_key_values = past_key_values if cache is None else cache
         if use_cache and past_key_values is None:
             from transformers import DynamicCache

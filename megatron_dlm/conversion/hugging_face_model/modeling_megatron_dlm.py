@@ -16,7 +16,7 @@ from .cache_megatron_dlm import KeyValueCache
 from .configuration_megatron_dlm import MegatronDlmConfig
 from .family_megatron_dlm import likelihood_for
 from .generation_megatron_dlm import generate, prompts_of
-from .padding_megatron_dlm import positions_of, visible_of
+from .padding_megatron_dlm import check_ids, positions_of, visible_of
 from .resaving_megatron_dlm import copy_export_files
 
 FREQUENCY_CHANNELS = 256
@@ -285,6 +285,7 @@ class MegatronDlmModel(PreTrainedModel):
             MaskedLMOutput with float32 logits [B, L, V], where the mask token's are -inf, and the loss.
         """
         refuse_outputs(output_attentions, output_hidden_states)
+        check_ids(input_ids, self.config)
         loss = None
         if labels is None:
             logits = self.head(

@@ -1,4 +1,4 @@
-"""Padding: which tokens a padded batch attends to, and at which places of their texts they are."""
+"""What a batch may hold: ids of the model, and padding, which nothing attends to."""
 
 import torch
 
@@ -33,6 +33,16 @@ def visible_of(attention_mask, x, visible_mask, causal):
         visible = visible & torch.ones(length, length, dtype=torch.bool, device=kept.device).tril()
     # Padding looks at itself: a row of nothing would be no number.
     return visible | torch.eye(length, dtype=torch.bool, device=kept.device)
+
+
+def check_ids(input_ids, config):
+    """Refuse ids that the model does not have, before a device reports them in its own way."""
+    if input_ids is None or torch.compiler.is_compiling():
+        return
+    if bool(((input_ids < 0) | (input_ids >= config.vocab_size)).any()):
+        raise ValueError(
+            f"input_ids: a token is outside [0, {config.vocab_size}); is the tokenizer that of the model?"
+        )
 
 
 def positions_of(attention_mask, x):

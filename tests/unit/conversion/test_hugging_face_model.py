@@ -270,6 +270,11 @@ BAD_FORWARDS = {
         ValueError,
         "13 tokens, and the model was trained on 12",
     ),
+    "ids of another tokenizer": (
+        {"input_ids": torch.tensor([[5, 11]])},
+        ValueError,
+        r"a token is outside \[0, 11\); is the tokenizer that of the model",
+    ),
     "mask of another shape": (
         {"input_ids": torch.tensor([[5, 6]]), "attention_mask": torch.ones(1, 3)},
         ValueError,
