@@ -93,7 +93,7 @@ class FamilyLikelihood(ABC):
     def training_loss(
         self,
         model: Any,
-        ids_BL: Tensor,
+        ids_BL: Tensor | None,
         labels_BL: Tensor,
         attention_mask: Tensor | None,
         num_items: Tensor | int | None,
@@ -102,7 +102,7 @@ class FamilyLikelihood(ABC):
 
         Args:
             model: exported model.
-            ids_BL: int64 [B, L] clean tokens.
+            ids_BL: int64 [B, L] clean tokens; None is refused.
             labels_BL: int64 [B, L], the tokens again where they are noised and scored, -100 elsewhere.
             attention_mask: [B, L], 0 at padding; None: no padding.
             num_items: divisor of the sum; None: the number of labels.
@@ -111,8 +111,10 @@ class FamilyLikelihood(ABC):
             Loss in nats per label, and the logits it was computed from, [B, L, V].
 
         Raises:
-            ValueError: labels that are neither the tokens nor -100, or none at all.
+            ValueError: no tokens, or labels that are neither the tokens nor -100, or none at all.
         """
+        if ids_BL is None:
+            raise ValueError("labels: given without input_ids")
         if labels_BL.shape != ids_BL.shape:
             raise ValueError(f"labels: {tuple(labels_BL.shape)} instead of {tuple(ids_BL.shape)}")
         scored_BL = labels_BL != IGNORED

@@ -295,6 +295,11 @@ BAD_FORWARDS = {
         ValueError,
         "labels: they are input_ids",
     ),
+    "labels without tokens": (
+        {"labels": torch.tensor([[5, 6]])},
+        ValueError,
+        "labels: given without input_ids",
+    ),
     "labels of nothing": (
         {"input_ids": torch.tensor([[5, 6]]), "labels": torch.tensor([[-100, -100]])},
         ValueError,
