@@ -82,7 +82,7 @@ def esolm(model: Any, batch: int, length: int, steps: int, generator: torch.Gene
 @torch.no_grad()
 def ar(model: Any, batch: int, length: int, steps: int, generator: torch.Generator) -> Tensor:
     """Left to right behind a cache; `steps` is not used."""
-    from megatron_dlm.conversion.hugging_face_model.modeling_megatron_dlm import modulation, rotate
+    from megatron_dlm.conversion.hugging_face_model.network_megatron_dlm import modulation, rotate
 
     config = model.config
     gumbel = (

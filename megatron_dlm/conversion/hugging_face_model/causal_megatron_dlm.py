@@ -6,7 +6,7 @@ from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .modeling_megatron_dlm import MegatronDlmModel, output_of, refuse_outputs
-from .padding_megatron_dlm import check_ids, positions_of
+from .padding_megatron_dlm import causal_mask, check_ids, check_length, positions_of, visible_of
 
 
 class MegatronDlmForCausalLM(MegatronDlmModel, GenerationMixin):
@@ -77,22 +77,23 @@ class MegatronDlmForCausalLM(MegatronDlmModel, GenerationMixin):
         x = input_ids if inputs_embeds is None else inputs_embeds
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         length = x.shape[1]
-        if past + length > self.config.max_position_embeddings:
-            raise ValueError(
-                f"input_ids: {past + length} tokens, and the model was trained on "
-                f"{self.config.max_position_embeddings}"
-            )
+        check_length(past + length, self.config)
         if position_ids is None and attention_mask is not None:
             position_ids = positions_of(attention_mask, x)[:, past:]
         elif position_ids is None:
             position_ids = torch.arange(past, past + length, device=x.device)[None]
-        cached = past_key_values is not None
+        cache, visible_mask = None, None
+        if past_key_values is not None:
+            cache = _Layers(past_key_values)
+            # One token sees all that are cached.
+            visible_mask = None if length == 1 else causal_mask(x, past)
+        if attention_mask is not None:
+            visible_mask = visible_of(attention_mask, x, visible_mask, causal=True, past=past)
         hidden = self.hidden(
             input_ids,
             position_ids=position_ids,
-            visible_mask=_visible_with_past(attention_mask, x, past) if cached else None,
-            cache=_Layers(past_key_values) if cached else None,
-            attention_mask=None if cached else attention_mask,
+            visible_mask=visible_mask,
+            cache=cache,
             inputs_embeds=inputs_embeds,
         )
         rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -121,24 +122,6 @@ class _Layer:
     def with_past(self, k, v):
         """Cached and new keys and values, [B, heads, M + N, head_dim] each."""
         return self._cache.update(k, v, self._index)
-
-
-def _visible_with_past(attention_mask, x, past):
-    """Mask [B or 1, 1, L, M + L], True where a row attends to a column; None if it attends to all."""
-    length = x.shape[1]
-    places = torch.arange(past + length, device=x.device)
-    visible = (places <= places[past:, None])[None, None]
-    if attention_mask is not None:
-        if attention_mask.shape != (x.shape[0], past + length):
-            raise ValueError(
-                f"attention_mask: {tuple(attention_mask.shape)} instead of {(x.shape[0], past + length)}"
-            )
-        kept = attention_mask.bool()
-        if not bool(kept.all()):
-            # Padding looks at itself: a row of nothing would be no number.
-            itself = places == places[past:, None]
-            return visible & kept[:, None, None, :] | itself
-    return None if length == 1 else visible
 
 
 def _shifted_loss(logits, labels, num_items_in_batch):

@@ -3,20 +3,24 @@
 import torch
 
 
-def visible_of(attention_mask, x, visible_mask, causal):
+def visible_of(attention_mask, x, visible_mask, causal, past=0):
     """The attention mask of a batch with padding.
 
     Args:
-        attention_mask: [B, L] of integers or booleans, 0 at padding.
+        attention_mask: [B, M + L] of integers or booleans, 0 at padding, M being the cached tokens.
         x: [B, L, ...], what the network reads.
-        visible_mask: bool [..., L, L] that holds besides; None: the family's own pattern.
+        visible_mask: bool [..., L, M + L] that holds besides; None: the family's own pattern.
         causal: whether that pattern is causal.
+        past: M.
 
     Returns:
-        bool [B, 1, L, L], True where a row attends to a column; `visible_mask` if nothing is padding.
+        bool [B, 1, L, M + L], True where a row attends to a column; `visible_mask` if nothing is padding.
     """
-    if attention_mask.shape != x.shape[:2]:
-        raise ValueError(f"attention_mask: {tuple(attention_mask.shape)} instead of {tuple(x.shape[:2])}")
+    length = x.shape[1]
+    if attention_mask.shape != (x.shape[0], past + length):
+        raise ValueError(
+            f"attention_mask: {tuple(attention_mask.shape)} instead of {(x.shape[0], past + length)}"
+        )
     if torch.is_floating_point(attention_mask):
         raise ValueError(f"attention_mask: {attention_mask.dtype} instead of integers or booleans")
     kept = attention_mask.bool()
@@ -25,14 +29,28 @@ def visible_of(attention_mask, x, visible_mask, causal):
     if not bool(kept.any(1).all()):
         row = int((~kept.any(1)).nonzero()[0])
         raise ValueError(f"attention_mask: row {row} is all padding")
-    length = kept.shape[1]
-    visible = kept[:, None, None, :].expand(-1, 1, length, length)
+    if visible_mask is None and causal:
+        visible_mask = causal_mask(x, past)
+    visible = kept[:, None, None, :].expand(-1, 1, length, past + length)
     if visible_mask is not None:
         visible = visible & visible_mask
-    elif causal:
-        visible = visible & torch.ones(length, length, dtype=torch.bool, device=kept.device).tril()
     # Padding looks at itself: a row of nothing would be no number.
-    return visible | torch.eye(length, dtype=torch.bool, device=kept.device)
+    places = torch.arange(past + length, device=kept.device)
+    return visible | (places == places[past:, None])
+
+
+def causal_mask(x, past):
+    """Mask [L, M + L], True where a token of `x` attends to one before it (M are cached) or itself."""
+    places = torch.arange(past + x.shape[1], device=x.device)
+    return places <= places[past:, None]
+
+
+def check_length(length, config):
+    """Refuse more tokens than the model was trained on."""
+    if length > config.max_position_embeddings:
+        raise ValueError(
+            f"input_ids: {length} tokens, and the model was trained on {config.max_position_embeddings}"
+        )
 
 
 def check_ids(input_ids, config):
