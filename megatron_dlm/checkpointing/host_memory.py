@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import mmap
+import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing.process import BaseProcess
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +29,7 @@ class HostMemory:
 
     def __init__(self) -> None:
         self._region: mmap.mmap | None = None
-        self._pinned_at: int | None = None
+        self._unpin: weakref.finalize[Any, HostMemory] | None = None
         self._is_held = False
         self._last_reader: BaseProcess | None = None
 
@@ -85,7 +87,7 @@ class HostMemory:
                 self._region = mmap.mmap(-1, num_bytes)
             except OSError as error:
                 raise MemoryError(f"{num_bytes:,} bytes of host memory: {error.strerror}") from error
-        if pinned and self._pinned_at is None:
+        if pinned and self._unpin is None:
             self._pin(self._region)
         return self._region
 
@@ -97,11 +99,20 @@ class HostMemory:
             with suppress(RuntimeError):
                 torch.zeros(1, device="cuda")
             raise MemoryError(f"{len(region):,} bytes of host memory cannot be pinned: CUDA error {code}")
-        self._pinned_at = address
+        # Also where this object is forgotten: the system hands the address out again, and CUDA refuses to
+        # pin what it believes is pinned.
+        self._unpin = weakref.finalize(self, _unpin, address)
+        self._unpin.atexit = False
 
     def _give_back(self) -> None:
-        if self._pinned_at is not None:
-            torch.cuda.cudart().cudaHostUnregister(self._pinned_at)
-            self._pinned_at = None
+        if self._unpin is not None:
+            self._unpin()
+            self._unpin = None
         # The mapping ends with the last tensor on it.
         self._region = None
+
+
+def _unpin(address: int) -> None:
+    # A child has no CUDA, and the pages of its parent are not its to give back.
+    if torch.cuda.is_available():
+        torch.cuda.cudart().cudaHostUnregister(address)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
@@ -238,7 +238,9 @@ def _model_state(denoiser: Denoiser | ChunkedDenoiser, parallel: ParallelState) 
     for tensor in state.values():
         if isinstance(tensor, ShardedTensor):
             tensor.data = plain(tensor.data)
-    return {"model": state}
+    # The rest, megatron-core's empty places for Transformer Engine's pickles, would tie a checkpoint to the
+    # implementation that saved it.
+    return {"model": {name: value for name, value in state.items() if not isinstance(value, ShardedObject)}}
 
 
 def _without_sharded(denoiser: Denoiser | ChunkedDenoiser, state: dict[str, Any]) -> dict[str, Any]:

@@ -143,7 +143,8 @@ def _write_check(
         replace(record.config.data, document_mask=False, drop_long_records=True),
     )
     precision: Precision = "bf16" if dtype == "bf16" else "fp32"
-    with open_checkpoint(record, ParallelConfig(), precision) as opened:
+    # Where the folder's own comparison computes: a GPU sums in another order, and may multiply in TF32.
+    with open_checkpoint(record, ParallelConfig(device="cpu"), precision) as opened:
         from megatron_dlm.conversion.verification import write_check
         from megatron_dlm.diffusion.context import CorruptionContext
         from megatron_dlm.platform.rng import NoiseSource

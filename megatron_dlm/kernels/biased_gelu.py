@@ -19,6 +19,8 @@ from megatron_dlm.kernels.block_sizes import block_of, programs_of, wide_dtype
 LARGEST_BLOCK = 1024
 WARPS = 4
 """Warps of a program, which computes one block of columns."""
+PROGRAMS = 8
+"""Programs of a multiprocessor in the backward pass."""
 SLOPE = tl.constexpr(2.0 * math.sqrt(2.0 / math.pi))
 CUBIC = tl.constexpr(0.044715)
 
@@ -59,24 +61,34 @@ def _backward(dy, x, bias, dx, sums, rows, width, WIDE: tl.constexpr, BLOCK: tl.
     tl.store(sums + first + columns, total, mask=inside)
 
 
+def _options(x: Tensor) -> tuple[dict[str, Any], int]:
+    """Options of both kernels, and into how many blocks a row is cut."""
+    block = block_of(x.shape[-1], LARGEST_BLOCK)
+    return {"WIDE": wide_dtype(x), "BLOCK": block, "num_warps": WARPS}, triton.cdiv(x.shape[-1], block)
+
+
+def _value(x: Tensor, bias: Tensor) -> Tensor:
+    width, y = x.shape[-1], torch.empty_like(x)
+    options, blocks = _options(x)
+    _forward[(x.numel() // width, blocks)](x, bias, y, width, **options)
+    return y
+
+
 class _BiasedGelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
         x = x.contiguous()
         width = x.shape[-1]
-        rows, block = x.numel() // width, block_of(width, LARGEST_BLOCK)
-        ctx.options = {"WIDE": wide_dtype(x), "BLOCK": block, "num_warps": WARPS}
-        ctx.sizes = rows, width, triton.cdiv(width, block)
-        y = torch.empty_like(x)
-        _forward[(rows, ctx.sizes[2])](x, bias, y, width, **ctx.options)
+        ctx.options, blocks = _options(x)
+        ctx.sizes = x.numel() // width, width, blocks
         ctx.save_for_backward(x, bias)
-        return y
+        return _value(x, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
         x, bias = ctx.saved_tensors
         rows, width, blocks = ctx.sizes
-        groups = min(rows, triton.cdiv(programs_of(x.device, WARPS), blocks))
+        groups = min(rows, triton.cdiv(programs_of(x.device, PROGRAMS), blocks))
         dx = torch.empty_like(x)
         dtype = torch.promote_types(x.dtype, torch.float32)
         sums_Gw = torch.empty(groups, width, dtype=dtype, device=x.device)
@@ -96,3 +108,17 @@ def biased_gelu(x: Tensor, bias: Tensor) -> Tensor:
     """
     result: Tensor = _BiasedGelu.apply(x, bias)
     return result
+
+
+@torch.no_grad()
+def gelu_again(x: Tensor, bias: Tensor) -> Tensor:
+    """Recompute `biased_gelu`, without gradient tracking, for a backward pass that did not keep it.
+
+    Args:
+        x: x of the first computation.
+        bias: bias of the first computation.
+
+    Returns:
+        [..., w], equal bit for bit.
+    """
+    return _value(x.contiguous(), bias)

@@ -10,18 +10,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-WARPS_OF_A_PROCESSOR = 16
-"""Warps per GPU multiprocessor, limited by registers, for programs that accumulate sums over rows."""
 PROGRAMS_WITHOUT_GPU = 8
 
 
 @cache
-def programs_of(device: torch.device, warps: int) -> int:
+def programs_of(device: torch.device, of_a_processor: int) -> int:
     """Number of programs for a kernel whose programs loop over rows, so that all run and end together.
 
     Args:
         device: device that the kernel runs on.
-        warps: warps per program.
+        of_a_processor: programs that a multiprocessor runs at once, as registers and warps allow.
 
     Returns:
         Number of programs; a backward pass writes one partial sum per program.
@@ -29,7 +27,7 @@ def programs_of(device: torch.device, warps: int) -> int:
     if device.type != "cuda":
         return PROGRAMS_WITHOUT_GPU
     count = torch.cuda.get_device_properties(device).multi_processor_count
-    return int(count) * max(1, WARPS_OF_A_PROCESSOR // warps)
+    return int(count) * of_a_processor
 
 
 def wide_dtype(tensor: Tensor) -> Any:

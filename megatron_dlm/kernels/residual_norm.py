@@ -21,13 +21,22 @@ from megatron_dlm.kernels.block_sizes import programs_of, tiles_of, wide_dtype
 from megatron_dlm.kernels.residual_norm_kernels import add_and_norm, add_and_norm_gradient
 
 LARGEST_WIDTH = 1 << 15
+FORWARD_COLUMNS, BACKWARD_COLUMNS = 512, 256
+"""Columns of the main tile for each warp of a program."""
+WARPS_OF_A_PROCESSOR = 16
+"""Warps of all programs that a multiprocessor runs at once in the backward pass, as registers allow: some
+programs load while others reduce."""
 
 
-def _row_options(width: int) -> dict[str, Any]:
+def _warps(main: int, columns: int) -> int:
+    return max(4, min(16, main // columns))
+
+
+def _tiles(width: int) -> dict[str, int]:
     if width > LARGEST_WIDTH:
         raise ValueError(f"residual norm over {width} channels; the kernel takes {LARGEST_WIDTH}")
     main, tail = tiles_of(width)
-    return {"MAIN": main, "TAIL": tail, "num_warps": 16 if main > 1024 else 4}
+    return {"MAIN": main, "TAIL": tail}
 
 
 def _rows(vector_bd: Tensor) -> Tensor:
@@ -44,6 +53,7 @@ def _launch_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The stream behind the branch, y, means and inverse deviations of rows; what is left out is empty."""
     length, batch, width = stream.shape
+    tiles = _tiles(width)
     wide = torch.promote_types(stream.dtype, torch.float32)
     out = stream if added is None else torch.empty_like(stream)
     y = stream.new_empty(stream.shape if normed is not None else (0,), dtype=dtype)
@@ -75,7 +85,8 @@ def _launch_forward(
         BIASED=bias is not None,
         NORM=normed is not None,
         WIDE=wide_dtype(stream),
-        **_row_options(width),
+        num_warps=_warps(tiles["MAIN"], FORWARD_COLUMNS),
+        **tiles,
     )
     return out, y, means, deviations
 
@@ -120,8 +131,10 @@ class _ResidualNorm(torch.autograd.Function):
         like: Any = x if x is not None else dout
         length, batch, width = like.shape
         dout = None if dout is None else dout.contiguous()
-        options = _row_options(width)
-        groups = min(length, -(-programs_of(like.device, options["num_warps"]) // batch))
+        tiles = _tiles(width)
+        warps = _warps(tiles["MAIN"], BACKWARD_COLUMNS)
+        programs = programs_of(like.device, WARPS_OF_A_PROCESSOR // warps)
+        groups = min(length, -(-programs // batch))
         dx = torch.empty_like(like) if has_norm else dout
         dbranch = torch.empty_like(branch) if has_branch else None
         sums_Gb4d = like.new_empty(
@@ -151,7 +164,8 @@ class _ResidualNorm(torch.autograd.Function):
             NORM=has_norm,
             STREAM=dout is not None,
             WIDE=wide_dtype(like),
-            **options,
+            num_warps=warps,
+            **tiles,
         )
         dgate = dbias = dweight = dshift = dscale = None
         if has_branch:

@@ -151,32 +151,23 @@ def add_and_norm_gradient(
     inside_m = columns_m < width
     zero_m = tl.zeros([MAIN], WIDE)
     gates_m, plain_m, shifts_m, scales_m = zero_m, zero_m, zero_m, zero_m
-    start = (group * batch + sample) * width
-    stream_m, dy_m, x_m, branch_m = _read(
-        dout, dy, x, branch, start, columns_m, inside_m, BRANCH, NORM, STREAM, WIDE
-    )
     if TAIL > 0:
         columns_t = MAIN + tl.arange(0, TAIL)
         inside_t = columns_t < width
         zero_t = tl.zeros([TAIL], WIDE)
         gates_t, plain_t, shifts_t, scales_t = zero_t, zero_t, zero_t, zero_t
-        stream_t, dy_t, x_t, branch_t = _read(
-            dout, dy, x, branch, start, columns_t, inside_t, BRANCH, NORM, STREAM, WIDE
-        )
     for position in range(group, length, groups):
         row = position * batch + sample
         start = row * width
-        # The next position is on its way while this one is worked on.
-        ahead = start + groups * batch * width
-        rest = tl.where(position + groups < length, width, 0)
-        next_stream_m, next_dy_m, next_x_m, next_branch_m = _read(
-            dout, dy, x, branch, ahead, columns_m, columns_m < rest, BRANCH, NORM, STREAM, WIDE
+        stream_m, dy_m, x_m, branch_m = _read(
+            dout, dy, x, branch, start, columns_m, inside_m, BRANCH, NORM, STREAM, WIDE
         )
+        if TAIL > 0:
+            stream_t, dy_t, x_t, branch_t = _read(
+                dout, dy, x, branch, start, columns_t, inside_t, BRANCH, NORM, STREAM, WIDE
+            )
         total_m = stream_m.to(WIDE)
         if TAIL > 0:
-            next_stream_t, next_dy_t, next_x_t, next_branch_t = _read(
-                dout, dy, x, branch, ahead, columns_t, columns_t < rest, BRANCH, NORM, STREAM, WIDE
-            )
             total_t = stream_t.to(WIDE)
         if NORM:
             mean, inverse = tl.load(means + row), tl.load(deviations + row)
@@ -202,7 +193,6 @@ def add_and_norm_gradient(
         )
         gates_m += gated_m
         plain_m += total_m
-        stream_m, dy_m, x_m, branch_m = next_stream_m, next_dy_m, next_x_m, next_branch_m
         if TAIL > 0:
             gated_t = _write(
                 dx,
@@ -221,7 +211,6 @@ def add_and_norm_gradient(
             )
             gates_t += gated_t
             plain_t += total_t
-            stream_t, dy_t, x_t, branch_t = next_stream_t, next_dy_t, next_x_t, next_branch_t
     place = sums + (group * batch + sample) * 4 * width
     _keep(place, gates_m, plain_m, shifts_m, scales_m, columns_m, width, BRANCH, BIASED, NORM)
     if TAIL > 0:

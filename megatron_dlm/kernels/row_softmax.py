@@ -19,6 +19,8 @@ from megatron_dlm.kernels.block_sizes import block_of, wide_dtype
 from megatron_dlm.platform.vocab_parallel import VocabShard
 
 LARGEST_BLOCK = 4096
+LARGEST_DIVERGENCE_BLOCK = 2048
+"""Columns at a time in the divergence's sums, whose registers would spill on compute capability 8.0."""
 LOWEST = tl.constexpr(-1e30)
 """Stands for -infinity where differences are formed."""
 
@@ -177,13 +179,15 @@ def _divergence_gradient(
         tl.store(logits + columns, gradient, mask=columns < width)
 
 
-def _geometry(logits_RVp: Tensor, vocab: VocabShard) -> tuple[tuple[int, ...], dict[str, Any]]:
+def _geometry(
+    logits_RVp: Tensor, vocab: VocabShard, largest_block: int = LARGEST_BLOCK
+) -> tuple[tuple[int, ...], dict[str, Any]]:
     """The arguments that all kernels end with."""
     if logits_RVp.stride(1) != 1:
         raise ValueError("logits: columns are not next to each other")
     width = logits_RVp.shape[1]
     sizes = logits_RVp.stride(0), width, vocab.start, vocab.vocabulary.mask_token_id, vocab.vocabulary.size
-    return sizes, {"WIDE": wide_dtype(logits_RVp), "BLOCK": block_of(width, LARGEST_BLOCK), "num_warps": 8}
+    return sizes, {"WIDE": wide_dtype(logits_RVp), "BLOCK": block_of(width, largest_block), "num_warps": 8}
 
 
 def log_sum_exp(logits_RVp: Tensor, ids_R: Tensor, vocab: VocabShard) -> tuple[Tensor, Tensor]:
@@ -249,7 +253,7 @@ class UniformDivergence:
         """[4, R], at least float32, over this rank's columns: S, U, p at the noisy and at the clean id."""
         count = len(self._logits_RVp)
         out = self._rows[0].new_empty(4, count)
-        sizes, options = _geometry(self._logits_RVp, self._vocab)
+        sizes, options = _geometry(self._logits_RVp, self._vocab, LARGEST_DIVERGENCE_BLOCK)
         _divergence_sums[(count,)](
             self._logits_RVp, *self._rows, out, count, *sizes, WHOLE=self._vocab.group is None, **options
         )

@@ -5,6 +5,7 @@ Shape legend: B microbatch sequences, L tokens, D hidden size; hidden states are
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
@@ -157,11 +158,19 @@ class Denoiser(MegatronModule):
         given = [rotary] if attention_mask is None else [rotary, attention_mask]
         if self._recorded_constants is None:
             self._recorded_constants = [tensor.clone() for tensor in given]
-            record_layers(list(self.block.layers), [hidden_states, context], self._recorded_constants)
+            with self._told_of_recording():
+                record_layers(list(self.block.layers), [hidden_states, context], self._recorded_constants)
         for memory, tensor in zip(self._recorded_constants, given, strict=True):
             memory.copy_(tensor)
         found = self._recorded_constants
         return found[0], found[1] if len(found) > 1 else None
+
+    def _told_of_recording(self) -> AbstractContextManager[None]:
+        if self.config.transformer_impl != "transformer_engine":
+            return nullcontext()
+        from megatron_dlm.models.precision.transformer_engine import told_of_recording
+
+        return told_of_recording()
 
     def forget_recordings(self) -> None:
         """Give up what has been recorded, before process groups end."""

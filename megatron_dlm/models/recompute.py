@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,9 +76,16 @@ class RecomputingMLP(MLP):
         if not self.config.recomputes_gelu:
             whole: tuple[Tensor, Tensor] = self.linear_fc2(self._activate(wide, wide_bias))
             return whole
-        activated = Recomputable(self.config, self._activate, wide, wide_bias)
-        output, bias = self.linear_fc2(activated.value)
-        activated.release(output)
+        if not self.config.fused_kernels:
+            activated = Recomputable(self.config, self._activate, wide, wide_bias)
+            output, bias = self.linear_fc2(activated.value)
+            activated.release(output)
+            return output, bias
+        from megatron_dlm.kernels.biased_gelu import gelu_again
+
+        value = self._activate(wide, wide_bias)
+        with not_keeping(value, self.config, partial(gelu_again, wide.detach(), wide_bias.detach())):
+            output, bias = self.linear_fc2(value)
         return output, bias
 
     def _activate(self, wide: Tensor, bias: Tensor) -> Tensor:

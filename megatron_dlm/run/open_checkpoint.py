@@ -16,6 +16,8 @@ from megatron_dlm.run.config import RunConfig
 from megatron_dlm.run.run_record import RunRecord
 
 if TYPE_CHECKING:
+    import torch
+
     from megatron_dlm.models.denoiser import Denoiser
 
 
@@ -47,10 +49,29 @@ def open_checkpoint(
     """
     refuse_training_layouts(parallel_config)
     parallel = start_parallel(detect_environment(), parallel_config)
-    training = replace(record.config.training, precision=precision)
-    config = replace(record.config, parallel=parallel_config, training=training)
+    config = evaluation_config(record.config, parallel_config, precision, parallel.device)
     yield OpenedCheckpoint(record, load_denoiser(record, config, parallel), parallel)
     stop_parallel()
+
+
+def evaluation_config(
+    config: RunConfig, parallel_config: ParallelConfig, precision: Precision, device: torch.device
+) -> RunConfig:
+    """Configuration to evaluate a run with; on a CPU without what only a GPU has.
+
+    Args:
+        config: configuration of the run.
+        parallel_config: parallel layout of the evaluation.
+        precision: precision of the evaluation.
+        device: device of the evaluation.
+
+    Returns:
+        The run's configuration with these settings.
+    """
+    training = replace(config.training, precision=precision)
+    if device.type == "cpu":
+        training = replace(training, transformer_impl="auto", kernels="auto", masked_attention="auto")
+    return replace(config, parallel=parallel_config, training=training)
 
 
 def refuse_training_layouts(parallel_config: ParallelConfig) -> None:

@@ -38,6 +38,39 @@ def test_same_layout_resumes_bit_for_bit(corpus, tmp_path, name):
         assert losses == later
 
 
+def keys_of(state, config):
+    """Keys of a checkpoint, of whatever kind."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    from megatron_dlm.checkpointing.layout import CheckpointRoot
+
+    save_at_two(state, config, more=0)
+    (directory,) = CheckpointRoot(config.directory).complete()
+    return list(FileSystemReader(directory).read_metadata().state_dict_metadata)
+
+
+def test_a_checkpoint_holds_nothing_of_the_implementation_that_saved_it(corpus, tmp_path):
+    """Transformer Engine's layers save no state of their own here, so local ones must not ask for it."""
+    (keys,) = run_distributed(keys_of, 1, config_for(corpus, tmp_path, ParallelConfig()))
+    assert keys and not [key for key in keys if "_extra_state" in key]
+
+
+def test_a_cpu_evaluates_what_a_gpu_trained(corpus, tmp_path):
+    """A run may have asked for what only a GPU has; its weights are the same without."""
+    from megatron_dlm.run.open_checkpoint import evaluation_config
+    from megatron_dlm.run.validation import transformer_impl
+
+    asked = {"transformer_impl": "transformer_engine", "kernels": "triton", "masked_attention": "flex"}
+    config = config_for(corpus, tmp_path, ParallelConfig())
+    config = replace(config, training=replace(config.training, **asked))
+    cpu = torch.device("cpu")
+    found = evaluation_config(config, ParallelConfig(device="cpu"), "fp32", cpu)
+    assert transformer_impl(found, cpu) == "local"
+    assert found.training.kernels == found.training.masked_attention == "auto"
+    found = evaluation_config(config, ParallelConfig(), "bf16", torch.device("cuda"))
+    assert found.training == replace(config.training, precision="bf16")
+
+
 RESHARDED = [
     ("one", "tp2pp2"),
     ("pp2dp2", "one"),

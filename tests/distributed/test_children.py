@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -171,6 +172,49 @@ def test_copies_belong_to_a_save_until_its_child_has_ended():
     assert not child.is_alive()
     assert receiver.recv() == expected
     assert all((copy == 1).all() for copy in copies)
+
+
+class ClaimedTensor(torch.Tensor):
+    """A CPU's tensor that says it is on a GPU."""
+
+    is_cuda = True
+
+
+class Registrations:
+    """Host memory as CUDA pins it: an address that is pinned is not pinned again."""
+
+    ALREADY_REGISTERED = 712
+
+    def __init__(self):
+        self.addresses = set()
+
+    def cudaHostRegister(self, address, size, flags):
+        if address in self.addresses:
+            return self.ALREADY_REGISTERED
+        self.addresses.add(address)
+        return 0
+
+    def cudaHostUnregister(self, address):
+        self.addresses.remove(address)
+        return 0
+
+
+def test_forgotten_memory_is_no_longer_pinned(monkeypatch):
+    """The next run of a process may be given its address, which CUDA refuses while it is pinned."""
+    registrations = Registrations()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: registrations)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=lambda: None))
+    tensor = torch.ones(1 << 16).as_subclass(ClaimedTensor)
+    for sizes in ((1, 1), (1, 4), (2,)):
+        memory = HostMemory()
+        for size in sizes:
+            # A larger save takes another region, and gives the first one back.
+            memory.hold([tensor] * size)
+            assert len(registrations.addresses) == 1
+            memory.release()
+        del memory
+        assert not registrations.addresses
 
 
 def save_late_from_a_claimed_gpu(state, config):

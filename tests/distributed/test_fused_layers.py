@@ -16,7 +16,8 @@ pytest.importorskip("triton")
 
 
 def one_pass(state, config):
-    """Loss and gradients of a small batch, and how much of the norms' values outlives the forward pass."""
+    """Loss and gradients of a small batch, and how much of cheap activations outlives the forward pass."""
+    from megatron_dlm.kernels import biased_gelu
     from megatron_dlm.models import adaln_layer
     from megatron_dlm.run.datasets import open_data
     from megatron_dlm.training.session import Session
@@ -26,6 +27,12 @@ def one_pass(state, config):
     weights.set_weights(session.denoiser, state, weights.random_state(config.model, size))
     session.optimizer.reload_model_params()
     original, alive, kept = adaln_layer.FusedModulatedNorm.forward, [], []
+    activation, activated, kept_activated = biased_gelu.biased_gelu, [], []
+
+    def watched_activation(*arguments):
+        value = activation(*arguments)
+        activated.append(weakref.ref(value.untyped_storage()))
+        return value
 
     def watched(self, *arguments):
         stream, normed = original(self, *arguments)
@@ -34,11 +41,13 @@ def one_pass(state, config):
 
     def count(module, inputs, output):
         kept.append(sum(reference() is not None for reference in alive[:-1]))
+        kept_activated.append(sum(reference() is not None for reference in activated))
 
+    biased_gelu.biased_gelu = watched_activation
     adaln_layer.FusedModulatedNorm.forward = watched
     session.denoiser.final_layer.register_forward_hook(count)
     sums = session.run_batch(0, 0)
-    return sums.loss, weights.reduced_gradients(session), kept, len(alive)
+    return sums.loss, weights.reduced_gradients(session), kept, len(alive), kept_activated
 
 
 def run(corpus, kernels, recompute, parallel):
@@ -84,3 +93,5 @@ def test_fused_layers_compute_what_pytorch_does(corpus, parallel):
     # Two norms of each of two layers, and the final one; none of the layers' outlives the forward pass.
     assert fused[3] == again[3] == 5
     assert fused[2] == [4] and again[2] == norms[2] == [0]
+    # And one activation of each layer.
+    assert fused[4] == norms[4] == [2] and again[4] == [0]

@@ -1,11 +1,10 @@
 """Processes that train together: over NCCL with a GPU each, over gloo on one card or on the CPU.
 
-With two GPUs all layouts run against one. With one GPU two processes share it over gloo, which by PyTorch's
-documentation carries `broadcast` and `all_reduce` of CUDA tensors and refuses, or may refuse, the rest:
-`send` and `recv` (pipeline stages), `all_gather_into_tensor` and `reduce_scatter_tensor` (sequence
-parallelism, the distributed optimizer, fully sharded), `all_to_all`. So on one card plain data parallelism
-and plain tensor parallelism are tried, and what gloo says to each collective is printed. Without a GPU the
-same runs, over gloo on the CPU, where nothing is refused; Transformer Engine's user buffers need CUDA.
+With two GPUs all layouts run against one. NCCL refuses two processes on one GPU, and gloo, which carries
+`broadcast` and `all_reduce` of CUDA tensors, refuses the coalesced `all_reduce` by which megatron-core sums
+gradients (seen on an H100 with torch 2.11, where another of its collectives ended the process). So one card
+trains no layout, and what gloo says is printed. Without a GPU the same runs, over gloo on the CPU, where
+nothing is refused; Transformer Engine's user buffers need CUDA.
 """
 
 import pytest
@@ -33,10 +32,10 @@ LAYOUTS = {
     "data 2, fully sharded": ParallelConfig(use_distributed_optimizer=False, fully_sharded=True),
     "tensor 2": ParallelConfig(tensor_model_parallel_size=2, use_distributed_optimizer=False),
 }
-CARRIED = ("data 2, plain optimizer", "tensor 2")
-"""By gloo between processes on one card."""
 OBJECTIVES = {"mdlm": MDLMConfig(), "duo": DuoConfig(), "esolm": EsoLMConfig(ssl_multiple=8)}
-needs_all = pytest.mark.skipif(ONE_CARD, reason="gloo refuses what it takes between processes on one card")
+needs_all = pytest.mark.skipif(
+    ONE_CARD, reason="NCCL takes one process a card, and gloo has no coalesced all-reduce of GPU tensors"
+)
 ROUNDING = 1e-5 if not HAS_CUDA else 2e-4
 """Sums in other orders; on a GPU by kernels of other shapes too."""
 
@@ -76,16 +75,14 @@ def two_processes(corpus, tmp_path_factory):
         (name, family): (parallel, (toy(corpus, directory, parallel, OBJECTIVES[family]),))
         for name, parallel in LAYOUTS.items()
         for family in OBJECTIVES
-        if not ONE_CARD or name in CARRIED
     }
     return run_on_devices(three_steps, 2, cases)
 
 
+@needs_all
 @pytest.mark.parametrize("family", OBJECTIVES)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_two_processes_train_as_one(one_process, two_processes, name, family):
-    if ONE_CARD and name not in CARRIED:
-        pytest.skip("gloo refuses what it takes between processes on one card")
     expected = one_process[family]
     for found in good(two_processes[name, family]):
         assert found["fingerprints"] == expected["fingerprints"]
@@ -151,28 +148,16 @@ def test_an_asynchronous_save_is_read_by_one_process(corpus, tmp_path):
 
 
 def try_collectives(state):
-    """What the backend says to each collective on this device's tensors."""
+    """What the backend says to sums of this device's tensors."""
     device, answers = state.device, {}
 
-    def tensor(count=4):
-        return torch.ones(count, device=device)
-
-    def exchange():
-        work = [
-            dist.P2POp(dist.isend, tensor(), 1 - state.rank),
-            dist.P2POp(dist.irecv, tensor(), 1 - state.rank),
-        ]
-        for request in dist.batch_isend_irecv(work):
-            request.wait()
+    def tensors(count):
+        return [torch.ones(4, device=device) for _ in range(count)]
 
     calls = {
-        "all_reduce": lambda: dist.all_reduce(tensor()),
-        "broadcast": lambda: dist.broadcast(tensor(), 0),
-        "all_gather": lambda: dist.all_gather([tensor(), tensor()], tensor()),
-        "all_gather_into_tensor": lambda: dist.all_gather_into_tensor(tensor(8), tensor()),
-        "reduce_scatter_tensor": lambda: dist.reduce_scatter_tensor(tensor(), tensor(8)),
-        "all_to_all_single": lambda: dist.all_to_all_single(tensor(), tensor()),
-        "send and recv": exchange,
+        "all_reduce": lambda: dist.all_reduce(*tensors(1)),
+        "broadcast": lambda: dist.broadcast(*tensors(1), 0),
+        "coalesced all_reduce": lambda: dist.all_reduce_coalesced(tensors(2)),
     }
     for name, call in calls.items():
         try:
@@ -189,3 +174,6 @@ def test_what_gloo_carries_between_processes_on_one_card(capsys):
         for name, answer in answers.items():
             print(f"\n{name}: {answer}", end="")
     assert answers["all_reduce"] == answers["broadcast"] == "carried"
+    if ONE_CARD:
+        # megatron-core sums gradients so; where gloo has learned it, the layouts above can be tried.
+        assert answers["coalesced all_reduce"].startswith("refused")

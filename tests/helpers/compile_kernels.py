@@ -14,20 +14,21 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_dlm.kernels import biased_gelu, residual_norm_kernels, rotary, row_softmax
+from megatron_dlm.kernels import biased_gelu, residual_norm, residual_norm_kernels, rotary, row_softmax
 from megatron_dlm.kernels.block_sizes import tiles_of
 
 LOW, WIDE, IDS = "*bf16", "*fp32", "*i64"
-WIDTHS = {"BLOCK": 4096, "WIDE": tl.float32}
+WIDTHS = {"BLOCK": row_softmax.LARGEST_BLOCK, "WIDE": tl.float32}
 """For the hidden size of the largest published model, 2176, and 32,001 ids."""
+SUMS = {"BLOCK": row_softmax.LARGEST_DIVERGENCE_BLOCK, "WIDE": tl.float32}
 MLP = {"BLOCK": 1024, "WIDE": tl.float32}
 ROW = {"branch": LOW, "bias": LOW, "weight": LOW, "y": LOW, "dy": LOW, "dbranch": LOW}
 KERNELS = [
     (row_softmax._statistics, {"logits": LOW, "ids": IDS}, WIDTHS),
     (row_softmax._cross_entropy_gradient, {"logits": LOW, "ids": IDS}, WIDTHS),
     (row_softmax._cross_entropy, {"logits": LOW, "ids": IDS}, WIDTHS),
-    (row_softmax._divergence_sums, {"logits": LOW, "noisy": IDS, "clean": IDS}, WIDTHS | {"WHOLE": True}),
-    (row_softmax._divergence_sums, {"logits": LOW, "noisy": IDS, "clean": IDS}, WIDTHS | {"WHOLE": False}),
+    (row_softmax._divergence_sums, {"logits": LOW, "noisy": IDS, "clean": IDS}, SUMS | {"WHOLE": True}),
+    (row_softmax._divergence_sums, {"logits": LOW, "noisy": IDS, "clean": IDS}, SUMS | {"WHOLE": False}),
     (row_softmax._divergence_gradient, {"logits": LOW, "noisy": IDS, "clean": IDS}, WIDTHS),
     *(
         (kernel, ROW, {"WIDE": tl.float32, **tiles, **which})
@@ -67,7 +68,11 @@ def compiled(kernel, pointers, constants, capability):
         name: "constexpr" if name in constants else kind_of(name, pointers) for name in kernel.arg_names
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    warps = 16 if constants.get("MAIN", 0) > 1024 else 8 if constants.get("BLOCK", 0) >= 4096 else 4
+    warps = 8 if constants.get("BLOCK", 0) >= 2048 else 4
+    if "MAIN" in constants:
+        is_backward = kernel is residual_norm_kernels.add_and_norm_gradient
+        columns = residual_norm.BACKWARD_COLUMNS if is_backward else residual_norm.FORWARD_COLUMNS
+        warps = residual_norm._warps(constants["MAIN"], columns)
     target = GPUTarget("cuda", capability, 32)
     return triton.compile(source, target=target, options={"num_warps": warps}).asm["cubin"]
 

@@ -213,7 +213,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--micro-batch-size", type=int, help="samples; otherwise what 80 GB hold")
     parser.add_argument("--microbatches", nargs="+", type=int, help="of a step; --quick: 1 8, otherwise 1")
     parser.add_argument("--rows-per-chunk", type=int, default=4096, help="rows whose logits exist at a time")
-    parser.add_argument("--recompute", choices=("none", "selective", "full"), default="selective")
+    parser.add_argument("--recompute", choices=("none", "norms", "selective", "full"), default="selective")
     parser.add_argument("--repeats", type=int, default=5, help="measured steps")
     parser.add_argument("--data", help="prefix of a shard for trainings; otherwise made of installed text")
     names = [option.name for option in OPTIONS]

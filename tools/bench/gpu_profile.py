@@ -10,7 +10,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from tools.bench.kernel_names import LAUNCHES, OTHER, PARTS, RUNTIME, WAITS, part_of
+from tools.bench.kernel_names import LAUNCHES, OTHER, PARTS, WAITS, part_of
 
 REGION = "bench: one step"
 TOP = 15
@@ -105,9 +105,6 @@ def profile_of(events: Iterable[Any], *, on_gpu: bool) -> StepProfile:
     events = list(events)
     on_cpu = [event for event in events if event.device_type == DeviceType.CPU]
     region = next(event for event in on_cpu if event.name == REGION)
-    # The runtime's own calls are numbered apart from operators.
-    operators = (event for event in on_cpu if not RUNTIME.search(event.name))
-    launchers = {event.id: event for event in operators}
     waits: dict[str, int] = {}
     launches = 0
     for event in on_cpu:
@@ -119,16 +116,30 @@ def profile_of(events: Iterable[Any], *, on_gpu: bool) -> StepProfile:
     elapsed = region.time_range.end - region.time_range.start
     found = StepProfile(waits=waits, launches=launches, wall_seconds=elapsed / 1e6)
     if on_gpu:
+        launchers = _launchers(on_cpu)
         for event in events:
             if event.device_type != DeviceType.CPU and not event.is_user_annotation:
                 spent = event.time_range.end - event.time_range.start
-                callers = _callers(launchers.get(event.linked_correlation_id))
+                alike = launchers.get((event.name, spent))
+                callers = _callers(alike.pop()) if alike else []
                 found.add(event.name, part_of(event.name, callers), spent / 1e6)
     else:
         for event in on_cpu:
             if event.name != REGION:
                 part = part_of(event.name, _callers(event))
                 found.add(event.name, part, event.self_cpu_time_total / 1e6)
+    return found
+
+
+def _launchers(on_cpu: Iterable[Any]) -> dict[tuple[str, float], list[Any]]:
+    """Operators that launched kernels, by the kernel's name and microseconds.
+
+    Before torch 2.13 events of kernels do not say who launched them; those of operators do.
+    """
+    found: dict[tuple[str, float], list[Any]] = {}
+    for operator in on_cpu:
+        for kernel in operator.kernels:
+            found.setdefault((kernel.name, kernel.duration), []).append(operator)
     return found
 
 

@@ -46,8 +46,6 @@ PATTERNS = {
 PARTS = (*dict.fromkeys([*PATTERNS, *FILES.values()]), OTHER)
 WAITS = re.compile(r"^(cuda|hip)(StreamSynchronize|DeviceSynchronize|EventSynchronize|Memcpy|Memset)$")
 """Calls of CUDA's runtime in which the CPU waits for the GPU."""
-RUNTIME = re.compile(r"^cu(da)?[A-Z]")
-"""Calls of CUDA's runtime and driver."""
 LAUNCHES = re.compile(r"^cu(da)?Launch(Cooperative)?Kernel")
 
 

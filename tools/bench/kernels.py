@@ -4,14 +4,15 @@
 
 Without a GPU bytes are counted: "needed" is each large tensor read or written once; "touched" is what the
 kernel's loads and stores touch, lane by lane, in Triton's interpreter at a small size, with the vectors of a
-sample or of the layer that every position reads anew, from cache. On a GPU the kernels alone are timed, in
-replays of a CUDA graph, beside a copy of as many bytes as are needed: 100% is the copy's speed. Medians.
+sample or of the layer that every position reads anew, from cache. On a GPU the kernels alone are timed, by
+the profiler, beside a copy of as many bytes as are needed: 100% is the copy's speed. Medians.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,13 +27,15 @@ if not torch.cuda.is_available():
     # Read where kernels are defined.
     os.environ["TRITON_INTERPRET"] = "1"
 
-import triton
 from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from megatron_dlm.kernels import biased_gelu, residual_norm
 from megatron_dlm.kernels.block_sizes import tiles_of
 from tools.bench.step import show
 
+WARM_UP, REPEATS = 3, 11
 COUNTED = (16, 2)
 """Length and batch at which touched bytes are counted."""
 FACTOR = 4
@@ -170,7 +173,17 @@ def copy_of(num_bytes: int, device: torch.device) -> Callable[[], Any]:
 
 def milliseconds(action: Callable[[], Any]) -> float:
     """Median time of the kernels that an action starts, without that of their launches."""
-    return float(triton.testing.do_bench_cudagraph(action, return_mode="median"))
+    for _ in range(WARM_UP):
+        action()
+    times = []
+    for _ in range(REPEATS):
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+            action()
+            torch.cuda.synchronize()
+        spans = (e.time_range for e in recorded.events() if e.device_type == DeviceType.CUDA)
+        times.append(sum(span.end - span.start for span in spans) / 1e3)
+    return statistics.median(times)
 
 
 def main() -> None:

@@ -6,7 +6,8 @@ and modulation are fused with the gate and residual before them instead (kernels
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from megatron.core.extensions.transformer_engine import (
@@ -15,6 +16,7 @@ from megatron.core.extensions.transformer_engine import (
     TERowParallelLinear,
 )
 from torch import Tensor, nn
+from transformer_engine.pytorch.graph import set_capture_end, set_capture_start
 from transformer_engine.pytorch.module.base import UserBufferQuantizationMode, destroy_ub, initialize_ub
 
 from megatron_dlm.models.attention import SdpaAttention
@@ -42,6 +44,23 @@ def share_buffers(rows: int, hidden_size: int, tensor_size: int, *, fp8: bool) -
         quantization_modes=[quantization],
         bootstrap_backend="nccl",
     )
+
+
+@contextmanager
+def told_of_recording() -> Iterator[None]:
+    """Tell Transformer Engine that CUDA graphs are recorded, so that it takes attention kernels that can be.
+
+    It does not look at the stream itself; before cuDNN 9.15.1 the backward pass at lengths that are no
+    multiple of 128 reads memory that is not its own when replayed.
+
+    Yields:
+        Nothing.
+    """
+    set_capture_start()
+    try:
+        yield
+    finally:
+        set_capture_end()
 
 
 class _WithoutExtraState(nn.Module):
@@ -92,6 +111,8 @@ class _AttentionCore(_WithoutExtraState, TEDotProductAttention):
         for core in cores:
             # It would set the generator of a dropout that is not there, which no CUDA graph can record.
             core.attention_dropout_ctx = nullcontext
+        # For that dropout too; while recording it would have to be of Transformer Engine's own kind.
+        self.rng_states_tracker = None
 
 
 class FusedAttention(nn.Module):

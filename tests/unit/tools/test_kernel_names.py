@@ -109,8 +109,8 @@ def test_waits_and_launches():
     assert len(set(PARTS)) == len(PARTS)
 
 
-def event(name, start, end, *, device="CPU", id=0, linked=0, parent=None, annotation=False):
-    """As `torch.profiler` gives it, of what is read."""
+def event(name, start, end, *, device="CPU", kernels=(), parent=None, annotation=False):
+    """As `torch.profiler` gives it, of what torch 2.10 to 2.13 have and is read."""
     from types import SimpleNamespace
 
     from torch.autograd import DeviceType
@@ -118,8 +118,7 @@ def event(name, start, end, *, device="CPU", id=0, linked=0, parent=None, annota
     return SimpleNamespace(
         name=name,
         device_type=getattr(DeviceType, device),
-        id=id,
-        linked_correlation_id=linked,
+        kernels=[SimpleNamespace(name=name, duration=duration) for name, duration in kernels],
         time_range=SimpleNamespace(start=start, end=end),
         cpu_parent=parent,
         is_user_annotation=annotation,
@@ -129,16 +128,16 @@ def event(name, start, end, *, device="CPU", id=0, linked=0, parent=None, annota
 def test_a_gpus_profile_is_sorted():
     from tools.bench.gpu_profile import REGION, profile_of
 
-    region = event(REGION, 0, 100, id=1, annotation=True)
-    norm = event("_ResidualNorm", 10, 20, id=2, parent=region)
+    region = event(REGION, 0, 100, annotation=True)
+    norm = event("_ResidualNorm", 10, 20, kernels=[("_forward", 20)], parent=region)
     events = [
         region,
         norm,
-        event("cudaLaunchKernel", 11, 12, id=9, linked=2),
-        event("cudaStreamSynchronize", 30, 40, id=10),
-        event("cudaDeviceSynchronize", 120, 130, id=11),
+        event("cudaLaunchKernel", 11, 12),
+        event("cudaStreamSynchronize", 30, 40),
+        event("cudaDeviceSynchronize", 120, 130),
         event(REGION, 0, 95, device="CUDA", annotation=True),
-        event("_forward", 13, 33, device="CUDA", linked=2),
+        event("_forward", 13, 33, device="CUDA"),
         event("nvjet_hsh_1", 33, 73, device="CUDA"),
         event("strange", 73, 93, device="CUDA"),
     ]
