@@ -129,7 +129,23 @@ def compiled(model, batch, logits):
     torch.testing.assert_close(found, logits)
 
 
+def uploaded(model, out):
+    """Names of the files that are there when transformers uploads; nothing leaves this machine."""
+    from transformers.utils.hub import PushToHubMixin
+
+    original, found = PushToHubMixin._upload_modified_files, set()
+    PushToHubMixin._upload_modified_files = lambda self, folder, *words: found.update(Path(folder).iterdir())
+    try:
+        transformers.PreTrainedModel.save_pretrained(model, out)
+        model._upload_modified_files(out, "someone/model", {})
+    finally:
+        PushToHubMixin._upload_modified_files = original
+    return {path.name for path in found}
+
+
 def saved_again(auto, model, tokenizer, batch, logits, out):
+    files = {"megatron_dlm_run.json", "export_report.json", "check.json", "modeling_megatron_dlm.py"}
+    assert files <= uploaded(model, out.parent / "uploaded")
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     names = {path.name for path in out.iterdir()}

@@ -97,6 +97,11 @@ class MegatronDlmModel(PreTrainedModel):
         super().save_pretrained(save_directory, **kwargs)
         copy_export_files(self.config._name_or_path, save_directory)
 
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        # Within `save_pretrained(push_to_hub=True)`, before the files are beside the weights.
+        copy_export_files(self.config._name_or_path, working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
     def forward(
         self,
         input_ids=None,
