@@ -39,7 +39,7 @@ from tools import tiny
 from tools.ports import free_port
 
 FAMILIES = ("ar", "mdlm", "duo", "esolm")
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 FILE_LIMIT_BYTES = 50_000
 """Room for metrics, not for a checkpoint."""
 DEADLINE_SECONDS = 120.0

@@ -18,6 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from megatron_dlm.cli.arguments import with_home
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.telemetry.writers import METRICS_FILE, read_metrics, same_window
 
@@ -70,7 +71,7 @@ def main() -> int:
     parser.add_argument("runs", nargs=2, type=Path, metavar="RUN", help="directory of a run")
     parser.add_argument("--tolerance", type=float, default=0.0, help="relative difference that still agrees")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the differences over steps")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(with_home(sys.argv[1:]))
     try:
         first, second = (training_steps(run) for run in arguments.runs)
     except InputError as error:

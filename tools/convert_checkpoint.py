@@ -10,11 +10,13 @@ tensor, pipeline, context or data parallel size is read, and what is written loa
 from __future__ import annotations
 
 import argparse
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from megatron_dlm.checkpointing.layout import REFERENCE_SUFFIX
+from megatron_dlm.cli.arguments import with_home
 from megatron_dlm.cli.main import run_and_exit
 from megatron_dlm.interfaces import InputError
 
@@ -31,7 +33,7 @@ def main() -> None:
     parser.add_argument("--saver", choices=FORMATS, required=True, help="what --save-dir becomes")
     parser.add_argument("--load-dir", type=Path, required=True, help="step-NNNNNNNN, folder or .ckpt file")
     parser.add_argument("--save-dir", type=Path, required=True, help="folder, or .ckpt file, to make")
-    arguments, more = parser.parse_known_args()
+    arguments, more = parser.parse_known_args(with_home(sys.argv[1:]))
     run_and_exit("convert_checkpoint", lambda: convert(arguments, more))
 
 

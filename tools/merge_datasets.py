@@ -8,6 +8,7 @@ The inputs' checksums are verified first. Exit code 2 where shards do not fit to
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_dlm.cli.arguments import with_home
 from megatron_dlm.cli.main import run_and_exit
 from megatron_dlm.data.preprocessing.merge_parts import TokenCounts, merge_tokens, publish
 from megatron_dlm.data.shards.manifest import FileDigest, shard_path
@@ -106,7 +108,7 @@ def main() -> int:
     )
     parser.add_argument("--input", nargs="+", type=Path, required=True, help="prefixes of shards, in order")
     parser.add_argument("--output", type=Path, required=True, help="prefix of the joined shard")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(with_home(sys.argv[1:]))
     merge(arguments.input, arguments.output)
     return 0
 

@@ -12,8 +12,10 @@ supported are named.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
+from megatron_dlm.cli.arguments import with_home
 from megatron_dlm.cli.index import index
 from megatron_dlm.cli.main import run_and_exit
 from megatron_dlm.data.preprocessing.index import IndexConfig
@@ -45,7 +47,7 @@ def parse() -> IndexConfig:
     parser.add_argument("--special-tokens-in-text", action="store_true", help="text may spell special tokens")
     for flag, why in WITHOUT_EFFECT.items():
         parser.add_argument(flag, type=int, help=f"accepted, without effect: {why}")
-    arguments, unknown = parser.parse_known_args()
+    arguments, unknown = parser.parse_known_args(with_home(sys.argv[1:]))
     if unknown:
         raise InputError(f"{unknown[0]}: not supported; --help lists what is")
     if arguments.tokenizer_type not in TOKENIZERS:

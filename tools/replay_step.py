@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_dlm.checkpointing.layout import CHECKPOINTS, CheckpointRoot, read_json, step_of
+from megatron_dlm.cli.arguments import with_home
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.platform.codec import decode
 from megatron_dlm.platform.launch import detect_environment
@@ -122,7 +123,7 @@ def main() -> None:
     )
     parser.add_argument("dump", type=Path, help="RUN/bad-step-NNNNNNNN.json")
     parser.add_argument("--checkpoint", type=Path, help="step-NNNNNNNN directory to take the weights from")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(with_home(sys.argv[1:]))
     try:
         finite = replay(arguments.dump, arguments.checkpoint)
     except InputError as error:

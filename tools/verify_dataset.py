@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from megatron_dlm.cli.arguments import with_home
 from megatron_dlm.data.shards.shard import Shard
 from megatron_dlm.data.tokenizers.tokenizer import load_tokenizer
 from megatron_dlm.interfaces import InputError
@@ -71,7 +72,7 @@ def main() -> None:
     parser.add_argument("prefixes", nargs="+", metavar="PREFIX", help="shards to verify, or their URLs")
     parser.add_argument("--tokenizer", type=Path, help="decode with it (the manifest's, where it still is)")
     parser.add_argument("--documents", type=int, default=2, help="documents of each shard to decode (2)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(with_home(sys.argv[1:]))
     table = Table("shard", "documents", "tokens", "dtype", "ids", "mask id", "verdict")
     failed = False
     for prefix in arguments.prefixes:

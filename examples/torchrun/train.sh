@@ -25,7 +25,11 @@ if command -v nvidia-smi >/dev/null; then
     gpus=$(nvidia-smi --list-gpus | wc -l)
 fi
 # torchrun forwards only these to the workers; USR1 would otherwise kill it and leave them behind.
-signals=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
+signals=SIGTERM,SIGINT,SIGQUIT,SIGUSR1
+# Under nohup a terminal that closes is to be ignored, by torchrun too.
+if [[ $(trap -p SIGHUP) != "trap -- ''"* ]]; then
+    signals+=,SIGHUP
+fi
 nodes=${NUM_NODES:-1}
 if [[ $nodes -gt 1 && -z ${MASTER_ADDR:-} ]]; then
     echo "train.sh: error: MASTER_ADDR: not set; $nodes nodes need the address of node 0" >&2

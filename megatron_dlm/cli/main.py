@@ -5,7 +5,10 @@ Exit codes: 0 done, 1 error, 2 bad configuration or usage, 3 stopped by a signal
 
 from __future__ import annotations
 
+import errno
 import importlib
+import os
+import resource
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -27,6 +30,9 @@ VERBS = {
 EXIT_SAVE_FAILED = 75
 """Exit code when checkpoints cannot be saved: EX_TEMPFAIL of sysexits.h."""
 
+OPEN_FILES = 1 << 16
+"""Files that a process wants to have open at once: each shard of a blend is one or two."""
+
 USAGE = f"""usage: megatron-dlm VERB [arguments]
 
 Training of discrete diffusion language models. Version {__version__}.
@@ -42,7 +48,10 @@ exit codes: 0 done, 1 error, 2 bad configuration or usage, 3 stopped by a signal
 
 def main() -> None:
     """Run the verb named by the command line."""
-    arguments = sys.argv[1:]
+    from megatron_dlm.cli.arguments import with_home
+
+    raise_open_files_limit()
+    arguments = with_home(sys.argv[1:])
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         sys.exit(0 if arguments else 2)
@@ -55,6 +64,14 @@ def main() -> None:
     run_and_exit(
         f"megatron-dlm {verb}", lambda: importlib.import_module(f"megatron_dlm.cli.{verb}").run(arguments[1:])
     )
+
+
+def raise_open_files_limit() -> None:
+    """Let this process and its children open OPEN_FILES files, or as many as the hard limit allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def run_and_exit(program: str, action: Callable[[], int]) -> NoReturn:
@@ -72,6 +89,10 @@ def run_and_exit(program: str, action: Callable[[], int]) -> NoReturn:
         fail(program, str(error), exit_code=EXIT_SAVE_FAILED)
     except TrainingError as error:
         fail(program, str(error), exit_code=1)
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        fail(program, str(error), exit_code=1)
 
 
 def fail(program: str, message: str, exit_code: int = 2) -> NoReturn:
@@ -87,6 +108,9 @@ def fail(program: str, message: str, exit_code: int = 2) -> NoReturn:
     from megatron_dlm.platform.launch import detect_environment
 
     torch_distributed = sys.modules.get("torch.distributed")
+    if os.strerror(errno.EMFILE) in message:
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        message += f"; {limit:,} files may be open at once: raise it with ulimit -n, in its hard limit too"
     started = torch_distributed is not None and torch_distributed.is_initialized()
     try:
         rank = detect_environment().rank

@@ -22,8 +22,9 @@ Start one process per device: examples/torchrun/train.sh, examples/slurm/train.s
 --budget-flops sets steps, warm-up and decay as the paper's IsoFLOP runs have them, for example 6e18; the rest
 of the recipe, its directory too, stays.
 --dry-run checks the configuration for a job of that many processes, prints its layout and starts nothing.
-A run continues from the newest complete checkpoint in its directory. SIGTERM, SIGUSR1 or SIGINT saves and
-stops it with exit code 3; making the file save-now in its directory saves it.
+A run continues from the newest complete checkpoint in its directory. SIGTERM, SIGUSR1, SIGINT or SIGHUP saves
+and stops it with exit code 3; under nohup SIGHUP is ignored. Making the file save-now in its directory saves
+it.
 """
 
 

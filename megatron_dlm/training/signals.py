@@ -16,12 +16,12 @@ EXIT_PREEMPTED = 3
 
 
 class StopSignals:
-    """Handles SIGTERM, SIGUSR1 and SIGINT, which schedulers and terminals send before they kill a job.
+    """Handles SIGTERM, SIGUSR1, SIGINT and SIGHUP, which schedulers and terminals send before they end a job.
 
     The first signal asks the run to save and stop; before the process groups exist there is nothing to save,
     and the process ends at once. A second signal also ends it at once, but only if it comes more than
     REPEATED_SIGNAL_SECONDS after the first: launchers deliver one signal twice (to the process and to its
-    group).
+    group). SIGHUP stays ignored where it is at the start, as under nohup.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,8 @@ class StopSignals:
         self.ranks_have_met = False
         self._received_at = 0.0
         for number in JOB_SIGNALS:
-            signal.signal(number, self._receive)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if not self.ranks_have_met:

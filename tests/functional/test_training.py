@@ -3,11 +3,17 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
+from contextlib import suppress
 
 import pytest
 
 from megatron_dlm.telemetry.writers import read_metrics
+from tests.helpers.paths import ROOT
+from tests.helpers.processes import CPU
 from tests.helpers.runs import STEPS, arguments_for, finish, start, tensor_files, train_metrics, wait_for_step
+from tools.ports import free_port
 
 
 def test_a_run_reports_and_saves(uninterrupted):
@@ -45,7 +51,7 @@ def test_killed_and_resumed_equals_uninterrupted(corpus, tmp_path, uninterrupted
     assert tensor_files(directory) == tensor_files(uninterrupted[0])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_exits_with_3(corpus, tmp_path, uninterrupted, number):
     directory = tmp_path / "run"
     process = start(arguments_for(corpus, directory))
@@ -61,6 +67,25 @@ def test_a_signal_saves_and_exits_with_3(corpus, tmp_path, uninterrupted, number
         code, output = finish(start(arguments_for(corpus, directory)))
         assert code == 0, output
         assert train_metrics(directory) == train_metrics(uninterrupted[0])
+
+
+def test_nohup_outlives_its_terminal(corpus, tmp_path):
+    """The launcher too: torchrun would forward the signal."""
+    words = ["nohup", "examples/torchrun/train.sh", *arguments_for(corpus, tmp_path / "run")[1:]]
+    environment = os.environ | CPU | {"PYTHON": sys.executable, "MASTER_PORT": str(free_port())}
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            list(map(str, words)), cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+    try:
+        wait_for_step(process, tmp_path / "run", 3)
+        os.killpg(process.pid, signal.SIGHUP)
+        assert process.wait(90) == 0, (tmp_path / "log").read_text()
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert max(train_metrics(tmp_path / "run")) == STEPS
 
 
 def test_a_time_limit_saves_and_exits_with_3(corpus, tmp_path):

@@ -1,8 +1,12 @@
-"""Help texts are the fields' docstrings, each as one paragraph."""
+"""The command line: help texts, paths below a home directory, and how many files may be open."""
+
+import errno
+import os
+import resource
 
 import pytest
 
-from megatron_dlm.cli import arguments
+from megatron_dlm.cli import arguments, main
 from megatron_dlm.families.mdlm.objective import MDLMConfig
 from megatron_dlm.run.presets import tiny_run
 
@@ -21,3 +25,44 @@ def test_a_docstring_of_several_lines_is_one_paragraph(capsys, monkeypatch):
         ("Seconds that a step may take", "prints the stacks of its threads and ends."),
     ):
         assert any(beginning in line and end in line for line in lines), beginning
+
+
+def test_a_home_directory_is_found_wherever_a_shell_leaves_it(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    given = ["~/a.py", "--directory=~/runs/x", "--data.train", "0.3", "~/b", "--lr=3e-4", "a~/b", "~"]
+    expected = ["/home/someone/a.py", "--directory=/home/someone/runs/x", "--data.train", "0.3"]
+    expected += ["/home/someone/b", "--lr=3e-4", "a~/b", "/home/someone"]
+    assert arguments.with_home(given) == expected
+    assert arguments.with_home(["--a=~no-such-user/x"]) == ["--a=~no-such-user/x"]
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ((256, 4096), (4096, 4096)),
+        ((256, 1 << 20), (main.OPEN_FILES, 1 << 20)),
+        ((256, resource.RLIM_INFINITY), (main.OPEN_FILES, resource.RLIM_INFINITY)),
+        ((1 << 17, 1 << 20), None),
+        ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), None),
+        ((256, 256), None),
+    ],
+)
+def test_as_many_files_may_be_open_as_the_hard_limit_allows(monkeypatch, limits, expected):
+    asked = []
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: limits)
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, wanted: asked.append(wanted))
+    main.raise_open_files_limit()
+    assert asked == ([] if expected is None else [expected])
+
+
+@pytest.mark.parametrize("kind", [OSError, main.InputError])
+def test_too_many_open_files_says_how_to_allow_more(capsys, kind):
+    reason = os.strerror(errno.EMFILE)
+
+    def action():
+        raise OSError(errno.EMFILE, reason, "a.bin") if kind is OSError else kind(f"data: a.json: {reason}")
+
+    with pytest.raises(SystemExit) as stop:
+        main.run_and_exit("megatron-dlm train", action)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code and "ulimit -n" in line and "a." in line

@@ -95,7 +95,7 @@ def test_signals_of_the_job_do_not_end_workers(children):
     source = prefetcher(workers=1)
     source.get(0)
     (worker,) = children()
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
         worker.send_signal(number)
     assert [source.get(step)["values"][0].item() for step in range(1, 8)] == [n**2 for n in range(1, 8)]
     source.close()
