@@ -163,7 +163,8 @@ def load(
             in whether the optimizer is sharded.
     """
     loaded = _load(_without_sharded(denoiser, _model_state(denoiser, parallel)), directory, parallel)
-    found = denoiser.load_state_dict(loaded["model"], strict=False)
+    # Nothing is there of a stage whose weights are all sharded.
+    found = denoiser.load_state_dict(loaded.get("model", {}), strict=False)
     if set(found.missing_keys) != sharded_names(denoiser) or found.unexpected_keys:
         raise InputError(f"checkpoint: {directory}: not the tensors of this model: {found}")
     for chunk in denoiser.chunks:
