@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,13 @@ from typing import IO, Any
 
 import orjson
 
-from megatron_dlm.data.preprocessing.input_files import Source, find_sources, open_decompressed, open_raw
+from megatron_dlm.data.preprocessing.input_files import (
+    Source,
+    damage_errors,
+    find_sources,
+    open_decompressed,
+    open_raw,
+)
 from megatron_dlm.data.preprocessing.work_units import Unit, open_parquet, plan_units
 from megatron_dlm.interfaces import InputError
 
@@ -84,7 +89,7 @@ def read_batches(source: Source, unit: Unit, keys: Sequence[str], max_line_bytes
                 file.seek(unit.start)
             lines = _lines(file, unit.end - unit.start if source.divisible else None, max_line_bytes)
             yield from readers[source.format](lines, keys, max_line_bytes)
-    except (EOFError, zlib.error) as error:
+    except damage_errors() as error:
         raise InputError(f"input: {source.path}: cut short or damaged: {error}") from error
     except OSError as error:
         if error.errno is not None:

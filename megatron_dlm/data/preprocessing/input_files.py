@@ -7,6 +7,7 @@ import gzip
 import io
 import os
 import sys
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,9 @@ SUFFIXES: dict[str, Format] = {
     ".parquet": "parquet",
 }
 COMPRESSED = (".gz", ".zst")
+ZSTANDARD_WINDOW_LOG = 31
+"""Largest window of a Zstandard frame, log2 of bytes: that of `zstd --ultra --long=31`. Reading such a frame
+takes that much memory."""
 
 
 @dataclass(frozen=True)
@@ -169,10 +173,21 @@ def open_decompressed(source: Source) -> IO[bytes]:
     return opened
 
 
-def _open_zstandard(raw: IO[bytes]) -> IO[bytes]:
+def damage_errors() -> tuple[type[Exception], ...]:
+    """What reading an archive raises where it is damaged or cut short, beside OSError without a number."""
+    return (EOFError, zlib.error, _zstandard().ZstdError)
+
+
+def _zstandard() -> Any:
     if sys.version_info >= (3, 14):
         from compression import zstd
     else:
         from backports import zstd
-    opened: Any = zstd.open(raw, "rb")
+    return zstd
+
+
+def _open_zstandard(raw: IO[bytes]) -> IO[bytes]:
+    zstd = _zstandard()
+    longest: dict[int, int] = {zstd.DecompressionParameter.window_log_max: ZSTANDARD_WINDOW_LOG}
+    opened: Any = zstd.open(raw, "rb", options=longest)
     return opened

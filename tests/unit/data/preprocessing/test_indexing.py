@@ -102,6 +102,38 @@ def test_an_archive_cut_short_is_named(corpus, tmp_path, name):
         build(config_for(corpus, tmp_path, path))
 
 
+@pytest.mark.parametrize("name", ["jsonl.gz", "jsonl.zst"])
+def test_a_damaged_archive_is_named(corpus, tmp_path, name):
+    """Whatever a codec raises for a byte that is another one: of its header, in the middle, at its end."""
+    path = write_format(tmp_path, name)
+    whole, refused = path.read_bytes(), 0
+    for place in (0, 2, 4, 6, 12, len(whole) // 2, len(whole) - 6):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+        config = config_for(corpus, tmp_path, path, output=tmp_path / str(place) / "shard", workers=1)
+        try:
+            build(config)
+        except InputError as error:
+            refused += 1
+            assert str(path) in str(error)
+    assert refused >= 3
+
+
+@pytest.mark.parametrize("log", [27, 28, 31])
+def test_zstandard_windows_of_any_length_are_read(corpus, tmp_path, reference, log):
+    """Dumps of forums are written with `--long=31`; libzstd refuses windows above 2^27 unless asked."""
+    zstd = pytest.importorskip("backports.zstd")
+    option = zstd.CompressionParameter
+    options = {option.window_log: log, option.enable_long_distance_matching: 1}
+    path = write_format(tmp_path, "jsonl.zst")
+    lines = zstd.decompress(path.read_bytes())
+    compressor = zstd.ZstdCompressor(options=options)
+    # In pieces: of a whole text the window is cut to its length.
+    path.write_bytes(compressor.compress(lines[:100]) + compressor.compress(lines[100:]) + compressor.flush())
+    config = config_for(corpus, tmp_path, path)
+    build(config)
+    assert digests(config.output) == reference[1]
+
+
 def test_directories_globs_and_several_files_are_read_by_name(corpus, tmp_path, reference):
     parts = tmp_path / "parts"
     parts.mkdir()
