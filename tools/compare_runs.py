@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megatron_dlm.cli.arguments import with_home
+from megatron_dlm.cli.main import with_home
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.telemetry.writers import METRICS_FILE, read_metrics, same_window
 

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dlm.checkpointing.layout import REFERENCE_SUFFIX
-from megatron_dlm.cli.arguments import with_home
-from megatron_dlm.cli.main import run_and_exit
+from megatron_dlm.cli.main import run_and_exit, with_home
 from megatron_dlm.interfaces import InputError
 
 FORMATS = ("megatron", "hugging-face", "reference")

@@ -16,8 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_dlm.cli.arguments import with_home
-from megatron_dlm.cli.main import run_and_exit
+from megatron_dlm.cli.main import run_and_exit, with_home
 from megatron_dlm.data.preprocessing.merge_parts import TokenCounts, merge_tokens, publish
 from megatron_dlm.data.shards.manifest import FileDigest, shard_path
 from megatron_dlm.data.shards.shard import Shard, ShardIndex, read_index, write_index

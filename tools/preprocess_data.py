@@ -15,9 +15,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_dlm.cli.arguments import with_home
 from megatron_dlm.cli.index import index
-from megatron_dlm.cli.main import run_and_exit
+from megatron_dlm.cli.main import run_and_exit, with_home
 from megatron_dlm.data.preprocessing.index import IndexConfig
 from megatron_dlm.interfaces import InputError
 

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_dlm.checkpointing.layout import CHECKPOINTS, CheckpointRoot, read_json, step_of
-from megatron_dlm.cli.arguments import with_home
+from megatron_dlm.cli.main import with_home
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.platform.codec import decode
 from megatron_dlm.platform.launch import detect_environment

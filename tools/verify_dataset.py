@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from megatron_dlm.cli.arguments import with_home
+from megatron_dlm.cli.main import with_home
 from megatron_dlm.data.shards.shard import Shard
 from megatron_dlm.data.tokenizers.tokenizer import load_tokenizer
 from megatron_dlm.interfaces import InputError

@@ -192,8 +192,6 @@ def load_weights(
     state = _model_state(denoiser, parallel)
     parameters = {name for name, _ in denoiser.named_parameters()}
     for name, tensor in list(state["model"].items()):
-        if not isinstance(tensor, ShardedTensor):
-            continue
         if name not in parameters and tensor.key not in stored:
             # Maxima of FP8's delayed scaling, of a run that had none.
             del state["model"][name]

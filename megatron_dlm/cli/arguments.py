@@ -107,25 +107,6 @@ def _paragraphs(declared: type) -> dict[str, str]:
     }
 
 
-def with_home(arguments: Sequence[str]) -> list[str]:
-    """Expand ~ and ~user in `~/path` and `--option=~/path`; a shell leaves it where it is quoted or behind =.
-
-    Args:
-        arguments: command-line arguments.
-
-    Returns:
-        The arguments; those of a user that is not there stay as they are.
-    """
-    found = []
-    for word in arguments:
-        option, equals, value = word.partition("=")
-        if word.startswith("--") and equals:
-            found.append(f"{option}={os.path.expanduser(value)}")
-        else:
-            found.append(os.path.expanduser(word))
-    return found
-
-
 def check_new_file(name: str, path: Path | None) -> None:
     """Check that an output file can be written, before the work that produces it.
 

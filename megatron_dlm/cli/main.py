@@ -10,7 +10,7 @@ import importlib
 import os
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from megatron_dlm import __version__
@@ -48,8 +48,6 @@ exit codes: 0 done, 1 error, 2 bad configuration or usage, 3 stopped by a signal
 
 def main() -> None:
     """Run the verb named by the command line."""
-    from megatron_dlm.cli.arguments import with_home
-
     raise_open_files_limit()
     arguments = with_home(sys.argv[1:])
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -64,6 +62,25 @@ def main() -> None:
     run_and_exit(
         f"megatron-dlm {verb}", lambda: importlib.import_module(f"megatron_dlm.cli.{verb}").run(arguments[1:])
     )
+
+
+def with_home(arguments: Sequence[str]) -> list[str]:
+    """Expand ~ and ~user in `~/path` and `--option=~/path`; a shell leaves it where it is quoted or behind =.
+
+    Args:
+        arguments: command-line arguments.
+
+    Returns:
+        The arguments; those of a user that is not there stay as they are.
+    """
+    found = []
+    for word in arguments:
+        option, equals, value = word.partition("=")
+        if word.startswith("--") and equals:
+            found.append(f"{option}={os.path.expanduser(value)}")
+        else:
+            found.append(os.path.expanduser(word))
+    return found
 
 
 def raise_open_files_limit() -> None:

@@ -32,8 +32,8 @@ def test_a_home_directory_is_found_wherever_a_shell_leaves_it(monkeypatch):
     given = ["~/a.py", "--directory=~/runs/x", "--data.train", "0.3", "~/b", "--lr=3e-4", "a~/b", "~"]
     expected = ["/home/someone/a.py", "--directory=/home/someone/runs/x", "--data.train", "0.3"]
     expected += ["/home/someone/b", "--lr=3e-4", "a~/b", "/home/someone"]
-    assert arguments.with_home(given) == expected
-    assert arguments.with_home(["--a=~no-such-user/x"]) == ["--a=~no-such-user/x"]
+    assert main.with_home(given) == expected
+    assert main.with_home(["--a=~no-such-user/x"]) == ["--a=~no-such-user/x"]
 
 
 @pytest.mark.parametrize(
