@@ -22,7 +22,7 @@ EXTRAS = {
     "eval": ["matplotlib"],
     "harness": ["lm-eval>=0.4.10,<0.5"],
     "test": [
-        *("moto[s3,server]>=5", "psutil", "pytest>=8", "pytest-timeout", "pytest-xdist"),
+        *("moto[s3,server]>=5", "pytest>=8", "pytest-timeout", "pytest-xdist"),
         # What users of exports have.
         *("accelerate>=1.3", "peft>=0.15"),
     ],
@@ -48,6 +48,7 @@ setup(
         "filelock>=3.12",
         "numpy>=1.26",
         "packaging>=23",
+        "psutil>=5.9",
         "safetensors>=0.4",
         "scipy>=1.11",
         "huggingface-hub>=0.25",

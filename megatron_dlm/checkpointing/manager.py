@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ class PendingSave:
             SaveError: the storage is full or cannot be written.
         """
         self.step = step
+        self._started_at = time.monotonic()
         self._root = root
         self._parallel = parallel
         self._records = records
@@ -107,6 +109,10 @@ class PendingSave:
             raise SaveError(self._share.error or f"{failures} other ranks have no memory for their copies")
         if free < needed:
             raise SaveError(f"{self._root.path}: {needed:,} bytes needed, {free:,} free")
+
+    def seconds(self) -> float:
+        """Seconds since the save began."""
+        return time.monotonic() - self._started_at
 
     def is_done(self) -> bool:
         """Whether `finish` has nothing to wait for on this rank."""

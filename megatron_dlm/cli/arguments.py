@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import os
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -46,26 +44,19 @@ def parse(declared: type[T], arguments: Sequence[str], *, verb: str, default: T 
     options: dict[str, Any] = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(complaint):
-            try:
-                parsed: T = tyro.cli(
-                    declared,
-                    args=list(arguments),
-                    prog=f"megatron-dlm {verb}",
-                    config=(tyro.conf.AvoidSubcommands,),
-                    registry=_flowing_help(),
-                    **options,
-                )
-            finally:
-                sys.stdout.flush()
+            parsed: T = tyro.cli(
+                declared,
+                args=list(arguments),
+                prog=f"megatron-dlm {verb}",
+                config=(tyro.conf.AvoidSubcommands,),
+                registry=_flowing_help(),
+                **options,
+            )
             return parsed
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
         raise InputError(_one_line(complaint.getvalue())) from None
-    except BrokenPipeError:
-        # The help's reader has left, as `head` does; what is still in the buffer goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0) from None
 
 
 def _flowing_help() -> ConstructorRegistry:
@@ -139,5 +130,7 @@ def _one_line(panel: str) -> str:
     words = "".join(" " if character in "│╭╮╰╯─" else character for character in panel).split()
     text = " ".join(words)
     text = text.split("For full helptext")[0].removeprefix("Parsing error").strip()
+    # The panel's title repeats its text.
+    text = text.removeprefix("Unrecognized options ")
     # Our own InputError, raised while a section was built, already names its field.
     return re.sub(r"^Value error Error parsing \S+: ", "", text)

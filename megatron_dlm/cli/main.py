@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from megatron_dlm import __version__
+from megatron_dlm.cli.process import output_error, prepare_process
+from megatron_dlm.cli.torchrun import record_for_torchrun
 from megatron_dlm.interfaces import InputError, SaveError, TrainingError
 
 VERBS = {
@@ -29,9 +31,10 @@ VERBS = {
 
 EXIT_SAVE_FAILED = 75
 """Exit code when checkpoints cannot be saved: EX_TEMPFAIL of sysexits.h."""
-
-OPEN_FILES = 1 << 16
-"""Files that a process wants to have open at once: each shard of a blend is one or two."""
+EXIT_INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it; `train` saves instead."""
+PRINTING_VERBS = ("checkpoint", "evaluate", "sample")
+"""Verbs whose result is what they print."""
 
 USAGE = f"""usage: megatron-dlm VERB [arguments]
 
@@ -48,7 +51,7 @@ exit codes: 0 done, 1 error, 2 bad configuration or usage, 3 stopped by a signal
 
 def main() -> None:
     """Run the verb named by the command line."""
-    raise_open_files_limit()
+    prepare_process()
     arguments = with_home(sys.argv[1:])
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -60,7 +63,9 @@ def main() -> None:
     if verb not in VERBS:
         fail("megatron-dlm", f"verb: {verb!r} is not one of {', '.join(VERBS)}")
     run_and_exit(
-        f"megatron-dlm {verb}", lambda: importlib.import_module(f"megatron_dlm.cli.{verb}").run(arguments[1:])
+        f"megatron-dlm {verb}",
+        lambda: importlib.import_module(f"megatron_dlm.cli.{verb}").run(arguments[1:]),
+        result_is_printed=verb in PRINTING_VERBS,
     )
 
 
@@ -83,39 +88,43 @@ def with_home(arguments: Sequence[str]) -> list[str]:
     return found
 
 
-def raise_open_files_limit() -> None:
-    """Let this process and its children open OPEN_FILES files, or as many as the hard limit allows."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def run_and_exit(program: str, action: Callable[[], int]) -> NoReturn:
+def run_and_exit(program: str, action: Callable[[], int], *, result_is_printed: bool = False) -> NoReturn:
     """Exit with the code that `action` returns, or print its error as one line and exit.
 
     Args:
         program: command and verb.
         action: returns an exit code.
+        result_is_printed: whether standard output holds the result, so that losing a part of it is an error.
     """
+    prepare_process()
     try:
-        sys.exit(action())
+        code = action()
     except InputError as error:
         fail(program, str(error))
     except SaveError as error:
         fail(program, str(error), exit_code=EXIT_SAVE_FAILED)
     except TrainingError as error:
         fail(program, str(error), exit_code=1)
+    except KeyboardInterrupt:
+        fail(program, "interrupted", exit_code=EXIT_INTERRUPTED)
     except OSError as error:
         if error.errno != errno.EMFILE:
+            record_for_torchrun(f"{type(error).__name__}: {error}")
             raise
         fail(program, str(error), exit_code=1)
+    except Exception as error:
+        record_for_torchrun(f"{type(error).__name__}: {error}")
+        raise
+    if result_is_printed and (lost := output_error()):
+        fail(program, f"standard output: {lost.strerror}; a part of the result was not printed", exit_code=1)
+    sys.exit(code)
 
 
 def fail(program: str, message: str, exit_code: int = 2) -> NoReturn:
     """Print one line and exit.
 
-    Before the process group exists, all ranks find the same error, so only rank 0 prints it.
+    Before the process group exists, all ranks find the same error, so only rank 0 prints it. What a rank
+    alone can find (exit code 1: rank 0 does not answer) is printed by one process of each node.
 
     Args:
         program: command and verb.
@@ -130,11 +139,14 @@ def fail(program: str, message: str, exit_code: int = 2) -> NoReturn:
         message += f"; {limit:,} files may be open at once: raise it with ulimit -n, in its hard limit too"
     started = torch_distributed is not None and torch_distributed.is_initialized()
     try:
-        rank = detect_environment().rank
+        environment = detect_environment()
+        rank, is_first_here = environment.rank, environment.local_rank == 0
     except InputError:
         # The environment itself is the fault, and it names no rank.
-        rank = 0
-    if started or rank == 0:
-        where = f" on rank {rank}" if started else ""
-        print(f"{program}: error{where}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        rank, is_first_here = 0, True
+    message = " ".join(message.split())
+    record_for_torchrun(message)
+    if started or rank == 0 or (exit_code == 1 and is_first_here):
+        where = f" on rank {rank}" if started or rank else ""
+        print(f"{program}: error{where}: {message}", file=sys.stderr, flush=True)
     sys.exit(exit_code)

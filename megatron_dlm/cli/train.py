@@ -12,8 +12,8 @@ from megatron_dlm.interfaces import InputError
 if TYPE_CHECKING:
     from megatron_dlm.run.config import RunConfig
 
-USAGE = """usage: megatron-dlm train RECIPE [--model.size NAME] [--budget-flops FLOPS] [--dry-run PROCESSES]
-                          [--field.name VALUE ...]
+USAGE = """usage: megatron-dlm train RECIPE [--model.size NAME] [--budget-flops FLOPS]
+                          [--dry-run PROCESSES | --check PROCESSES] [--field.name VALUE ...]
 
 RECIPE is a Python file with a function recipe() -> RunConfig, such as those under examples/, or the run.json
 of a checkpoint. `megatron-dlm train RECIPE --help` lists every field with its unit and the recipe's value.
@@ -22,6 +22,7 @@ Start one process per device: examples/torchrun/train.sh, examples/slurm/train.s
 --budget-flops sets steps, warm-up and decay as the paper's IsoFLOP runs have them, for example 6e18; the rest
 of the recipe, its directory too, stays.
 --dry-run checks the configuration for a job of that many processes, prints its layout and starts nothing.
+--check also checks the data and what the run starts from, and prints nothing if the job can run.
 A run continues from the newest complete checkpoint in its directory. SIGTERM, SIGUSR1, SIGINT or SIGHUP saves
 and stops it with exit code 3; under nohup SIGHUP is ignored. Making the file save-now in its directory saves
 it.
@@ -37,7 +38,8 @@ def run(arguments: list[str]) -> int:
         raise InputError(f"recipe: expected a file before {arguments[0]}; see megatron-dlm train --help")
     from megatron_dlm.run.config import RunConfig, load_recipe
 
-    overrides, processes = _take_dry_run(arguments[1:])
+    overrides, processes = _take_processes("--dry-run", arguments[1:])
+    overrides, checked_processes = _take_processes("--check", overrides)
     overrides, size = _take_option(overrides, "--model.size")
     overrides, budget = _take_option(overrides, "--budget-flops")
     recipe = load_recipe(Path(arguments[0]))
@@ -51,21 +53,43 @@ def run(arguments: list[str]) -> int:
 
         config = within_budget(config, _positive_number("--budget-flops", budget))
     if processes is not None:
-        print(describe_layout(config, processes))
+        _describe(config, processes)
         return 0
+    if checked_processes is not None:
+        from megatron_dlm.training.train import check_start
+
+        check_start(config, checked_processes)
+        return 0
+    from megatron_dlm.cli.process import log_lines
     from megatron_dlm.training.signals import EXIT_PREEMPTED
     from megatron_dlm.training.train import train
 
+    log_lines(with_time=True, quiet=config.telemetry.console == "quiet")
     return 0 if train(config) else EXIT_PREEMPTED
 
 
-def _take_dry_run(arguments: list[str]) -> tuple[list[str], int | None]:
-    """The arguments without `--dry-run PROCESSES`, and its number."""
-    rest, value = _take_option(arguments, "--dry-run")
+def _describe(config: RunConfig, processes: int) -> None:
+    """Print what a run on that many processes does; raises InputError if it cannot."""
+    from megatron_dlm.run.description import describe_layout
+    from megatron_dlm.run.flops_budget import describe_flops
+    from megatron_dlm.run.validation import check_run
+
+    check_run(config, processes)
+    lines = describe_layout(config, processes) | {
+        "FLOPs": describe_flops(config),
+        "data": f"{' '.join(config.data.train)}, validation {config.data.validation or 'of the same shards'}",
+    }
+    for name, value in lines.items():
+        print(f"{name:<10} {value}")
+
+
+def _take_processes(name: str, arguments: list[str]) -> tuple[list[str], int | None]:
+    """The arguments without `name PROCESSES`, and its number."""
+    rest, value = _take_option(arguments, name)
     if value is None:
         return rest, None
     if not value.isdigit() or int(value) < 1:
-        raise InputError(f"--dry-run: {value!r} is not a number of processes")
+        raise InputError(f"{name}: {value!r} is not a number of processes")
     return rest, int(value)
 
 
@@ -88,37 +112,3 @@ def _take_option(arguments: list[str], name: str) -> tuple[list[str], str | None
         if word.startswith(f"{name}="):
             return arguments[:index] + arguments[index + 1 :], word.removeprefix(f"{name}=")
     return arguments, None
-
-
-def describe_layout(config: RunConfig, processes: int) -> str:
-    """Summary of the run on that many processes, as text; raises InputError if the layout is invalid."""
-    from megatron_dlm.models.sizes import parameter_count
-    from megatron_dlm.run.flops_budget import describe_flops
-    from megatron_dlm.run.validation import check_run
-
-    check_run(config, processes)
-    parallel, training = config.parallel, config.training
-    padded_heads = config.model.padded_heads(parallel.tensor_model_parallel_size)
-    data_size = parallel.data_parallel_size(processes)
-    tokens = training.global_batch_size * config.data.seq_length
-    microbatches = training.global_batch_size // (training.micro_batch_size * data_size)
-    run_tokens = training.samples_ahead(0, training.num_steps) * config.data.seq_length
-    chunks = ""
-    if parallel.virtual_pipeline_model_parallel_size > 1:
-        chunks = f" of {parallel.virtual_pipeline_model_parallel_size} chunks"
-    ramp = f", from {training.ramp_start} samples on" if training.ramp_start else ""
-    lines = {
-        "objective": config.objective.name,
-        "processes": f"{processes} = {parallel.tensor_model_parallel_size} tensor "
-        f"x {parallel.pipeline_model_parallel_size} pipeline{chunks} "
-        f"x {parallel.context_parallel_size} context x {data_size} data parallel",
-        "model": f"{parameter_count(config.model, 0):,} body parameters, {config.model.num_layers} layers, "
-        f"{config.model.num_attention_heads} heads ({padded_heads} with padding), {training.precision}",
-        "step": f"{training.global_batch_size} samples x {config.data.seq_length} = {tokens:,} tokens, "
-        f"{microbatches} microbatches of {training.micro_batch_size} a process{ramp}",
-        "run": f"{training.num_steps:,} steps, {run_tokens / 1e9:,.1f}B tokens",
-        "FLOPs": describe_flops(config),
-        "directory": str(config.directory),
-        "data": f"{' '.join(config.data.train)}, validation {config.data.validation or 'of the same shards'}",
-    }
-    return "\n".join(f"{name:<10} {value}" for name, value in lines.items())

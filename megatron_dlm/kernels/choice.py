@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
-import sys
 from typing import TYPE_CHECKING, Literal
 
 from megatron_dlm.interfaces import InputError
@@ -14,6 +14,7 @@ from megatron_dlm.platform.launch import detect_environment
 if TYPE_CHECKING:
     import torch
 
+logger = logging.getLogger(__name__)
 Kernels = Literal["auto", "torch", "triton"]
 """auto: Triton on CUDA from compute capability 8.0 on, else PyTorch. triton on a CPU runs in Triton's
 interpreter, slowly, for tests."""
@@ -39,11 +40,7 @@ def wants_triton(kernels: Kernels, device: torch.device) -> bool:
         return False
     if kernels == "auto" and capability(device) < LEAST_CAPABILITY:
         if detect_environment().rank == 0:
-            print(
-                f"warning: training.kernels: auto takes PyTorch's on {name_of(device)}; Triton's need 8.0",
-                file=sys.stderr,
-                flush=True,
-            )
+            logger.warning(f"training.kernels: auto takes PyTorch's on {name_of(device)}; Triton's need 8.0")
         return False
     if importlib.util.find_spec("triton") is None:
         raise InputError(f"training.kernels: {kernels} on {device.type} needs triton; or choose torch")

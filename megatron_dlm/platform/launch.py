@@ -1,14 +1,11 @@
 """How this process was started: torchrun, Slurm's srun, an MPI launcher, or alone.
 
-Reads environment variables only; starts the default process group on request.
+Reads environment variables only.
 """
 
 from __future__ import annotations
 
-import datetime
-import errno
 import os
-import socket
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -134,58 +131,3 @@ def _master_port(environ: Mapping[str, str]) -> int:
         # Two jobs on one node must not meet.
         return 20000 + _number(environ, "SLURM_JOB_ID") % 10000
     return _number(environ, "MASTER_PORT", DEFAULT_PORT)
-
-
-def _listen(environment: ProcessEnvironment) -> socket.socket | None:
-    """A socket that listens on MASTER_ADDR only; None if torch must listen on all interfaces instead."""
-    address = (environment.master_addr, environment.master_port)
-    try:
-        family, *_, bound = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(bound, family=family)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise InputError(
-                f"MASTER_PORT: {address[1]} on {address[0]} is in use by another program"
-            ) from error
-        # A name of this host that none of its own interfaces has, such as a cluster service's.
-        return None
-
-
-def start_process_group(environment: ProcessEnvironment, *, backend: str, timeout_seconds: float) -> None:
-    """Start torch.distributed's default group.
-
-    Args:
-        environment: from `detect_environment`.
-        backend: "gloo" or "nccl".
-        timeout_seconds: how long a collective waits for a peer before the job ends.
-    """
-    import torch.distributed as dist
-    from torch.distributed import HashStore, PrefixStore, Store, TCPStore
-
-    timeout = datetime.timedelta(seconds=timeout_seconds)
-    world_size, rank = environment.world_size, environment.rank
-    if environment.launcher == "single":
-        store: Store = HashStore()
-    elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # The agent's store outlives a restart and keeps gloo's old addresses (torch 2.13: --max-restarts
-        # then hangs); a prefix of its own gives each attempt a clean store.
-        agent = TCPStore(
-            environment.master_addr, environment.master_port, world_size, is_master=False, timeout=timeout
-        )
-        store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", agent)
-    else:
-        # Over several nodes a name may be the loopback address on its own node.
-        one_node = environment.local_world_size == world_size
-        listener = _listen(environment) if rank == 0 and one_node else None
-        store = TCPStore(
-            environment.master_addr,
-            environment.master_port,
-            world_size,
-            is_master=rank == 0,
-            timeout=timeout,
-            master_listen_fd=listener.detach() if listener else None,
-        )
-    if environment.local_world_size == world_size:
-        # gloo would take the address that the host's name has.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)

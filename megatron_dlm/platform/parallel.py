@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,13 +11,16 @@ from typing import TYPE_CHECKING, TypeVar
 
 from megatron_dlm.interfaces import InputError, TrainingError
 from megatron_dlm.platform.gpu import gpu_files, own_gpu, refuse_shared_gpus, start_cuda, why_no_cuda
-from megatron_dlm.platform.launch import ProcessEnvironment, start_process_group
+from megatron_dlm.platform.launch import ProcessEnvironment
 from megatron_dlm.platform.parallel_config import ParallelConfig
+from megatron_dlm.platform.rendezvous import start_process_group
 from megatron_dlm.platform.versions import check_megatron_core, import_transformer_engine
 
 if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +107,7 @@ def prepare_device(environment: ProcessEnvironment, config: ParallelConfig) -> t
                 f"parallel.device: auto; CUDA cannot be used: {reason}; --parallel.device cpu does without"
             )
         if gpu_files() and environment.rank == 0:
-            print(f"warning: parallel.device: auto takes the CPU: {reason}", file=sys.stderr, flush=True)
+            logger.warning(f"parallel.device: auto takes the CPU: {reason}")
     from megatron_dlm.platform import cpu
 
     cpu.install()

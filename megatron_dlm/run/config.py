@@ -179,8 +179,12 @@ class TelemetryConfig:
     """Metrics of a run."""
 
     log_every: int = 10
-    """Steps per line of metrics.jsonl, TensorBoard point and, without a terminal, printed line. Losses and
-    speed are means over these steps."""
+    """Steps per line of metrics.jsonl, TensorBoard point and printed line. Losses and speed are means over
+    these steps."""
+    console: Literal["auto", "live", "plain", "quiet"] = "auto"
+    """What rank 0 prints. live: training steps as one line of the terminal that changes, all else above it;
+    plain: a line every log_every steps; quiet: only warnings and errors; auto: live on a terminal, plain
+    elsewhere and under launchers that give their processes a terminal of their own (mpirun)."""
 
     def __post_init__(self) -> None:
         if self.log_every < 1:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from pathlib import Path
 from typing import Any, Protocol
 
+logger = logging.getLogger(__name__)
 METRICS_FILE = "metrics.jsonl"
 FIRST_STEP = "first_step"
 """Metric with the first step of the window that a line's means cover; the line's `step` is the last."""
@@ -109,28 +111,39 @@ class TensorBoardWriter:
 
 
 class ConsoleWriter:
-    """A live line on a terminal, plain lines elsewhere."""
+    """Prints metrics: a line each, or, live, training steps as the last line of a terminal."""
 
-    def __init__(self, num_steps: int, first_step: int) -> None:
+    def __init__(self, num_steps: int, *, live: bool) -> None:
+        """`live`: standard output is a terminal, whose last line shows the newest training step."""
         self._num_steps = num_steps
         self._live: Any = None
-        if sys.stdout.isatty():
-            from rich.progress import Progress, TextColumn
+        if live:
+            from rich.console import Console
+            from rich.live import Live
 
-            # No bar: on 80 columns it would push the ETA out of sight.
-            self._live = Progress(TextColumn("{task.description}"))
-            self._task = self._live.add_task("starting", total=num_steps, completed=first_step)
+            # What is printed to the terminal meanwhile appears above it.
+            self._live = Live("", console=Console(), auto_refresh=False, redirect_stderr=sys.stderr.isatty())
             self._live.start()
 
     def write(self, kind: str, step: int, metrics: Metrics) -> None:
-        """Show one line; validation lines stay on the screen."""
-        line = self._line(kind, step, metrics)
-        if self._live is None:
-            print(line, flush=True)
-        elif kind == "train":
-            self._live.update(self._task, completed=step, description=line.removeprefix("train "))
+        """Show one line; on a terminal only the newest training step stays."""
+        if self._live is None or kind != "train":
+            logger.info(self._line(kind, step, metrics))
         else:
-            self._live.console.print(line)
+            self._show(self._short_line(step, metrics))
+
+    def _show(self, line: str) -> None:
+        from rich.text import Text
+
+        self._live.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
+
+    def _short_line(self, step: int, metrics: Metrics) -> str:
+        """A training step in 80 columns."""
+        eta = duration(float(metrics["eta_seconds"]))
+        return (
+            f"step {step}/{self._num_steps} | {metrics['nats_per_token']:.4f} nats/token "
+            f"| {metrics['tokens_per_second']:,.0f} tokens/s | ETA {eta} | MFU {metrics['mfu']:.0%}"
+        )
 
     def _line(self, kind: str, step: int, metrics: Metrics) -> str:
         head = f"{kind} step {step}/{self._num_steps}"
@@ -157,6 +170,24 @@ class ConsoleWriter:
         """End the live line."""
         if self._live is not None:
             self._live.stop()
+            self._live = None
+
+
+def wants_live_line(console: str, launcher: str) -> bool:
+    """Whether training steps are shown as a line that changes.
+
+    Args:
+        console: telemetry.console.
+        launcher: launcher of the process, as `platform.launch` names it.
+
+    Returns:
+        False where nobody would see it.
+    """
+    is_terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    if console == "live" and not is_terminal:
+        logger.warning("telemetry.console: live takes a terminal, which standard output is not: plain lines")
+    # mpirun gives its processes terminals and copies what they print to its own output.
+    return is_terminal and (console == "live" or (console == "auto" and launcher != "mpi"))
 
 
 def duration(seconds: float) -> str:

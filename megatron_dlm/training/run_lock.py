@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
-import sys
 from pathlib import Path
 
 import filelock
@@ -12,6 +12,7 @@ import filelock
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.platform.files import write_json
 
+logger = logging.getLogger(__name__)
 JOB_VARIABLES = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "TORCHELASTIC_RUN_ID")
 """Environment variables in which schedulers and launchers name a job."""
 
@@ -45,7 +46,7 @@ class RunLock:
             ) from error
         except NotImplementedError:
             where = self._holder.parent
-            print(f"warning: {where} is on storage without locks; keep other jobs out", file=sys.stderr)
+            logger.warning(f"{where} is on storage without locks; keep other jobs out")
             return
         job = next((os.environ[name] for name in JOB_VARIABLES if name in os.environ), None)
         write_json(self._holder, {"host": socket.gethostname(), "pid": os.getpid(), "job": job})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -32,6 +32,8 @@ from megatron_dlm.run.run_record import (
 if TYPE_CHECKING:
     from megatron_dlm.training.progress import TrainingProgress
     from megatron_dlm.training.session import Session
+
+logger = logging.getLogger(__name__)
 
 
 def find_start(config: RunConfig, data: RunData) -> RunRecord | OutsideStart | None:
@@ -63,7 +65,7 @@ def find_start(config: RunConfig, data: RunData) -> RunRecord | OutsideStart | N
         if config.checkpoint.on_corrupt == "stop" or len(complete) < 2:
             raise
         if detect_environment().rank == 0:
-            print(f"warning: {error}; going back to {complete[-2]}", file=sys.stderr, flush=True)
+            logger.warning(f"{error}; going back to {complete[-2]}")
         record = read_run_record(complete[-2])
     _refuse_change(record, "model", record.config.model, config.model)
     _refuse_change(record, "vocabulary", record.vocabulary, data.vocabulary)
@@ -199,11 +201,9 @@ def _tell_of_lost_steps(config: RunConfig) -> None:
         return
     step = max((entry["step"] for entry in read_metrics(config.directory)), default=0)
     if step:
-        print(
-            f"warning: {config.directory} has metrics up to step {step} and no complete checkpoint; "
-            "the run begins anew at step 0",
-            file=sys.stderr,
-            flush=True,
+        logger.warning(
+            f"{config.directory} has metrics up to step {step} and no complete checkpoint; "
+            "the run begins anew at step 0"
         )
 
 
@@ -219,7 +219,7 @@ def _sound(newest: Path, session: Session) -> Path:
         if session.config.checkpoint.on_corrupt == "stop" or not older:
             raise
         if session.parallel.rank == 0:
-            print(f"warning: {error}; going back to {older[-1]}", file=sys.stderr, flush=True)
+            logger.warning(f"{error}; going back to {older[-1]}")
         verify_on_all_ranks(older[-1], session.parallel)
         return older[-1]
     return newest

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.platform.failure_report import naming_the_rank_at_fault
 from megatron_dlm.platform.launch import detect_environment
-from megatron_dlm.platform.parallel import on_first_rank, start_parallel, stop_parallel
+from megatron_dlm.platform.parallel import ParallelState, on_first_rank, start_parallel, stop_parallel
 from megatron_dlm.run.config import RunConfig
-from megatron_dlm.run.datasets import open_data
-from megatron_dlm.run.run_record import checkpoint_root, read_run_record
+from megatron_dlm.run.datasets import RunData, open_data
+from megatron_dlm.run.run_file import refuse_foreign_directory, write_run_file
+from megatron_dlm.run.run_record import OutsideStart, RunRecord, checkpoint_root, read_run_record
 from megatron_dlm.run.validation import check_device, check_run
+from megatron_dlm.training.announcement import Announcement
 from megatron_dlm.training.run_lock import RunLock
 from megatron_dlm.training.signals import StopSignals
 from megatron_dlm.training.start import agree_on_start, find_start, restore
@@ -36,7 +38,46 @@ def train(config: RunConfig) -> bool:
     """
     signals = StopSignals()
     environment = detect_environment()
-    check_run(config, environment.world_size)
+    data = check_start(config, environment.world_size)
+    parallel = start_parallel(environment, config.parallel)
+    signals.ranks_have_met = True
+    with naming_the_rank_at_fault(parallel):
+        check_device(config, parallel.device)
+        lock = RunLock(config.directory)
+
+        def take_directory() -> None:
+            try:
+                lock.acquire(config.checkpoint.lock_timeout_seconds)
+                write_run_file(config, environment)
+            except OSError as error:
+                reason = error.strerror or error
+                raise InputError(f"directory: {config.directory}: cannot be written: {reason}") from error
+
+        on_first_rank(parallel, take_directory)
+        start = find_start(config, data)
+        agree_on_start(start, parallel)
+        is_done = train_from(start, config, data, parallel, signals)
+        signals.run_has_ended = True
+        # Not after an error: the other ranks may never arrive.
+        stop_parallel()
+    return is_done
+
+
+def check_start(config: RunConfig, processes: int) -> RunData:
+    """Check a run's configuration, data and start; needs no other process and no device.
+
+    Args:
+        config: configuration of the run.
+        processes: processes of the job.
+
+    Returns:
+        The opened data.
+
+    Raises:
+        InputError: one of them cannot be used.
+    """
+    check_run(config, processes)
+    refuse_foreign_directory(config.directory)
     data = open_data(config.data)
     # Refuses what this vocabulary is too small for.
     config.objective.build(data.vocabulary)
@@ -46,24 +87,41 @@ def train(config: RunConfig) -> bool:
         config.objective.check_prompts(training=data.train.has_prompts)
     # What cannot be used is refused before anything starts; the lock's last holder may have saved since.
     find_start(config, data)
-    parallel = start_parallel(environment, config.parallel)
-    signals.ranks_have_met = True
-    with naming_the_rank_at_fault(parallel):
-        check_device(config, parallel.device)
-        lock = RunLock(config.directory)
-        on_first_rank(parallel, lambda: lock.acquire(config.checkpoint.lock_timeout_seconds))
-        start = find_start(config, data)
-        agree_on_start(start, parallel)
-        from megatron_dlm.training.session import Session
+    return data
 
-        session = Session(config, data, parallel)
-        progress = restore(session, start)
-        go_on(session, progress, signals)
-        for chunk in session.denoiser.chunks:
-            chunk.forget_recordings()
-        # Not after an error: the other ranks may never arrive.
-        stop_parallel()
-    return progress.step >= config.training.num_steps
+
+def train_from(
+    start: RunRecord | OutsideStart | None,
+    config: RunConfig,
+    data: RunData,
+    parallel: ParallelState,
+    signals: StopSignals,
+) -> bool:
+    """Build the model, load what the run starts from, and train; all ranks call it.
+
+    Args:
+        start: result of `find_start`.
+        config: configuration of the run.
+        data: its data.
+        parallel: rank and process groups of this process.
+        signals: signal handlers that ask the run to stop.
+
+    Returns:
+        True if the run reached its last step.
+    """
+    told = Announcement(config, data, parallel)
+    if told.has_ended_before(start):
+        return True
+    from megatron_dlm.training.session import Session
+
+    told.begins()
+    session = Session(config, data, parallel)
+    progress = restore(session, start)
+    told.starts_from(start, progress)
+    go_on(session, progress, signals)
+    for chunk in session.denoiser.chunks:
+        chunk.forget_recordings()
+    return told.ends(progress)
 
 
 def go_on(session: Session, progress: TrainingProgress, signals: StopSignals) -> None:

@@ -57,7 +57,8 @@ def test_a_port_in_use_is_named(name):
     import socket
 
     from megatron_dlm.interfaces import InputError
-    from megatron_dlm.platform.launch import ProcessEnvironment, start_process_group
+    from megatron_dlm.platform.launch import ProcessEnvironment
+    from megatron_dlm.platform.rendezvous import start_process_group
 
     with socket.create_server((name, 0)) as taken:
         port = taken.getsockname()[1]

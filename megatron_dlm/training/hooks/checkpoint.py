@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -21,6 +21,8 @@ from megatron_dlm.platform.parallel import ParallelState
 from megatron_dlm.training.loop import Hook
 from megatron_dlm.training.progress import StepReport, TrainingProgress
 from megatron_dlm.training.session import Session
+
+logger = logging.getLogger(__name__)
 
 
 class CheckpointHook(Hook):
@@ -108,6 +110,7 @@ class CheckpointHook(Hook):
             self._saved_step = pending.step
             self._failures = 0
             if session.parallel.rank == 0:
+                logger.info(f"saved {self._root.final(pending.step)} in {pending.seconds():.1f} s")
                 self._remove_superfluous(session.config.checkpoint)
 
     def _remove_superfluous(self, config: CheckpointConfig) -> None:
@@ -115,7 +118,7 @@ class CheckpointHook(Hook):
             self._root.retain(config.keep_last, config.keep_every)
         except OSError as error:
             # The next save tries again; what it leaves is complete.
-            print(f"warning: older checkpoints stay: {error}", file=sys.stderr, flush=True)
+            logger.warning(f"older checkpoints stay: {error}")
 
     @contextmanager
     def _failures_counted(self, session: Session, step: int) -> Iterator[None]:
@@ -128,4 +131,4 @@ class CheckpointHook(Hook):
             if self._failures >= session.config.checkpoint.max_failed_saves:
                 raise SaveError(failed) from error
             if session.parallel.rank == 0:
-                print(f"warning: {failed}; training goes on", file=sys.stderr, flush=True)
+                logger.warning(f"{failed}; training goes on")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections import Counter
 from collections.abc import Callable
 
@@ -15,6 +15,7 @@ from megatron_dlm.training.loop import Hook
 from megatron_dlm.training.progress import StepReport, TrainingProgress
 from megatron_dlm.training.session import Session
 
+logger = logging.getLogger(__name__)
 NAMED_SAMPLES = 8
 """Most sample positions that a line names."""
 
@@ -54,7 +55,7 @@ class NonFiniteHook(Hook):
             progress.go_back_to(saved)
             what += f"; back to step {saved.step}"
         if first:
-            print(f"warning: {what}; no parameter was changed", file=sys.stderr, flush=True)
+            logger.warning(f"{what}; no parameter was changed")
 
     def _describe(self, progress: TrainingProgress, report: StepReport) -> str:
         named = ", ".join(map(str, report.bad_samples[:NAMED_SAMPLES]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 
@@ -13,6 +14,8 @@ from megatron_dlm.training.loop import Hook
 from megatron_dlm.training.progress import StepReport, TrainingProgress
 from megatron_dlm.training.session import Session
 from megatron_dlm.training.signals import StopSignals
+
+logger = logging.getLogger(__name__)
 
 
 class RequestHook(Hook):
@@ -41,6 +44,8 @@ class RequestHook(Hook):
     def after_step(self, session: Session, progress: TrainingProgress, report: StepReport) -> None:
         """Stop or save after this step, or where asked late in it, after the next."""
         progress.stop_requested = session.agreed["stop"]
+        if progress.stop_requested and not self._signals.received and session.parallel.rank == 0:
+            logger.warning("asked to stop by checkpoint.stop_after_minutes or a signal to another rank")
         progress.save_requested = session.agreed["save"]
 
     def after_rollback(self, session: Session, progress: TrainingProgress, report: StepReport) -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Callable
 
+from megatron_dlm.platform.launch import detect_environment
 from megatron_dlm.telemetry.writers import (
     ConsoleWriter,
     JsonLinesWriter,
     Metrics,
     TensorBoardWriter,
     Writer,
+    wants_live_line,
 )
 from megatron_dlm.training.session import Session
+
+logger = logging.getLogger(__name__)
 
 
 class Telemetry:
@@ -30,7 +34,10 @@ class Telemetry:
             self._writers = [
                 JsonLinesWriter(directory, first_step),
                 TensorBoardWriter(directory, first_step),
-                ConsoleWriter(session.config.training.num_steps, first_step),
+                ConsoleWriter(
+                    session.config.training.num_steps,
+                    live=wants_live_line(session.config.telemetry.console, detect_environment().launcher),
+                ),
             ]
 
     def rewind(self, step: int) -> None:
@@ -52,5 +59,5 @@ class Telemetry:
             except OSError as error:
                 name = type(writer).__name__
                 if name not in self._failed:
-                    print(f"warning: {name}: {error}; training goes on", file=sys.stderr, flush=True)
+                    logger.warning(f"{name}: {error}; training goes on")
                 self._failed.add(name)
