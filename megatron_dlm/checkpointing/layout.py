@@ -61,9 +61,9 @@ class CheckpointConfig:
     """Fields in which a resumed run may differ from its checkpoint; such changes are refused otherwise. A
     changed objective must be of the same family."""
     initialize_from: Path | None = None
-    """Weights to start a new run from, with fresh optimizer, schedule and data order at step 0: a
-    step-NNNNNNNN directory, a folder made by `megatron-dlm export`, or a Lightning .ckpt file of the paper's
-    code."""
+    """Weights to start a new run from, with fresh optimizer, schedule and data order at step 0: another run's
+    directory (its newest checkpoint) or RUN@STEP, a step-NNNNNNNN directory, a folder made by `megatron-dlm
+    export`, or a Lightning .ckpt file of the paper's code."""
 
     def __post_init__(self) -> None:
         if self.save_every < 1:

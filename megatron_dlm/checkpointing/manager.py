@@ -230,11 +230,13 @@ def verify_on_all_ranks(directory: Path, parallel: ParallelState) -> None:
         InputError: the checkpoint is incomplete, damaged or hostile.
     """
 
-    def check() -> None:
+    def check() -> str:
         verify(directory)
         check_metadata(directory)
+        return directory.name
 
-    on_first_rank(parallel, check)
+    if (first := on_first_rank(parallel, check)) != directory.name:
+        raise InputError(f"checkpoint: rank 0 reads {first}, rank {parallel.rank} {directory.name}")
 
 
 def _model_state(denoiser: Denoiser | ChunkedDenoiser, parallel: ParallelState) -> dict[str, Any]:

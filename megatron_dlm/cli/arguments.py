@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import docstring_parser
 import tyro
@@ -23,6 +23,38 @@ from tyro.constructors import (
 from megatron_dlm.interfaces import InputError
 
 T = TypeVar("T")
+M = TypeVar("M", bound="ModelArgument")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelArgument:
+    """The trained model that a command uses."""
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """A run's directory, which means its newest checkpoint, RUN@STEP, a checkpoint directory (step-NNNNNNNN)
+    saved in any parallel layout, or an exported folder."""
+    step: int | None = None
+    """Step of the checkpoint if MODEL is a run's directory; None: the newest complete one."""
+
+
+def parse_with_model(declared: type[M], arguments: Sequence[str], *, verb: str) -> M:
+    """Parse arguments whose model may be named as a run.
+
+    Args:
+        declared: a dataclass with a model.
+        arguments: command-line arguments.
+        verb: name of the command, shown in the usage line.
+
+    Returns:
+        The instance, whose model is a checkpoint's directory or an exported folder, and whose step is None.
+
+    Raises:
+        InputError: as `parse`; the run has no such checkpoint.
+    """
+    config = parse(declared, arguments, verb=verb)
+    from megatron_dlm.run.checkpoint_names import find_checkpoint
+
+    return dataclasses.replace(config, model=find_checkpoint(config.model, config.step), step=None)
 
 
 def parse(declared: type[T], arguments: Sequence[str], *, verb: str, default: T | None = None) -> T:

@@ -18,7 +18,7 @@ from megatron_dlm.checkpointing.layout import (
     read_json,
     verify,
 )
-from megatron_dlm.cli.arguments import parse
+from megatron_dlm.cli.arguments import ModelArgument, parse, parse_with_model
 from megatron_dlm.interfaces import InputError
 
 USAGE = """usage: megatron-dlm checkpoint list RUN                 complete checkpoints of a run, oldest first
@@ -26,7 +26,8 @@ USAGE = """usage: megatron-dlm checkpoint list RUN                 complete chec
        megatron-dlm checkpoint verify CHECKPOINT        check SHA-256 of each file; exit code 2 if one differs
        megatron-dlm checkpoint prune RUN --keep-last K [--keep-every STEPS] [--dry-run]
 
-RUN is a run's directory, CHECKPOINT one of its checkpoints/step-NNNNNNNN.
+RUN is a run's directory. CHECKPOINT is RUN, which means its newest one, RUN@STEP, RUN --step STEP, or a
+step-NNNNNNNN directory.
 """
 
 
@@ -39,11 +40,8 @@ class ListConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OneConfig:
+class OneConfig(ModelArgument):
     """One checkpoint."""
-
-    checkpoint: Annotated[Path, tyro.conf.Positional]
-    """Checkpoint directory (RUN/checkpoints/step-NNNNNNNN)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +114,7 @@ def _list(arguments: list[str]) -> None:
 
 
 def _inspect(arguments: list[str]) -> None:
-    config = parse(OneConfig, arguments, verb="checkpoint inspect")
+    config = parse_with_model(OneConfig, arguments, verb="checkpoint inspect")
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -124,9 +122,9 @@ def _inspect(arguments: list[str]) -> None:
     from megatron_dlm.models.weight_mapping import unpadded_size
     from megatron_dlm.run.run_record import read_run_record
 
-    record = read_run_record(config.checkpoint)
-    check_metadata(config.checkpoint)
-    run_config, progress = record.config, read_json(config.checkpoint / PROGRESS_RECORD)
+    record = read_run_record(config.model)
+    check_metadata(config.model)
+    run_config, progress = record.config, read_json(config.model / PROGRESS_RECORD)
     parallel = run_config.parallel
     for name, value in {
         "objective": run_config.objective,
@@ -139,11 +137,11 @@ def _inspect(arguments: list[str]) -> None:
         f"{parallel.pipeline_model_parallel_size} pipeline parallel",
         "progress": f"step {progress['step']:,} of {run_config.training.num_steps:,}, "
         f"{progress['consumed_samples']:,} samples, last noise {progress['fingerprint']}",
-        "size": f"{_size(config.checkpoint) / 2**30:.3f} GiB",
+        "size": f"{_size(config.model) / 2**30:.3f} GiB",
     }.items():
         print(f"{name:<10} {value}")
     print("tensors")
-    entries = FileSystemReader(config.checkpoint).read_metadata().state_dict_metadata
+    entries = FileSystemReader(config.model).read_metadata().state_dict_metadata
     for name, entry in sorted(entries.items()):
         if isinstance(entry, TensorStorageMetadata):
             dtype = str(entry.properties.dtype).removeprefix("torch.")
@@ -153,13 +151,13 @@ def _inspect(arguments: list[str]) -> None:
 
 
 def _verify(arguments: list[str]) -> None:
-    config = parse(OneConfig, arguments, verb="checkpoint verify")
+    config = parse_with_model(OneConfig, arguments, verb="checkpoint verify")
     from megatron_dlm.checkpointing.safe_metadata import check_metadata
 
-    verify(config.checkpoint)
-    check_metadata(config.checkpoint)
-    count = len(read_json(config.checkpoint / MANIFEST)["files"])
-    print(f"{config.checkpoint}: {count} files, {_size(config.checkpoint):,} bytes, all as in the manifest")
+    verify(config.model)
+    check_metadata(config.model)
+    count = len(read_json(config.model / MANIFEST)["files"])
+    print(f"{config.model}: {count} files, {_size(config.model):,} bytes, all as in the manifest")
 
 
 def _prune(arguments: list[str]) -> None:

@@ -11,7 +11,8 @@ USAGE = """usage: megatron-dlm evaluate nll MODEL [--data SHARD | --text FILE ..
        megatron-dlm evaluate harness MODEL --tasks NAME ...                tasks of lm-evaluation-harness
        megatron-dlm evaluate pareto MODEL ... --judge FOLDER --output DIR  quality against speed of samplers
 
-MODEL is one of a run's checkpoints/step-NNNNNNNN or an exported folder. `megatron-dlm evaluate nll --help`
+MODEL is a run's directory (its newest checkpoint), RUN@STEP, RUN --step STEP, a checkpoint's directory or an
+exported folder. `megatron-dlm evaluate nll --help`
 lists the arguments with their units.
 """
 ACTIONS = {

@@ -32,7 +32,7 @@ class GateConfig:
     """
 
     a: Annotated[Path, tyro.conf.Positional]
-    """Baseline: a run's directory (its newest checkpoint is scored) or a checkpoint directory
+    """Baseline: a run's directory (its newest checkpoint is scored), RUN@STEP, or a checkpoint directory
     (step-NNNNNNNN)."""
     b: Annotated[Path, tyro.conf.Positional]
     """Run or checkpoint to compare with A; may be the same as A, scored at another precision."""

@@ -7,11 +7,11 @@ import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from megatron_dlm.cli.arguments import bad_values, parse
+from megatron_dlm.cli.arguments import ModelArgument, bad_values, parse_with_model
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.sampling.settings import SamplingConfig
 
@@ -24,15 +24,13 @@ PLACE = "{question}"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gsm8kConfig:
+class Gsm8kConfig(ModelArgument):
     """Exact match on grade-school mathematics: generate an answer, compare the number behind its last ####.
 
     Answers are written after each batch; the same command resumes where it stopped. The model should be
     fine-tuned on such problems (`index --prompt-key question --json-keys answer`, examples/FAMILY/gsm8k.py).
     """
 
-    model: Annotated[Path, tyro.conf.Positional]
-    """Checkpoint directory (step-NNNNNNNN) saved in any parallel layout, or an exported folder."""
     data: Path
     """JSON lines with question and answer, such as the data set's test.jsonl."""
     output: Path
@@ -73,7 +71,7 @@ class Gsm8kConfig:
 
 def run(arguments: list[str]) -> int:
     """Parse, generate, score; returns the exit code."""
-    config = parse(Gsm8kConfig, arguments, verb="evaluate gsm8k")
+    config = parse_with_model(Gsm8kConfig, arguments, verb="evaluate gsm8k")
     from megatron_dlm.evaluation.gsm8k import read_problems
     from megatron_dlm.evaluation.loaded_model import open_model
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import tyro
 
-from megatron_dlm.cli.arguments import bad_values, check_new_file, parse
+from megatron_dlm.cli.arguments import ModelArgument, bad_values, check_new_file, parse_with_model
 from megatron_dlm.evaluation.conditional import ConditionalConfig
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.sampling.settings import SamplingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class HarnessConfig:
+class HarnessConfig(ModelArgument):
     """Tasks of EleutherAI's lm-evaluation-harness.
 
     Continuations are scored by conditional bounds (exact for AR), sampled until the best choice is decided;
@@ -25,8 +25,6 @@ class HarnessConfig:
     not on this machine are downloaded by the harness; HF_HUB_OFFLINE=1 forbids it.
     """
 
-    model: Annotated[Path, tyro.conf.Positional]
-    """Checkpoint directory (step-NNNNNNNN) saved in any parallel layout, or an exported folder."""
     tasks: tuple[str, ...]
     """Names of lm-evaluation-harness tasks or task groups."""
     include_path: Path | None = None
@@ -63,7 +61,7 @@ class HarnessConfig:
 
 def run(arguments: list[str]) -> int:
     """Parse, run the tasks, report; returns the exit code."""
-    config = parse(HarnessConfig, arguments, verb="evaluate harness")
+    config = parse_with_model(HarnessConfig, arguments, verb="evaluate harness")
     if find_spec("lm_eval") is None:
         raise InputError("harness: needs lm-eval; install megatron-dlm[harness]")
     from megatron_dlm.evaluation.loaded_model import open_model

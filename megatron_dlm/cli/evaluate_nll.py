@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from megatron_dlm.cli.arguments import check_new_file, parse
+from megatron_dlm.cli.arguments import ModelArgument, check_new_file, parse_with_model
 from megatron_dlm.evaluation.nelbo_statistics import BoundConfig
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.platform.parallel_config import ParallelConfig
@@ -27,15 +27,13 @@ REPORT_SECONDS = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class NllConfig:
+class NllConfig(ModelArgument):
     """Bound on the negative log-likelihood of held-out data (exact for AR), with common random numbers.
 
     Noise and sequences depend on the seed alone, so models are compared at equal noise, and the result is the
     same for any micro-batch size and parallel layout, and for a checkpoint and its export.
     """
 
-    model: Annotated[Path, tyro.conf.Positional]
-    """Checkpoint directory (step-NNNNNNNN) saved in any parallel layout, or an exported folder."""
     data: str | None = None
     """Prefix or URL of the held-out shard; None: the run's validation shard, or its first training shard if
     it has none."""
@@ -70,7 +68,7 @@ class NllConfig:
 
 def run(arguments: list[str]) -> int:
     """Parse, evaluate, report; returns the exit code."""
-    config = parse(NllConfig, arguments, verb="evaluate nll")
+    config = parse_with_model(NllConfig, arguments, verb="evaluate nll")
     bound, is_first = _evaluate(config)
     if is_first:
         _report(config, bound)

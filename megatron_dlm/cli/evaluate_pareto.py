@@ -37,7 +37,8 @@ class ParetoConfig:
     """
 
     models: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """step-NNNNNNNN directories or exported folders."""
+    """Runs' directories, which mean their newest checkpoints, RUN@STEP, checkpoint directories
+    (step-NNNNNNNN) or exported folders."""
     judge: Path
     """Model that scores generative perplexity: a local Hugging Face folder of a causal language model, or an
     AR model of this package."""

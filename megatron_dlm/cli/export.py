@@ -10,12 +10,12 @@ from typing import Annotated, Literal
 import tyro
 
 from megatron_dlm.checkpointing.layout import REFERENCE_SUFFIX
-from megatron_dlm.cli.arguments import parse
+from megatron_dlm.cli.arguments import ModelArgument, parse_with_model
 from megatron_dlm.interfaces import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportConfig:
+class ExportConfig(ModelArgument):
     """Export a checkpoint as a Hugging Face folder (safetensors, remote code, tokenizer) and verify it.
 
     A separate process loads the folder with transformers and compares tensors, logits, bound and a sampling
@@ -25,8 +25,6 @@ class ExportConfig:
     loads; no other argument applies then.
     """
 
-    checkpoint: Annotated[Path, tyro.conf.Positional]
-    """Checkpoint directory (step-NNNNNNNN) saved in any parallel layout."""
     output: Annotated[Path, tyro.conf.Positional]
     """Folder, or .ckpt file, to write; must not exist yet."""
     tokenizer: Path | None = None
@@ -49,17 +47,17 @@ class ExportConfig:
         if self.output.suffix != REFERENCE_SUFFIX:
             return
         for field in fields(self):
-            if field.name not in ("checkpoint", "output") and getattr(self, field.name) != field.default:
+            if field.name not in ("model", "step", "output") and getattr(self, field.name) != field.default:
                 raise InputError(f"{field.name}: not for a {REFERENCE_SUFFIX}")
 
 
 def run(arguments: list[str]) -> int:
     """Parse, export, report; returns the exit code."""
-    config = parse(ExportConfig, arguments, verb="export")
+    config = parse_with_model(ExportConfig, arguments, verb="export")
     from megatron_dlm.conversion.export import export_checkpoint, export_reference_checkpoint
     from megatron_dlm.run.run_record import read_run_record
 
-    record = read_run_record(config.checkpoint)
+    record = read_run_record(config.model)
     if config.output.suffix == REFERENCE_SUFFIX:
         export_reference_checkpoint(record, config.output)
         print(f"{config.output}: {record.config.objective.name} weights, fp32")

@@ -6,11 +6,11 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from megatron_dlm.cli.arguments import bad_values, check_new_file, parse
+from megatron_dlm.cli.arguments import ModelArgument, bad_values, check_new_file, parse_with_model
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.sampling.settings import SamplingConfig
 
@@ -23,11 +23,9 @@ PREVIEW_CHARACTERS = 400
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig:
+class SampleConfig(ModelArgument):
     """Sample texts from a trained model with any sampler of its family."""
 
-    model: Annotated[Path, tyro.conf.Positional]
-    """Checkpoint directory (step-NNNNNNNN) saved in any parallel layout, or an exported folder."""
     num_samples: int = 4
     """Number of texts to sample; with prompts, the number per prompt."""
     length: int | None = None
@@ -68,7 +66,7 @@ class SampleConfig:
 
 def run(arguments: list[str]) -> int:
     """Parse, sample, report; returns the exit code."""
-    config = parse(SampleConfig, arguments, verb="sample")
+    config = parse_with_model(SampleConfig, arguments, verb="sample")
     from megatron_dlm.evaluation.loaded_model import open_model
 
     loaded = open_model(config.model, tokenizer=config.tokenizer, dtype=config.dtype, device=config.device)

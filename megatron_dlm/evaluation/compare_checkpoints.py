@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_dlm.checkpointing.layout import CHECKPOINTS, MANIFEST, CheckpointRoot
 from megatron_dlm.evaluation.checkpoint_scoring import copies_by, held_out, scoring_config
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.models.config import Precision
@@ -16,6 +15,7 @@ from megatron_dlm.models.precision.fp8 import Fp8Config
 from megatron_dlm.platform.launch import detect_environment
 from megatron_dlm.platform.parallel import start_parallel, stop_parallel
 from megatron_dlm.platform.parallel_config import ParallelConfig
+from megatron_dlm.run.checkpoint_names import find_checkpoint
 from megatron_dlm.run.open_checkpoint import load_denoiser, refuse_training_layouts
 from megatron_dlm.run.run_record import RunRecord, read_run_record
 from megatron_dlm.telemetry.writers import read_metrics, same_window
@@ -54,13 +54,7 @@ def side(path: Path, precision: Precision | None, fp8: Fp8Config) -> Side:
     Raises:
         InputError: there is no checkpoint at `path`.
     """
-    checkpoint = path
-    if not (path / MANIFEST).is_file():
-        complete = CheckpointRoot(path / CHECKPOINTS).complete()
-        if not complete:
-            raise InputError(f"{path}: neither a checkpoint (step-NNNNNNNN) nor a run with one")
-        checkpoint = complete[-1]
-    record = read_run_record(checkpoint)
+    record = read_run_record(find_checkpoint(path))
     if precision is None:
         return Side(record=record, precision=record.config.training.precision, fp8=record.config.fp8)
     return Side(record=record, precision=precision, fp8=fp8)

@@ -20,6 +20,7 @@ from megatron_dlm.families.base import ObjectiveConfig
 from megatron_dlm.interfaces import InputError, Vocabulary
 from megatron_dlm.models.config import ModelConfig
 from megatron_dlm.platform.launch import detect_environment
+from megatron_dlm.run.checkpoint_names import find_checkpoint
 from megatron_dlm.run.config import RunConfig
 from megatron_dlm.run.run_record import EXPORT_CONFIG, RunRecord, read_run_record
 
@@ -86,7 +87,8 @@ def open_model(path: Path, *, tokenizer: Path | None, dtype: ModelDtype, device:
     """Load a model.
 
     Args:
-        path: checkpoint directory (step-NNNNNNNN) saved on any layout, or exported folder.
+        path: a run (its newest checkpoint), RUN@STEP, a checkpoint directory (step-NNNNNNNN), or an
+            exported folder.
         tokenizer: directory of the model's tokenizer; None: the exported folder's, or the run data's.
         dtype: precision of the loaded weights.
         device: PyTorch device name; None: CUDA if available, else CPU.
@@ -102,6 +104,7 @@ def open_model(path: Path, *, tokenizer: Path | None, dtype: ModelDtype, device:
     if (world_size := detect_environment().world_size) != 1:
         raise InputError(f"started on {world_size} processes; a model is used on one")
     chosen = _device(device)
+    path = find_checkpoint(path)
     if (path / MANIFEST).is_file():
         record = read_run_record(path)
         loaded = _load_tokenizer(
@@ -109,7 +112,7 @@ def open_model(path: Path, *, tokenizer: Path | None, dtype: ModelDtype, device:
         )
         return _build(record.config, record.vocabulary, loaded, _checkpoint_weights(record), dtype, chosen)
     if not (path / EXPORT_CONFIG).is_file():
-        raise InputError(f"model: {path}: neither a checkpoint (step-NNNNNNNN) nor an exported folder")
+        raise InputError(f"model: {path}: neither a run, a checkpoint (step-NNNNNNNN) nor an exported folder")
     from megatron_dlm.conversion.exported_run import read_exported_run
     from megatron_dlm.conversion.from_hugging_face import ExportedFolder
 
@@ -149,8 +152,8 @@ def _device(name: str | None) -> torch.device:
 
 
 def is_model(path: Path) -> bool:
-    """Whether a path is a checkpoint or an exported folder of this package."""
-    if (path / MANIFEST).is_file():
+    """Whether a path names a checkpoint or an exported folder of this package."""
+    if (find_checkpoint(path) / MANIFEST).is_file():
         return True
     try:
         config = json.loads((path / EXPORT_CONFIG).read_text(encoding="utf-8"))

@@ -19,6 +19,7 @@ from megatron_dlm.interfaces import InputError
 from megatron_dlm.platform.codec import decode
 from megatron_dlm.platform.launch import detect_environment
 from megatron_dlm.platform.parallel import ParallelState, on_first_rank
+from megatron_dlm.run.checkpoint_names import find_checkpoint
 from megatron_dlm.run.config import RunConfig
 from megatron_dlm.run.datasets import RunData
 from megatron_dlm.run.run_record import (
@@ -50,9 +51,10 @@ def find_start(config: RunConfig, data: RunData) -> RunRecord | OutsideStart | N
         InputError: the checkpoint belongs to another model, vocabulary or run, or cannot be read.
     """
     complete = checkpoint_root(config).complete()
-    source = complete[-1] if complete else config.checkpoint.initialize_from
-    if source is None:
+    outside = config.checkpoint.initialize_from
+    if not complete and outside is None:
         return None
+    source = complete[-1] if complete or outside is None else find_checkpoint(outside)
     if source.suffix == REFERENCE_SUFFIX:
         from megatron_dlm.conversion.reference import read_reference_checkpoint
 
