@@ -54,7 +54,8 @@ def verify(prefix: str) -> Shard:
 
 def show_documents(shard: Shard, tokenizer: Path, count: int) -> None:
     """Print the beginning of some documents, spread over the shard, as text."""
-    loaded = load_tokenizer(tokenizer)
+    manifest = shard.manifest
+    loaded = load_tokenizer(tokenizer, known={manifest.tokenizer_fingerprint: manifest.vocabulary})
     if loaded.fingerprint != shard.manifest.tokenizer_fingerprint:
         raise InputError(f"tokenizer: {tokenizer} is not the one that made {shard.prefix}")
     ends = np.cumsum(shard.document_lengths)

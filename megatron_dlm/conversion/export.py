@@ -88,7 +88,7 @@ def _tokenizer(record: RunRecord, path: Path | None, data: str) -> LoadedTokeniz
             raise InputError(
                 f"tokenizer: {path}, where {data} was indexed with it, is not there; give --tokenizer"
             )
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(path, known={record.tokenizer_fingerprint: record.vocabulary})
     if tokenizer.fingerprint != record.tokenizer_fingerprint:
         raise InputError(f"tokenizer: {path} is not the one the model was trained with")
     if tokenizer.library != "tokenizers":

@@ -9,7 +9,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from megatron_dlm.data.tokenizers.tokenizer import CONFIG_FILE, MASK_TOKEN, TOKENIZER_FILE
+from megatron_dlm.data.tokenizers.special_tokens import CONFIG_FILE
+from megatron_dlm.data.tokenizers.tokenizer import BOS_TOKEN, EOS_TOKEN, MASK_TOKEN, TOKENIZER_FILE
 from megatron_dlm.interfaces import InputError, Vocabulary
 from megatron_dlm.platform.files import write_json
 
@@ -30,13 +31,22 @@ def write_tokenizer(tokenizer: Path, vocabulary: Vocabulary, seq_length: int, di
         InputError: the mask token cannot be added at the model's id, since the tokenizer's ids have gaps.
     """
     library = Tokenizer.from_file(str(tokenizer / TOKENIZER_FILE))
-    given = json.loads((tokenizer / CONFIG_FILE).read_text(encoding="utf-8"))
-    if library.id_to_token(vocabulary.mask_token_id) is None:
-        if not _add_mask(library, vocabulary.mask_token_id):
+    given: dict[str, Any] = {}
+    if (tokenizer / CONFIG_FILE).is_file():
+        given = json.loads((tokenizer / CONFIG_FILE).read_text(encoding="utf-8"))
+    names = {
+        vocabulary.bos_token_id: _content(given.get("bos_token")) or BOS_TOKEN,
+        vocabulary.eos_token_id: _content(given.get("eos_token")) or EOS_TOKEN,
+        vocabulary.mask_token_id: _content(given.get("mask_token")) or MASK_TOKEN,
+    }
+    absent = [token_id for token_id in sorted(names) if library.id_to_token(token_id) is None]
+    for token_id in absent:
+        if not _add(library, token_id, names[token_id]):
             raise InputError(
-                f"tokenizer: {tokenizer}: its ids have gaps, so that no mask token can be added as id "
-                f"{vocabulary.mask_token_id}; add one to {TOKENIZER_FILE}, and index with that"
+                f"tokenizer: {tokenizer}: its ids have gaps, so that {names[token_id]} cannot be added as id "
+                f"{token_id}; add it to {TOKENIZER_FILE}, and index with that"
             )
+    if absent:
         write_json(directory / TOKENIZER_FILE, json.loads(library.to_str()))
     else:
         # The same bytes, and so the fingerprint that shards have.
@@ -78,16 +88,16 @@ def _content(token: Any) -> str | None:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _add_mask(library: Tokenizer, mask_token_id: int) -> bool:
-    """Add the mask token, and before it unused tokens where ids have gaps; whether it has the wanted id.
+def _add(library: Tokenizer, token_id: int, name: str) -> bool:
+    """Add a special token, and before it unused tokens where ids have gaps; whether it has the wanted id.
 
     New tokens get the number of tokens as their id, which in a tokenizer with gaps may be taken already.
     """
     taken = set(library.get_vocab(with_added_tokens=True).values())
-    while (place := _next_id(library)) <= mask_token_id and place not in taken:
-        name = MASK_TOKEN if place == mask_token_id else f"<unused {place}>"
-        library.add_special_tokens([_special(_new_name(library, name))])
-        if place == mask_token_id:
+    while (place := _next_id(library)) <= token_id and place not in taken:
+        new = name if place == token_id else f"<unused {place}>"
+        library.add_special_tokens([_special(_new_name(library, new))])
+        if place == token_id:
             return True
     return False
 

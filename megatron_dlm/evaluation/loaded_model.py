@@ -131,7 +131,7 @@ def open_model(path: Path, *, tokenizer: Path | None, dtype: ModelDtype, device:
 
 def _load_tokenizer(path: Path, vocabulary: Vocabulary, fingerprints: Set[str]) -> LoadedTokenizer:
     """The model's tokenizer; `fingerprints` are those of its files, none where they are unknown."""
-    loaded = load_tokenizer(path)
+    loaded = load_tokenizer(path, known=dict.fromkeys(fingerprints, vocabulary))
     if fingerprints and loaded.fingerprint not in fingerprints:
         raise InputError(f"tokenizer: {path} is not the one the model was trained with")
     if loaded.vocabulary != vocabulary:

@@ -80,9 +80,8 @@ def test_bad_settings_end_in_one_line(command, models, options, words):
 
 def test_what_is_no_model_is_refused(command, tmp_path):
     finished = command("sample", tmp_path, check=False)
-    assert finished.returncode == 2 and "neither a run, a checkpoint (step-NNNNNNNN) nor an exported folder" in (
-        finished.stderr
-    )
+    expected = "neither a run, a checkpoint (step-NNNNNNNN) nor an exported folder"
+    assert finished.returncode == 2 and expected in finished.stderr
 
 
 @pytest.fixture(scope="module")

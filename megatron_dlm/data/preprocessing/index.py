@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,15 @@ from megatron_dlm.data.preprocessing.workspace import Workspace, open_workspace,
 from megatron_dlm.data.shards.manifest import Manifest, read_manifest, shard_path
 from megatron_dlm.data.shards.shard import token_dtype
 from megatron_dlm.data.tokenizers.encoders import SAMPLE_DOCUMENTS, Backend, LoadedTokenizer, choose_encoder
+from megatron_dlm.data.tokenizers.special_tokens import SpecialTokens
 from megatron_dlm.data.tokenizers.tokenizer import load_tokenizer
 from megatron_dlm.interfaces import InputError, SaveError
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class IndexConfig:
+class IndexConfig(SpecialTokens):
     """What to index, with which tokenizer, and how the work is divided."""
 
     input: tuple[str, ...]
@@ -49,7 +50,7 @@ class IndexConfig:
     """Prefix of the shard: OUTPUT.bin, OUTPUT.idx and OUTPUT.json are written; with several json_keys,
     OUTPUT_KEY.bin and so on, one shard for each key."""
     tokenizer: Path
-    """Directory with tokenizer.json and tokenizer_config.json, a SentencePiece .model, a .json vocabulary of
+    """Directory with a Hugging Face tokenizer.json, a SentencePiece .model, a .json vocabulary of
     Megatron-LM's TikTokenizer, or the word bytes."""
     json_keys: tuple[str, ...] = ("text",)
     """Keys of each JSON line, or Parquet columns, that hold the text; one shard is written for each key."""
@@ -87,6 +88,7 @@ class IndexConfig:
     large corpus."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("max_rejects", "workers", "unit_bytes"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name}: {getattr(self, name)} is below 0")
@@ -146,7 +148,11 @@ def build_shards(config: IndexConfig, on_progress: Report) -> list[Manifest]:
     try:
         with _inputs(config) as inputs:
             sources = find_sources(inputs)
-            loaded = load_tokenizer(config.tokenizer, special_tokens_as_text=config.special_tokens_as_text)
+            loaded = load_tokenizer(
+                config.tokenizer,
+                special_tokens_as_text=config.special_tokens_as_text,
+                named=config.named_tokens(),
+            )
             units = plan_units(sources, config.unit_bytes or None)
             backend, rules = _rules(config, loaded, sources, units)
             job = Job(sources, units, rules)
@@ -220,7 +226,7 @@ def _plan(config: IndexConfig, loaded: LoadedTokenizer, job: Job) -> dict[str, A
     return {
         "version": PLAN_VERSION,
         "tokenizer": loaded.fingerprint,
-        "vocabulary_size": loaded.vocabulary.size,
+        "vocabulary": asdict(loaded.vocabulary),
         "special_tokens_as_text": config.special_tokens_as_text,
         "json_keys": list(config.json_keys),
         "prompt_key": config.prompt_key,

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,22 +24,36 @@ from megatron_dlm.data.tokenizers.encoders import (
     refuse_huge,
     vocabulary_of,
 )
+from megatron_dlm.data.tokenizers.special_tokens import (
+    AS_IN_ITS_FILES,
+    CONFIG_FILE,
+    SpecialTokens,
+    add_tokens,
+    find_special_ids,
+)
 from megatron_dlm.data.tokenizers.tokenizer_files import BYTES, load_tokenizer_file
-from megatron_dlm.interfaces import InputError
+from megatron_dlm.interfaces import InputError, Vocabulary
 from megatron_dlm.platform.files import write_json
 
 TOKENIZER_FILE = "tokenizer.json"
-CONFIG_FILE = "tokenizer_config.json"
 EOS_TOKEN, BOS_TOKEN, MASK_TOKEN = "<eos>", "<bos>", "[MASK]"
 
 
-def load_tokenizer(path: Path, *, special_tokens_as_text: bool = True) -> LoadedTokenizer:
+def load_tokenizer(
+    path: Path,
+    *,
+    special_tokens_as_text: bool = True,
+    named: SpecialTokens = AS_IN_ITS_FILES,
+    known: Mapping[str, Vocabulary] = MappingProxyType({}),
+) -> LoadedTokenizer:
     """Read a tokenizer; nothing is downloaded and no code beside it is run.
 
     Args:
-        path: a directory with tokenizer.json and tokenizer_config.json, which names the special tokens, or a
-            file of `tokenizer_files.py`.
+        path: a directory with tokenizer.json, or a file of `tokenizer_files.py`.
         special_tokens_as_text: encode text that spells a special token as plain text.
+        named: special tokens named by hand; for directories only.
+        known: vocabularies by the fingerprint of the tokenizer that they are of, such as a model's; they hold
+            special tokens that were named by hand.
 
     Returns:
         The tokenizer; if it has no mask token, a new last id is added; if it has no <bos>, <eos> is used.
@@ -47,12 +62,15 @@ def load_tokenizer(path: Path, *, special_tokens_as_text: bool = True) -> Loaded
         InputError: a file is missing or unreadable, or a special token is not in the vocabulary.
     """
     if (path.suffix or str(path) == BYTES) and not path.is_dir():
+        if named != AS_IN_ITS_FILES:
+            raise InputError(f"eos_token, bos_token, mask_token: {path} has its own")
         return load_tokenizer_file(path, special_tokens_as_text=special_tokens_as_text)
     try:
         refuse_huge(path / TOKENIZER_FILE)
         content = (path / TOKENIZER_FILE).read_bytes()
         tokenizer = Tokenizer.from_str(content.decode("utf-8"))
-        config = dict(json.loads((path / CONFIG_FILE).read_text(encoding="utf-8")))
+        fingerprint = hashlib.sha256(content).hexdigest()
+        special = None if fingerprint in known else find_special_ids(path, tokenizer, named)
     except OSError as error:
         raise InputError(f"tokenizer: {error.filename}: {error.strerror}") from error
     except InputError:
@@ -62,12 +80,14 @@ def load_tokenizer(path: Path, *, special_tokens_as_text: bool = True) -> Loaded
     tokenizer.encode_special_tokens = special_tokens_as_text
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    eos = _special_id(tokenizer, config, "eos_token", path)
-    if eos is None:
-        raise InputError(f"tokenizer: {path / CONFIG_FILE}: names no eos_token")
-
+    if special is not None:
+        add_tokens(tokenizer, special.added)
     # Not the number of entries: ids may have gaps.
     size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    if special is None:
+        vocabulary = known[fingerprint]
+    else:
+        vocabulary = vocabulary_of(size, mask=special.mask, eos=special.eos, bos=special.bos)
 
     def encode(texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
         try:
@@ -87,26 +107,10 @@ def load_tokenizer(path: Path, *, special_tokens_as_text: bool = True) -> Loaded
         fast_encoder=lambda: _fast_encoder(content, special_tokens_as_text=special_tokens_as_text),
         decode=tokenizer.decode,
         size=size,
-        vocabulary=vocabulary_of(
-            size,
-            mask=_special_id(tokenizer, config, "mask_token", path),
-            eos=eos,
-            bos=_special_id(tokenizer, config, "bos_token", path),
-        ),
-        fingerprint=hashlib.sha256(content).hexdigest(),
+        vocabulary=vocabulary,
+        fingerprint=fingerprint,
         special_tokens_as_text=special_tokens_as_text,
     )
-
-
-def _special_id(tokenizer: Tokenizer, config: dict[str, object], role: str, path: Path) -> int | None:
-    entry = config.get(role)
-    token = entry.get("content") if isinstance(entry, dict) else entry
-    if token is None:
-        return None
-    token_id: int | None = tokenizer.token_to_id(token) if isinstance(token, str) else None
-    if token_id is None:
-        raise InputError(f"tokenizer: {path / CONFIG_FILE}: {role} {token!r} is not in the vocabulary")
-    return token_id
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary_size: int, directory: Path) -> None:
