@@ -22,7 +22,7 @@ EXTRAS = {
     "eval": ["matplotlib"],
     "harness": ["lm-eval>=0.4.10,<0.5"],
     "test": [
-        *("moto[s3,server]>=5", "pytest>=8", "pytest-timeout", "pytest-xdist"),
+        *("moto[s3,server]>=5", "pyte>=0.8", "pytest>=8", "pytest-timeout", "pytest-xdist"),
         # What users of exports have.
         *("accelerate>=1.3", "peft>=0.15"),
     ],

@@ -32,7 +32,7 @@ def find_checkpoint(name: Path, step: int | None = None) -> Path:
             raise InputError(f"step: {step}, and {name} names step {int(number)}")
         found = _of_run(Path(base), int(number))
         if name.exists():
-            raise InputError(f"checkpoint: {name} is both itself and {found}; name the latter, or ./{name}/.")
+            raise InputError(f"checkpoint: {name} is both itself and {found}; name the latter")
         return found
     if _root(name) is not None and not (name / MANIFEST).is_file():
         if (name / EXPORT_CONFIG).is_file():

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import resource
 
 import pytest
 
@@ -34,25 +33,6 @@ def test_a_home_directory_is_found_wherever_a_shell_leaves_it(monkeypatch):
     expected += ["/home/someone/b", "--lr=3e-4", "a~/b", "/home/someone"]
     assert main.with_home(given) == expected
     assert main.with_home(["--a=~no-such-user/x"]) == ["--a=~no-such-user/x"]
-
-
-@pytest.mark.parametrize(
-    ("limits", "expected"),
-    [
-        ((256, 4096), (4096, 4096)),
-        ((256, 1 << 20), (main.OPEN_FILES, 1 << 20)),
-        ((256, resource.RLIM_INFINITY), (main.OPEN_FILES, resource.RLIM_INFINITY)),
-        ((1 << 17, 1 << 20), None),
-        ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), None),
-        ((256, 256), None),
-    ],
-)
-def test_as_many_files_may_be_open_as_the_hard_limit_allows(monkeypatch, limits, expected):
-    asked = []
-    monkeypatch.setattr(resource, "getrlimit", lambda kind: limits)
-    monkeypatch.setattr(resource, "setrlimit", lambda kind, wanted: asked.append(wanted))
-    main.raise_open_files_limit()
-    assert asked == ([] if expected is None else [expected])
 
 
 @pytest.mark.parametrize("kind", [OSError, main.InputError])

@@ -1,4 +1,4 @@
-"""Special tokens of Hugging Face folders as they are published: the ids of AutoTokenizer, or named by hand."""
+"""Special tokens of Hugging Face folders as they are published: AutoTokenizer's, or named by hand."""
 
 import json
 
