@@ -1,6 +1,7 @@
 """Check indexed shards whole: checksums, index, counts, ids; and show how some documents decode.
 
     python tools/verify_dataset.py data/train data/held-out [--tokenizer DIRECTORY] [--documents 2]
+    python tools/verify_dataset.py megatron_shard --write-manifest --tokenizer DIRECTORY    # index --adopt
 
 PREFIX stands for PREFIX.bin, .idx and .json. Exit code 0 where all is as the manifests say, 2 where not.
 """
@@ -16,8 +17,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from megatron_dlm.cli.main import with_home
+from megatron_dlm.cli.index_adopt import adopt
+from megatron_dlm.cli.main import run_and_exit, with_home
+from megatron_dlm.data.shards.manifest import shard_path
 from megatron_dlm.data.shards.shard import Shard
+from megatron_dlm.data.shards.token_file import as_path
+from megatron_dlm.data.tokenizers.special_tokens import AS_IN_ITS_FILES
 from megatron_dlm.data.tokenizers.tokenizer import load_tokenizer
 from megatron_dlm.interfaces import InputError
 
@@ -65,15 +70,23 @@ def show_documents(shard: Shard, tokenizer: Path, count: int) -> None:
         print(f"{shard.prefix} document {document}: {text[:160]!r}")
 
 
-def main() -> None:
-    """Parse, verify, print."""
+def main() -> int:
+    """Parse, verify, print; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("prefixes", nargs="+", metavar="PREFIX", help="shards to verify, or their URLs")
     parser.add_argument("--tokenizer", type=Path, help="decode with it (the manifest's, where it still is)")
+    parser.add_argument(
+        "--write-manifest", action="store_true", help="check shards of Megatron-LM and write their manifests"
+    )
     parser.add_argument("--documents", type=int, default=2, help="documents of each shard to decode (2)")
     arguments = parser.parse_args(with_home(sys.argv[1:]))
+    if arguments.write_manifest:
+        if arguments.tokenizer is None:
+            raise InputError("--write-manifest: needs --tokenizer, the one that made the ids")
+        adopt(tuple(map(Path, arguments.prefixes)), arguments.tokenizer, AS_IN_ITS_FILES)
+        return 0
     table = Table("shard", "documents", "tokens", "dtype", "ids", "mask id", "verdict")
     failed = False
     for prefix in arguments.prefixes:
@@ -88,11 +101,13 @@ def main() -> None:
                 show_documents(shard, tokenizer, arguments.documents)
         except InputError as error:
             failed = True
-            table.add_row(str(prefix), *[""] * 5, "DAMAGED")
+            files = [shard_path(as_path(prefix), suffix) for suffix in (".bin", ".idx", ".json")]
+            verdict = "DAMAGED" if any(path.exists() for path in files) else "missing"
+            table.add_row(str(prefix), *[""] * 5, verdict)
             print(f"verify_dataset: error: {error}", file=sys.stderr)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
-    sys.exit(2 if failed else 0)
+    return 2 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    run_and_exit("verify_dataset", main)

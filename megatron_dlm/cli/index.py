@@ -11,7 +11,14 @@ from megatron_dlm.data.preprocessing.workers import IndexProgress
 
 
 def run(arguments: list[str]) -> int:
-    """Parse, index, report; returns the exit code. `--stats PREFIX ...` reports on existing shards."""
+    """Parse, index, report; returns the exit code.
+
+    `--stats PREFIX ...` reports on existing shards, `--adopt PREFIX` gives one of Megatron-LM's a manifest.
+    """
+    if any(word == "--adopt" or word.startswith("--adopt=") for word in arguments):
+        from megatron_dlm.cli.index_adopt import run as run_adopt
+
+        return run_adopt(arguments)
     if "--stats" in arguments and not any(word.startswith("--input") for word in arguments):
         from megatron_dlm.cli.index_stats import run as run_stats
 

@@ -41,7 +41,11 @@ PLAN_VERSION = 2
 
 @dataclass(frozen=True, kw_only=True)
 class IndexConfig(SpecialTokens):
-    """What to index, with which tokenizer, and how the work is divided."""
+    """What to index, with which tokenizer, and how the work is divided.
+
+    `index --adopt PREFIX --tokenizer TOKENIZER` takes shards that Megatron-LM has written, `index --stats
+    PREFIX ...` describes shards.
+    """
 
     input: tuple[str, ...]
     """Files (.jsonl, .json, .txt with blank lines between documents, each also .gz or .zst; .parquet), globs,

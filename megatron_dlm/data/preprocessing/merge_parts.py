@@ -164,9 +164,15 @@ class TokenCounts:
     def __init__(self, vocabulary_size: int) -> None:
         self._frequencies = np.zeros(vocabulary_size, dtype=np.int64)
 
-    def add(self, ids: NDArray[np.integer]) -> None:
-        """Add the occurrences of `ids`."""
-        self._frequencies += np.bincount(ids, minlength=len(self._frequencies))
+    def add(self, ids: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Add the occurrences of `ids`, and give them by id: int64 [vocabulary]."""
+        occurrences: NDArray[np.int64] = np.bincount(ids, minlength=len(self._frequencies))
+        self._frequencies += occurrences
+        return occurrences
+
+    def total(self, values: NDArray[np.int64]) -> int:
+        """Sum over all tokens so far of a value by id, int64 [vocabulary]."""
+        return int(self._frequencies @ values)
 
     def entropy(self) -> float:
         """Entropy of the frequencies, in nats; 0 for no tokens."""

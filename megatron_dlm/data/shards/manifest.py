@@ -106,7 +106,12 @@ def read_manifest(prefix: Path) -> Manifest:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise InputError(f"data: {path}: no such file; `megatron-dlm index` writes it") from error
+        if shard_path(prefix, ".bin").exists() and shard_path(prefix, ".idx").exists():
+            raise InputError(
+                f"data: {path}: no such file, beside {prefix.name}.bin; "
+                f"`megatron-dlm index --adopt {prefix} --tokenizer TOKENIZER` checks the shard and writes it"
+            ) from error
+        raise InputError(f"data: {path}: no such file; `megatron-dlm index` writes shards") from error
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"data: {path}: unreadable manifest: {error}") from error
     if isinstance(data, dict) and data.get("format") != FORMAT:

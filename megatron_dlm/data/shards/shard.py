@@ -194,8 +194,15 @@ def read_index(path: Path, bin_bytes: int) -> ShardIndex:
     with path.open("rb") as file:
         header = file.read(HEADER.size)
         magic, version, code, sequences, documents = HEADER.unpack(header)
-        if magic != INDEX_MAGIC or version != INDEX_VERSION or code not in DTYPES:
-            raise InputError(f"data: {path}: not a Megatron index (magic, version or dtype)")
+        if magic != INDEX_MAGIC:
+            raise InputError(f"data: {path}: not a Megatron-LM index: begins with {magic!r}")
+        if version != INDEX_VERSION:
+            turned = int.from_bytes(version.to_bytes(8, "little"), "big") == INDEX_VERSION
+            why = "written on a big-endian machine" if turned else f"version {version} is not {INDEX_VERSION}"
+            raise InputError(f"data: {path}: Megatron-LM index, {why}")
+        if code not in DTYPES:
+            known = ", ".join(f"{known} ({dtype.name})" for known, dtype in DTYPES.items())
+            raise InputError(f"data: {path}: type {code} of tokens is none of {known}")
         # Compared before anything is allocated: the counts come from the file.
         if documents < 1 or size != HEADER.size + 12 * sequences + 8 * documents:
             raise InputError(

@@ -200,9 +200,14 @@ DAMAGE = {
     "bin missing": (".bin", Path.unlink, "no such file"),
     "bin cut": (".bin", lambda p: truncate(p, 10), "the manifest says"),
     "idx cut": (".idx", lambda p: truncate(p, 8), "the manifest says"),
-    "idx magic": (".idx", lambda p: patch(p, 0, b"XX"), "not a Megatron index"),
-    "idx version": (".idx", lambda p: patch(p, 9, struct.pack("<Q", 2)), "not a Megatron index"),
-    "idx dtype": (".idx", lambda p: patch(p, 17, b"\x63"), "not a Megatron index"),
+    "idx magic": (".idx", lambda p: patch(p, 0, b"XX"), "not a Megatron-LM index: begins with b'XX"),
+    "idx version": (".idx", lambda p: patch(p, 9, struct.pack("<Q", 2)), "index, version 2 is not 1"),
+    "idx dtype": (".idx", lambda p: patch(p, 17, b"\x63"), "type 99 of tokens is none of 4"),
+    "idx big-endian": (
+        ".idx",
+        lambda p: patch(p, 9, struct.pack(">Q", 1)),
+        "written on a big-endian machine",
+    ),
     "idx other dtype": (".idx", lambda p: patch(p, 17, b"\x04"), "lengths and pointers"),
     "idx huge count": (".idx", lambda p: patch(p, 18, struct.pack("<Q", 1 << 40)), "do not hold"),
     "idx negative length": (
