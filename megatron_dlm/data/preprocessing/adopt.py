@@ -26,6 +26,7 @@ PIECE_BYTES = 16 << 20
 SHOWN_CHARACTERS = 160
 BACKEND = "adopted"
 """What the manifest has in place of the encoder, which is not known."""
+REPLACEMENT = "\ufffd"
 COMPARED_DOCUMENTS = 64
 """Documents on which counted bytes of text are compared with decoded ones."""
 
@@ -74,7 +75,7 @@ def adopt_shard(
             digest = hashlib.sha256()
             for start, piece in documents.pieces():
                 # hashlib gives way to other threads.
-                hashed = beside.submit(digest.update, piece.tobytes())
+                hashed = beside.submit(digest.update, piece.data)
                 scan.add(start, piece)
                 hashed.result()
                 on_progress((start + len(piece)) * index.dtype.itemsize, before[0].st_size)
@@ -161,41 +162,47 @@ class _Scan:
 
     def add(self, start: int, ids: NDArray[np.integer]) -> None:
         """Count the ids that begin at position `start`, or name the first that is not the tokenizer's."""
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= self._vocabulary.size:
+        # uint16 is counted without looking first: at most 65,536 kinds.
+        is_bounded = ids.dtype == np.uint16 or (ids.min() >= 0 and ids.max() < self._vocabulary.size)
+        occurrences = np.bincount(ids, minlength=self._vocabulary.size) if is_bounded else None
+        if occurrences is None or len(occurrences) > self._vocabulary.size:
             place = int(np.flatnonzero((ids < 0) | (ids >= self._vocabulary.size))[0])
             raise InputError(
                 f"adopt: {self._prefix}: token {start + place:,} has id {ids[place]}, outside "
                 f"[0, {self._vocabulary.size}) of {self._tokenizer}; was another tokenizer used?"
             )
         mask = self._vocabulary.mask_token_id
-        if self.counts.add(ids)[mask]:
+        if occurrences[mask]:
             place = int(np.flatnonzero(ids == mask)[0])
             raise InputError(
-                f"adopt: {self._prefix}: token {start + place:,} is the mask id {mask}, which clean data does "
-                "not hold; --mask-token none gives the model a mask id of its own"
+                f"adopt: {self._prefix}: token {start + place:,} is the mask id {mask}, which clean data "
+                "does not hold; --mask-token none gives the model a mask id of its own"
             )
+        self.counts.add_counts(occurrences)
 
 
 def _text_bytes(loaded: LoadedTokenizer, documents: _Documents, counts: TokenCounts) -> int:
     """UTF-8 bytes of the decoded text: by counting where a sample shows that counting is exact."""
     table = bytes_of_tokens(loaded)
 
-    def counted(number: int) -> bool:
+    def is_exact(number: int) -> bool:
+        assert table is not None
         ids = np.array(documents.document(number))
-        return table is not None and int(table[ids].sum()) == _decoded_bytes(loaded, ids)
+        text = _decoded(loaded, ids)
+        # What stands for bytes that are no text has a length of its own.
+        return REPLACEMENT in text or int(table[ids].sum()) == len(text.encode())
 
-    if table is not None and all(counted(number) for number in documents.spread(COMPARED_DOCUMENTS)):
-        return int(counts.total(table))
-    logger.info("%s: bytes of text depend on neighbours; decoding all documents", loaded.path)
-    return sum(_decoded_bytes(loaded, np.array(documents.document(n))) for n in range(len(documents.lengths)))
+    if table is not None and all(is_exact(number) for number in documents.spread(COMPARED_DOCUMENTS)):
+        return counts.total(table)
+    logger.info(f"{loaded.path}: bytes of text depend on the tokens around; decoding all documents")
+    numbers = range(len(documents.lengths))
+    return sum(len(_decoded(loaded, np.array(documents.document(n))).encode()) for n in numbers)
 
 
-def _decoded_bytes(loaded: LoadedTokenizer, ids: NDArray[np.integer]) -> int:
+def _decoded(loaded: LoadedTokenizer, ids: NDArray[np.integer]) -> str:
     special = (
         loaded.vocabulary.eos_token_id,
         loaded.vocabulary.bos_token_id,
         loaded.vocabulary.mask_token_id,
     )
-    text = loaded.decode(ids[~np.isin(ids, special)].tolist())
-    return len(text.encode("utf-8", errors="surrogatepass"))
+    return loaded.decode(ids[~np.isin(ids, special)].tolist())

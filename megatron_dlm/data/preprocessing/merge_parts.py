@@ -164,11 +164,13 @@ class TokenCounts:
     def __init__(self, vocabulary_size: int) -> None:
         self._frequencies = np.zeros(vocabulary_size, dtype=np.int64)
 
-    def add(self, ids: NDArray[np.integer]) -> NDArray[np.int64]:
-        """Add the occurrences of `ids`, and give them by id: int64 [vocabulary]."""
-        occurrences: NDArray[np.int64] = np.bincount(ids, minlength=len(self._frequencies))
+    def add(self, ids: NDArray[np.integer]) -> None:
+        """Add the occurrences of `ids`."""
+        self.add_counts(np.bincount(ids, minlength=len(self._frequencies)))
+
+    def add_counts(self, occurrences: NDArray[np.int64]) -> None:
+        """Add numbers of occurrences by id, int64 [vocabulary]."""
         self._frequencies += occurrences
-        return occurrences
 
     def total(self, values: NDArray[np.int64]) -> int:
         """Sum over all tokens so far of a value by id, int64 [vocabulary]."""
