@@ -131,5 +131,10 @@ def _evaluate(config: HarnessConfig, loaded: Any) -> dict[str, Any]:
         )
     except (InputError, FileNotFoundError) as error:
         raise InputError(f"tasks: {error}") from error
+    except ConnectionError as error:
+        raise InputError(
+            f"tasks: {' '.join(config.tasks)}: {error}; the same command where there is a network fills the "
+            "cache in HF_HOME, from which HF_HUB_OFFLINE=1 reads the data sets"
+        ) from error
     results |= model.get_model_info() | {"greedy_tasks": sorted(model.greedy_tasks)}
     return results

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from megatron_dlm.evaluation.intervals import Mean
     from megatron_dlm.evaluation.nelbo_statistics import Bound
     from megatron_dlm.families.base import ObjectiveConfig
+    from megatron_dlm.interfaces import Vocabulary
 
 REPORT_SECONDS = 5.0
 
@@ -93,7 +94,7 @@ def _evaluate(config: NllConfig) -> tuple[Bound, bool]:
         if config.text and tokenizer is None:
             tokenizer = tokenizer_of_data(record.config)
         data = record.config.data
-        with _data(config, data.validation or data.train[0], tokenizer) as prefix:
+        with _data(config, data.validation or data.train[0], tokenizer, record.vocabulary) as prefix:
             return bound_of_checkpoint(
                 record,
                 prefix,
@@ -108,7 +109,7 @@ def _evaluate(config: NllConfig) -> tuple[Bound, bool]:
     loaded = open_model(config.model, tokenizer=config.tokenizer, dtype=config.dtype, device=None)
     _refuse_plot(config, loaded.config.objective)
     data = loaded.config.data
-    with _data(config, data.validation or data.train[0], loaded.tokenizer.path) as prefix:
+    with _data(config, data.validation or data.train[0], loaded.tokenizer.path, loaded.vocabulary) as prefix:
         bound = bound_of_folder(
             loaded, prefix, config.bound, size, drop_long_records=drop, progress=ProgressPrinter()
         )
@@ -121,12 +122,13 @@ def _refuse_plot(config: NllConfig, objective: ObjectiveConfig) -> None:
 
 
 @contextmanager
-def _data(config: NllConfig, default: str, tokenizer: Path | None) -> Iterator[str]:
+def _data(config: NllConfig, default: str, tokenizer: Path | None, vocabulary: Vocabulary) -> Iterator[str]:
     """Prefix of the shard, for as long as it is needed."""
     if not config.text:
         yield config.data or default
         return
     from megatron_dlm.data.preprocessing.index import IndexConfig, build_shards
+    from megatron_dlm.data.tokenizers.special_tokens import names_of
     from megatron_dlm.platform.launch import detect_environment
 
     if detect_environment().world_size != 1:
@@ -135,8 +137,14 @@ def _data(config: NllConfig, default: str, tokenizer: Path | None) -> Iterator[s
     with tempfile.TemporaryDirectory() as directory:
         prefix = Path(directory) / "text"
         files = tuple(map(str, config.text))
-        build_shards(IndexConfig(input=files, output=prefix, tokenizer=tokenizer), lambda progress: None)
-        yield str(prefix)
+        named = asdict(names_of(vocabulary, tokenizer))
+        try:
+            build_shards(
+                IndexConfig(input=files, output=prefix, tokenizer=tokenizer, **named), lambda progress: None
+            )
+            yield str(prefix)
+        except InputError as error:
+            raise InputError(str(error).replace(str(prefix), " ".join(files))) from error
 
 
 class ProgressPrinter:

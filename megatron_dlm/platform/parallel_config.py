@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -146,17 +147,22 @@ class ParallelConfig:
             )
         return world_size // (tensor * pipeline * context)
 
-    def check_lengths(self, multiple: int) -> None:
+    def check_lengths(self, multiple: int, seq_length: int) -> None:
         """Refuse sequences that this layout cannot cut into equal parts.
 
         Args:
             multiple: number that divides the sequence length of every forward pass.
+            seq_length: the longest of these lengths.
 
         Raises:
             InputError: context or sequence parallelism needs a divisor that `multiple` does not have.
         """
         context, tensor = self.context_parallel_size, self.tensor_model_parallel_size
-        lengths = f"lengths that are multiples of {multiple} (data.seq_length, objective.ssl_multiple)"
+        needed = math.lcm(
+            2 * context if context > 1 else 1, tensor * context if self.sequence_parallel else 1
+        )
+        option = "data.seq-length" if seq_length % needed else "objective.ssl-multiple"
+        lengths = f"lengths that are multiples of {multiple}; --{option} has to be a multiple of {needed}"
         if context > 1 and multiple % (2 * context):
             raise InputError(f"parallel.context_parallel_size: twice {context} does not divide {lengths}")
         if self.sequence_parallel and multiple % (tensor * context):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from megatron_dlm.data.loading.dali import require_dali
@@ -37,7 +38,8 @@ def check_run(config: RunConfig, world_size: int) -> None:
         require_dali()
     data_size = config.parallel.data_parallel_size(world_size)
     config.model.check_parallel(config.parallel)
-    config.parallel.check_lengths(config.objective.length_multiple(config.data.seq_length))
+    seq_length = config.data.seq_length
+    config.parallel.check_lengths(config.objective.length_multiple(seq_length), seq_length)
     if config.parallel.fully_sharded:
         _check_fully_sharded(config)
     if config.training.precision == "fp8":
@@ -145,18 +147,30 @@ def _check_fp8(config: RunConfig) -> None:
         raise InputError("fp8.weights: True, and parallel.use_distributed_optimizer is False")
     tensor = parallel.tensor_model_parallel_size
     rows = training.micro_batch_size * config.objective.length_multiple(config.data.seq_length)
+    ranks = parallel.context_parallel_size * (tensor if parallel.sequence_parallel else 1)
     width = model.padded_heads(tensor) // tensor * model.head_dim
     config.fp8.check_shapes(
         {
             "model.hidden_size": model.hidden_size,
             "model.ffn_hidden_size of a tensor parallel rank": model.ffn_hidden_size // tensor,
             "the width of a tensor parallel rank's heads": width,
-            "the positions of a microbatch on a rank (lengths are multiples of objective.ssl_multiple)": rows
-            // parallel.context_parallel_size
-            // (tensor if parallel.sequence_parallel else 1),
+            _positions(config): rows // ranks,
         }
     )
     config.fp8.check_layers(model.stage_layers(parallel.pipeline_model_parallel_size))
+
+
+def _positions(config: RunConfig) -> str:
+    """Name of the number of positions in a microbatch on a rank, with what makes it a multiple."""
+    parallel, length = config.parallel, config.data.seq_length
+    ranks = parallel.context_parallel_size * (
+        parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    )
+    size = config.training.micro_batch_size
+    multiple = config.fp8.multiple * ranks
+    needed = multiple // math.gcd(multiple, size)
+    option = "data.seq-length" if length % needed else "objective.ssl-multiple"
+    return f"the positions of a microbatch on a rank (--{option} has to be a multiple of {needed})"
 
 
 def transformer_impl(config: RunConfig, device: torch.device) -> TransformerImpl:

@@ -15,6 +15,7 @@ from megatron_dlm.checkpointing.layout import (
     step_of,
 )
 from megatron_dlm.data.loading.blending import PlanSegment
+from megatron_dlm.data.loading.data_config import DataConfig
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.platform.codec import decode
 from megatron_dlm.platform.launch import detect_environment
@@ -65,7 +66,7 @@ def find_start(config: RunConfig, data: RunData) -> RunRecord | OutsideStart | N
         record = read_run_record(source)
     except InputError as error:
         if config.checkpoint.on_corrupt == "stop" or len(complete) < 2:
-            raise
+            raise _with_cure(error, complete[-2:-1] if complete else []) from error
         if detect_environment().rank == 0:
             logger.warning(f"{error}; going back to {complete[-2]}")
         record = read_run_record(complete[-2])
@@ -95,6 +96,8 @@ def find_start(config: RunConfig, data: RunData) -> RunRecord | OutsideStart | N
         }
     for name, (old, new) in fixed.items():
         if old != new and name not in asked.checkpoint.allow_changed:
+            if name == "data.train":
+                old, new = _blend(saved.data, old), _blend(asked.data, new)
             _mismatch(record, name, old, new)
     return record
 
@@ -134,6 +137,19 @@ def agree_on_start(start: RunRecord | OutsideStart | None, parallel: ParallelSta
     first = on_first_rank(parallel, lambda: mine)
     if mine != first:
         raise InputError(f"directory: rank 0 starts from {first}, rank {parallel.rank} from {mine}")
+
+
+def _blend(config: DataConfig, sha256: str) -> str:
+    """Shards and weights for people, with the hash that differs even where their names do not."""
+    split = f" split {' '.join(f'{share:g}' for share in config.split)}" if config.split else ""
+    return f"{' '.join(config.train)}{split} (tokens {sha256[:12]})"
+
+
+def _with_cure(error: InputError, older: list[Path]) -> InputError:
+    """The error of a damaged checkpoint, with what goes on from the one before it, if there is one."""
+    if not older:
+        return error
+    return InputError(f"{error}; --checkpoint.on-corrupt previous goes on from {older[-1]}")
 
 
 def _refuse_change(record: RunRecord, path: str, saved: Any, asked: Any) -> None:
@@ -219,7 +235,7 @@ def _sound(newest: Path, session: Session) -> Path:
         complete = on_first_rank(session.parallel, checkpoint_root(session.config).complete)
         older = [path for path in complete if step_of(path) < step_of(newest)]
         if session.config.checkpoint.on_corrupt == "stop" or not older:
-            raise
+            raise _with_cure(error, older) from error
         if session.parallel.rank == 0:
             logger.warning(f"{error}; going back to {older[-1]}")
         verify_on_all_ranks(older[-1], session.parallel)

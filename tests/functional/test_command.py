@@ -87,7 +87,7 @@ BAD = {
             *("train", RECIPE, "--parallel.sequence-parallel", "--parallel.tensor-model-parallel-size", "2"),
             *("--objective.ssl-ratio", "0.1", "--objective.ssl-multiple", "3", "--dry-run", "2"),
         ],
-        "does not divide lengths that are multiples of 1",
+        "does not divide lengths that are multiples of 1; --objective.ssl-multiple has to be a multiple of ",
     ),
     "context does not divide": (
         [

@@ -146,6 +146,8 @@ def _texts_of(line: bytes, keys: Sequence[str]) -> tuple[list[Text] | None, str]
         if reason:
             return None, reason
         slow = True
+    if isinstance(record, list):
+        return None, "a JSON array, not an object; `jq -c '.[]'` writes its elements as lines"
     if not isinstance(record, dict):
         return None, "not a JSON object"
     texts: list[Text] = []
@@ -153,14 +155,18 @@ def _texts_of(line: bytes, keys: Sequence[str]) -> tuple[list[Text] | None, str]
         if key not in record:
             return None, f"no key {key!r}"
         text = record[key]
-        if not isinstance(text, str) and not (
-            isinstance(text, list) and all(isinstance(part, str) for part in text)
-        ):
+        if not _is_text(text):
             return None, f"key {key!r} holds {type(text).__name__}, not a string"
         if slow and not _encodable(text):
             return None, "contains a lone surrogate, which no UTF-8 text can"
         texts.append(text)
     return texts, ""
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) or (
+        isinstance(value, list) and all(isinstance(part, str) for part in value)
+    )
 
 
 def _encodable(text: Text) -> bool:
@@ -177,6 +183,11 @@ def _parse_slowly(line: bytes) -> tuple[Any, str]:
     except UnicodeDecodeError as error:
         return None, f"not UTF-8: {error.reason}"
     except (ValueError, RecursionError) as error:
+        if line.strip() in (b"{", b"["):
+            return (
+                None,
+                "JSON over several lines; `jq -c .` writes an object as one, `jq -c '.[]'` an array's",
+            )
         return None, f"not JSON: {error}"
 
 
@@ -232,7 +243,7 @@ def _parquet_rows(source: Source, unit: Unit, keys: Sequence[str]) -> Iterator[B
             batch = Batch(num_lines=rows.num_rows, num_bytes=rows.nbytes)
             for texts in zip(*(rows.column(key).to_pylist() for key in keys), strict=True):
                 number += 1
-                bad = next((text for text in texts if not isinstance(text, str)), "")
+                bad = next((text for text in texts if not _is_text(text)), "")
                 if isinstance(bad, str):
                     batch.texts.append(list(texts))
                     batch.lines.append(number)

@@ -16,6 +16,8 @@ from typing import IO, Any, Literal
 from megatron_dlm.interfaces import InputError
 
 STDIN = "-"
+ARROW_FILES = ("state.json", "dataset_dict.json")
+"""Files by which a folder of `datasets` is known; its .json files hold no text."""
 Format = Literal["jsonl", "text", "parquet"]
 SUFFIXES: dict[str, Format] = {
     ".jsonl": "jsonl",
@@ -79,6 +81,11 @@ def is_url(name: str) -> bool:
 
 def _expand(name: str) -> list[str]:
     if os.path.isdir(name):
+        if any(os.path.isfile(os.path.join(name, file)) for file in ARROW_FILES):
+            raise InputError(
+                f"input: {name}: a folder of datasets' save_to_disk; "
+                f"datasets.load_from_disk({name!r}).to_parquet('FILE.parquet') writes what is read here"
+            )
         inside = (str(path) for path in sorted(Path(name).rglob("*")) if path.is_file())
         paths = [path for path in inside if _suffixes(path)]
         if not paths:
@@ -128,6 +135,12 @@ def _suffixes(path: str) -> tuple[Format, str] | None:
 
 def _describe(path: str) -> Source:
     suffixes = _suffixes(path)
+    stem = path.removesuffix(".bin").removesuffix(".idx")
+    if suffixes is None and os.path.isfile(f"{stem}.bin") and os.path.isfile(f"{stem}.idx"):
+        raise InputError(
+            f"input: {path}: tokens already; `megatron-dlm index --adopt {stem} --tokenizer TOKENIZER` takes "
+            "Megatron-LM's shards, and training those that have a manifest"
+        )
     if suffixes is None:
         raise InputError(
             f"input: {path}: suffix is not one of {', '.join(SUFFIXES)} (text also with .gz, .zst)"

@@ -14,8 +14,9 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from megatron_dlm.interfaces import InputError
+from megatron_dlm.interfaces import InputError, Vocabulary
 
+TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 ROLES = ("eos_token", "bos_token", "mask_token")
 NONE = "none"
@@ -43,6 +44,29 @@ class SpecialTokens:
     def named_tokens(self) -> SpecialTokens:
         """These fields alone, of an instance of a subclass."""
         return SpecialTokens(eos_token=self.eos_token, bos_token=self.bos_token, mask_token=self.mask_token)
+
+
+def names_of(vocabulary: Vocabulary, path: Path) -> SpecialTokens:
+    """A model's special tokens by name, which may have been named by hand when its data were indexed.
+
+    Args:
+        vocabulary: vocabulary of the model.
+        path: its tokenizer.
+
+    Returns:
+        The names; empty for a tokenizer of one file, which has its own.
+    """
+    if not (path / TOKENIZER_FILE).is_file():
+        return AS_IN_ITS_FILES
+    tokenizer = Tokenizer.from_file(str(path / TOKENIZER_FILE))
+    ids = {"eos_token": vocabulary.eos_token_id, "bos_token": vocabulary.bos_token_id}
+    names = {
+        role: tokenizer.id_to_token(i) for role, i in (ids | {"mask_token": vocabulary.mask_token_id}).items()
+    }
+    if names["eos_token"] is None:
+        # One that a class of transformers adds.
+        return AS_IN_ITS_FILES
+    return SpecialTokens(**{role: name or NONE for role, name in names.items()})
 
 
 AS_IN_ITS_FILES = SpecialTokens()

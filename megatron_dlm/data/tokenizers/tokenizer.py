@@ -27,6 +27,7 @@ from megatron_dlm.data.tokenizers.encoders import (
 from megatron_dlm.data.tokenizers.special_tokens import (
     AS_IN_ITS_FILES,
     CONFIG_FILE,
+    TOKENIZER_FILE,
     SpecialTokens,
     add_tokens,
     find_special_ids,
@@ -35,7 +36,6 @@ from megatron_dlm.data.tokenizers.tokenizer_files import BYTES, load_tokenizer_f
 from megatron_dlm.interfaces import InputError, Vocabulary
 from megatron_dlm.platform.files import write_json
 
-TOKENIZER_FILE = "tokenizer.json"
 EOS_TOKEN, BOS_TOKEN, MASK_TOKEN = "<eos>", "<bos>", "[MASK]"
 
 
@@ -49,7 +49,8 @@ def load_tokenizer(
     """Read a tokenizer; nothing is downloaded and no code beside it is run.
 
     Args:
-        path: a directory with tokenizer.json, or a file of `tokenizer_files.py`.
+        path: a directory with tokenizer.json, a hub name such as gpt2 whose files are in the Hugging Face
+            cache, or a file of `tokenizer_files.py`.
         special_tokens_as_text: encode text that spells a special token as plain text.
         named: special tokens named by hand; for directories only.
         known: vocabularies by the fingerprint of the tokenizer that they are of, such as a model's; they hold
@@ -65,6 +66,7 @@ def load_tokenizer(
         if named != AS_IN_ITS_FILES:
             raise InputError(f"eos_token, bos_token, mask_token: {path} has its own")
         return load_tokenizer_file(path, special_tokens_as_text=special_tokens_as_text)
+    path = _in_cache(path)
     try:
         refuse_huge(path / TOKENIZER_FILE)
         content = (path / TOKENIZER_FILE).read_bytes()
@@ -111,6 +113,26 @@ def load_tokenizer(
         fingerprint=fingerprint,
         special_tokens_as_text=special_tokens_as_text,
     )
+
+
+def _in_cache(path: Path) -> Path:
+    """The folder itself, or for a hub name its copy in the Hugging Face cache; nothing is downloaded."""
+    if path.exists():
+        return path
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(str(path), TOKENIZER_FILE)
+    except HFValidationError:
+        # A path, and no name of a hub's.
+        raise InputError(f"tokenizer: {path}: no such file or directory") from None
+    if not isinstance(cached, str):
+        raise InputError(
+            f"tokenizer: {path}: no such directory, and not in the Hugging Face cache; where there is a "
+            f"network, `hf download {path} --include '*token*' config.json` puts it there"
+        )
+    return Path(cached).parent
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary_size: int, directory: Path) -> None:

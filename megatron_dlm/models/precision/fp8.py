@@ -79,6 +79,11 @@ class Fp8Config:
         """Whether some layers stay in bf16."""
         return self.layers_at_start_in_bf16 + self.layers_at_end_in_bf16 > 0
 
+    @property
+    def multiple(self) -> int:
+        """What must divide the rows and columns of operands."""
+        return MULTIPLES[self.recipe]
+
     def check_shapes(self, sizes: dict[str, int]) -> None:
         """Refuse operands that FP8 products cannot take.
 
@@ -88,7 +93,7 @@ class Fp8Config:
         Raises:
             InputError: one that the recipe's multiple does not divide.
         """
-        multiple = MULTIPLES[self.recipe]
+        multiple = self.multiple
         for name, size in sizes.items():
             if size % multiple:
                 raise InputError(
