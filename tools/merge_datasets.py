@@ -1,6 +1,7 @@
 """Join indexed shards of one tokenizer to one, document after document, in memory that does not grow.
 
     python tools/merge_datasets.py --input data/a data/b --output data/both
+    python tools/merge_datasets.py --input data --output-prefix both      # all shards of a directory
 
 The inputs' checksums are verified first. Exit code 2 where shards do not fit together.
 """
@@ -33,6 +34,30 @@ SAME = (
     "special_tokens_as_text",
 )
 """What all manifests must agree on."""
+
+
+def find_prefixes(inputs: list[Path]) -> list[Path]:
+    """Prefixes of shards, those of directories by name.
+
+    Args:
+        inputs: prefixes and directories.
+
+    Returns:
+        The prefixes, in order.
+
+    Raises:
+        InputError: a directory without shards.
+    """
+    prefixes: list[Path] = []
+    for path in inputs:
+        if not path.is_dir():
+            prefixes.append(path)
+            continue
+        found = sorted(index.with_suffix("") for index in path.glob("*.idx"))
+        if not found:
+            raise InputError(f"input: {path}: a directory without shards (.idx)")
+        prefixes += found
+    return prefixes
 
 
 def merge(prefixes: list[Path], output: Path) -> None:
@@ -105,10 +130,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--input", nargs="+", type=Path, required=True, help="prefixes of shards, in order")
-    parser.add_argument("--output", type=Path, required=True, help="prefix of the joined shard")
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        type=Path,
+        required=True,
+        help="prefixes of shards, in order, or directories, whose shards are taken by name",
+    )
+    parser.add_argument(
+        "--output", "--output-prefix", type=Path, required=True, help="prefix of the joined shard"
+    )
     arguments = parser.parse_args(with_home(sys.argv[1:]))
-    merge(arguments.input, arguments.output)
+    merge(find_prefixes(arguments.input), arguments.output)
     return 0
 
 

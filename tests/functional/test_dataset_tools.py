@@ -1,14 +1,17 @@
 """Tools around shards: Megatron-LM's command line, verification, merging; one job over MPI ranks."""
 
+import ast
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from megatron_dlm.data.shards.manifest import shard_path
 from megatron_dlm.data.shards.shard import Shard
@@ -56,11 +59,72 @@ def test_a_megatron_command_line_gives_megatron_s_files(corpus, tmp_path):
         assert digests(tmp_path / f"ours_{key}_document") == digests(prefix)
 
 
+def test_gpt_2_s_two_files_give_megatron_s_files(tmp_path):
+    """And a tokenizer folder, with which the shard is read and models are exported."""
+    library = Tokenizer(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    library.train_from_iterator(tiny.sentences(200, seed=1), trainer)
+    library.model.save(str(tmp_path))
+    texts = [*tiny.sentences(50, seed=2), "caf\u00e9 <|endoftext|> \u4e2d  two"]
+    text = tiny.write_jsonl(tmp_path / "t.jsonl", texts)
+    words = ["--input", text, "--output-prefix", tmp_path / "ours", "--tokenizer-type", "GPT2BPETokenizer"]
+    words += ["--vocab-file", tmp_path / "vocab.json", "--merge-file", tmp_path / "merges.txt"]
+    words += ["--append-eod", "--workers", 1, "--find-optimal-num-workers", "--workers-to-check", 1, 2]
+    finished = run("preprocess_data.py", *words)
+    assert finished.returncode == 0, finished.stderr
+    library.encode_special_tokens = True
+    theirs = tmp_path / "theirs_text_document"
+    encode = lambda part: library.encode(part, add_special_tokens=False).ids  # noqa: E731
+    megatron_index.index(text.read_text().splitlines(), ["text"], encode, 0, 320, [theirs])
+    assert digests(tmp_path / "ours_text_document") == digests(theirs)
+    shard = Shard(tmp_path / "ours_text_document")
+    loaded = load_tokenizer(tmp_path / "ours_tokenizer")
+    assert shard.manifest.vocabulary == loaded.vocabulary and loaded.vocabulary.mask_token_id == 320
+    end = int(shard.document_lengths.sum())
+    length = int(shard.document_lengths[-1])
+    assert loaded.decode(shard.tokens[end - length : end - 1].tolist()) == texts[-1]
+
+
+def test_shards_of_megatron_are_adopted_and_merged_by_directory(corpus, tmp_path):
+    (tmp_path / "parts").mkdir()
+    for name in ("b", "a.c"):
+        for suffix in (".bin", ".idx"):
+            shutil.copyfile(shard_path(corpus.train, suffix), tmp_path / "parts" / f"{name}{suffix}")
+    refused = run("merge_datasets.py", "--input", tmp_path / "parts", "--output-prefix", tmp_path / "both")
+    assert refused.returncode == 2 and f"index --adopt {tmp_path}/parts/a.c" in refused.stderr
+    prefixes = [tmp_path / "parts" / name for name in ("a.c", "b")]
+    words = [*prefixes, "--write-manifest", "--tokenizer", corpus.tokenizer]
+    finished = run("verify_dataset.py", *words)
+    assert finished.returncode == 0 and finished.stdout.count(", adopted\n") == 2, finished.stderr
+    finished = run("verify_dataset.py", *prefixes)
+    assert finished.returncode == 0 and finished.stdout.count("as the manifest says") == 2
+    finished = run("merge_datasets.py", "--input", tmp_path / "parts", "--output-prefix", tmp_path / "both")
+    assert finished.returncode == 0, finished.stderr
+    once = Shard(corpus.train).manifest
+    assert Shard(tmp_path / "both").manifest.num_tokens == 2 * once.num_tokens
+    assert run("merge_datasets.py", "--input", tmp_path, "--output", tmp_path / "x").returncode == 0
+    assert run("verify_dataset.py", tmp_path / "nowhere").stdout.count("missing") == 1
+
+
+@pytest.mark.parametrize("tool", sorted(path.name for path in (ROOT / "tools").glob("*.py")))
+def test_helps_are_laid_out_as_written(tool):
+    """No line of a description runs on into the next."""
+    source = (ROOT / "tools" / tool).read_text()
+    description = ast.get_docstring(ast.parse(source), clean=False) or ""
+    assert not re.search(r"\S {4,}[a-z-]", description.replace(" #", "#")), description
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         (["--split-sentences"], "--split-sentences: not supported"),
-        (["--tokenizer-type", "BertWordPieceCase"], "--tokenizer-type: BertWordPieceCase is not one of"),
+        (["--tokenizer-type", "BertWordPieceCase"], "BertWordPieceCase is not supported: it is not one of"),
+        (["--tokenizer-type", "NullTokenizer"], "NullTokenizer is not supported: write ids with"),
+        (["--tokenizer-type", "GPT2BPETokenizer"], "GPT2BPETokenizer needs --vocab-file and --merge-file"),
         (["--input", "none.jsonl"], "input: none.jsonl: no such file"),
     ],
 )

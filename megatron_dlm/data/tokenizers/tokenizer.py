@@ -37,6 +37,7 @@ from megatron_dlm.interfaces import InputError, Vocabulary
 from megatron_dlm.platform.files import write_json
 
 EOS_TOKEN, BOS_TOKEN, MASK_TOKEN = "<eos>", "<bos>", "[MASK]"
+GPT2_END = "<|endoftext|>"
 
 
 def load_tokenizer(
@@ -176,6 +177,36 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int, directory: Path)
         "clean_up_tokenization_spaces": False,
     }
     write_json(directory / CONFIG_FILE, config)
+
+
+def write_gpt2_tokenizer(vocabulary_file: Path, merges_file: Path, directory: Path) -> None:
+    """Write GPT-2's two files as a Hugging Face tokenizer directory, with the same ids.
+
+    Args:
+        vocabulary_file: vocab.json, ids by token; it holds <|endoftext|>, which ends documents.
+        merges_file: merges.txt, a pair of tokens a line.
+        directory: directory to write to; created if absent.
+
+    Raises:
+        InputError: a file is missing or unreadable, or <|endoftext|> is not in the vocabulary.
+    """
+    for path in (vocabulary_file, merges_file):
+        if not path.is_file():
+            raise InputError(f"tokenizer: {path}: no such file")
+        refuse_huge(path)
+    try:
+        tokenizer = Tokenizer(models.BPE.from_file(str(vocabulary_file), str(merges_file)))
+    except Exception as error:  # tokenizers raises plain Exception for a bad file
+        raise InputError(f"tokenizer: {vocabulary_file}, {merges_file}: not GPT-2's: {error}") from error
+    if tokenizer.token_to_id(GPT2_END) is None:
+        raise InputError(f"tokenizer: {vocabulary_file}: has no {GPT2_END} to end documents")
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([GPT2_END])
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(directory / TOKENIZER_FILE, json.loads(tokenizer.to_str()))
+    named = {"eos_token": GPT2_END, "bos_token": GPT2_END, "mask_token": None}
+    write_json(directory / CONFIG_FILE, {"tokenizer_class": "PreTrainedTokenizerFast", **named})
 
 
 def _fast_encoder(content: bytes, *, special_tokens_as_text: bool) -> Encoder:
