@@ -92,6 +92,11 @@ def room(tmp_path):
     for name in ("qa.jsonl", "test.jsonl", "gsm8k/train.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in questions))
+    for name in ("SlimPajama-627B/train/chunk1", "SlimPajama-627B/validation/chunk1", "Nemotron-CC-v2"):
+        directory = tmp_path / "downloads" / name
+        directory.mkdir(parents=True)
+        for number in range(2):
+            tiny.write_jsonl(directory / f"{number}.jsonl", tiny.sentences(40, seed=number))
     return tmp_path
 
 
@@ -136,5 +141,6 @@ def test_the_commands_of_readme(room):
 )
 def test_the_commands_of_docs(room, page):
     """After README's first ones, which make the tokenizer that they use."""
-    setup = [c for c in commands_of(ROOT / "README.md") if c.startswith("megatron-dlm tokenizer")]
+    made = ("megatron-dlm tokenizer", "megatron-dlm index --input held-out.jsonl")
+    setup = [c for c in commands_of(ROOT / "README.md") if c.startswith(made)]
     run_all([*setup, *commands_of(page)], room)
