@@ -12,7 +12,7 @@ from megatron_dlm.platform.parallel import ParallelState
 from megatron_dlm.run.config import RunConfig
 from megatron_dlm.run.datasets import RunData
 from megatron_dlm.run.description import describe_changes, describe_data, describe_layout
-from megatron_dlm.run.run_record import OutsideStart, RunRecord, checkpoint_root
+from megatron_dlm.run.run_record import OutsideStart, RunRecord, checkpoint_root, read_run_record
 from megatron_dlm.telemetry.writers import duration
 from megatron_dlm.training.signals import EXIT_PREEMPTED
 
@@ -61,9 +61,11 @@ class Announcement:
             self._say("starts from scratch")
         elif not isinstance(start, RunRecord) or not self._is_own(start):
             self._say(f"starts from the weights of {start.directory}")
-        else:
-            processes = int(read_json(start.directory / PROGRESS_RECORD)["world_size"])
-            changed = describe_changes(start.config, config)
+        elif self._parallel.rank == 0:
+            # The newest may have been damaged, and set aside.
+            loaded = read_run_record(checkpoint_root(config).complete()[-1])
+            processes = int(read_json(loaded.directory / PROGRESS_RECORD)["world_size"])
+            changed = describe_changes(loaded.config, config)
             if processes != self._parallel.world_size:
                 changed = f"processes {processes} -> {self._parallel.world_size}" + (
                     changed and f", {changed}"

@@ -220,7 +220,10 @@ BAD = {
         "model.ffn_hidden_size: 64 is not 4 x 224",
     ),
     "dry run": (["train", RECIPE, "--dry-run", "x"], "--dry-run: 'x' is not a number of processes"),
-    "model": (["evaluate", "nll", "no/model"], "model: no/model: neither a checkpoint (step-NNNNNNNN) nor"),
+    "model": (
+        ["evaluate", "nll", "no/model"],
+        "model: no/model: neither a run, a checkpoint (step-NNNNNNNN) nor",
+    ),
     "evaluate what": (["evaluate", "no/model"], "evaluate: 'no/model' is not one of nll"),
     "import": (["import", "no/folder", "out"], "no/folder: has no config.json"),
     "import of a file": (["import", "w.ckpt", "out"], "recipe, tokenizer: a .ckpt says neither shape nor"),
