@@ -22,6 +22,7 @@ def usage(launcher, rank):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_nothing_grows_and_nothing_stays(corpus, tmp_path):
     before = set(os.listdir("/dev/shm"))
     directory = tmp_path / "run"
