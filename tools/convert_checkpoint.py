@@ -1,7 +1,7 @@
 r"""Convert checkpoints with the arguments of Megatron-LM's tools/checkpoint/convert.py.
 
     python tools/convert_checkpoint.py --loader megatron --saver hugging-face \
-        --load-dir runs/first/checkpoints/step-00001000 --save-dir exported
+        --load-dir runs/first@1000 --save-dir exported
 
 Does what `megatron-dlm export` and `megatron-dlm import` do. Layouts are no matter: a checkpoint of any
 tensor, pipeline, context or data parallel size is read, and what is written loads at any.
@@ -30,7 +30,7 @@ def main() -> None:
     )
     parser.add_argument("--loader", choices=FORMATS, required=True, help="what --load-dir is")
     parser.add_argument("--saver", choices=FORMATS, required=True, help="what --save-dir becomes")
-    parser.add_argument("--load-dir", type=Path, required=True, help="step-NNNNNNNN, folder or .ckpt file")
+    parser.add_argument("--load-dir", type=Path, required=True, help="run, RUN@STEP, folder or .ckpt file")
     parser.add_argument("--save-dir", type=Path, required=True, help="folder, or .ckpt file, to make")
     arguments, more = parser.parse_known_args(with_home(sys.argv[1:]))
     run_and_exit("convert_checkpoint", lambda: convert(arguments, more))

@@ -219,6 +219,20 @@ BAD = {
         ["train", RECIPE, "--budget-flops", "1e18", "--model.ffn-hidden-size", "64"],
         "model.ffn_hidden_size: 64 is not 4 x 224",
     ),
+    "unknown option": (["train", RECIPE, "--no.such", "1"], "error: Unrecognized options: --no.such"),
+    "fp8 lengths": (
+        [
+            "train",
+            "examples/duo/1.7b.py",
+            "--training.precision",
+            "fp8",
+            "--fp8.recipe",
+            "blockwise",
+            "--dry-run",
+            "8",
+        ],
+        "--objective.ssl-multiple has to be a multiple of 8",
+    ),
     "dry run": (["train", RECIPE, "--dry-run", "x"], "--dry-run: 'x' is not a number of processes"),
     "model": (
         ["evaluate", "nll", "no/model"],

@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -119,6 +120,79 @@ def test_on_a_terminal_the_newest_step_is_one_line_of_80_columns(corpus, tmp_pat
     said = "\n".join(screen)
     assert "validation step 0/" in said and "saved " in said and "done: step" in said
     assert "train step" not in said
+
+
+def test_a_terminal_that_goes_away_ends_nothing(corpus, tmp_path):
+    """In mid-line too: the run goes on to its end."""
+    directory = tmp_path / "run"
+    leader, follower = pty.openpty()
+    environment = os.environ | CPU | {"TERM": "xterm", "COLUMNS": "80"}
+    command = [sys.executable, *map(str, (*TRAINER, *arguments_for(corpus, directory, steps=40)))]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=follower, stderr=follower)
+    os.close(follower)
+    seen = b""
+    while b"step 1/" not in seen:
+        seen += os.read(leader, 100)
+    os.close(leader)
+    assert process.wait(timeout=120) == 0
+    assert max(entry["step"] for entry in read_metrics(directory)) == 40
+
+
+@pytest.mark.parametrize("streams", ["2>&1 | head -1", "> /dev/full 2>&1", ">&- 2>&-"])
+def test_a_run_whose_output_is_lost_saves_as_usual(corpus, tmp_path, streams):
+    """Also under torchrun, and when a signal stops it."""
+    directory = tmp_path / "run"
+    words = shlex.join(map(str, ["examples/torchrun/train.sh", *arguments_for(corpus, directory)[1:]]))
+    environment = os.environ | CPU | {"PYTHON": sys.executable}
+    subprocess.run(["bash", "-c", f"{words} {streams}"], cwd=ROOT, env=environment, timeout=200)
+    assert (directory / "checkpoints" / f"step-{STEPS:08d}" / "manifest.json").is_file()
+
+
+DIRECTORIES = {
+    "a file": (lambda path: path.write_text("x"), r"directory: \S+run is a file"),
+    "another program's record": (
+        lambda path: (path.mkdir(), (path / "run.json").write_text('{"id": 1}')),
+        r"run\.json is not a run's of this program",
+    ),
+    "another program's checkpoints": (
+        lambda path: (path.mkdir(), (path / "checkpoints").write_text("x")),
+        r"checkpoints is a file; take another directory",
+    ),
+    "below a file": (
+        lambda path: path.parent.joinpath("f").write_text("x"),
+        r"directory: \S+: cannot be written",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DIRECTORIES)
+def test_a_directory_that_cannot_be_the_run_s_is_one_line(corpus, tmp_path, name):
+    make, message = DIRECTORIES[name]
+    make(tmp_path / "run")
+    before = sorted(tmp_path.rglob("*"))
+    directory = tmp_path / ("f/run" if name == "below a file" else "run")
+    code, output = finish(start(arguments_for(corpus, directory)))
+    assert code == 2 and re.search(message, output.splitlines()[-1]) and "Traceback" not in output, output
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not shutil.which("unshare"), reason="root may write everywhere")
+def test_a_read_only_directory_is_one_line(corpus, tmp_path):
+    """Mounted read-only for root, whom no permission stops."""
+    directory = tmp_path / "run"
+    directory.mkdir()
+    words = shlex.join(map(str, [sys.executable, *TRAINER, *arguments_for(corpus, directory)]))
+    mount = f"mount --bind {directory} {directory} && mount -o remount,ro,bind {directory} && {words}"
+    command = ["unshare", "--mount", "bash", "-c", mount]
+    if os.geteuid() != 0:
+        directory.chmod(0o500)
+        command = ["bash", "-c", words]
+    finished = subprocess.run(
+        command, cwd=ROOT, env=os.environ | CPU, capture_output=True, text=True, timeout=120
+    )
+    if "unshare" in finished.stderr or "mount:" in finished.stderr:
+        pytest.skip(finished.stderr.strip())
+    assert finished.returncode == 2 and "cannot be written: Read-only" in finished.stderr, finished.stderr
 
 
 def run_script(corpus, directory, *more, steps=STEPS, **environment):

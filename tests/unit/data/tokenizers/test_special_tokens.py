@@ -1,6 +1,7 @@
 """Special tokens of Hugging Face folders as they are published: AutoTokenizer's, or named by hand."""
 
 import json
+from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -151,4 +152,35 @@ def test_a_named_token_must_be_in_the_vocabulary(tmp_path):
     with pytest.raises(InputError, match="eos_token: none"):
         SpecialTokens(eos_token="none")
     with pytest.raises(InputError, match="bytes has its own"):
-        load_tokenizer(type(folder)("bytes"), named=SpecialTokens(eos_token=END))
+        load_tokenizer(Path("bytes"), named=SpecialTokens(eos_token=END))
+
+
+def test_hub_names_are_found_in_the_cache_and_never_downloaded(tmp_path, monkeypatch):
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.file_download, "HF_HUB_CACHE", str(tmp_path / "hub"), raising=False)
+    for name in ("no-one/none", "gpt2"):
+        with pytest.raises(InputError, match=rf"{name}: no such directory.*`hf download {name} "):
+            load_tokenizer(Path(name))
+    with pytest.raises(InputError, match="no/such/directory: no such file or directory"):
+        load_tokenizer(Path("no/such/directory"))
+    snapshot = tmp_path / "hub" / "models--gpt2" / "snapshots" / "0123"
+    files = {"tokenizer_config": {"eos_token": END, "bos_token": END, "mask_token": None}}
+    write(snapshot, byte_level(END), files)
+    (tmp_path / "hub" / "models--gpt2" / "refs").mkdir()
+    (tmp_path / "hub" / "models--gpt2" / "refs" / "main").write_text("0123")
+    loaded = load_tokenizer(Path("gpt2"))
+    assert loaded.path == snapshot and loaded.vocabulary.eos_token_id == 0
+
+
+def test_a_model_s_tokens_named_by_hand_have_names(tmp_path):
+    """So that text can be indexed for a model whose tokenizer does not say them itself."""
+    folder = write(tmp_path / "folder", byte_level(END, "<m>"), {"config": {"model_type": "gpt2"}})
+    for named in (
+        SpecialTokens(eos_token=END, bos_token="none", mask_token="<m>"),
+        SpecialTokens(eos_token=END, bos_token="<m>", mask_token="none"),
+    ):
+        vocabulary = load_tokenizer(folder, named=named).vocabulary
+        again = load_tokenizer(folder, named=special_tokens.names_of(vocabulary, folder))
+        assert again.vocabulary == vocabulary
+    assert special_tokens.names_of(vocabulary, Path("bytes")) == SpecialTokens()
