@@ -28,6 +28,9 @@ def test_a_blend_may_change_where_that_is_named(corpus, tmp_path):
     blend = ["--data.train", 1, corpus.train, 1, corpus.validation]
     code, output = finish(start(arguments_for(corpus, run, *blend, steps=8)))
     assert code == 2 and "--checkpoint.allow-changed data.train" in output, output
+    # Shards and weights, not hashes alone.
+    assert f"data.train: 1 {corpus.train} 1 {corpus.validation} (tokens " in output, output
+    assert f" differs from {corpus.train} (tokens " in output, output
     blend += ["--checkpoint.allow-changed", "data.train"]
     code, output = finish(start(arguments_for(corpus, run, *blend, steps=8)))
     assert code == 0, output

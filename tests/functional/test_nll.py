@@ -84,13 +84,17 @@ def test_the_loss_by_time_is_drawn(command, model, tmp_path):
     assert "loss by diffusion time" in finished.stdout and "0.875 to 1.000" in finished.stdout
 
 
-def test_bad_input_ends_in_one_line(command, corpus, model):
+def test_bad_input_ends_in_one_line(command, corpus, model, tmp_path):
     _family, checkpoint, folder = model
+    (tmp_path / "short.jsonl").write_text('{"text": "a"}\n')
+    run = checkpoint.parents[1]
     cases = {
         ("--num-sequences", 10**6): "num_sequences: 1000000 exceed the",
         ("--data", corpus.validation, "--text", "x"): "data, text: give one of them",
         ("--data", "no/shard"): "no/shard.json: no such file",
         ("--text", "no.txt"): "no.txt: no such file",
+        ("--text", tmp_path / "short.jsonl"): f"{tmp_path}/short.jsonl has ",
+        ("--step", 3): f"step: 3, and {folder} is not a run's directory",
         ("--output", "no/where.json"): "output: no: no such directory",
         (
             "--parallel.tensor-model-parallel-size",
@@ -101,6 +105,8 @@ def test_bad_input_ends_in_one_line(command, corpus, model):
         finished = command("evaluate", "nll", folder, *words, check=False)
         assert finished.returncode == 2 and complaint in finished.stderr, finished.stderr
         assert finished.stderr.count("\n") == 1
+    finished = command("evaluate", "nll", run, "--step", 77, check=False)
+    assert finished.returncode == 2 and f"{run} has no checkpoint of step 77; it has " in finished.stderr
     finished = command("evaluate", "nll", checkpoint, "--dtype", "bf16", check=False)
     assert (
         finished.returncode == 2 and "dtype: a checkpoint is evaluated in the precision of" in finished.stderr

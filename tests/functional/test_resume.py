@@ -26,6 +26,8 @@ def test_a_damaged_checkpoint_is_named_and_gone_behind_only_on_request(corpus, t
     damaged.write_bytes(content)
     code, output = finish(start(arguments_for(corpus, directory)))
     assert code == 2 and str(damaged) in output, output
+    older = directory / "checkpoints" / "step-00000008"
+    assert f"--checkpoint.on-corrupt previous goes on from {older}" in output, output
     code, output = finish(start(arguments_for(corpus, directory, "--checkpoint.on-corrupt", "previous")))
     assert code == 0 and f"going back to {directory}/checkpoints/step-00000008" in output, output
     # Set aside: it would be taken for the newest one to keep.
