@@ -51,12 +51,16 @@ class LossyFile(io.FileIO):
 
 
 class Lines(logging.Handler):
-    """Prints each message as one line: warnings and errors on stderr, the rest on stdout."""
+    """Prints each message as one line on stderr, or on stdout if it is no warning and that is asked for."""
+
+    def __init__(self, *, on_stdout: bool) -> None:
+        super().__init__()
+        self._on_stdout = on_stdout
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one message; the streams are looked up each time, since a live line wraps them."""
-        stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
-        print(self.format(record), file=stream, flush=True)
+        on_stdout = self._on_stdout and record.levelno < logging.WARNING
+        print(self.format(record), file=sys.stdout if on_stdout else sys.stderr, flush=True)
 
 
 class LineFormatter(logging.Formatter):
@@ -88,19 +92,20 @@ def prepare_process() -> None:
     raise_open_files_limit()
     # A signal that otherwise ends a process, and users send it to one that they believe to hang.
     faulthandler.register(signal.SIGUSR2, file=2)
-    log_lines(with_time=False)
+    log_lines(of_run=False)
 
 
-def log_lines(*, with_time: bool, quiet: bool = False) -> None:
+def log_lines(*, of_run: bool, quiet: bool = False) -> None:
     """Print what this package logs; other packages' logging stays as it is.
 
     Args:
-        with_time: whether each line begins with the local date and time.
+        of_run: whether the lines are what a run prints, on stdout and with local date and time; what other
+            commands log goes to stderr, beside their result.
         quiet: whether only warnings and errors are printed.
     """
     logger = logging.getLogger(LOGGER)
-    handler = Lines()
-    handler.setFormatter(LineFormatter(with_time=with_time))
+    handler = Lines(on_stdout=of_run)
+    handler.setFormatter(LineFormatter(with_time=of_run))
     logger.handlers = [handler]
     logger.setLevel(logging.WARNING if quiet else logging.INFO)
     logger.propagate = False

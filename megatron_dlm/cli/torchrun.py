@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_dlm.cli.process import prepare_process
-from megatron_dlm.platform.signal_thread import handle_in_thread
-from megatron_dlm.platform.subprocess_lifetime import JOB_SIGNALS
+from megatron_dlm.platform.signal_thread import handle_in_thread, job_signals
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 """Environment variable of a worker with the file in which torchrun looks for its error."""
@@ -35,17 +34,16 @@ def record_for_torchrun(message: str) -> None:
     path = os.environ.get(ERROR_FILE)
     if path is None:
         return
-    extra = {"py_callstack": "", "timestamp": str(int(time.time()))}
+    # Without a stack, which would be shown in place of the message.
+    record = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
     with suppress(OSError):
-        Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}), "utf-8")
+        Path(path).write_text(json.dumps({"message": record}), encoding="utf-8")
 
 
 def main() -> NoReturn:
     """Start the workers that the command line describes, and end with their exit code."""
     prepare_process()
-    handle_in_thread(
-        (n for n in JOB_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN), _pass_on
-    )
+    handle_in_thread(job_signals(), _pass_on)
     sys.exit(run_workers(sys.argv[1:]))
 
 

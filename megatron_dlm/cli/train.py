@@ -64,7 +64,7 @@ def run(arguments: list[str]) -> int:
     from megatron_dlm.training.signals import EXIT_PREEMPTED
     from megatron_dlm.training.train import train
 
-    log_lines(with_time=True, quiet=config.telemetry.console == "quiet")
+    log_lines(of_run=True, quiet=config.telemetry.console == "quiet")
     return 0 if train(config) else EXIT_PREEMPTED
 
 

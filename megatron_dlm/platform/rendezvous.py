@@ -36,11 +36,11 @@ class Wait:
         self._tell_at = TOLD_AFTER_SECONDS
         self._tell = tell
 
-    def go_on(self, describe: Callable[[], str]) -> None:
+    def go_on(self, whom: Callable[[], str]) -> None:
         """Sleep a little and, where due, tell of the wait.
 
         Args:
-            describe: who or what is waited for.
+            whom: names who is waited for; called only where that is told.
 
         Raises:
             TrainingError: the wait has reached its limit.
@@ -49,13 +49,11 @@ class Wait:
         if waited >= self._limit_seconds:
             raise TrainingError(
                 f"parallel.collective_timeout_seconds: after {self._limit_seconds:,.0f} s still waiting for "
-                f"{describe()}"
+                f"{whom()}"
             )
         if waited >= self._tell_at:
             self._tell_at = waited + TOLD_EVERY_SECONDS
-            self._tell(
-                f"waiting for {describe()} since {waited:,.0f} s, at most {self._limit_seconds:,.0f} s"
-            )
+            self._tell(f"waiting for {whom()} since {waited:,.0f} s, at most {self._limit_seconds:,.0f} s")
         # A signal's handler may run meanwhile; the first second is the common case.
         time.sleep(0.01 if waited < 1 else 0.2)
 
@@ -130,16 +128,20 @@ def _open_store(environment: ProcessEnvironment, timeout_seconds: float) -> Stor
 
 def _wait_for_listener(environment: ProcessEnvironment, timeout_seconds: float) -> None:
     """Wait until rank 0, or torchrun, listens; torch's own attempts to connect are deaf to signals."""
-    one_of_node = environment.local_rank == 0
-    wait = Wait(timeout_seconds, logger.warning if one_of_node else logger.debug)
+    address = (environment.master_addr, environment.master_port)
+    wait = Wait(timeout_seconds, logger.warning if environment.local_rank == 0 else logger.debug)
+    reason = ""
+
+    def whom() -> str:
+        return f"rank 0 at {_place(environment)} ({reason})"
+
     while True:
         try:
-            address = (environment.master_addr, environment.master_port)
             socket.create_connection(address, timeout=CONNECT_SECONDS).close()
             return
         except OSError as error:
             reason = str(error)
-        wait.go_on(f"rank 0 at {_place(environment)} ({reason})".__str__)
+        wait.go_on(whom)
 
 
 def _meet(store: Store, environment: ProcessEnvironment, timeout_seconds: float) -> None:

@@ -8,6 +8,17 @@ import threading
 from collections.abc import Callable, Iterable
 from types import FrameType
 
+from megatron_dlm.platform.subprocess_lifetime import JOB_SIGNALS
+
+
+def job_signals() -> tuple[signal.Signals, ...]:
+    """Signals that ask this process's job to stop; without SIGHUP where it is ignored, as under nohup."""
+    return tuple(
+        number
+        for number in JOB_SIGNALS
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+    )
+
 
 def handle_in_thread(numbers: Iterable[int], handle: Callable[[int], None]) -> None:
     """Let a thread call `handle` for each signal that this process receives; the main thread must call this.

@@ -22,7 +22,7 @@ def check_megatron_core() -> None:
     Raises:
         InputError: it is another version, or not there.
     """
-    found = _installed("megatron-core")
+    found = installed_version("megatron-core")
     if found != MEGATRON_CORE:
         raise InputError(
             f"megatron-core: {found or 'not installed'}; this version of megatron-dlm needs {MEGATRON_CORE}"
@@ -60,7 +60,7 @@ def check_transformer_engine() -> None:
     Raises:
         InputError: its version is outside `TRANSFORMER_ENGINE`, or it could not be imported.
     """
-    found = _installed("transformer-engine")
+    found = installed_version("transformer-engine")
     wanted = f"megatron-core {MEGATRON_CORE} needs {TRANSFORMER_ENGINE}; or --training.transformer-impl local"
     if found is not None and not SpecifierSet(TRANSFORMER_ENGINE).contains(found, prereleases=True):
         raise InputError(f"transformer-engine: {found} does not fit: {wanted}")
@@ -72,7 +72,15 @@ def check_transformer_engine() -> None:
         )
 
 
-def _installed(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """Version of an installed package; None if it is not installed.
+
+    Args:
+        package: its name on the package index.
+
+    Returns:
+        The version.
+    """
     try:
         return version(package)
     except PackageNotFoundError:

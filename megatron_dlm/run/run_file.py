@@ -8,7 +8,6 @@ import platform
 import socket
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from megatron_dlm.interfaces import InputError
 from megatron_dlm.platform.codec import encode
 from megatron_dlm.platform.files import write_json
 from megatron_dlm.platform.launch import ProcessEnvironment
+from megatron_dlm.platform.versions import installed_version
 from megatron_dlm.run.config import RunConfig
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "apex", "numpy")
@@ -44,7 +44,7 @@ def write_run_file(config: RunConfig, environment: ProcessEnvironment) -> None:
         "versions": {
             "python": platform.python_version(),
             "megatron-dlm": megatron_dlm.__version__,
-            **{name: _version(name) for name in PACKAGES},
+            **{name: installed_version(name) for name in PACKAGES},
         },
     }
     write_json(config.directory / RUN_RECORD, record)
@@ -74,13 +74,6 @@ def refuse_foreign_directory(directory: Path) -> None:
         raise InputError(
             f"directory: {directory / RUN_RECORD} is not a run's of this program; take another directory"
         )
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _git_revision() -> dict[str, Any] | None:

@@ -8,8 +8,7 @@ import signal
 import time
 
 from megatron_dlm.platform.launch import detect_environment
-from megatron_dlm.platform.signal_thread import handle_in_thread
-from megatron_dlm.platform.subprocess_lifetime import JOB_SIGNALS
+from megatron_dlm.platform.signal_thread import handle_in_thread, job_signals
 
 logger = logging.getLogger(__name__)
 REPEATED_SIGNAL_SECONDS = 5.0
@@ -33,14 +32,7 @@ class StopSignals:
         self.run_has_ended = False
         self._received_at = 0.0
         self._is_first_rank = detect_environment().rank == 0
-        handle_in_thread(
-            (
-                number
-                for number in JOB_SIGNALS
-                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
-            ),
-            self._receive,
-        )
+        handle_in_thread(job_signals(), self._receive)
 
     def _receive(self, number: int) -> None:
         name = signal.Signals(number).name

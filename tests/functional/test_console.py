@@ -233,6 +233,14 @@ def test_what_cannot_run_is_said_in_one_line_under_torchrun(corpus, tmp_path):
 
 
 @pytest.mark.slow
+def test_plain_torchrun_s_summary_has_the_error(corpus, tmp_path):
+    words = arguments_for(corpus, tmp_path / "run", "--data.train", tmp_path / "nowhere")
+    code, output = finish(start(words, processes=2))
+    summary = output[output.index("Root Cause") :]
+    assert code == 1 and f"data: {tmp_path}/nowhere.json: no such file" in summary, output
+
+
+@pytest.mark.slow
 def test_under_torchrun_failures_end_in_one_line_with_their_code(corpus, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])

@@ -200,3 +200,15 @@ def test_bad_input_ends_in_one_line(command, model, tasks, tmp_path):
     for more, complaint in cases.items():
         finished = command(*words, *more, check=False)
         assert finished.returncode == 2 and complaint in finished.stderr, finished.stderr
+
+
+@pytest.mark.slow
+def test_a_data_set_that_is_not_in_the_cache_is_one_line(model, tmp_path):
+    words = ["-m", "megatron_dlm", "evaluate", "harness", str(model), "--tasks", "arc_easy"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
+    finished = subprocess.run(
+        [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200
+    )
+    last = finished.stderr.splitlines()[-1]
+    assert finished.returncode == 2 and "Traceback" not in finished.stderr, finished.stderr
+    assert "error: tasks: arc_easy: Couldn't reach 'allenai/ai2_arc'" in last and "HF_HUB_OFFLINE=1" in last
