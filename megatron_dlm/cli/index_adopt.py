@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from megatron_dlm.data.preprocessing.adopt import AdoptedShard, adopt_shard
 from megatron_dlm.data.tokenizers.special_tokens import SpecialTokens
 from megatron_dlm.data.tokenizers.tokenizer import load_tokenizer
 
+logger = logging.getLogger(__name__)
 REPORT_SECONDS = 2.0
 
 
@@ -60,10 +62,9 @@ def _print(prefix: Path, shard: AdoptedShard) -> None:
     for text in shard.samples:
         print(f"  begins: {text!r}")
     if shard.unended:
-        print(
-            f"{prefix}: warning: {shard.unended:,} of {manifest.num_documents:,} documents do not end with "
-            f"<eos>, first document {shard.first_unended:,}",
-            file=sys.stderr,
+        logger.warning(
+            f"{prefix}: {shard.unended:,} of {manifest.num_documents:,} documents do not end with <eos>, "
+            f"the first is document {shard.first_unended:,}"
         )
 
 
