@@ -33,4 +33,8 @@ if $dry_run; then
     echo
     exec "$python" -m megatron_dlm train "$@" --dry-run "$processes"
 fi
+if ! command -v mpirun >/dev/null; then
+    echo "train.sh: error: mpirun: not found; load or install Open MPI, or take examples/torchrun/train.sh" >&2
+    exit 2
+fi
 exec "${command[@]}"

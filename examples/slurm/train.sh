@@ -32,6 +32,10 @@ if $dry_run; then
     echo
     exec "$python" -m megatron_dlm train "$@" --dry-run "$tasks"
 fi
+if ! command -v srun >/dev/null; then
+    echo "train.sh: error: srun: not found; this script is for sbatch, or --dry-run" >&2
+    exit 2
+fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 status=0
 "${command[@]}" || status=$?

@@ -1,6 +1,7 @@
 """Every file under examples/: recipes build, launchers start them."""
 
 import os
+import shutil
 import shlex
 import signal
 import subprocess
@@ -78,6 +79,15 @@ def test_launchers_explain_themselves_and_pass_errors_on(launcher):
     assert usage.returncode == 2 and "train.sh" in usage.stdout and "#!" not in usage.stdout
     wrong = launch(launcher, "--dry-run", "examples/mdlm/tiny.py", "--no.such", "1", check=False)
     assert wrong.returncode == 2 and "--no.such" in wrong.stderr
+
+
+@pytest.mark.parametrize(("launcher", "program"), [("mpi", "mpirun"), ("slurm", "srun")])
+def test_a_launcher_that_is_not_there_is_named(launcher, program):
+    if shutil.which(program, path="/usr/bin:/bin"):
+        pytest.skip(f"{program} is there")
+    finished = launch(launcher, "examples/mdlm/tiny.py", check=False, PATH="/usr/bin:/bin")
+    assert finished.returncode == 2 and f"{program}: not found" in finished.stderr
+    assert len(finished.stderr.splitlines()) == 1
 
 
 @pytest.fixture(scope="module")
