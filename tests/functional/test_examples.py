@@ -1,8 +1,8 @@
 """Every file under examples/: recipes build, launchers start them."""
 
 import os
-import shutil
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
