@@ -140,6 +140,9 @@ def test_every_child_is_started_in_one_place():
     found = set()
     for path in (ROOT / "megatron_dlm").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
+            # psutil's looks at processes that are there.
+            if ast.unparse(node) == "psutil.Process":
+                continue
             if isinstance(node, ast.Attribute) and node.attr in starters:
                 found.add((path.relative_to(ROOT).as_posix(), node.attr))
     assert found == {

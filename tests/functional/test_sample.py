@@ -69,7 +69,7 @@ def test_gaps_are_filled(command, models, tmp_path):
         (["--prompts", "no.jsonl"], "prompts: no.jsonl"),
         (["--output", "no/where.jsonl"], "output: no: no such directory"),
         (["--num-samples", 0], "num_samples: 0 is below 1"),
-        (["--tokenizer", "no"], "tokenizer: no/tokenizer.json"),
+        (["--tokenizer", "no"], "tokenizer: no: no such directory"),
     ],
 )
 def test_bad_settings_end_in_one_line(command, models, options, words):

@@ -139,7 +139,7 @@ BAD_LINES = {
     b"{not json}": "not JSON",
     b'{"body": "x"}': "no key 'text'",
     b'{"text": null}': "holds NoneType, not a string",
-    b'["text"]': "not a JSON object",
+    b'["text"]': "a JSON array, not an object",
     b'{"text": "\xff"}': "not UTF-8",
     b'{"text": "\\ud800"}': "lone surrogate",
     b'{"text": ' + b"[" * 100_000: "not JSON",
