@@ -87,7 +87,7 @@ def room(tmp_path):
     for name in ("examples", "tools", "tests", "setup.py", "docs"):
         (tmp_path / name).symlink_to(ROOT / name)
     tiny.write_jsonl(tmp_path / "text.jsonl", tiny.sentences(4000, seed=1))
-    tiny.write_jsonl(tmp_path / "held-out.jsonl", tiny.sentences(100, seed=2))
+    tiny.write_jsonl(tmp_path / "held-out.jsonl", tiny.sentences(60, seed=2))
     questions = [{"question": f"what is {n} and {n}", "answer": f"{2 * n} #### {2 * n}"} for n in range(40)]
     for name in ("qa.jsonl", "test.jsonl", "gsm8k/train.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
