@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_dlm.data.preprocessing.merge_parts import TokenCounts
+from megatron_dlm.data.preprocessing.merge_parts import TokenCounts, count_ids
 from megatron_dlm.data.shards.manifest import FileDigest, Manifest, SourceCount, shard_path, write_manifest
 from megatron_dlm.data.shards.shard import ShardIndex, read_index
 from megatron_dlm.data.shards.token_file import naming
@@ -164,8 +164,8 @@ class _Scan:
         """Count the ids that begin at position `start`, or name the first that is not the tokenizer's."""
         # uint16 is counted without looking first: at most 65,536 kinds.
         is_bounded = ids.dtype == np.uint16 or (ids.min() >= 0 and ids.max() < self._vocabulary.size)
-        occurrences = np.bincount(ids, minlength=self._vocabulary.size) if is_bounded else None
-        if occurrences is None or len(occurrences) > self._vocabulary.size:
+        occurrences = count_ids(ids, self._vocabulary.size) if is_bounded else None
+        if occurrences is None:
             place = int(np.flatnonzero((ids < 0) | (ids >= self._vocabulary.size))[0])
             raise InputError(
                 f"adopt: {self._prefix}: token {start + place:,} has id {ids[place]}, outside "

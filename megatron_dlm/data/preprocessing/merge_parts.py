@@ -21,6 +21,7 @@ from megatron_dlm.interfaces import InputError
 from megatron_dlm.platform.files import commit, sha256_of
 
 _PIECE_BYTES = 8 << 20
+_COUNTED_TOGETHER = 1 << 16
 
 
 def merge_parts(
@@ -158,6 +159,27 @@ def _check_rejects(job: Job, space: Workspace, records: Sequence[PartRecord]) ->
         raise too_many_rejects(first["source"], first["line"], first["reason"], job.rules.max_rejects)
 
 
+def count_ids(ids: NDArray[np.integer], vocabulary_size: int) -> NDArray[np.int64] | None:
+    """How often each id occurs.
+
+    Args:
+        ids: integers of at least 0, [n].
+        vocabulary_size: number of ids.
+
+    Returns:
+        int64 [vocabulary_size]; None if some are not below `vocabulary_size`.
+    """
+    counts = np.zeros(vocabulary_size, dtype=np.int64)
+    # numpy counts a copy of 8 bytes an id: three times as fast where that stays in the cache.
+    step = max(_COUNTED_TOGETHER, vocabulary_size)
+    for start in range(0, len(ids), step):
+        some = np.bincount(ids[start : start + step], minlength=vocabulary_size)
+        if len(some) > vocabulary_size:
+            return None
+        counts += some
+    return counts
+
+
 class TokenCounts:
     """How often each id occurs."""
 
@@ -165,8 +187,10 @@ class TokenCounts:
         self._frequencies = np.zeros(vocabulary_size, dtype=np.int64)
 
     def add(self, ids: NDArray[np.integer]) -> None:
-        """Add the occurrences of `ids`."""
-        self.add_counts(np.bincount(ids, minlength=len(self._frequencies)))
+        """Add the occurrences of `ids`, which must be ids of the vocabulary."""
+        occurrences = count_ids(ids, len(self._frequencies))
+        assert occurrences is not None
+        self.add_counts(occurrences)
 
     def add_counts(self, occurrences: NDArray[np.int64]) -> None:
         """Add numbers of occurrences by id, int64 [vocabulary]."""
