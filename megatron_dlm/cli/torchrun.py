@@ -7,6 +7,7 @@ them as long as their save takes; torchrun itself kills them after 30 s.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -62,7 +63,9 @@ def run_workers(arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import parse_args, run
 
-    # The others are passed on here.
+    # It names every worker that ends with a code, a stop that was asked for too.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    # The other signals are passed on here.
     options = parse_args(["--signals-to-handle", "SIGQUIT", *arguments])
     try:
         run(options)

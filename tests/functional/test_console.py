@@ -219,7 +219,8 @@ def test_stopped_under_torchrun_a_run_says_so_once(corpus, tmp_path):
     stopped = max(entry["step"] for entry in read_metrics(directory))
     assert code == 3 and output.count("SIGTERM: saving and stopping") == 1, output
     assert output.count(f"saved step {stopped} of 1000000 after ") == output.count("exit code 3") == 1, output
-    assert "Traceback" not in output and "ChildFailedError" not in output, output
+    # Nothing else, such as torchrun's own lines of workers that end.
+    assert lines_of(output)[-1].startswith("saved step "), output
 
 
 def test_what_cannot_run_is_said_in_one_line_under_torchrun(corpus, tmp_path):
