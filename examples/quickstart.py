@@ -27,6 +27,7 @@ from megatron_dlm.interfaces import InputError
 from megatron_dlm.run.config import load_recipe
 from megatron_dlm.telemetry.plots import plot_loss
 from megatron_dlm.telemetry.writers import duration, read_metrics
+from megatron_dlm.training.signals import EXIT_PREEMPTED
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALLEST_STEPS = 30
@@ -157,8 +158,16 @@ class Quickstart:
         """Train on two processes, stop half way by SIGTERM, resume; returns the step of the stop."""
         threads = max(1, (os.cpu_count() or 1) // PROCESSES)
         command = [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", PROCESSES),
-            *("-m", "megatron_dlm", "train", ROOT / "examples" / self._objective / "tiny.py"),
+            # torchrun's arguments, as in examples/torchrun/train.sh.
+            *(sys.executable, "-m", "megatron_dlm.cli.torchrun", "--standalone", "--local-addr", "127.0.0.1"),
+            *(
+                "--nproc-per-node",
+                PROCESSES,
+                "-m",
+                "megatron_dlm",
+                "train",
+                ROOT / "examples" / self._objective / "tiny.py",
+            ),
             *("--directory", self._run_directory),
             *("--data.train", shards[0], "--data.validation", shards[1]),
             *("--training.num-steps", self._steps, "--schedule.decay-steps", self._steps),
@@ -168,18 +177,14 @@ class Quickstart:
         ]
         words = announce(command)
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        # torchrun meets a signal with a traceback of its own, which would look like a fault of the run.
-        with (self._output / "stopped-run.log").open("w+", encoding="utf-8") as log:
-            process = subprocess.Popen(words, stderr=log, env=environment)
-            while process.poll() is None and self._last_step() < self._steps // 2:
-                time.sleep(0.2)
-            if process.poll() is not None:
-                log.seek(0)
-                print(log.read(), file=sys.stderr)
-                raise subprocess.CalledProcessError(process.returncode, words)
+        process = subprocess.Popen(words, env=environment)
+        while process.poll() is None and self._last_step() < self._steps // 2:
+            time.sleep(0.2)
+        if process.poll() is None:
             print("-- SIGTERM: the run saves and stops", flush=True)
             process.send_signal(signal.SIGTERM)
-            process.wait()
+        if process.wait() != EXIT_PREEMPTED:
+            raise subprocess.CalledProcessError(process.returncode, words)
         stopped_at = int(self._checkpoints.complete()[-1].name.removeprefix("step-"))
         print(f"-- stopped and saved at step {stopped_at}; the same command resumes", flush=True)
         subprocess.run(announce(command), check=True, env=environment)
