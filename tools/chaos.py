@@ -258,8 +258,7 @@ def exit_code(run: Run, ranks: list[Any]) -> int:
 def train_rank(config: RunConfig, rank: int, processes: int, port: int, file_limit: int | None) -> None:
     """One rank of an attempt; exits as `megatron-dlm train` would."""
     from megatron_dlm.cli.main import run_and_exit
-    from megatron_dlm.training.signals import EXIT_PREEMPTED
-    from megatron_dlm.training.train import train
+    from megatron_dlm.cli.train import train_and_tell
 
     os.environ |= {
         "RANK": str(rank),
@@ -275,7 +274,7 @@ def train_rank(config: RunConfig, rank: int, processes: int, port: int, file_lim
     os.dup2(sink, 2)
     if file_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-    run_and_exit("chaos", lambda: 0 if train(config) else EXIT_PREEMPTED)
+    run_and_exit("chaos", lambda: train_and_tell(config))
 
 
 def summary(runs: list[Run]) -> Table:

@@ -60,6 +60,11 @@ def run(arguments: list[str]) -> int:
 
         check_start(config, checked_processes)
         return 0
+    return train_and_tell(config)
+
+
+def train_and_tell(config: RunConfig) -> int:
+    """Train, and print what a run says; returns the exit code."""
     from megatron_dlm.cli.process import log_lines
     from megatron_dlm.training.signals import EXIT_PREEMPTED
     from megatron_dlm.training.train import train

@@ -23,13 +23,12 @@ def train_in_child(config, fault=None, *arguments, timeout=120):
 
 def _train(config, fault, arguments):
     from megatron_dlm.cli.main import run_and_exit
-    from megatron_dlm.training.signals import EXIT_PREEMPTED
-    from megatron_dlm.training.train import train
+    from megatron_dlm.cli.train import train_and_tell
 
     os.dup2(os.open(config.directory / "stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     if fault:
         fault(*arguments)
-    run_and_exit("train", lambda: 0 if train(config) else EXIT_PREEMPTED)
+    run_and_exit("train", lambda: train_and_tell(config))
 
 
 def _die():
