@@ -41,7 +41,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=0, help="processes that encode; 0: one per CPU (0)")
     parser.add_argument("--max-rejects", type=int, default=0, help="unusable documents to tolerate (0)")
     arguments = parser.parse_args(with_home(sys.argv[1:]))
-    # Before hours of reading.
+    # Refused before the files are listed, which may be many.
     load_tokenizer(arguments.tokenizer)
     parts = find_parts(arguments.directory, arguments.held_out_files)
     for name, files in parts.items():

@@ -15,7 +15,6 @@ from typing import NoReturn
 
 from megatron_dlm import __version__
 from megatron_dlm.cli.process import output_error, prepare_process
-from megatron_dlm.cli.torchrun import record_for_torchrun
 from megatron_dlm.interfaces import InputError, SaveError, TrainingError
 
 VERBS = {
@@ -109,10 +108,14 @@ def run_and_exit(program: str, action: Callable[[], int], *, result_is_printed: 
         fail(program, "interrupted", exit_code=EXIT_INTERRUPTED)
     except OSError as error:
         if error.errno != errno.EMFILE:
+            from megatron_dlm.cli.torchrun import record_for_torchrun
+
             record_for_torchrun(f"{type(error).__name__}: {error}")
             raise
         fail(program, str(error), exit_code=1)
     except Exception as error:
+        from megatron_dlm.cli.torchrun import record_for_torchrun
+
         record_for_torchrun(f"{type(error).__name__}: {error}")
         raise
     if result_is_printed and (lost := output_error()):
@@ -131,6 +134,7 @@ def fail(program: str, message: str, exit_code: int = 2) -> NoReturn:
         message: error text, with field, value and rule.
         exit_code: 2 for an error the user can correct, 1 for any other.
     """
+    from megatron_dlm.cli.torchrun import record_for_torchrun
     from megatron_dlm.platform.launch import detect_environment
 
     torch_distributed = sys.modules.get("torch.distributed")

@@ -154,22 +154,17 @@ def _check_fp8(config: RunConfig) -> None:
             "model.hidden_size": model.hidden_size,
             "model.ffn_hidden_size of a tensor parallel rank": model.ffn_hidden_size // tensor,
             "the width of a tensor parallel rank's heads": width,
-            _positions(config): rows // ranks,
+            _positions(config, ranks): rows // ranks,
         }
     )
     config.fp8.check_layers(model.stage_layers(parallel.pipeline_model_parallel_size))
 
 
-def _positions(config: RunConfig) -> str:
-    """Name of the number of positions in a microbatch on a rank, with what makes it a multiple."""
-    parallel, length = config.parallel, config.data.seq_length
-    ranks = parallel.context_parallel_size * (
-        parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    )
-    size = config.training.micro_batch_size
+def _positions(config: RunConfig, ranks: int) -> str:
+    """Name of the number of positions in a microbatch on one of `ranks`, with what makes it a multiple."""
     multiple = config.fp8.multiple * ranks
-    needed = multiple // math.gcd(multiple, size)
-    option = "data.seq-length" if length % needed else "objective.ssl-multiple"
+    needed = multiple // math.gcd(multiple, config.training.micro_batch_size)
+    option = "data.seq-length" if config.data.seq_length % needed else "objective.ssl-multiple"
     return f"the positions of a microbatch on a rank (--{option} has to be a multiple of {needed})"
 
 

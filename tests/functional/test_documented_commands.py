@@ -143,4 +143,5 @@ def test_the_commands_of_docs(room, page):
     """After README's first ones, which make the tokenizer that they use."""
     made = ("megatron-dlm tokenizer", "megatron-dlm index --input held-out.jsonl")
     setup = [c for c in commands_of(ROOT / "README.md") if c.startswith(made)]
-    run_all([*setup, *commands_of(page)], room)
+    run_all(setup, room)
+    assert run_all(commands_of(page), room)

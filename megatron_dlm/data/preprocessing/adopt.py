@@ -114,9 +114,7 @@ class _Documents:
     """Documents with tokens, read from the `.bin` file."""
 
     def __init__(self, index: ShardIndex, path: Path) -> None:
-        ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(index.lengths, dtype=np.int64)])
-        lengths = np.diff(ends[index.boundaries])
-        self.lengths: NDArray[np.int64] = lengths[lengths > 0]
+        self.lengths = index.document_lengths()
         if not len(self.lengths):
             raise InputError(f"adopt: {path}: no documents")
         self._ends = np.cumsum(self.lengths)

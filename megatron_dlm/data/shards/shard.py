@@ -95,10 +95,7 @@ class Shard:
                 )
         index = read_index(idx_path, bin_path.stat().st_size)
         dtype, lengths, self.boundaries = index.dtype, index.lengths, index.boundaries
-        # Documents without tokens keep a place in the index only.
-        ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])[self.boundaries]
-        tokens = np.diff(ends)
-        self.document_lengths: NDArray[np.int64] = tokens[tokens > 0]
+        self.document_lengths: NDArray[np.int64] = index.document_lengths()
         self.prompt_lengths: NDArray[np.int32] | None = None
         """Tokens of each document's prompt; None where documents have no prompts."""
         if self.manifest.prompt_key:
@@ -173,6 +170,12 @@ class ShardIndex:
     boundaries: NDArray[np.int64]
     """Sequence at which each document begins, and the end, int64 [documents + 1]; documents may be empty."""
     sha256: str
+
+    def document_lengths(self) -> NDArray[np.int64]:
+        """Tokens of each document, int64; those without tokens keep a place in the index only."""
+        ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.lengths, dtype=np.int64)])
+        tokens = np.diff(ends[self.boundaries])
+        return tokens[tokens > 0]
 
 
 def read_index(path: Path, bin_bytes: int) -> ShardIndex:

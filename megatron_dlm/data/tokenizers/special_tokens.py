@@ -42,7 +42,7 @@ class SpecialTokens:
             raise InputError("eos_token: none, and documents need a token that ends them")
 
     def named_tokens(self) -> SpecialTokens:
-        """These fields alone, of an instance of a subclass."""
+        """The special tokens of a configuration that has further fields."""
         return SpecialTokens(eos_token=self.eos_token, bos_token=self.bos_token, mask_token=self.mask_token)
 
 
