@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from megatron_dlm.families.base import ObjectiveConfig
     from megatron_dlm.run.config import RunConfig
 
+VOCABULARY_SIZE = 301
+"""Token ids of a toy corpus, including the mask token."""
 WORDS = "the model reads noisy tokens and predicts clean ones while def class return import self".split()
 
 
@@ -28,6 +30,12 @@ class Corpus:
     text: Path
     train: Path
     validation: Path
+
+    @classmethod
+    def at(cls, directory: Path) -> Corpus:
+        """The corpus that `make_corpus` has made in a directory."""
+        names = {name: directory / name for name in ("tokenizer", "train", "validation")}
+        return cls(directory, text=directory / "train.jsonl", **names)
 
 
 def sentences(count: int, seed: int) -> list[str]:
@@ -44,16 +52,13 @@ def write_jsonl(path: Path, texts: Iterable[str]) -> Path:
 
 def make_corpus(directory: Path) -> Corpus:
     """Train a tokenizer of 301 ids and index 400 and 100 documents, in an existing directory."""
-    tokenizer = directory / "tokenizer"
-    train_tokenizer(sentences(200, seed=0), 301, tokenizer)
-    prefixes = {}
+    corpus = Corpus.at(directory)
+    train_tokenizer(sentences(200, seed=0), VOCABULARY_SIZE, corpus.tokenizer)
     for name, count in (("train", 400), ("validation", 100)):
         text = write_jsonl(directory / f"{name}.jsonl", sentences(count, seed=count))
-        prefixes[name] = directory / name
-        build_shards(
-            IndexConfig(input=(str(text),), output=prefixes[name], tokenizer=tokenizer), lambda progress: None
-        )
-    return Corpus(directory, tokenizer, directory / "train.jsonl", **prefixes)
+        config = IndexConfig(input=(str(text),), output=directory / name, tokenizer=corpus.tokenizer)
+        build_shards(config, lambda progress: None)
+    return corpus
 
 
 def run_config(corpus: Corpus, directory: Path, objective: ObjectiveConfig, **changes: Any) -> RunConfig:

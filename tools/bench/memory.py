@@ -75,21 +75,22 @@ def measure(shape: Shape, parallel: ParallelState) -> list[int]:
     """Bytes of each of KINDS after one step, on the rank that has most of it."""
     step = OurStep(shape, parallel)
     step(0)
-    found = torch.tensor([*held_bytes(step), gathered_bytes(step.denoiser)])
+    found = torch.tensor([*held_bytes(step.denoiser, step.optimizer), gathered_bytes(step.denoiser)])
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     del step
     gc.collect()
     return [int(number) for number in found]
 
 
-def held_bytes(step: OurStep) -> list[int]:
+def held_bytes(denoiser: nn.Module, optimizer: Any) -> list[int]:
     """Bytes of parameters, gradients and optimizer state; main weights that are parameters count as those."""
-    parameters, adam = list(step.denoiser.parameters()), step.optimizer.chained_optimizers[0].optimizer
-    mains = [main for group in adam.param_groups for main in group["params"]]
+    parameters = list(denoiser.parameters())
+    adams = [part.optimizer for part in optimizer.chained_optimizers]
+    mains = [main for adam in adams for group in adam.param_groups for main in group["params"]]
     gradients = [
         getattr(owner, name, None) for owner in (*parameters, *mains) for name in ("grad", "main_grad")
     ]
-    state = [value for main in mains for value in adam.state[main].values()]
+    state = [value for adam in adams for main in mains for value in adam.state.get(main, {}).values()]
     seen: set[int] = set()
     return [
         new_bytes(tensors, seen)

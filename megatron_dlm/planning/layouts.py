@@ -1,0 +1,115 @@
+"""Every layout that a run could have on a number of GPUs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from megatron_dlm.interfaces import InputError
+from megatron_dlm.models.config import Precision, Recompute
+from megatron_dlm.run.config import RunConfig
+from megatron_dlm.run.validation import check_run
+
+RECOMPUTES: tuple[Recompute, ...] = ("none", "norms", "selective", "full")
+LARGEST_CONTEXT = 8
+"""Context parallel sizes above this are for sequences far longer than any published diffusion model's."""
+LARGEST_MICRO_BATCH = 64
+CHUNKS = (1, 2, 4)
+"""Chunks of layers per pipeline stage."""
+
+
+def legal_layouts(
+    config: RunConfig, processes: int, gpus_per_node: int, precisions: Sequence[Precision]
+) -> Iterator[RunConfig]:
+    """The run in every layout that `check_run` accepts.
+
+    Gradients and weights travel while the GPUs compute where that is possible. Tensor parallelism stays
+    within a node and brings sequence parallelism with it.
+
+    Args:
+        config: the run; what is no question of layout stays as it is.
+        processes: GPUs of the job.
+        gpus_per_node: GPUs that are linked with each other.
+        precisions: precisions to try.
+
+    Yields:
+        Configurations that differ from `config` in parallel sizes, microbatch, recomputation, sharding and
+        precision.
+    """
+    for tensor, pipeline, context in itertools.product(
+        _powers_of_two(gpus_per_node), _divisors(processes), _powers_of_two(LARGEST_CONTEXT)
+    ):
+        if processes % (tensor * pipeline * context) or pipeline > config.model.num_layers:
+            continue
+        data = processes // (tensor * pipeline * context)
+        for chunks, micro, recompute, precision, is_fully_sharded in itertools.product(
+            CHUNKS, _powers_of_two(LARGEST_MICRO_BATCH), RECOMPUTES, precisions, (False, True)
+        ):
+            if config.training.global_batch_size % (micro * data) or (chunks > 1 and pipeline == 1):
+                continue
+            if is_fully_sharded and (data * context == 1 or pipeline > 1):
+                continue
+            is_shared = data * context > 1 and not is_fully_sharded
+            layout = replace(
+                config.parallel,
+                tensor_model_parallel_size=1,
+                pipeline_model_parallel_size=pipeline,
+                virtual_pipeline_model_parallel_size=chunks,
+                context_parallel_size=context,
+                sequence_parallel=False,
+                use_distributed_optimizer=not is_fully_sharded,
+                fully_sharded=is_fully_sharded,
+                overlap_grad_reduce=is_shared,
+                overlap_param_gather=is_shared,
+                overlap_tensor_parallel=False,
+                bucket_size=0,
+            )
+            layout = replace(layout, tensor_model_parallel_size=tensor, sequence_parallel=tensor > 1)
+            training = replace(
+                config.training, micro_batch_size=micro, recompute=recompute, precision=precision
+            )
+            candidate = replace(config, parallel=layout, training=training)
+            if is_legal(candidate, processes):
+                yield candidate
+
+
+def is_legal(config: RunConfig, processes: int) -> bool:
+    """Whether a configuration can run on a number of processes."""
+    try:
+        check_run(config, processes)
+    except InputError:
+        return False
+    return True
+
+
+def changes_between(old: RunConfig, new: RunConfig) -> dict[str, str]:
+    """Command-line options that turn the layout of one run into another's.
+
+    Args:
+        old: the run as it is.
+        new: the same run in another layout.
+
+    Returns:
+        Values by option.
+    """
+    found = {}
+    for section in ("parallel", "training"):
+        before, after = vars(getattr(old, section)), vars(getattr(new, section))
+        for name, value in after.items():
+            if value != before[name]:
+                option = f"--{section}.{name.replace('_', '-')}"
+                if isinstance(value, bool):
+                    option = option if value else f"--{section}.no-{name.replace('_', '-')}"
+                    found[option] = ""
+                else:
+                    found[option] = str(value)
+    return found
+
+
+def _powers_of_two(largest: int) -> list[int]:
+    return [1 << exponent for exponent in range(largest.bit_length())]
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]

@@ -1,0 +1,311 @@
+"""Memory of a rank at its peak, counted tensor by tensor from what the layers keep for the backward pass.
+
+Nothing here is fitted: each term is a tensor of models/ with its shape and dtype. The peak is the largest of
+three moments: the head's losses while everything is kept, the backward pass of the last layer's MLP, and the
+optimizer's step.
+Shape legend: T positions of a microbatch on a rank, S of them where sequence parallelism shares them, d hidden
+size, f width of the MLP, a width of the heads, Vp vocabulary columns; all of one tensor parallel rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from megatron_dlm.models.config import ModelConfig
+from megatron_dlm.models.time_embedding import FREQUENCY_CHANNELS
+from megatron_dlm.planning.passes import ForwardPass
+from megatron_dlm.platform.parallel_config import ParallelConfig
+from megatron_dlm.run.config import RunConfig
+
+DeviceType = Literal["cpu", "cuda"]
+FP32 = 4
+ADAM_MOMENTS = 2 * FP32
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of a rank at its peak, on the pipeline stage that has most."""
+
+    parameters: float
+    """Weights, and their FP8 copies."""
+    gradients: float
+    """Accumulated gradients, fp32."""
+    optimizer: float
+    """AdamW's two moments, and fp32 main weights where the weights are not fp32."""
+    gathered: float
+    """Fully sharded weights that are whole at a time, with the gradients on their way to their shards."""
+    activations: float
+    """What layers keep for the backward pass, of all microbatches in flight."""
+    workspace: float
+    """What the busiest moment adds: the head's logits, or gradients in the backward pass of a layer."""
+    stage: int
+    """Pipeline stage."""
+
+    @property
+    def total(self) -> float:
+        """Bytes of all of it."""
+        return sum(getattr(self, field.name) for field in fields(self) if field.name != "stage")
+
+
+def rank_memory(
+    config: RunConfig,
+    processes: int,
+    passes: Sequence[ForwardPass],
+    vocabulary_size: int,
+    device: DeviceType,
+) -> RankMemory:
+    """Memory of the rank that needs most.
+
+    Args:
+        config: configuration that fits the number of processes.
+        processes: processes of the job.
+        passes: forward passes of its microbatches; the largest counts.
+        vocabulary_size: number of token ids, including the mask token.
+        device: on CUDA, layers are this package's kernels and Transformer Engine's.
+
+    Returns:
+        Bytes by what they hold.
+    """
+    stages = config.parallel.pipeline_model_parallel_size
+    largest = max(passes, key=lambda each: (each.tokens, each.work.head_rows))
+    return max(
+        (
+            Stage(config, processes, largest, vocabulary_size, device, stage).memory()
+            for stage in range(stages)
+        ),
+        key=lambda memory: memory.total,
+    )
+
+
+def vocabulary_columns(parallel: ParallelConfig, vocabulary_size: int, device: DeviceType) -> int:
+    """Columns of embedding and head on one tensor parallel rank, padding included."""
+    multiple = parallel.vocabulary_multiple(device) * parallel.tensor_model_parallel_size
+    return -(-vocabulary_size // multiple) * multiple // parallel.tensor_model_parallel_size
+
+
+def layer_parameters(model: ModelConfig, tensor_size: int) -> int:
+    """Parameters of a layer on one tensor parallel rank; norms and modulations are whole on each."""
+    d, f = model.hidden_size, model.ffn_hidden_size // tensor_size
+    return layer_matrices(model, tensor_size) + f + 3 * d + 6 * d * (model.conditioning_size + 1)
+
+
+def layer_matrices(model: ModelConfig, tensor_size: int) -> int:
+    """Weights of a layer's four matrix products on one tensor parallel rank, padded heads included."""
+    heads = model.padded_heads(tensor_size) // tensor_size * model.head_dim
+    return 4 * model.hidden_size * heads + 2 * model.hidden_size * model.ffn_hidden_size // tensor_size
+
+
+def time_embedder_parameters(model: ModelConfig) -> int:
+    """Parameters of the time embedder, which each chunk of layers has a copy of."""
+    c = model.conditioning_size
+    return FREQUENCY_CHANNELS * c + c + c * c + c
+
+
+class Stage:
+    """One rank of a pipeline stage of a layout; names of sizes are those of the module's legend."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        processes: int,
+        forward: ForwardPass,
+        vocabulary_size: int,
+        device: DeviceType,
+        stage: int,
+    ) -> None:
+        parallel, model = config.parallel, config.model
+        self.config, self.model, self.forward, self.stage = config, model, forward, stage
+        self.parallel, self.processes = parallel, processes
+        self.tensor, self.stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+        self.shards = parallel.data_parallel_size(processes) * parallel.context_parallel_size
+        self.fused = device == "cuda"
+        self.T = forward.tokens / parallel.context_parallel_size
+        self.S = self.T / (self.tensor if parallel.sequence_parallel else 1)
+        self.R = forward.work.head_rows / parallel.context_parallel_size
+        self.d, self.f = model.hidden_size, model.ffn_hidden_size // self.tensor
+        self.heads = model.padded_heads(self.tensor) // self.tensor
+        self.a = self.heads * model.head_dim
+        self.Vp = vocabulary_columns(parallel, vocabulary_size, device)
+        self.dtype_bytes = FP32 if config.training.precision == "fp32" else 2
+        self.is_fp8 = config.training.precision == "fp8" and self.fused
+        self.is_first, self.is_last = stage == 0, stage == self.stages - 1
+        chunks = parallel.virtual_pipeline_model_parallel_size
+        # Chunk c of stage s is part c * stages + s of the model.
+        self.chunk_layers = model.stage_layers(self.stages * chunks)[stage :: self.stages]
+        self.microbatches_of_step = config.training.global_batch_size // (
+            config.training.micro_batch_size * parallel.data_parallel_size(processes)
+        )
+
+    def memory(self) -> RankMemory:
+        """Bytes at the peak."""
+        held = self._held()
+        kept = self._kept_in_flight()
+        workspace = max(self._layer_backward(), self._head() if self.is_last else 0.0)
+        # When the optimizer steps nothing is kept any more.
+        step = 2.0 * FP32 * self._largest_tensor() / self.optimizer_shards()
+        return RankMemory(
+            **held, activations=kept, workspace=max(workspace, step - kept), stage=self.stage
+        )
+
+    def optimizer_shards(self) -> int:
+        """Ranks that share the optimizer's state."""
+        is_shared = self.parallel.use_distributed_optimizer or self.parallel.fully_sharded
+        return self.shards if is_shared else 1
+
+    def matrices_of_layer(self) -> int:
+        """Weights of a layer's matrix products."""
+        return layer_matrices(self.model, self.tensor)
+
+    def parameters(self) -> int:
+        """Parameters of the rank, before data parallel ranks share them."""
+        layers = sum(self.chunk_layers) * layer_parameters(self.model, self.tensor)
+        count = layers + len(self.chunk_layers) * time_embedder_parameters(self.model)
+        if self.is_first:
+            count += self.Vp * self.d
+        if self.is_last:
+            count += self.Vp * (self.d + 1) + self._final_parameters()
+        return count
+
+    def _final_parameters(self) -> int:
+        return self.d + 2 * self.d * (self.model.conditioning_size + 1)
+
+    def _largest_tensor(self) -> int:
+        return max(self.Vp * self.d if self.is_first or self.is_last else 0, self.d * self.f)
+
+    def _held(self) -> dict[str, float]:
+        """Bytes that stay from step to step."""
+        count = float(self.parameters())
+        main = 0 if self.dtype_bytes == FP32 else FP32
+        if self.parallel.fully_sharded:
+            own = count / self.shards
+            sizes = {"parameters": FP32 * own, "gradients": FP32 * own, "optimizer": ADAM_MOMENTS * own}
+            return sizes | {"gathered": self._gathered() if self.shards > 1 else 0.0}
+        parameters = self.dtype_bytes * count
+        if self.is_fp8:
+            # A copy for each of the two directions of a product; weights that are FP8 themselves are these.
+            matrices = sum(self.chunk_layers) * self.matrices_of_layer()
+            parameters += (2 - (self.dtype_bytes if self.config.fp8.weights else 0)) * matrices
+        optimizer = (ADAM_MOMENTS + main) * count / self.optimizer_shards()
+        return {"parameters": parameters, "gradients": FP32 * count, "optimizer": optimizer, "gathered": 0.0}
+
+    def _gathered(self) -> float:
+        """Whole weights while a layer runs and the next one's arrive, and a layer's gradients."""
+        layer = layer_parameters(self.model, self.tensor)
+        rest = time_embedder_parameters(self.model) + self.Vp * self.d + self._final_parameters()
+        weights = self.dtype_bytes * max(self.Vp * (self.d + 1), rest + 2 * layer)
+        return weights + FP32 * layer
+
+    def _kept_in_flight(self) -> float:
+        """What is kept for the backward pass when most microbatches are under way."""
+        per_chunk = [self._kept_by_chunk(layers) for layers in self.chunk_layers]
+        if len(per_chunk) == 1:
+            return min(self.microbatches_of_step, self.stages - self.stage) * per_chunk[0]
+        # megatron-core's interleaved schedule: this many passes of chunks before the first backward pass.
+        warm_up = (self.stages - self.stage - 1) * 2 + (len(per_chunk) - 1) * self.stages
+        passes = min(self.microbatches_of_step * len(per_chunk), warm_up + 1)
+        whole, rest = divmod(passes, self.stages * len(per_chunk))
+        kept = whole * self.stages * sum(per_chunk)
+        for each in per_chunk:
+            kept += min(rest, self.stages) * each
+            rest -= min(rest, self.stages)
+        return kept
+
+    def _kept_by_chunk(self, layers: int) -> float:
+        """Bytes that one microbatch's pass through a chunk keeps; the head's are in its workspace."""
+        full = self.config.training.recompute == "full"
+        kept = layers * (FP32 * self.S * self.d if full else self._kept_by_layer())
+        # Sent to the next stage and kept until its gradient comes; the head reads the last one.
+        kept += FP32 * self.S * self.d
+        sequences = self.forward.sequences if self.forward.has_own_positions else 1
+        positions = self.T / self.forward.sequences
+        kept += FP32 * sequences * positions * self.model.head_dim
+        if self.forward.has_mask and not self.fused:
+            kept += self._mask_pairs()
+        return kept
+
+    def _mask_pairs(self) -> float:
+        """Pairs of a dense mask, which all sequences share."""
+        positions = self.T / self.forward.sequences
+        return positions * positions * self.parallel.context_parallel_size
+
+    def _kept_by_layer(self) -> float:
+        """Bytes that a layer keeps, beside nothing that another layer keeps too."""
+        recompute, size = self.config.training.recompute, self.dtype_bytes
+        stream, branch, wide = FP32 * self.S * self.d, size * self.S * self.d, size * self.T * self.f
+        # Its input, and the stream between attention and MLP; means and deviations of two norms.
+        kept = 2 * stream + 4 * FP32 * self.S
+        kept += self._kept_by_attention()
+        if self.fused:
+            kept += 2 * branch + wide
+            if self.is_fp8:
+                # Each linear keeps an FP8 copy of its input.
+                return kept + 2 * self.S * self.d + self.T * (self.a + self.f)
+            if recompute == "none":
+                kept += 2 * branch
+            return kept + (wide if recompute != "selective" else 0)
+        # The gate keeps its branch in fp32, the norm's modulation what it scales, GELU the biased sum.
+        kept += 2 * stream + wide
+        if recompute == "none":
+            kept += 2 * stream + 2 * branch
+        return kept + (wide if recompute != "selective" else 0)
+
+    def _kept_by_attention(self) -> float:
+        """Query, key, value, output, and the logarithms of the softmax's sums."""
+        size, context = self.dtype_bytes, self.parallel.context_parallel_size
+        kept = 4 * size * self.T * self.a + FP32 * self.heads * self.T
+        if self.fused:
+            return kept
+        # Keys and values of all context parallel ranks are whole on each.
+        kept += 2 * (context - 1) * size * self.T * self.a
+        if self.forward.has_mask:
+            kept += size * self._mask_pairs()
+        if size != FP32:
+            # The rotary table in the layer's dtype, once for queries and once for keys.
+            kept += 2 * size * self.T / self.forward.sequences * self.model.head_dim
+        return kept
+
+    def _layer_backward(self) -> float:
+        """Bytes that the backward pass of a layer's MLP adds to what is kept."""
+        recompute, size = self.config.training.recompute, self.dtype_bytes
+        stream, branch, wide = FP32 * self.S * self.d, size * self.S * self.d, size * self.T * self.f
+        weight = size * self.d * self.f
+        added = stream + branch + wide + weight
+        if not self.fused:
+            # The branch's gradient before its rounding; the head's rows wait for their gradient to be used.
+            added += stream if size != FP32 else 0
+        if recompute == "selective" and not self.is_fp8:
+            added += wide * (1 if self.fused else 2)
+        if recompute == "full":
+            added += self._kept_by_layer_of("none") - FP32 * self.S * self.d
+        return added
+
+    def _kept_by_layer_of(self, recompute: str) -> float:
+        from dataclasses import replace
+
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other.config = replace(
+            self.config, training=replace(self.config.training, recompute=recompute)  # type: ignore[arg-type]
+        )
+        return other._kept_by_layer()
+
+    def _head(self) -> float:
+        """Bytes of final layer and head while losses are made, beside what layers keep."""
+        size = self.dtype_bytes
+        # The normed stream, and before its modulation.
+        added = FP32 * self.S * self.d * (1 if self.fused else 2)
+        if self.parallel.sequence_parallel:
+            added += FP32 * self.T * self.d
+        # Rows and their gradients.
+        added += 2 * size * self.R * self.d
+        rows = min(self.R, self.config.training.head_rows_per_chunk)
+        logits, weight = rows * self.Vp, self.Vp * self.d
+        # The weight's gradient is summed in fp32, over chunks whose products have the weight's dtype.
+        added += FP32 * weight
+        if self.fused:
+            return added + size * (logits + weight)
+        if size == FP32:
+            return added + 2 * FP32 * logits
+        return added + (FP32 + size) * (logits + weight)
