@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_dlm.cli.arguments import parse
-from megatron_dlm.interfaces import InputError
+from megatron_dlm.cli.recipe import recipe_run, take_number, take_option
 
 if TYPE_CHECKING:
     from megatron_dlm.run.config import RunConfig
@@ -34,24 +31,11 @@ def run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if arguments else 2
-    if arguments[0].startswith("-"):
-        raise InputError(f"recipe: expected a file before {arguments[0]}; see megatron-dlm train --help")
-    from megatron_dlm.run.config import RunConfig, load_recipe
-
-    overrides, processes = _take_processes("--dry-run", arguments[1:])
-    overrides, checked_processes = _take_processes("--check", overrides)
-    overrides, size = _take_option(overrides, "--model.size")
-    overrides, budget = _take_option(overrides, "--budget-flops")
-    recipe = load_recipe(Path(arguments[0]))
-    if size is not None:
-        from megatron_dlm.models.sizes import paper_model
-
-        recipe = replace(recipe, model=paper_model(size))
-    config = parse(RunConfig, overrides, verb=f"train {arguments[0]}", default=recipe)
-    if budget is not None:
-        from megatron_dlm.run.presets import within_budget
-
-        config = within_budget(config, _positive_number("--budget-flops", budget))
+    words, processes = take_number(arguments, "--dry-run", "processes")
+    words, checked_processes = take_number(words, "--check", "processes")
+    words, gpu = take_option(words, "--gpu")
+    words, gpus_per_node = take_number(words, "--gpus-per-node", "GPUs")
+    config = recipe_run(words, verb="train")
     if processes is not None:
         _describe(config, processes)
         return 0
@@ -86,34 +70,3 @@ def _describe(config: RunConfig, processes: int) -> None:
     }
     for name, value in lines.items():
         print(f"{name:<10} {value}")
-
-
-def _take_processes(name: str, arguments: list[str]) -> tuple[list[str], int | None]:
-    """The arguments without `name PROCESSES`, and its number."""
-    rest, value = _take_option(arguments, name)
-    if value is None:
-        return rest, None
-    if not value.isdigit() or int(value) < 1:
-        raise InputError(f"{name}: {value!r} is not a number of processes")
-    return rest, int(value)
-
-
-def _positive_number(name: str, text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise InputError(f"{name}: {text!r} is not a number above 0")
-    return value
-
-
-def _take_option(arguments: list[str], name: str) -> tuple[list[str], str | None]:
-    """The arguments without `name VALUE` or `name=VALUE`, and the value; None if the option is not given."""
-    for index, word in enumerate(arguments):
-        if word == name:
-            value = arguments[index + 1] if index + 1 < len(arguments) else ""
-            return arguments[:index] + arguments[index + 2 :], value
-        if word.startswith(f"{name}="):
-            return arguments[:index] + arguments[index + 1 :], word.removeprefix(f"{name}=")
-    return arguments, None

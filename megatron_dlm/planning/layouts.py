@@ -25,7 +25,7 @@ def legal_layouts(
     """The run in every layout that `check_run` accepts.
 
     Gradients and weights travel while the GPUs compute where that is possible. Tensor parallelism stays
-    within a node and brings sequence parallelism with it.
+    within a node and brings sequence parallelism with it where the family's lengths allow.
 
     Args:
         config: the run; what is no question of layout stays as it is.
@@ -65,13 +65,43 @@ def legal_layouts(
                 overlap_tensor_parallel=False,
                 bucket_size=0,
             )
-            layout = replace(layout, tensor_model_parallel_size=tensor, sequence_parallel=tensor > 1)
             training = replace(
                 config.training, micro_batch_size=micro, recompute=recompute, precision=precision
             )
-            candidate = replace(config, parallel=layout, training=training)
-            if is_legal(candidate, processes):
-                yield candidate
+            for sequence in (True, False) if tensor > 1 else (False,):
+                parallel = replace(layout, tensor_model_parallel_size=tensor, sequence_parallel=sequence)
+                candidate = replace(config, parallel=parallel, training=training)
+                if is_legal(candidate, processes):
+                    yield candidate
+                    break
+
+
+def why_not(config: RunConfig, processes: int, axis: str) -> str | None:
+    """Why the recipe cannot be shared by two ranks of an axis.
+
+    Args:
+        config: the run.
+        processes: GPUs of the job.
+        axis: "tensor", "pipeline" or "context".
+
+    Returns:
+        The error; None if it can.
+    """
+    name = {"tensor": "tensor_model", "pipeline": "pipeline_model"}.get(axis, axis) + "_parallel_size"
+    layout = replace(
+        config.parallel,
+        tensor_model_parallel_size=1,
+        pipeline_model_parallel_size=1,
+        virtual_pipeline_model_parallel_size=1,
+        context_parallel_size=1,
+        sequence_parallel=False,
+        overlap_tensor_parallel=False,
+    )
+    try:
+        check_run(replace(config, parallel=replace(layout, **{name: 2})), processes)
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def is_legal(config: RunConfig, processes: int) -> bool:

@@ -143,11 +143,14 @@ class Stage:
         held = self._held()
         kept = self._kept_in_flight()
         workspace = max(self._layer_backward(), self._head() if self.is_last else 0.0)
-        # When the optimizer steps nothing is kept any more.
-        step = 2.0 * FP32 * self._largest_tensor() / self.optimizer_shards()
-        return RankMemory(
-            **held, activations=kept, workspace=max(workspace, step - kept), stage=self.stage
-        )
+        # When gradients are reduced and the optimizer steps nothing is kept any more.
+        finish = max(2.0 * FP32 * self._largest_tensor() / self.optimizer_shards(), self._gloo_buffers())
+        return RankMemory(**held, activations=kept, workspace=max(workspace, finish - kept), stage=self.stage)
+
+    def _gloo_buffers(self) -> float:
+        """On a CPU, copies of gradients to reduce and of weights that are gathered; NCCL has none."""
+        is_shared = self.shards > 1 and self.parallel.use_distributed_optimizer
+        return (FP32 + self.dtype_bytes) * self.parameters() if is_shared and not self.fused else 0.0
 
     def optimizer_shards(self) -> int:
         """Ranks that share the optimizer's state."""
@@ -191,11 +194,14 @@ class Stage:
         return {"parameters": parameters, "gradients": FP32 * count, "optimizer": optimizer, "gathered": 0.0}
 
     def _gathered(self) -> float:
-        """Whole weights while a layer runs and the next one's arrive, and a layer's gradients."""
+        """Whole weights while a layer runs and the next one's arrive, and a layer's gradients.
+
+        What arrives does so in one buffer, from which it is copied; so are gradients that leave.
+        """
         layer = layer_parameters(self.model, self.tensor)
         rest = time_embedder_parameters(self.model) + self.Vp * self.d + self._final_parameters()
-        weights = self.dtype_bytes * max(self.Vp * (self.d + 1), rest + 2 * layer)
-        return weights + FP32 * layer
+        weights = self.dtype_bytes * max(self.Vp * (self.d + 1), rest + 3 * layer)
+        return weights + (self.dtype_bytes + FP32) * layer
 
     def _kept_in_flight(self) -> float:
         """What is kept for the backward pass when most microbatches are under way."""
@@ -287,7 +293,8 @@ class Stage:
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         other.config = replace(
-            self.config, training=replace(self.config.training, recompute=recompute)  # type: ignore[arg-type]
+            self.config,
+            training=replace(self.config.training, recompute=recompute),  # type: ignore[arg-type]
         )
         return other._kept_by_layer()
 

@@ -239,7 +239,8 @@ class _Links:
         )
         if self.parallel.fully_sharded:
             seconds = stage.microbatches_of_step * (2 * gather + reduce)
-            return max(0.0, seconds - computed)
+            # Nothing hides the first gathering and the last reduction, of a layer each.
+            return max(seconds - computed, (gather + reduce) / stage.model.num_layers)
         if not self.parallel.use_distributed_optimizer:
             gather = reduce
         if self.parallel.overlap_grad_reduce:

@@ -88,6 +88,29 @@ def plot_pareto(
     pyplot.close(figure)
 
 
+def plot_scaling(series: Mapping[str, Sequence[tuple[float, float]]], output: Path, *, title: str) -> None:
+    """Draw speed against the number of GPUs, beside the ideal line through each series' first point.
+
+    Args:
+        series: (GPUs, tokens/s of all of them) by name, smallest number first.
+        output: PNG file.
+        title: title of the plot.
+    """
+    pyplot, figure, axes = _canvas()
+    for marker, (name, points) in zip("os^v", series.items(), strict=False):
+        (line,) = axes.plot(*zip(*points, strict=True), f"{marker}-", label=name)
+        (gpus, speed), last = points[0], points[-1][0]
+        ideal = "--" if marker == "o" else ":"
+        axes.plot([gpus, last], [speed, speed / gpus * last], ideal, color=line.get_color(), alpha=0.5)
+    axes.set(xlabel="GPUs", ylabel="tokens/s, predicted; broken lines: ideal", title=title)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(output, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+
+
 def plot_lengths(histogram: Sequence[tuple[int, int, int]], output: Path, *, title: str) -> None:
     """Plot a histogram of document lengths.
 
