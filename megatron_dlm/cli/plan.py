@@ -18,8 +18,8 @@ USAGE = """usage: megatron-dlm plan RECIPE [--nodes N] [--gpus-per-node N] [--gp
                          [--vocabulary-size IDS] [--rows N] [--simulate FILE.png] [--output FILE.json]
                          [--model.size NAME] [--field.name VALUE ...]
 
-Compares every layout of a run on a cluster, without any GPU: the memory of a rank in GiB and the time of a step
-in ms; names the fastest layout that fits, with the options that select it, and whether the recipe's own layout
+Compares every layout of a run on a cluster, without any GPU: memory of a rank in GiB, time of a step in ms.
+Names the fastest layout that fits, with the options that select it, and says whether the recipe's own layout
 fits. RECIPE and fields are those of `megatron-dlm train`.
 
 --nodes           number of nodes; default 1
@@ -29,7 +29,7 @@ fits. RECIPE and fields are those of `megatron-dlm train`.
 --vocabulary-size token ids including the mask token; default those of the recipe's shards if they are here,
                   otherwise 32,001
 --rows            number of layouts to show; default 10
---simulate        draw the chosen layout's speed from one node to 4,096 GPUs into this PNG file (needs matplotlib)
+--simulate        draw the chosen layout's speed from one node to 4,096 GPUs as a PNG file (needs matplotlib)
 --output          write all layouts that fit as JSON
 exit code: 0 if the recipe's own layout fits, 1 if it does not
 """
@@ -135,7 +135,7 @@ WIDTH = 132
 
 
 def _cells(estimate: Estimate) -> list[str]:
-    from megatron_dlm.planning.explanation import sharding_of
+    from megatron_dlm.planning.layouts import sharding_of
     from megatron_dlm.planning.plan import GIB
 
     parallel, training = estimate.config.parallel, estimate.config.training

@@ -5,12 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from megatron_dlm.cli.recipe import recipe_run, take_number, take_option
+from megatron_dlm.interfaces import InputError
 
 if TYPE_CHECKING:
     from megatron_dlm.run.config import RunConfig
 
+DEFAULT_GPU, DEFAULT_GPUS_PER_NODE = "h100", 8
+"""GPUs that a dry run plans for."""
 USAGE = """usage: megatron-dlm train RECIPE [--model.size NAME] [--budget-flops FLOPS]
-                          [--dry-run PROCESSES | --check PROCESSES] [--field.name VALUE ...]
+                          [--dry-run PROCESSES [--gpu NAME] [--gpus-per-node N] | --check PROCESSES]
+                          [--field.name VALUE ...]
 
 RECIPE is a Python file with a function recipe() -> RunConfig, such as those under examples/, or the run.json
 of a checkpoint. `megatron-dlm train RECIPE --help` lists every field with its unit and the recipe's value.
@@ -18,7 +22,9 @@ Start one process per device: examples/torchrun/train.sh, examples/slurm/train.s
 --model.size replaces the recipe's model by a published size (6M to 2121M); --model.* fields then change it.
 --budget-flops sets steps, warm-up and decay as the paper's IsoFLOP runs have them, for example 6e18; the rest
 of the recipe, its directory too, stays.
---dry-run checks the configuration for a job of that many processes, prints its layout and starts nothing.
+--dry-run checks the configuration for a job of that many processes and starts nothing. It prints the layout,
+the memory of a rank and the time of a step that `megatron-dlm plan` predicts (--gpu h100 and --gpus-per-node 8
+unless told otherwise), and whether the data and what the run starts from are on this machine.
 --check also checks the data and what the run starts from, and prints nothing if the job can run.
 A run continues from the newest complete checkpoint in its directory. SIGTERM, SIGUSR1, SIGINT or SIGHUP saves
 and stops it with exit code 3; under nohup SIGHUP is ignored. Making the file save-now in its directory saves
@@ -37,7 +43,7 @@ def run(arguments: list[str]) -> int:
     words, gpus_per_node = take_number(words, "--gpus-per-node", "GPUs")
     config = recipe_run(words, verb="train")
     if processes is not None:
-        _describe(config, processes)
+        _describe(config, processes, gpu or DEFAULT_GPU, gpus_per_node or DEFAULT_GPUS_PER_NODE)
         return 0
     if checked_processes is not None:
         from megatron_dlm.training.train import check_start
@@ -57,16 +63,56 @@ def train_and_tell(config: RunConfig) -> int:
     return 0 if train(config) else EXIT_PREEMPTED
 
 
-def _describe(config: RunConfig, processes: int) -> None:
+def _describe(config: RunConfig, processes: int, gpu: str, gpus_per_node: int) -> None:
     """Print what a run on that many processes does; raises InputError if it cannot."""
+    from megatron_dlm.cli.plan import vocabulary_of
     from megatron_dlm.run.description import describe_layout
     from megatron_dlm.run.flops_budget import describe_flops
     from megatron_dlm.run.validation import check_run
 
     check_run(config, processes)
+    vocabulary_size, source = vocabulary_of(config)
     lines = describe_layout(config, processes) | {
-        "FLOPs": describe_flops(config),
+        "FLOPs": describe_flops(config, vocabulary_size),
+        "vocabulary": f"{vocabulary_size:,} ids, {source}",
+        **_planned(config, processes, vocabulary_size, gpu, gpus_per_node),
         "data": f"{' '.join(config.data.train)}, validation {config.data.validation or 'of the same shards'}",
+        "this host": _readiness(config, processes),
     }
     for name, value in lines.items():
         print(f"{name:<10} {value}")
+
+
+def _planned(
+    config: RunConfig, processes: int, vocabulary_size: int, gpu: str, gpus_per_node: int
+) -> dict[str, str]:
+    """Memory and time of the layout on GPUs, by heading."""
+    from megatron_dlm.planning.gpus import gpu_named, usable_gib
+    from megatron_dlm.planning.plan import GIB, Cluster, Planner
+
+    per_node = min(processes, gpus_per_node)
+    if processes % per_node:
+        return {"plan": f"none: {processes} processes are no whole number of nodes of {per_node} GPUs"}
+    cluster = Cluster(gpu_named(gpu), processes // per_node, per_node)
+    try:
+        estimate = Planner(config, cluster, vocabulary_size).estimate(config)
+    except InputError as error:
+        return {"plan": f"none on {gpu}: {error}"}
+    usable = usable_gib(cluster.gpu)
+    verdict = "fits" if estimate.fits else "DOES NOT FIT; see megatron-dlm plan"
+    return {
+        "memory": f"{estimate.memory.total / GIB:.2f} GiB of a rank's {usable:.1f} on {gpu}: {verdict}",
+        "time": f"{estimate.time.total * 1e3:,.0f} ms a step, {estimate.tokens_per_second_per_gpu:,.0f} "
+        f"tokens/s/GPU, {estimate.hours:,.1f} hours in all, predicted for {processes} {gpu}",
+    }
+
+
+def _readiness(config: RunConfig, processes: int) -> str:
+    """Whether the run's data and start are on this machine."""
+    from megatron_dlm.training.train import check_start
+
+    try:
+        check_start(config, processes)
+    except InputError as error:
+        return f"cannot start it: {error}"
+    return "has its data and what it starts from"

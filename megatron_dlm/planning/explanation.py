@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+from megatron_dlm.planning.layouts import AXES
 from megatron_dlm.planning.plan import Estimate
 from megatron_dlm.planning.step_time import StepTime
-from megatron_dlm.run.config import RunConfig
-
-AXES: dict[str, Callable[[RunConfig], object]] = {
-    "tensor parallel": lambda run: run.parallel.tensor_model_parallel_size,
-    "pipeline parallel": lambda run: run.parallel.pipeline_model_parallel_size,
-    "pipeline chunks": lambda run: run.parallel.virtual_pipeline_model_parallel_size,
-    "context parallel": lambda run: run.parallel.context_parallel_size,
-    "microbatch": lambda run: run.training.micro_batch_size,
-    "recompute": lambda run: run.training.recompute,
-    "sharding": lambda run: sharding_of(run),
-    "precision": lambda run: run.training.precision,
-}
-"""What a layout chooses, by name."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +22,6 @@ class Alternative:
     grows: str
     """The part of a step that takes longer by most, or "nothing"."""
     by_seconds: float
-
-
-def sharding_of(run: RunConfig) -> str:
-    """What data parallel ranks share."""
-    if run.parallel.fully_sharded:
-        return "everything"
-    return "optimizer" if run.parallel.use_distributed_optimizer else "nothing"
 
 
 def alternatives(chosen: Estimate, fitting: Sequence[Estimate]) -> list[Alternative]:

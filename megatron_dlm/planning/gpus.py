@@ -65,8 +65,8 @@ class Shares:
 
 
 H100_SHARES = Shares()
-"""From one row of docs/benchmarks.md: 2121M, MDLM, bf16, one microbatch of 8, on one H100, where its step goes;
-what is named FP8 from the FP8 row. All other rows are predictions."""
+"""From one row of docs/benchmarks.md: 2121M, MDLM, bf16, one microbatch of 8 on one H100, by where its step
+goes; what is named FP8, from the FP8 row. All other rows are predictions."""
 CONTEXT_GIB = 1.0
 """CUDA context, cuBLAS workspaces and NCCL's buffers."""
 FRAGMENTATION = 0.04

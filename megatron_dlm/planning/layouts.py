@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from megatron_dlm.interfaces import InputError
@@ -17,6 +17,26 @@ LARGEST_CONTEXT = 8
 LARGEST_MICRO_BATCH = 64
 CHUNKS = (1, 2, 4)
 """Chunks of layers per pipeline stage."""
+
+
+def sharding_of(run: RunConfig) -> str:
+    """What data parallel ranks share."""
+    if run.parallel.fully_sharded:
+        return "everything"
+    return "optimizer" if run.parallel.use_distributed_optimizer else "nothing"
+
+
+AXES: dict[str, Callable[[RunConfig], object]] = {
+    "tensor parallel": lambda run: run.parallel.tensor_model_parallel_size,
+    "pipeline parallel": lambda run: run.parallel.pipeline_model_parallel_size,
+    "pipeline chunks": lambda run: run.parallel.virtual_pipeline_model_parallel_size,
+    "context parallel": lambda run: run.parallel.context_parallel_size,
+    "microbatch": lambda run: run.training.micro_batch_size,
+    "recompute": lambda run: run.training.recompute,
+    "sharding": sharding_of,
+    "precision": lambda run: run.training.precision,
+}
+"""What a layout chooses, by name."""
 
 
 def legal_layouts(
@@ -87,18 +107,17 @@ def why_not(config: RunConfig, processes: int, axis: str) -> str | None:
     Returns:
         The error; None if it can.
     """
-    name = {"tensor": "tensor_model", "pipeline": "pipeline_model"}.get(axis, axis) + "_parallel_size"
+    sizes = {f"{name}_parallel_size": 1 for name in ("tensor_model", "pipeline_model", "context")}
+    sizes[{"tensor": "tensor_model", "pipeline": "pipeline_model"}.get(axis, axis) + "_parallel_size"] = 2
     layout = replace(
         config.parallel,
-        tensor_model_parallel_size=1,
-        pipeline_model_parallel_size=1,
         virtual_pipeline_model_parallel_size=1,
-        context_parallel_size=1,
         sequence_parallel=False,
         overlap_tensor_parallel=False,
+        **sizes,  # type: ignore[arg-type]
     )
     try:
-        check_run(replace(config, parallel=replace(layout, **{name: 2})), processes)
+        check_run(replace(config, parallel=layout), processes)
     except InputError as error:
         return str(error)
     return None

@@ -3,8 +3,8 @@
 Nothing here is fitted: each term is a tensor of models/ with its shape and dtype. The peak is the largest of
 three moments: the head's losses while everything is kept, the backward pass of the last layer's MLP, and the
 optimizer's step.
-Shape legend: T positions of a microbatch on a rank, S of them where sequence parallelism shares them, d hidden
-size, f width of the MLP, a width of the heads, Vp vocabulary columns; all of one tensor parallel rank.
+Shape legend: T positions of a microbatch on a rank, S of them where sequence parallelism shares them, d
+hidden size, f width of the MLP, a width of the heads, Vp vocabulary columns; all of one tensor parallel rank.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Literal
 
 from megatron_dlm.models.config import ModelConfig
 from megatron_dlm.models.time_embedding import FREQUENCY_CHANNELS
-from megatron_dlm.planning.passes import ForwardPass
 from megatron_dlm.platform.parallel_config import ParallelConfig
 from megatron_dlm.run.config import RunConfig
+from megatron_dlm.run.forward_passes import ForwardPass
 
 DeviceType = Literal["cpu", "cuda"]
 FP32 = 4

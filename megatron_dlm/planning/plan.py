@@ -10,11 +10,11 @@ from megatron_dlm.interfaces import InputError
 from megatron_dlm.models.config import Precision
 from megatron_dlm.models.flops.flops_actual import Work
 from megatron_dlm.planning.gpus import H100_SHARES, Gpu, Shares, usable_gib
-from megatron_dlm.planning.layouts import changes_between, legal_layouts
+from megatron_dlm.planning.layouts import AXES, legal_layouts
 from megatron_dlm.planning.memory import RankMemory, rank_memory
-from megatron_dlm.planning.passes import ForwardPass, mean_passes, sampled_passes
 from megatron_dlm.planning.step_time import StepTime, step_time
 from megatron_dlm.run.config import RunConfig
+from megatron_dlm.run.forward_passes import ForwardPass, mean_passes, sampled_passes
 from megatron_dlm.run.validation import check_run
 
 GIB = 2.0**30
@@ -151,7 +151,7 @@ class Planner:
 
 
 def nearest(own: RunConfig, fitting: Sequence[Estimate]) -> Estimate | None:
-    """The layout that fits with the fewest changes, of these the fastest.
+    """The layout that fits and differs on the fewest axes, of these the fastest.
 
     Args:
         own: a run.
@@ -160,7 +160,11 @@ def nearest(own: RunConfig, fitting: Sequence[Estimate]) -> Estimate | None:
     Returns:
         Its estimate; None if nothing fits.
     """
-    return min(fitting, key=lambda each: len(changes_between(own, each.config)), default=None)
+
+    def changed_axes(estimate: Estimate) -> int:
+        return sum(choice_of(own) != choice_of(estimate.config) for choice_of in AXES.values())
+
+    return min(fitting, key=changed_axes, default=None)
 
 
 def _order(estimate: Estimate) -> tuple[float, ...]:

@@ -1,4 +1,4 @@
-"""Speed of one layout on more and more GPUs: with the same batch (strong), or the same batch per GPU (weak)."""
+"""Speed of one layout on more and more GPUs, with the same batch (strong) or the same batch per GPU (weak)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from megatron_dlm.run.config import RunConfig
 
 MOST_GPUS = 4096
 ASSUMPTIONS = (
-    "GPUs of equal speed; collectives at 80% of the data sheet's bandwidth without traffic of other jobs, 15 us "
-    "for each doubling of ranks; no stragglers, failures, evaluation or saving"
+    "GPUs of equal speed; collectives at 80% of the data sheet's bandwidth, without traffic of other jobs, and "
+    "15 us for each doubling of ranks; no stragglers, failures, evaluation or saving"
 )
 
 
@@ -31,8 +31,8 @@ class ScalingPoint:
 def simulate_scaling(chosen: Estimate, vocabulary_size: int) -> tuple[list[ScalingPoint], list[ScalingPoint]]:
     """A layout's speed from its smallest number of nodes to 4,096 GPUs.
 
-    Data parallelism takes all further GPUs. The weak series starts from the batch that each data parallel rank
-    has in `chosen`.
+    Data parallelism takes all further GPUs. In the weak series each GPU has the share of the batch that
+    it has in `chosen`.
 
     Args:
         chosen: estimate of a layout.

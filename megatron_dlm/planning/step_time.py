@@ -12,12 +12,12 @@ from dataclasses import dataclass, fields
 
 from megatron_dlm.planning.gpus import Gpu, Shares
 from megatron_dlm.planning.memory import Stage
-from megatron_dlm.planning.passes import ForwardPass
 from megatron_dlm.run.config import RunConfig
+from megatron_dlm.run.forward_passes import ForwardPass
 
 BF16, FP32 = 2, 4
 ATTENTION_PASSES = 3.5
-"""Attention's products in units of a forward pass: the backward pass has five products for the forward's two."""
+"""Attention in units of a forward pass: backward has five products for the forward pass's two."""
 NORM_BYTES = {"forward": 28, "backward": 40, "recomputed": 12}
 """Bytes for each element of the residual stream: norm 6 and 14, gate with norm 12 and 18, last gate 10 and 8;
 docs/benchmarks.md, what kernels move."""
@@ -29,8 +29,8 @@ ACCUMULATION_BYTES = 10
 LOGIT_BYTES = 12
 """For each logit: written, read twice and written by the loss, and read by two products."""
 OPTIMIZER_BYTES = 30
-"""For each parameter of a rank's share: gradient, main weight and two moments read, the last three and the bf16
-weight written."""
+"""For each parameter of a rank's share: gradient, main weight and two moments read, the last three and the
+bf16 weight written."""
 GRADIENT_BYTES = 16
 """For each parameter: gradients are set to zero, divided by the tokens, and read for their norm."""
 

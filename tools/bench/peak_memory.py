@@ -2,9 +2,9 @@
 
     python tools/bench/peak_memory.py
 
-Each layout starts four processes and makes two optimizer steps of a real run on random text; the second one's peak counts. Measured are
-the bytes of weights, gradients and optimizer, and what the allocator handed out and took back during the step
-(PyTorch's profiler), on the rank that has most.
+Each layout starts four processes and makes two optimizer steps of a real run on random text. Measured are the
+bytes of weights, gradients and optimizer, and how far the process's resident memory rises during the second
+step, on the rank that has most. Needs Linux.
 """
 
 from __future__ import annotations
@@ -25,24 +25,23 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.profiler import ProfilerActivity, profile
 
 from megatron_dlm.families.registry import OBJECTIVES
 from megatron_dlm.models.config import ModelConfig
 from megatron_dlm.planning.memory import RankMemory, rank_memory
-from megatron_dlm.planning.passes import sampled_passes
 from megatron_dlm.platform.launch import detect_environment
 from megatron_dlm.platform.parallel import ParallelState, start_parallel, stop_parallel
 from megatron_dlm.platform.parallel_config import ParallelConfig
 from megatron_dlm.run.config import RunConfig
+from megatron_dlm.run.forward_passes import sampled_passes
 from tools import tiny
 from tools.bench.memory import held_bytes
 from tools.bench.step import show
 
 PROCESSES = 4
+OWN_PAGES = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000"}
 PREFIX = "bytes at the peak: "
-MODEL = ModelConfig(num_layers=8, hidden_size=128, num_attention_heads=4, ffn_hidden_size=512)
-"""Narrow, so that activations are most of the memory."""
+MODEL = ModelConfig(num_layers=8, hidden_size=256, num_attention_heads=4, ffn_hidden_size=1024)
 TENSOR, PIPELINE, CONTEXT = (
     f"{axis}_parallel_size" for axis in ("tensor_model", "pipeline_model", "context")
 )
@@ -83,8 +82,8 @@ def run_of(corpus: tiny.Corpus, layout: str) -> RunConfig:
         corpus,
         corpus.directory / "unused",
         OBJECTIVES[family](),
-        training__global_batch_size=16,
-        training__micro_batch_size=2,
+        training__global_batch_size=32,
+        training__micro_batch_size=4,
         data__seq_length=512,
     )
     return replace(
@@ -122,17 +121,24 @@ def held(session: Any) -> int:
 
 
 def allocated_peak(work: Callable[[], None]) -> int:
-    """Most bytes at a time that a CPU's allocator gave out while something ran, above those before."""
+    """Most bytes at a time that a process got from the system while something ran, above those before.
+
+    Large tensors have pages of their own (OWN_PAGES), which go back as soon as the tensor is gone, whichever
+    thread lets go of it last.
+    """
     gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        work()
-    results = profiler.profiler.kineto_results  # type: ignore[union-attr]
-    events = [event for event in results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda each: each.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
+    before = status_bytes("VmRSS")
+    # The kernel forgets the peak so far.
+    Path("/proc/self/clear_refs").write_text("5")
+    work()
+    return status_bytes("VmHWM") - before
+
+
+def status_bytes(field: str) -> int:
+    """A field of this process's status, for example VmHWM, the peak of its resident memory."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    kib = next(line.split()[1] for line in lines if line.startswith(f"{field}:"))
+    return int(kib) << 10
 
 
 def predict(config: RunConfig, processes: int, vocabulary_size: int) -> RankMemory:
@@ -146,7 +152,7 @@ def compare(corpus: tiny.Corpus, layout: str) -> tuple[RankMemory, float]:
     config = run_of(corpus, layout)
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
     words += [__file__, "--measure", layout, "--corpus", str(corpus.directory)]
-    ended = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    ended = subprocess.run(words, capture_output=True, text=True, env=os.environ | OWN_PAGES)
     found = [line for line in ended.stdout.splitlines() if line.startswith(PREFIX)]
     if ended.returncode or not found:
         sys.exit(f"{layout}: exit code {ended.returncode}\n{ended.stderr[-4000:]}")
