@@ -1,4 +1,4 @@
-"""Speed of one layout on more and more GPUs, with the same batch (strong) or the same batch per GPU (weak)."""
+"""Speed of one layout on more and more GPUs, with one batch (strong) or one batch per GPU (weak)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from megatron_dlm.run.config import RunConfig
 
 MOST_GPUS = 4096
 ASSUMPTIONS = (
-    "GPUs of equal speed; collectives at 80% of the data sheet's bandwidth, without traffic of other jobs, and "
-    "15 us for each doubling of ranks; no stragglers, failures, evaluation or saving"
+    "GPUs of equal speed; collectives at 80% of the data sheet's bandwidth, without traffic of other jobs, "
+    "and 15 us for each doubling of ranks; no stragglers, failures, evaluation or saving"
 )
 
 
