@@ -3,7 +3,7 @@
 #
 #   sbatch -N 16 --gpus-per-node 8 --ntasks-per-node 8 examples/slurm/train.sh RECIPE [--field.name VALUE ...]
 #   examples/slurm/train.sh --dry-run RECIPE ...        prints command and layout without Slurm
-#
+#   sbatch ... examples/slurm/train.sh --check RECIPE ...   megatron-dlm doctor looks at all nodes first
 # Outside Slurm the dry run takes NUM_NODES and GPUS_PER_NODE (default 1 and 1). PYTHON is the interpreter
 # with megatron-dlm installed, seen from every node. A preset MASTER_ADDR or MASTER_PORT is kept.
 # (sbatch runs a copy of this script, so it reads no other file.)
@@ -13,11 +13,11 @@
 #SBATCH --signal=USR1@120
 #SBATCH --output=slurm-%j.log
 set -euo pipefail
-dry_run=false
-if [[ ${1:-} == --dry-run ]]; then
-    dry_run=true
-    shift
-fi
+dry_run=false check=false
+case ${1:-} in
+--dry-run) dry_run=true && shift ;;
+--check) check=true && shift ;;
+esac
 if [[ $# -eq 0 ]]; then
     sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     exit 2
@@ -25,7 +25,8 @@ fi
 python=${PYTHON:-python}
 # srun hands USR1 (sent 120 s before the time limit) to the tasks, which save and end with exit code 3.
 # One rank that fails must not leave the others waiting; a save in progress has a minute to end.
-command=(srun --kill-on-bad-exit=0 --wait=60 "$python" -m megatron_dlm train "$@")
+launch=(srun --kill-on-bad-exit=0 --wait=60 "$python" -m megatron_dlm)
+command=("${launch[@]}" train "$@")
 if $dry_run; then
     tasks=${SLURM_NTASKS:-$((${NUM_NODES:-1} * ${GPUS_PER_NODE:-1}))}
     printf '%q ' "${command[@]}"
@@ -37,6 +38,9 @@ if ! command -v srun >/dev/null; then
     exit 2
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+if $check; then
+    "${launch[@]}" doctor "$@" --quick
+fi
 status=0
 "${command[@]}" || status=$?
 if [[ $status -eq 3 ]]; then

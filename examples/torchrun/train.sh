@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Start any recipe with torchrun, on one node or on many.
 #
-#   examples/torchrun/train.sh [--dry-run] RECIPE [--field.name VALUE ...]
+#   examples/torchrun/train.sh [--dry-run | --check] RECIPE [--field.name VALUE ...]
+#
+# --check has megatron-dlm doctor look at all processes' machines and at the recipe before they train.
 #
 # On many nodes run it once per node (pdsh, a scheduler, by hand) with the same MASTER_ADDR and NUM_NODES:
 #   NUM_NODES       nodes of the job (default 1)
@@ -10,13 +12,13 @@
 #   MASTER_ADDR, MASTER_PORT   where rank 0 listens (default: a free port of this node; 29500 on many nodes)
 #   PYTHON          interpreter with megatron-dlm installed (default python)
 set -euo pipefail
-dry_run=false
-if [[ ${1:-} == --dry-run ]]; then
-    dry_run=true
-    shift
-fi
+dry_run=false check=false
+case ${1:-} in
+--dry-run) dry_run=true && shift ;;
+--check) check=true && shift ;;
+esac
 if [[ $# -eq 0 ]]; then
-    sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    sed -n '2,14s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     exit 2
 fi
 python=${PYTHON:-python}
@@ -37,8 +39,8 @@ else
         --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}")
 fi
 # torchrun's own arguments, with signals passed on until the run is saved and the run's exit code.
-command=("$python" -m megatron_dlm.cli.torchrun "${meeting[@]}" --nproc-per-node "$per_node"
-    -m megatron_dlm train "$@")
+launch=("$python" -m megatron_dlm.cli.torchrun "${meeting[@]}" --nproc-per-node "$per_node" -m megatron_dlm)
+command=("${launch[@]}" train "$@")
 if $dry_run; then
     printf '%q ' "${command[@]}"
     echo
@@ -50,4 +52,7 @@ fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # What cannot run is refused here, once, before the processes start.
 "$python" -m megatron_dlm train "$@" --check "$((nodes * per_node))"
+if $check; then
+    "${launch[@]}" doctor "$@" --quick
+fi
 exec "${command[@]}"

@@ -20,6 +20,7 @@ from megatron_dlm.interfaces import InputError, SaveError, TrainingError
 VERBS = {
     "tokenizer": "train a byte-level BPE tokenizer from text",
     "index": "tokenize text files into an indexed shard (.bin, .idx, manifest)",
+    "doctor": "look at software, machine, job and recipe, and say what would stop a run",
     "plan": "memory, time and cost of a run on a cluster, for every layout",
     "train": "train a model, or continue a run",
     "checkpoint": "list, inspect, verify or prune the checkpoints of a run",
@@ -33,7 +34,7 @@ EXIT_SAVE_FAILED = 75
 """Exit code when checkpoints cannot be saved: EX_TEMPFAIL of sysexits.h."""
 EXIT_INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it; `train` saves instead."""
-PRINTING_VERBS = ("checkpoint", "evaluate", "plan", "sample")
+PRINTING_VERBS = ("checkpoint", "doctor", "evaluate", "plan", "sample")
 """Verbs whose result is what they print."""
 
 USAGE = f"""usage: megatron-dlm VERB [arguments]

@@ -23,8 +23,8 @@ Start one process per device: examples/torchrun/train.sh, examples/slurm/train.s
 --budget-flops sets steps, warm-up and decay as the paper's IsoFLOP runs have them, for example 6e18; the rest
 of the recipe, its directory too, stays.
 --dry-run checks the configuration for a job of that many processes and starts nothing. It prints the layout,
-memory of a rank and time of a step as `megatron-dlm plan` predicts them (--gpu h100 and --gpus-per-node 8 unless
-told otherwise), and whether the data and what the run starts from are on this machine.
+memory of a rank and time of a step as `megatron-dlm plan` predicts them (--gpu h100 and --gpus-per-node 8
+unless told otherwise), and whether the data and what the run starts from are on this machine.
 --check also checks the data and what the run starts from, and prints nothing if the job can run.
 A run continues from the newest complete checkpoint in its directory. SIGTERM, SIGUSR1, SIGINT or SIGHUP saves
 and stops it with exit code 3; under nohup SIGHUP is ignored. Making the file save-now in its directory saves

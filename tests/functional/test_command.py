@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from megatron_dlm.cli.main import VERBS
 from tests.helpers.paths import ROOT
 from tests.helpers.processes import TRAINER
 from tests.helpers.runs import finish, start_interpreter
@@ -19,7 +20,7 @@ def test_help_needs_no_torch_and_answers_quickly():
     code, text = finish(start_interpreter(*TRAINER, "--help"))
     assert code == 0
     assert time.monotonic() - started < 5  # far below in practice; a slow machine must not fail the test
-    for verb in ("tokenizer", "index", "train", "evaluate", "sample", "export", "import"):
+    for verb in VERBS:
         assert verb in text
     script = (
         "import sys, megatron_dlm, megatron_dlm.cli.main;"

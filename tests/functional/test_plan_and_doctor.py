@@ -1,0 +1,85 @@
+"""`plan` and `doctor` as commands: what they print, write and end with."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from megatron_dlm.families.registry import OBJECTIVES
+from megatron_dlm.platform.codec import encode
+from tests.helpers.paths import ROOT
+from tools import tiny
+
+LARGE = "examples/mdlm/1.7b.py"
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """A recipe file of a tiny run with data."""
+    directory = tmp_path_factory.mktemp("recipe")
+    corpus = tiny.make_corpus(directory)
+    config = tiny.run_config(corpus, directory / "run", OBJECTIVES["mdlm"]())
+    path = directory / "run.json"
+    path.write_text(json.dumps({"config": encode(config)}))
+    return path
+
+
+def test_plan_of_the_large_recipe(command, tmp_path):
+    pytest.importorskip("matplotlib")
+    picture, rows = tmp_path / "scaling.png", tmp_path / "plan.json"
+    words = ["--nodes", "16", "--gpus-per-node", "8", "--simulate", str(picture), "--output", str(rows)]
+    text = command("plan", LARGE, *words).stdout
+    assert "128 h100 on 16 nodes" in text and "the recipe's own layout fits" in text
+    assert "options         --" in text and "what another choice costs at best" in text
+    assert "assumed: " in text and picture.stat().st_size > 10_000
+    written = json.loads(rows.read_text())
+    assert len(written) > 300 and {"TP", "GiB", "bytes", "seconds"} <= written[0].keys()
+
+
+def test_a_layout_that_does_not_fit_is_told_what_to_change(command):
+    options = ["--training.micro-batch-size", "16", "--training.recompute", "none"]
+    ended = command("plan", LARGE, "--nodes", "8", *options, code=1)
+    assert "DOES NOT FIT" in ended.stdout and "GiB too much" in ended.stdout
+    assert "the nearest layout that fits: --" in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--gpu", "h1000"], "--gpu: 'h1000' is not one of a100-40gb"),
+        (["--nodes", "0"], "--nodes: '0' is not a number of nodes"),
+        (["--precisions", "bf16,int4"], "--precisions: 'int4' is not one of fp32, bf16, fp8"),
+        (["--no.such", "1"], "--no.such"),
+    ],
+)
+def test_bad_words_are_refused(command, words, says):
+    assert says in command("plan", LARGE, *words, code=2).stderr
+
+
+def test_a_dry_run_tells_memory_time_and_what_is_missing(command, recipe):
+    text = command("train", LARGE, "--dry-run", "128", "--gpu", "h200").stdout
+    assert "GiB of a rank's 133.2 on h200: fits" in text and "predicted for 128 h200" in text
+    assert "32,001 ids, assumed" in text and "cannot start it: data: data/nemotron-phase1/train.json" in text
+    text = command("train", recipe, "--dry-run", "2").stdout
+    assert "301 ids, of its shards" in text and "has its data and what it starts from" in text
+
+
+def test_the_doctor_of_a_recipe(command, recipe):
+    found = json.loads(command("doctor", recipe, "--quick", "--json").stdout)
+    assert {"software", "machine", "recipe"} == {finding["topic"] for finding in found}
+    assert not [finding for finding in found if finding["status"] == "failed"]
+    ended = command("doctor", LARGE, "--quick", code=1)
+    assert "FAILED start" in ended.stdout and "data/nemotron-phase1/train.json" in ended.stdout
+    many = command("doctor", recipe, "--quick", "--processes", "3", code=1)
+    assert "is not a multiple of" in many.stdout
+
+
+def test_the_launcher_has_the_doctor_look_first(recipe):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GPUS_PER_NODE": "2", "PYTHON": sys.executable}
+    words = ["examples/torchrun/train.sh", "--check", str(recipe), "--parallel.device", "cpu"]
+    ended = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=240)
+    assert ended.returncode == 0, ended.stderr
+    report, _, rest = ended.stdout.partition(" failed\n")
+    assert "2 x CPU" in report and report.endswith("notes, 0") and "step 4" in rest
