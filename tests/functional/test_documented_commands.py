@@ -23,7 +23,16 @@ EXCEPTIONS = {
     "tools/check.sh": ("tests/run.sh runs it", "bash -n tools/check.sh"),
     "tools/install.sh": ("changes the environment; tests/run.sh runs it", "bash -n tools/install.sh"),
     "pip install": ("changes the environment", None),
-    "docker run": ("needs a container engine and a GPU", None),
+    "docker ": ("needs a container engine", None),
+    "RECIPE=examples/mdlm/113m.py docker compose": ("needs a container engine", None),
+    "CONTAINER_IMAGE=$PWD/megatron-dlm.sqsh sbatch": (
+        "needs Slurm with Pyxis",
+        "CONTAINER_IMAGE=$PWD/megatron-dlm.sqsh examples/slurm/train.sh --dry-run examples/mdlm/1.7b.py",
+    ),
+    "megatron-dlm doctor examples/mdlm/tiny.py": (
+        "the quickstart's data are not there",
+        ("--quick", "--quick --data.train data/held-out --data.validation data/held-out"),
+    ),
     "megatron-dlm tokenizer train": ("a small text has fewer words", ("32768", "320")),
     "examples/torchrun/train.sh examples/mdlm/tiny.py": (
         "minutes of training", ("runs/first", "runs/first" + FEW)

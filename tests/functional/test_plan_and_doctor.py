@@ -26,11 +26,23 @@ def recipe(tmp_path_factory):
     return path
 
 
-def test_plan_of_the_large_recipe(command, tmp_path):
+@pytest.fixture
+def ended(command):
+    """Run a verb that ends with an exit code."""
+
+    def run(code, *words):
+        finished = command(*map(str, words), check=False)
+        assert finished.returncode == code, finished.stderr + finished.stdout
+        return finished
+
+    return run
+
+
+def test_plan_of_the_large_recipe(ended, tmp_path):
     pytest.importorskip("matplotlib")
     picture, rows = tmp_path / "scaling.png", tmp_path / "plan.json"
     words = ["--nodes", "16", "--gpus-per-node", "8", "--simulate", str(picture), "--output", str(rows)]
-    text = command("plan", LARGE, *words).stdout
+    text = ended(0, "plan", LARGE, *words).stdout
     assert "128 h100 on 16 nodes" in text and "the recipe's own layout fits" in text
     assert "options         --" in text and "what another choice costs at best" in text
     assert "assumed: " in text and picture.stat().st_size > 10_000
@@ -38,11 +50,11 @@ def test_plan_of_the_large_recipe(command, tmp_path):
     assert len(written) > 300 and {"TP", "GiB", "bytes", "seconds"} <= written[0].keys()
 
 
-def test_a_layout_that_does_not_fit_is_told_what_to_change(command):
+def test_a_layout_that_does_not_fit_is_told_what_to_change(ended):
     options = ["--training.micro-batch-size", "16", "--training.recompute", "none"]
-    ended = command("plan", LARGE, "--nodes", "8", *options, code=1)
-    assert "DOES NOT FIT" in ended.stdout and "GiB too much" in ended.stdout
-    assert "the nearest layout that fits: --" in ended.stdout
+    text = ended(1, "plan", LARGE, "--nodes", "8", *options).stdout
+    assert "DOES NOT FIT" in text and "GiB too much" in text
+    assert "the nearest layout that fits: --" in text
 
 
 @pytest.mark.parametrize(
@@ -54,32 +66,32 @@ def test_a_layout_that_does_not_fit_is_told_what_to_change(command):
         (["--no.such", "1"], "--no.such"),
     ],
 )
-def test_bad_words_are_refused(command, words, says):
-    assert says in command("plan", LARGE, *words, code=2).stderr
+def test_bad_words_are_refused(ended, words, says):
+    assert says in ended(2, "plan", LARGE, *words).stderr
 
 
-def test_a_dry_run_tells_memory_time_and_what_is_missing(command, recipe):
-    text = command("train", LARGE, "--dry-run", "128", "--gpu", "h200").stdout
+def test_a_dry_run_tells_memory_time_and_what_is_missing(ended, recipe):
+    text = ended(0, "train", LARGE, "--dry-run", "128", "--gpu", "h200").stdout
     assert "GiB of a rank's 133.2 on h200: fits" in text and "predicted for 128 h200" in text
     assert "32,001 ids, assumed" in text and "cannot start it: data: data/nemotron-phase1/train.json" in text
-    text = command("train", recipe, "--dry-run", "2").stdout
+    text = ended(0, "train", recipe, "--dry-run", "2").stdout
     assert "301 ids, of its shards" in text and "has its data and what it starts from" in text
 
 
-def test_the_doctor_of_a_recipe(command, recipe):
-    found = json.loads(command("doctor", recipe, "--quick", "--json").stdout)
+def test_the_doctor_of_a_recipe(ended, recipe):
+    found = json.loads(ended(0, "doctor", recipe, "--quick", "--json").stdout)
     assert {"software", "machine", "recipe"} == {finding["topic"] for finding in found}
     assert not [finding for finding in found if finding["status"] == "failed"]
-    ended = command("doctor", LARGE, "--quick", code=1)
-    assert "FAILED start" in ended.stdout and "data/nemotron-phase1/train.json" in ended.stdout
-    many = command("doctor", recipe, "--quick", "--processes", "3", code=1)
+    text = ended(1, "doctor", LARGE, "--quick").stdout
+    assert "FAILED start" in text and "data/nemotron-phase1/train.json" in text
+    many = ended(1, "doctor", recipe, "--quick", "--processes", "3")
     assert "is not a multiple of" in many.stdout
 
 
 def test_the_launcher_has_the_doctor_look_first(recipe):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GPUS_PER_NODE": "2", "PYTHON": sys.executable}
     words = ["examples/torchrun/train.sh", "--check", str(recipe), "--parallel.device", "cpu"]
-    ended = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=240)
-    assert ended.returncode == 0, ended.stderr
-    report, _, rest = ended.stdout.partition(" failed\n")
+    finished = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=240)
+    assert finished.returncode == 0, finished.stderr
+    report, _, rest = finished.stdout.partition(" failed\n")
     assert "2 x CPU" in report and report.endswith("notes, 0") and "step 4" in rest
