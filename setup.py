@@ -64,6 +64,7 @@ setup(
         "docstring-parser>=0.16",
         "tensorboard>=2.16",
         "rich>=13",
+        "plotext>=5.3,<6",
     ],
     extras_require=EXTRAS,
     entry_points={

@@ -23,6 +23,7 @@ VERBS = {
     "doctor": "look at software, machine, job and recipe, and say what would stop a run",
     "plan": "memory, time and cost of a run on a cluster, for every layout",
     "train": "train a model, or continue a run",
+    "watch": "curves and speed of runs in the terminal, while they train or afterwards",
     "checkpoint": "list, inspect, verify or prune the checkpoints of a run",
     "evaluate": "likelihood bound (nll), gsm8k, lm-eval tasks (harness), quality against speed (pareto)",
     "sample": "sample texts from a checkpoint or an exported folder",

@@ -84,7 +84,7 @@ def describe_changes(old: RunConfig, new: RunConfig) -> str:
     Returns:
         `field old -> new`, joined; empty if only the directory differs.
     """
-    before, after = _flat(encode(old)), _flat(encode(new))
+    before, after = flat_options(old), flat_options(new)
     changed = [
         f"{name} {before.get(name)} -> {after.get(name)}"
         for name in sorted(before.keys() | after.keys())
@@ -92,6 +92,11 @@ def describe_changes(old: RunConfig, new: RunConfig) -> str:
     ]
     more = len(changed) - NAMED_CHANGES
     return ", ".join(changed[:NAMED_CHANGES]) + (f" and {more} more" if more > 0 else "")
+
+
+def flat_options(config: RunConfig) -> dict[str, Any]:
+    """All options of a run by dotted name, as JSON values."""
+    return _flat(encode(config))
 
 
 def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +15,14 @@ METRICS_FILE = "metrics.jsonl"
 FIRST_STEP = "first_step"
 """Metric with the first step of the window that a line's means cover; the line's `step` is the last."""
 
+NOT_DRAWN = frozenset({FIRST_STEP, "fingerprint", "eta_seconds", "time", "slowest_rank"})
+"""Metrics that are no curve."""
+
 Metrics = dict[str, float | int | str]
+
+
+COMPARED_RESULTS = ("validation/nats_per_token", "train/nats_per_token", "train/tokens_per_second")
+"""Scalars that TensorBoard's table of hyperparameters shows beside them."""
 
 
 class Writer(Protocol):
@@ -81,11 +89,27 @@ class JsonLinesWriter:
 
 
 class TensorBoardWriter:
-    """Scalars `kind/name` over steps."""
+    """Scalars `kind/name` over steps; the run's configuration as text and as hyperparameters."""
 
-    def __init__(self, directory: Path, first_step: int) -> None:
+    def __init__(self, directory: Path, first_step: int, config: Mapping[str, Any]) -> None:
+        """`config`: the run's options by dotted name."""
         self._directory = directory
         self._open(first_step)
+        self._write_config(config, first_step)
+
+    def _write_config(self, config: Mapping[str, Any], step: int) -> None:
+        from torch.utils.tensorboard.summary import hparams
+
+        rows = "".join(f"| {name} | {value} |\n" for name, value in sorted(config.items()))
+        self._writer.add_text("run/configuration", f"| option | value |\n|---|---|\n{rows}", step)
+        options = {
+            name: value if isinstance(value, bool | int | float | str) else str(value)
+            for name, value in config.items()
+        }
+        assert self._writer.file_writer is not None
+        # In the run's own directory; add_hparams would make one more beside it.
+        for summary in hparams(options, dict.fromkeys(COMPARED_RESULTS, 0.0)):
+            self._writer.file_writer.add_summary(summary)
 
     def _open(self, last_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -97,7 +121,7 @@ class TensorBoardWriter:
         for name, value in metrics.items():
             if isinstance(value, str):
                 self._writer.add_text(f"{kind}/{name}", value, step)
-            elif name != FIRST_STEP:
+            elif name not in NOT_DRAWN:
                 self._writer.add_scalar(f"{kind}/{name}", value, step)
 
     def rewind(self, step: int) -> None:

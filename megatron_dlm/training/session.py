@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from megatron_dlm.models.precision.fp8_emulation import follow_maxima
 from megatron_dlm.platform.gpu import STATE_CURES, allocating
 from megatron_dlm.platform.parallel import ParallelState
 from megatron_dlm.platform.rng import NoiseSource
+from megatron_dlm.platform.stopwatch import Stopwatch
 from megatron_dlm.run.config import EvaluationConfig, RunConfig
 from megatron_dlm.run.datasets import BlendedShards, RunData
 from megatron_dlm.run.model import build_denoiser
@@ -84,6 +86,10 @@ class Session:
             self._runner, data.validation, data.validation_bytes_per_token, config, parallel
         )
         self._noise = NoiseSource(config.training.seed)
+        self.own_time = Stopwatch(parallel.device)
+        """From the start of a training batch's passes to the exchange of its gradients, on this rank."""
+        self.data_seconds = 0.0
+        """Time that the last training batch has been waited for."""
         self.votes: dict[str, Callable[[], bool]] = {}
         """Yes/no questions, by name, that ranks answer in each training batch; same names on all ranks."""
         self.agreed: dict[str, bool] = {}
@@ -139,7 +145,13 @@ class Session:
 
     def _connect(self) -> None:
         """Tell megatron-core's schedules how gradients are finished and scaled."""
-        self.denoiser.config.finalize_model_grads_func = finish_gradients
+
+        def finish(*arguments: Any, **options: Any) -> None:
+            # From here on a rank waits for the others.
+            self.own_time.stop()
+            finish_gradients(*arguments, **options)
+
+        self.denoiser.config.finalize_model_grads_func = finish
         if self.config.parallel.overlap_grad_reduce:
             # Nothing is sent before a step's last microbatch.
             waits = [chunk.no_sync for chunk in self.chunks]
@@ -158,7 +170,11 @@ class Session:
         """
         self._forget_gradients()
         address = self._address(step, first_sample)
-        sums = self._runner.run(self._batches.get(address), address, list(self.votes.values()))
+        started = time.monotonic()
+        batch = self._batches.get(address)
+        self.data_seconds = time.monotonic() - started
+        self.own_time.start()
+        sums = self._runner.run(batch, address, list(self.votes.values()))
         self.agreed = dict(zip(self.votes, sums.votes, strict=True))
         follow_maxima(self.denoiser, self.parallel.stage_group)
         return sums

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
 from megatron_dlm.platform.device_flops import matmul_flops_per_second
+from megatron_dlm.platform.gpu import peak_memory_gib, sent
 from megatron_dlm.telemetry.writers import FIRST_STEP, Metrics
 from megatron_dlm.training.hooks.telemetry import Telemetry
 from megatron_dlm.training.loop import Hook
@@ -13,7 +20,9 @@ from megatron_dlm.training.session import Session
 class LoggingHook(Hook):
     """Writes a line of metrics every few steps; losses and speed are means over tokens since the last line.
 
-    Lines are written at multiples of `telemetry.log_every`, and one more at the last step of the run.
+    A rank's own time ends where gradients are exchanged, so the slowest rank, which the others wait for, has
+    the longest. Lines are written at multiples of `telemetry.log_every`, and one more at the last step of the
+    run.
     MFU is the FLOP/s of the model's matrix products, without recomputation and padding, divided by the FLOP/s
     of a matrix product measured on this device at the start.
     """
@@ -35,7 +44,8 @@ class LoggingHook(Hook):
         ends = progress.step % session.config.telemetry.log_every == 0
         if ends or progress.step == session.config.training.num_steps:
             if progress.window.tokens:
-                self._telemetry.write("train", progress.step, self._means(session, progress))
+                ranks = _of_all_ranks(session, progress.window)
+                self._telemetry.write("train", progress.step, self._means(session, progress) | ranks)
         if ends:
             # A run that is given more steps later goes on with the short window of its last step.
             progress.window = MetricsWindow()
@@ -47,6 +57,7 @@ class LoggingHook(Hook):
 
     def _means(self, session: Session, progress: TrainingProgress) -> Metrics:
         window, training = progress.window, session.config.training
+        steps = window.step_seconds or (0.0,)
         flops = window.work.training_flops(session.config.model, session.data.vocabulary.size)
         device_flops_per_second = flops / window.seconds / session.parallel.world_size
         samples_left = training.samples_ahead(progress.consumed_samples, training.num_steps - progress.step)
@@ -58,18 +69,39 @@ class LoggingHook(Hook):
             "lr": window.lr,
             "grad_norm": window.grad_norm,
             "tokens_per_second": window.tokens / window.seconds,
+            "tokens_per_second_per_device": window.tokens / window.seconds / session.parallel.world_size,
+            "step_seconds_median": float(np.median(steps)),
+            "step_seconds_p95": float(np.quantile(steps, 0.95)),
             "tflops_per_second_per_device": device_flops_per_second / 1e12,
             "mfu": device_flops_per_second / self._peak,
             "eta_seconds": samples_left * window.seconds / window.samples,
             "batch_size": window.batch_size,
             "consumed_samples": progress.consumed_samples,
             "fingerprint": progress.fingerprint,
+            "time": time.time(),
             **{f"epochs/{name}": value for name, value in epochs.items()},
         }
 
     def on_end(self, session: Session, progress: TrainingProgress) -> None:
         """Close the writers; what else writes metrics comes before this hook."""
         self._telemetry.close()
+
+
+def _of_all_ranks(session: Session, window: MetricsWindow) -> Metrics:
+    """Means over steps of what ranks do by themselves, the slowest named; all ranks call it."""
+    parallel, steps = session.parallel, max(len(window.step_seconds), 1)
+    own = window.own_seconds / steps, window.data_seconds / steps, peak_memory_gib(parallel.device)
+    mine = sent(torch.tensor(own, dtype=torch.float64), parallel.device)
+    everywhere = [torch.empty_like(mine) for _ in range(parallel.world_size)]
+    dist.all_gather(everywhere, mine)
+    passes, waits, memory = torch.stack(everywhere).cpu().unbind(dim=1)
+    return {
+        "data_wait_seconds": float(waits.max()),
+        "memory_gib": float(memory.max()),
+        "rank_seconds_median": float(passes.median()),
+        "rank_seconds_max": float(passes.max()),
+        "slowest_rank": int(passes.argmax()),
+    }
 
 
 def _fault(report: StepReport) -> Metrics:

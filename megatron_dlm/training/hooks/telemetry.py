@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 
 from megatron_dlm.platform.launch import detect_environment
+from megatron_dlm.run.description import flat_options
 from megatron_dlm.telemetry.writers import (
     ConsoleWriter,
     JsonLinesWriter,
@@ -33,7 +34,7 @@ class Telemetry:
             directory = session.config.directory
             self._writers = [
                 JsonLinesWriter(directory, first_step),
-                TensorBoardWriter(directory, first_step),
+                TensorBoardWriter(directory, first_step, flat_options(session.config)),
                 ConsoleWriter(
                     session.config.training.num_steps,
                     live=wants_live_line(session.config.telemetry.console, detect_environment().launcher),

@@ -1,0 +1,71 @@
+"""Metrics of all ranks: who is slow, who waits for data, how much memory."""
+
+import time
+
+import pytest
+
+from megatron_dlm.families.mdlm.objective import MDLMConfig
+from megatron_dlm.telemetry.writers import NOT_DRAWN, read_metrics
+from tests.helpers.distributed import run_distributed
+from tools import tiny
+
+SLOW_SECONDS = 0.2
+
+
+def train_with_a_slow_rank(state, config):
+    """A run whose rank 1 takes longer for its forward pass and for its data."""
+    from megatron_dlm.run.datasets import open_data
+    from megatron_dlm.training.hooks.logging import LoggingHook
+    from megatron_dlm.training.hooks.telemetry import Telemetry
+    from megatron_dlm.training.loop import fit
+    from megatron_dlm.training.progress import TrainingProgress
+    from megatron_dlm.training.session import Session
+
+    session = Session(config, open_data(config.data), state)
+    if state.rank == 1:
+        forward, get = session.denoiser.forward, session._batches.get
+        session.denoiser.forward = lambda *words: time.sleep(SLOW_SECONDS) or forward(*words)
+        session._batches.get = lambda address: time.sleep(SLOW_SECONDS / 2) or get(address)
+    fit(session, TrainingProgress(), [LoggingHook(Telemetry(session, 0))])
+
+
+@pytest.fixture(scope="module")
+def run(corpus, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("metrics") / "run"
+    config = tiny.run_config(
+        corpus,
+        directory,
+        MDLMConfig(),
+        training__num_steps=6,
+        training__micro_batch_size=4,
+        telemetry__log_every=3,
+    )
+    run_distributed(train_with_a_slow_rank, 2, config)
+    return directory
+
+
+def test_the_slowest_rank_is_named(run):
+    lines = read_metrics(run)
+    assert [line["step"] for line in lines] == [3, 6]
+    for line in lines:
+        assert line["slowest_rank"] == 1
+        assert line["rank_seconds_max"] > SLOW_SECONDS
+        assert line["rank_seconds_max"] > line["rank_seconds_median"] + SLOW_SECONDS / 2
+        assert SLOW_SECONDS / 2 < line["data_wait_seconds"] < SLOW_SECONDS
+        assert 0 < line["step_seconds_median"] <= line["step_seconds_p95"]
+        assert 0.1 < line["memory_gib"] < 8 and abs(time.time() - line["time"]) < 600
+        assert line["tokens_per_second_per_device"] == pytest.approx(line["tokens_per_second"] / 2)
+
+
+def test_tensorboard_has_the_configuration_and_no_curve_of_what_is_none(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()
+    drawn = {name.removeprefix("train/") for name in tags["scalars"]}
+    assert {"loss", "step_seconds_p95", "memory_gib"} <= drawn
+    assert not drawn & NOT_DRAWN
+    text = events.Tensors("run/configuration/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "| training.global_batch_size | 8 |" in text
+    assert "_hparams_/session_start_info" in events.summary_metadata
