@@ -185,10 +185,29 @@ class TelemetryConfig:
     """What rank 0 prints. live: training steps as one line of the terminal that changes, all else above it;
     plain: a line every log_every steps; quiet: only warnings and errors; auto: live on a terminal, plain
     elsewhere and under launchers that give their processes a terminal of their own (mpirun)."""
+    profile_steps: str = ""
+    """Steps to profile on rank 0, FIRST:LAST, both included and counted from 1, for example 10:13. A trace and
+    a table of the costliest operations go to profiles/ in the run's directory. Empty: none."""
 
     def __post_init__(self) -> None:
         if self.log_every < 1:
             raise InputError(f"telemetry.log_every: {self.log_every} is below 1")
+        self.profiled_steps()
+
+    def profiled_steps(self) -> tuple[int, int] | None:
+        """First and last step to profile; None: none.
+
+        Raises:
+            InputError: `profile_steps` is no such window.
+        """
+        if not self.profile_steps:
+            return None
+        first, colon, last = self.profile_steps.partition(":")
+        if not (colon and first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+            raise InputError(
+                f"telemetry.profile_steps: {self.profile_steps!r} is not FIRST:LAST with 1 <= FIRST <= LAST"
+            )
+        return int(first), int(last)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -136,6 +136,7 @@ def go_on(session: Session, progress: TrainingProgress, signals: StopSignals) ->
     from megatron_dlm.training.hooks.evaluation import EvaluationHook
     from megatron_dlm.training.hooks.logging import LoggingHook
     from megatron_dlm.training.hooks.non_finite import NonFiniteHook
+    from megatron_dlm.training.hooks.profiling import ProfilingHook
     from megatron_dlm.training.hooks.replicas import ReplicaHook
     from megatron_dlm.training.hooks.requests import RequestHook
     from megatron_dlm.training.hooks.telemetry import Telemetry
@@ -161,6 +162,7 @@ def go_on(session: Session, progress: TrainingProgress, signals: StopSignals) ->
         EvaluationHook(telemetry),
         LoggingHook(telemetry),
         checkpoints,
+        ProfilingHook(),
     ]
     try:
         fit(session, progress, hooks)

@@ -1,10 +1,13 @@
 """Metrics of all ranks: who is slow, who waits for data, how much memory."""
 
+import gzip
+import json
 import time
 
 import pytest
 
 from megatron_dlm.families.mdlm.objective import MDLMConfig
+from megatron_dlm.interfaces import InputError
 from megatron_dlm.telemetry.writers import NOT_DRAWN, read_metrics
 from tests.helpers.distributed import run_distributed
 from tools import tiny
@@ -69,3 +72,37 @@ def test_tensorboard_has_the_configuration_and_no_curve_of_what_is_none(run):
     text = events.Tensors("run/configuration/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "| training.global_batch_size | 8 |" in text
     assert "_hparams_/session_start_info" in events.summary_metadata
+
+
+def train_with_a_profile(state, config):
+    """Steps of a run with the profiling hook alone."""
+    from megatron_dlm.run.datasets import open_data
+    from megatron_dlm.training.hooks.profiling import ProfilingHook
+    from megatron_dlm.training.loop import fit
+    from megatron_dlm.training.progress import TrainingProgress
+    from megatron_dlm.training.session import Session
+
+    fit(Session(config, open_data(config.data), state), TrainingProgress(), [ProfilingHook()])
+
+
+@pytest.mark.parametrize(("window", "steps"), [("2:3", 2), ("1:1", 1), ("4:9", 1)])
+def test_a_window_of_steps_is_profiled(corpus, tmp_path, window, steps):
+    config = tiny.run_config(
+        corpus, tmp_path / "run", MDLMConfig(), training__num_steps=4, telemetry__profile_steps=window
+    )
+    run_distributed(train_with_a_profile, 2, config)
+    place = tmp_path / "run" / "profiles" / f"steps-{window.replace(':', '-')}"
+    assert sorted(place.parent.iterdir()) == [place.with_suffix(".json.gz"), place.with_suffix(".txt")]
+    assert "aten::" in place.with_suffix(".txt").read_text()
+    with gzip.open(place.with_suffix(".json.gz")) as file:
+        events = json.load(file)["traceEvents"]
+    optimizer_steps = [event for event in events if event.get("name", "").startswith("Optimizer.step")]
+    assert len(optimizer_steps) == steps
+
+
+@pytest.mark.parametrize("window", ["3", "0:2", "4:2", "a:b", "1:"])
+def test_no_window_is_refused(window):
+    from megatron_dlm.run.config import TelemetryConfig
+
+    with pytest.raises(InputError, match=r"telemetry.profile_steps: .* is not FIRST:LAST"):
+        TelemetryConfig(profile_steps=window)
