@@ -186,8 +186,8 @@ class TelemetryConfig:
     plain: a line every log_every steps; quiet: only warnings and errors; auto: live on a terminal, plain
     elsewhere and under launchers that give their processes a terminal of their own (mpirun)."""
     profile_steps: str = ""
-    """Steps to profile on rank 0, FIRST:LAST, both included and counted from 1, for example 10:13. A trace and
-    a table of the costliest operations go to profiles/ in the run's directory. Empty: none."""
+    """Steps to profile on rank 0, FIRST:LAST, both included and counted from 1, for example 10:13. A trace
+    and a table of the costliest operations go to profiles/ in the run's directory. Empty: none."""
 
     def __post_init__(self) -> None:
         if self.log_every < 1:
