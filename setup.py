@@ -30,7 +30,13 @@ EXTRAS = {
     ],
 }
 # On CUDA torch brings its own; here it is for kernels in Triton's interpreter.
-EXTRAS["dev"] = [*EXTRAS["test"], "ruff==0.17.6", "mypy==2.4.1", 'triton>=3.3; platform_system == "Linux"']
+EXTRAS["dev"] = [
+    *EXTRAS["test"],
+    "mkdocs-material>=9.5,<10",
+    "ruff==0.17.6",
+    "mypy==2.4.1",
+    'triton>=3.3; platform_system == "Linux"',
+]
 
 setup(
     name="megatron-dlm",

@@ -13,6 +13,9 @@ if [[ ! -x $pydoclint/bin/pydoclint ]]; then
     "$pydoclint/bin/python" -m pip install --quiet --disable-pip-version-check pydoclint==0.12.0
 fi
 "$pydoclint/bin/pydoclint" --quiet megatron_dlm examples/quickstart.py
+site=$(mktemp -d)
+NO_MKDOCS_2_WARNING=1 "$python" -m mkdocs build --quiet --site-dir "$site"
+rm -r "$site"
 "$python" -m pytest -q -p no:cacheprovider tests/unit/test_layering.py
 if command -v shellcheck >/dev/null; then
     shellcheck examples/*.sh examples/*/*.sh tools/*.sh tests/run.sh .ci/run
