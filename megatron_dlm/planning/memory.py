@@ -279,8 +279,11 @@ class Stage:
         weight = size * self.d * self.f
         added = stream + branch + wide + weight
         if not self.fused:
-            # The branch's gradient before its rounding; the head's rows wait for their gradient to be used.
+            # The branch's gradient before its rounding.
             added += stream if size != FP32 else 0
+        if self.parallel.sequence_parallel:
+            # The gathered input and its gradient, which gloo copies to reduce it.
+            added += (2 if self.fused else 3) * size * self.T * self.d
         if recompute == "selective" and not self.is_fp8:
             added += wide * (1 if self.fused else 2)
         if recompute == "full":

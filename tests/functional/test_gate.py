@@ -86,7 +86,7 @@ def test_one_checkpoint_at_two_precisions(command, runs, tmp_path, read_json):
 @pytest.mark.slow
 def test_what_cannot_be_compared(command, runs, tmp_path):
     for words, message in (
-        ((runs / "bf16", tmp_path), "neither a checkpoint"),
+        ((runs / "bf16", tmp_path), "not a complete checkpoint"),
         ((runs / "bf16", runs / "other"), "4 logged steps in common, up to 4"),
         ((runs / "bf16", runs / "fp8", "--tolerance", -1), "tolerance: -1.0 is not 0 or above"),
         ((runs / "bf16", runs / "fp8", "--micro-batch-size", 0), "micro_batch_size: 0 is below 1"),

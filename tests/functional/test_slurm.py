@@ -80,7 +80,10 @@ def nodes_and_restarts(slurm):
 
 
 def steps_reported(output):
-    return [int(step) for step in re.findall(r"^train step (\d+)/", output.read_text(), re.MULTILINE)]
+    return [
+        int(step)
+        for step in re.findall(r"^[-\d]+ [:\d]+ train step (\d+)/", output.read_text(), re.MULTILINE)
+    ]
 
 
 def newest_tensors(directory):
@@ -145,3 +148,28 @@ def test_a_lost_node_requeues_and_nothing_is_lost(slurm, submit, corpus, tmp_pat
     assert sorted(set(reported)) == list(range(1, STEPS + 1))
     assert len(reported) - STEPS <= 1
     assert_as_uninterrupted(corpus, directory, tmp_path / "whole")
+
+
+def test_a_killed_rank_requeues_and_a_job_without_progress_ends(slurm, submit, tmp_path):
+    """The node stays up; only the run's exit code tells that a process was killed."""
+    directory, output = tmp_path / "run", tmp_path / "output"
+    job = submit(NEVER)
+    wait_for_step(slurm, directory, 3)
+    kill_rank_of(slurm, "n2")
+    slurm.wait_for_job(job, seconds=120, JobState="PENDING", Restarts="1")
+    assert "the job starts again: killed by signal 9" in output.read_text()
+    # As after three starts that made no checkpoint.
+    record, newest = directory / "requeues.json", max((directory / "checkpoints").glob("step-????????"))
+    step = int(newest.name.removeprefix("step-"))
+    record.write_text(json.dumps({"step": step, "starts": 3}))
+    start_again(slurm, job)
+    slurm.wait_until(lambda: ranks(slurm), "ranks", seconds=120)
+    kill_rank_of(slurm, "n2")
+    slurm.wait_for_job(job, seconds=120, JobState="FAILED")
+    assert "starts from step" in output.read_text() and "have made no new checkpoint" in output.read_text()
+
+
+def kill_rank_of(slurm, node):
+    for process, environment in ranks(slurm).items():
+        if environment["SLURMD_NODENAME"] == node:
+            process.kill()

@@ -94,10 +94,17 @@ def finish(process, seconds=120):
     return process.returncode, output
 
 
+OF_THE_MACHINE = {
+    *("tokens_per_second", "tokens_per_second_per_device", "tflops_per_second_per_device", "mfu"),
+    *("eta_seconds", "time", "step_seconds_median", "step_seconds_p95", "data_wait_seconds", "memory_gib"),
+    *("rank_seconds_median", "rank_seconds_max", "slowest_rank"),
+}
+"""Metrics that two equal runs need not share."""
+
+
 def without_speed(entry):
-    """Everything a line of metrics has except what depends on the clock."""
-    timing = {"tokens_per_second", "eta_seconds", "tflops_per_second_per_device", "mfu"}
-    return {name: value for name, value in entry.items() if name not in timing}
+    """Everything a line of metrics has except what depends on the clock and the machine."""
+    return {name: value for name, value in entry.items() if name not in OF_THE_MACHINE}
 
 
 def train_metrics(directory):
