@@ -26,6 +26,10 @@ TABLES = {
             *("family", "loss", "gradient"),
         ),
     ),
+    "table: planned memory": (
+        "peak memory of a rank on four CPU processes",
+        ("layout", "predicted MiB", "measured MiB", "ratio"),
+    ),
     "table: samples": (
         "one run over resumes: the same global batches as at one layout, bit for bit, no block twice",
         ("steps", "processes", "micro-batch", "workers", "shards", "digest of batches", "shard and block"),

@@ -195,7 +195,10 @@ class TelemetryConfig:
         self.profiled_steps()
 
     def profiled_steps(self) -> tuple[int, int] | None:
-        """First and last step to profile; None: none.
+        """The window of `profile_steps`.
+
+        Returns:
+            First and last step; None: nothing is profiled.
 
         Raises:
             InputError: `profile_steps` is no such window.

@@ -14,5 +14,5 @@ def test_there_are_layouts_enough():
 def test_measured_peaks_are_predicted(corpus, layout, record_property):
     predicted, measured = peak_memory.compare(corpus, layout)
     mib = f"{predicted.total / 2**20:.1f}", f"{measured / 2**20:.1f}", f"{predicted.total / measured:.3f}"
-    record_property("planned memory", (layout, *mib))
+    record_property("table: planned memory", (layout, *mib))
     assert predicted.total == pytest.approx(measured, rel=0.1)
