@@ -12,7 +12,8 @@ from megatron_dlm.data.shards.shard import Shard
 from megatron_dlm.doctor.finding import Finding
 from megatron_dlm.doctor.machine import GIB, existing_parent
 from megatron_dlm.interfaces import InputError
-from megatron_dlm.planning.memory import DeviceType, rank_memory
+from megatron_dlm.planning.memory import rank_memory
+from megatron_dlm.planning.stage import DeviceType
 from megatron_dlm.run.config import RunConfig
 from megatron_dlm.run.forward_passes import sampled_passes
 from megatron_dlm.run.validation import check_device

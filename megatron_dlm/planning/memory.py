@@ -3,24 +3,25 @@
 Nothing here is fitted: each term is a tensor of models/ with its shape and dtype. The peak is the largest of
 three moments: the head's losses while everything is kept, the backward pass of the last layer's MLP, and the
 optimizer's step.
-Shape legend: T positions of a microbatch on a rank, S of them where sequence parallelism shares them, d
-hidden size, f width of the MLP, a width of the heads, Vp vocabulary columns; all of one tensor parallel rank.
+Shape legend as in stage.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
 
-from megatron_dlm.models.config import ModelConfig
-from megatron_dlm.models.time_embedding import FREQUENCY_CHANNELS
-from megatron_dlm.platform.parallel_config import ParallelConfig
+from megatron_dlm.models.config import Recompute
+from megatron_dlm.planning.stage import (
+    FP32,
+    DeviceType,
+    Stage,
+    layer_parameters,
+    time_embedder_parameters,
+)
 from megatron_dlm.run.config import RunConfig
 from megatron_dlm.run.forward_passes import ForwardPass
 
-DeviceType = Literal["cpu", "cuda"]
-FP32 = 4
 ADAM_MOMENTS = 2 * FP32
 
 
@@ -72,71 +73,15 @@ def rank_memory(
     largest = max(passes, key=lambda each: (each.tokens, each.work.head_rows))
     return max(
         (
-            Stage(config, processes, largest, vocabulary_size, device, stage).memory()
+            _StageMemory(config, processes, largest, vocabulary_size, device, stage).memory()
             for stage in range(stages)
         ),
         key=lambda memory: memory.total,
     )
 
 
-def vocabulary_columns(parallel: ParallelConfig, vocabulary_size: int, device: DeviceType) -> int:
-    """Columns of embedding and head on one tensor parallel rank, padding included."""
-    multiple = parallel.vocabulary_multiple(device) * parallel.tensor_model_parallel_size
-    return -(-vocabulary_size // multiple) * multiple // parallel.tensor_model_parallel_size
-
-
-def layer_parameters(model: ModelConfig, tensor_size: int) -> int:
-    """Parameters of a layer on one tensor parallel rank; norms and modulations are whole on each."""
-    d, f = model.hidden_size, model.ffn_hidden_size // tensor_size
-    return layer_matrices(model, tensor_size) + f + 3 * d + 6 * d * (model.conditioning_size + 1)
-
-
-def layer_matrices(model: ModelConfig, tensor_size: int) -> int:
-    """Weights of a layer's four matrix products on one tensor parallel rank, padded heads included."""
-    heads = model.padded_heads(tensor_size) // tensor_size * model.head_dim
-    return 4 * model.hidden_size * heads + 2 * model.hidden_size * model.ffn_hidden_size // tensor_size
-
-
-def time_embedder_parameters(model: ModelConfig) -> int:
-    """Parameters of the time embedder, which each chunk of layers has a copy of."""
-    c = model.conditioning_size
-    return FREQUENCY_CHANNELS * c + c + c * c + c
-
-
-class Stage:
-    """One rank of a pipeline stage of a layout; names of sizes are those of the module's legend."""
-
-    def __init__(
-        self,
-        config: RunConfig,
-        processes: int,
-        forward: ForwardPass,
-        vocabulary_size: int,
-        device: DeviceType,
-        stage: int,
-    ) -> None:
-        parallel, model = config.parallel, config.model
-        self.config, self.model, self.forward, self.stage = config, model, forward, stage
-        self.parallel, self.processes = parallel, processes
-        self.tensor, self.stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-        self.shards = parallel.data_parallel_size(processes) * parallel.context_parallel_size
-        self.fused = device == "cuda"
-        self.T = forward.tokens / parallel.context_parallel_size
-        self.S = self.T / (self.tensor if parallel.sequence_parallel else 1)
-        self.R = forward.work.head_rows / parallel.context_parallel_size
-        self.d, self.f = model.hidden_size, model.ffn_hidden_size // self.tensor
-        self.heads = model.padded_heads(self.tensor) // self.tensor
-        self.a = self.heads * model.head_dim
-        self.Vp = vocabulary_columns(parallel, vocabulary_size, device)
-        self.dtype_bytes = FP32 if config.training.precision == "fp32" else 2
-        self.is_fp8 = config.training.precision == "fp8" and self.fused
-        self.is_first, self.is_last = stage == 0, stage == self.stages - 1
-        chunks = parallel.virtual_pipeline_model_parallel_size
-        # Chunk c of stage s is part c * stages + s of the model.
-        self.chunk_layers = model.stage_layers(self.stages * chunks)[stage :: self.stages]
-        self.microbatches_of_step = config.training.global_batch_size // (
-            config.training.micro_batch_size * parallel.data_parallel_size(processes)
-        )
+class _StageMemory(Stage):
+    """Bytes of a rank of one pipeline stage."""
 
     def memory(self) -> RankMemory:
         """Bytes at the peak."""
@@ -151,28 +96,6 @@ class Stage:
         """On a CPU, copies of gradients to reduce and of weights that are gathered; NCCL has none."""
         is_shared = self.shards > 1 and self.parallel.use_distributed_optimizer
         return (FP32 + self.dtype_bytes) * self.parameters() if is_shared and not self.fused else 0.0
-
-    def optimizer_shards(self) -> int:
-        """Ranks that share the optimizer's state."""
-        is_shared = self.parallel.use_distributed_optimizer or self.parallel.fully_sharded
-        return self.shards if is_shared else 1
-
-    def matrices_of_layer(self) -> int:
-        """Weights of a layer's matrix products."""
-        return layer_matrices(self.model, self.tensor)
-
-    def parameters(self) -> int:
-        """Parameters of the rank, before data parallel ranks share them."""
-        layers = sum(self.chunk_layers) * layer_parameters(self.model, self.tensor)
-        count = layers + len(self.chunk_layers) * time_embedder_parameters(self.model)
-        if self.is_first:
-            count += self.Vp * self.d
-        if self.is_last:
-            count += self.Vp * (self.d + 1) + self._final_parameters()
-        return count
-
-    def _final_parameters(self) -> int:
-        return self.d + 2 * self.d * (self.model.conditioning_size + 1)
 
     def _largest_tensor(self) -> int:
         return max(self.Vp * self.d if self.is_first or self.is_last else 0, self.d * self.f)
@@ -199,7 +122,7 @@ class Stage:
         What arrives does so in one buffer, from which it is copied; so are gradients that leave.
         """
         layer = layer_parameters(self.model, self.tensor)
-        rest = time_embedder_parameters(self.model) + self.Vp * self.d + self._final_parameters()
+        rest = time_embedder_parameters(self.model) + self.Vp * self.d + self.final_parameters()
         weights = self.dtype_bytes * max(self.Vp * (self.d + 1), rest + 3 * layer)
         return weights + (self.dtype_bytes + FP32) * layer
 
@@ -220,10 +143,11 @@ class Stage:
 
     def _kept_by_chunk(self, layers: int) -> float:
         """Bytes that one microbatch's pass through a chunk keeps; the head's are in its workspace."""
-        full = self.config.training.recompute == "full"
-        kept = layers * (FP32 * self.S * self.d if full else self._kept_by_layer())
+        recompute = self.config.training.recompute
+        stream = FP32 * self.S * self.d
+        kept = layers * (stream if recompute == "full" else self._kept_by_layer(recompute))
         # Sent to the next stage and kept until its gradient comes; the head reads the last one.
-        kept += FP32 * self.S * self.d
+        kept += stream
         sequences = self.forward.sequences if self.forward.has_own_positions else 1
         positions = self.T / self.forward.sequences
         kept += FP32 * sequences * positions * self.model.head_dim
@@ -236,9 +160,9 @@ class Stage:
         positions = self.T / self.forward.sequences
         return positions * positions * self.parallel.context_parallel_size
 
-    def _kept_by_layer(self) -> float:
-        """Bytes that a layer keeps, beside nothing that another layer keeps too."""
-        recompute, size = self.config.training.recompute, self.dtype_bytes
+    def _kept_by_layer(self, recompute: Recompute) -> float:
+        """Bytes that a layer keeps for its backward pass, its input included."""
+        size = self.dtype_bytes
         stream, branch, wide = FP32 * self.S * self.d, size * self.S * self.d, size * self.T * self.f
         # Its input, and the stream between attention and MLP; means and deviations of two norms.
         kept = 2 * stream + 4 * FP32 * self.S
@@ -287,19 +211,8 @@ class Stage:
         if recompute == "selective" and not self.is_fp8:
             added += wide * (1 if self.fused else 2)
         if recompute == "full":
-            added += self._kept_by_layer_of("none") - FP32 * self.S * self.d
+            added += self._kept_by_layer("none") - FP32 * self.S * self.d
         return added
-
-    def _kept_by_layer_of(self, recompute: str) -> float:
-        from dataclasses import replace
-
-        other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__)
-        other.config = replace(
-            self.config,
-            training=replace(self.config.training, recompute=recompute),  # type: ignore[arg-type]
-        )
-        return other._kept_by_layer()
 
     def _head(self) -> float:
         """Bytes of final layer and head while losses are made, beside what layers keep."""

@@ -1,7 +1,7 @@
 """Time of an optimizer step on GPUs, from counted FLOPs and bytes and the speeds they are done at.
 
 Work is counted for the slowest pipeline stage; communication is what computation does not hide.
-Shape legend as in memory.py.
+Shape legend as in stage.py.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from megatron_dlm.planning.gpus import Gpu, Shares
-from megatron_dlm.planning.memory import Stage
+from megatron_dlm.planning.stage import BF16, FP32, Stage
 from megatron_dlm.run.config import RunConfig
 from megatron_dlm.run.forward_passes import ForwardPass
 
-BF16, FP32 = 2, 4
 ATTENTION_PASSES = 3.5
 """Attention in units of a forward pass: backward has five products for the forward pass's two."""
 NORM_BYTES = {"forward": 28, "backward": 40, "recomputed": 12}

@@ -10,9 +10,9 @@ from megatron_dlm.models.sizes import paper_model, parameter_count
 from megatron_dlm.planning.explanation import alternatives
 from megatron_dlm.planning.gpus import GPUS, gpu_named, usable_gib
 from megatron_dlm.planning.layouts import AXES, changes_between, legal_layouts, why_not
-from megatron_dlm.planning.memory import Stage
 from megatron_dlm.planning.plan import GIB, Cluster, Planner, nearest
 from megatron_dlm.planning.scaling_simulation import MOST_GPUS, simulate_scaling
+from megatron_dlm.planning.stage import Stage
 from megatron_dlm.run.config import load_recipe
 from megatron_dlm.run.forward_passes import sampled_passes
 from megatron_dlm.run.validation import check_run
