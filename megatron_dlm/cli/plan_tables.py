@@ -229,7 +229,8 @@ def print_simulation(chosen: Estimate, vocabulary_size: int, picture: Path) -> N
             )
     _console().print(table)
     print(f"assumed: {ASSUMPTIONS}")
-    plot_scaling(points, picture, title=f"{chosen.config.objective.name} on {chosen.cluster.gpu.name}")
+    title = f"{chosen.config.objective.name} on {chosen.cluster.gpu.name}"
+    plot_scaling(points, picture, title=title, note=ASSUMPTIONS)
     print(picture)
 
 

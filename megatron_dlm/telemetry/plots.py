@@ -88,25 +88,36 @@ def plot_pareto(
     pyplot.close(figure)
 
 
-def plot_scaling(series: Mapping[str, Sequence[tuple[float, float]]], output: Path, *, title: str) -> None:
-    """Draw speed against the number of GPUs, beside the ideal line through each series' first point.
+def plot_scaling(
+    series: Mapping[str, Sequence[tuple[float, float]]], output: Path, *, title: str, note: str
+) -> None:
+    """Draw speed against the number of GPUs, and beside it what is left of the first point's speed per GPU.
 
     Args:
         series: (GPUs, tokens/s of all of them) by name, smallest number first.
         output: PNG file.
         title: title of the plot.
+        note: what the numbers assume, written below.
     """
-    pyplot, figure, axes = _canvas()
+    pyplot, figure, axes = _canvas(columns=2)
+    speeds, shares = axes
     for marker, (name, points) in zip("os^v", series.items(), strict=False):
-        (line,) = axes.plot(*zip(*points, strict=True), f"{marker}-", label=name)
-        (gpus, speed), last = points[0], points[-1][0]
-        ideal = "--" if marker == "o" else ":"
-        axes.plot([gpus, last], [speed, speed / gpus * last], ideal, color=line.get_color(), alpha=0.5)
-    axes.set(xlabel="GPUs", ylabel="tokens/s, predicted; broken lines: ideal", title=title)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
+        gpus, tokens = zip(*points, strict=True)
+        speeds.plot(gpus, tokens, f"{marker}-", label=name)
+        kept = [100 * speed / count * gpus[0] / tokens[0] for count, speed in points]
+        shares.plot(gpus, kept, f"{marker}-", label=name)
+    counts = sorted({count for points in series.values() for count, _ in points})
+    for panel in axes:
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(counts[:: max(1, len(counts) // 5)])
+        panel.xaxis.set_major_formatter("{x:,.0f}")
+        panel.set_xlabel("GPUs")
+        panel.grid(alpha=0.3, which="both")
+    speeds.set(yscale="log", ylabel="tokens/s, predicted", title=title)
+    speeds.legend()
+    shares.axhline(100, linestyle="--", color="gray")
+    shares.set(ylim=(0, 110), ylabel="speed of a GPU, % of that on the fewest")
+    figure.text(0.5, -0.02, f"Assumed: {note}.", ha="center", va="top", wrap=True, fontsize=8)
     figure.savefig(output, dpi=120, bbox_inches="tight")
     pyplot.close(figure)
 
@@ -135,10 +146,11 @@ def plot_lengths(histogram: Sequence[tuple[int, int, int]], output: Path, *, tit
     pyplot.close(figure)
 
 
-def _canvas() -> tuple[Any, Any, Any]:
+def _canvas(columns: int = 1) -> tuple[Any, Any, Any]:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    return (pyplot, *pyplot.subplots(figsize=(8, 5)))
+    size = (8, 5) if columns == 1 else (6 * columns, 4.5)
+    return (pyplot, *pyplot.subplots(1, columns, figsize=size))
