@@ -42,6 +42,8 @@ class BatchSums:
     """float64 [samples of the batch], NELBO of each sample in nats, summed over tokens; None in training."""
     votes: tuple[bool, ...] = ()
     """Whether any rank has cast each vote."""
+    reports: tuple[tuple[int, ...], ...] = ()
+    """What each rank has reported, in rank order."""
 
 
 class PipelineRunner:
@@ -80,6 +82,7 @@ class PipelineRunner:
         microbatches: Sequence[ReadyMicrobatch],
         address: BatchAddress,
         votes: Sequence[Callable[[], bool]] = (),
+        report: Sequence[int] = (),
     ) -> BatchSums:
         """Run forward, and if `address.training` backward, of one global batch; all ranks call it.
 
@@ -88,6 +91,7 @@ class PipelineRunner:
             address: address of the global batch.
             votes: functions that return this rank's votes, equally many on all ranks; called once the passes
                 are queued, and summed over ranks together with the other sums.
+            report: whole numbers that all ranks get to know from each other, equally many on all ranks.
 
         Returns:
             Sums over the global batch.
@@ -120,7 +124,7 @@ class PipelineRunner:
                 micro_batch_size=batch_size,
                 forward_only=not address.training,
             )
-        return self._reduce(outputs, microbatches, address, votes)
+        return self._reduce(outputs, microbatches, address, votes, report)
 
     def _forward_step(
         self, microbatches: Iterator[ReadyMicrobatch], model: Any
@@ -151,9 +155,10 @@ class PipelineRunner:
         microbatches: Sequence[ReadyMicrobatch],
         address: BatchAddress,
         votes: Sequence[Callable[[], bool]],
+        report: Sequence[int],
     ) -> BatchSums:
         parallel = self._parallel
-        counts = self._counts(microbatches, votes)
+        counts = self._counts(microbatches, votes, report)
         mine = torch.zeros(len(microbatches), 2, dtype=torch.float64, device=parallel.device)
         if parallel.is_last_stage:
             mine += torch.stack([output["sums"] for output in outputs])
@@ -176,12 +181,21 @@ class PipelineRunner:
                     f"loss: not finite in validation batch {address.step + 1}, samples {list(bad_samples)}"
                 )
         sample_bounds = None if address.training else self._sample_bounds(outputs, microbatches, address)
-        cast = tuple(map(bool, numbers[len(numbers) - len(votes) :]))
-        work = Work(*numbers[: len(numbers) - len(votes)])
-        return BatchSums(loss, bound, tokens, work, fingerprint % 2**63, bad_samples, sample_bounds, cast)
+        of_work = len(Work().numbers)
+        work, cast = Work(*numbers[:of_work]), tuple(map(bool, numbers[of_work : of_work + len(votes)]))
+        told, width = numbers[of_work + len(votes) :], max(len(report), 1)
+        reports = tuple(tuple(told[start : start + width]) for start in range(0, len(told), width))
+        return BatchSums(
+            loss, bound, tokens, work, fingerprint % 2**63, bad_samples, sample_bounds, cast, reports
+        )
 
-    def _counts(self, microbatches: Sequence[ReadyMicrobatch], votes: Sequence[Callable[[], bool]]) -> Tensor:
-        """int64: fingerprint, tokens and work of the global batch, and how many ranks have cast each vote."""
+    def _counts(
+        self,
+        microbatches: Sequence[ReadyMicrobatch],
+        votes: Sequence[Callable[[], bool]],
+        report: Sequence[int],
+    ) -> Tensor:
+        """int64: fingerprint, tokens, work of the global batch, votes cast, and a place for each report."""
         parallel = self._parallel
         fingerprint, tokens, work = 0, 0, Work()
         if parallel.tensor_rank == parallel.pipeline_rank == parallel.context_rank == 0:
@@ -191,6 +205,8 @@ class PipelineRunner:
                 tokens += microbatch.counted_tokens
                 work += microbatch.work
         numbers = [fingerprint % 2**63, tokens, *work.numbers, *(int(vote()) for vote in votes)]
+        for rank in range(parallel.world_size if report else 0):
+            numbers += report if rank == parallel.rank else [0] * len(report)
         counts = sent(torch.tensor(numbers, dtype=torch.int64), parallel.device)
         dist.all_reduce(counts)
         return counts

@@ -165,21 +165,21 @@ def sent(values: Tensor, device: torch.device) -> Tensor:
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
-def peak_memory_gib(device: torch.device) -> float:
+def peak_memory_bytes(device: torch.device) -> int:
     """Memory of this process: on a GPU the most that tensors have had so far, on a CPU all it has now.
 
     Args:
         device: device of this process.
 
     Returns:
-        GiB.
+        Bytes.
     """
     import psutil
     import torch
 
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return float(psutil.Process().memory_info().rss) / 2**30
+        return torch.cuda.max_memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)
 
 
 def capability(device: torch.device) -> tuple[int, int]:

@@ -92,8 +92,6 @@ def train_step(session: Session, progress: TrainingProgress) -> StepReport:
         tokens=sums.tokens,
         work=sums.work,
         seconds=time.monotonic() - started,
-        data_seconds=session.data_seconds,
-        own_seconds=session.own_time.seconds(),
         bad_samples=bad_samples,
         fault=fault if bad_samples else "",
     )

@@ -30,10 +30,6 @@ class StepReport:
     tokens: int
     work: Work
     seconds: float
-    data_seconds: float
-    """Time that this rank waited for the batch."""
-    own_seconds: float
-    """Time of this rank's own passes, until gradients are exchanged."""
     bad_samples: tuple[int, ...]
     """Positions in the run of samples with a non-finite or spiking loss or gradient; if there are any, the
     step changed no parameter."""
@@ -66,10 +62,6 @@ class MetricsWindow:
     """Time spent in steps, without the time between two runs."""
     step_seconds: tuple[float, ...] = ()
     """Time of each step."""
-    data_seconds: float = 0.0
-    """Time that this rank waited for batches."""
-    own_seconds: float = 0.0
-    """Time of this rank's own passes."""
     work: Work = field(default_factory=Work)
     lr: float = 0.0
     """Learning rate of the last applied step."""
@@ -91,8 +83,6 @@ class MetricsWindow:
             samples=self.samples + report.batch_size,
             seconds=self.seconds + report.seconds,
             step_seconds=(*self.step_seconds, report.seconds),
-            data_seconds=self.data_seconds + report.data_seconds,
-            own_seconds=self.own_seconds + report.own_seconds,
             work=self.work + report.work,
             lr=report.lr,
             grad_norm=report.grad_norm,

@@ -17,7 +17,7 @@ from megatron_dlm.execution.microbatches import BatchAddress, MicrobatchMaker, t
 from megatron_dlm.execution.pipeline_runner import BatchSums, PipelineRunner
 from megatron_dlm.models.initialization import initialize
 from megatron_dlm.models.precision.fp8_emulation import follow_maxima
-from megatron_dlm.platform.gpu import STATE_CURES, allocating
+from megatron_dlm.platform.gpu import STATE_CURES, allocating, peak_memory_bytes
 from megatron_dlm.platform.parallel import ParallelState
 from megatron_dlm.platform.rng import NoiseSource
 from megatron_dlm.platform.stopwatch import Stopwatch
@@ -88,8 +88,10 @@ class Session:
         self._noise = NoiseSource(config.training.seed)
         self.own_time = Stopwatch(parallel.device)
         """From the start of a training batch's passes to the exchange of its gradients, on this rank."""
-        self.data_seconds = 0.0
-        """Time that the last training batch has been waited for."""
+        self._data_seconds = 0.0
+        self.rank_reports: list[tuple[tuple[int, ...], ...]] = []
+        """Since the last line of metrics, for each step but the newest: of each rank the microseconds of its
+        own passes and of its waiting for data, and the bytes of its memory."""
         self.votes: dict[str, Callable[[], bool]] = {}
         """Yes/no questions, by name, that ranks answer in each training batch; same names on all ranks."""
         self.agreed: dict[str, bool] = {}
@@ -170,11 +172,16 @@ class Session:
         """
         self._forget_gradients()
         address = self._address(step, first_sample)
+        # What is known of the step before travels with this one's sums.
+        seconds = self.own_time.seconds(), self._data_seconds
+        report = [*(round(1e6 * each) for each in seconds), peak_memory_bytes(self.parallel.device)]
         started = time.monotonic()
         batch = self._batches.get(address)
-        self.data_seconds = time.monotonic() - started
+        self._data_seconds = time.monotonic() - started
         self.own_time.start()
-        sums = self._runner.run(batch, address, list(self.votes.values()))
+        sums = self._runner.run(batch, address, list(self.votes.values()), report)
+        if report[0]:
+            self.rank_reports.append(sums.reports)
         self.agreed = dict(zip(self.votes, sums.votes, strict=True))
         follow_maxima(self.denoiser, self.parallel.stage_group)
         return sums

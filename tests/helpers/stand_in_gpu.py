@@ -35,6 +35,8 @@ class StandInGpu:
         self._is_watching = False
         cpu.install()
         torch.cuda.current_device = _CurrentDevice(None)
+        # Both have been recorded and what came after them has been read: no wait.
+        torch.cuda.Event.elapsed_time = lambda begin, end: 1.0
         _Functions(self).__enter__()
         _Operators(self).__enter__()
 

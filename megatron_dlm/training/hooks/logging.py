@@ -5,11 +5,8 @@ from __future__ import annotations
 import time
 
 import numpy as np
-import torch
-import torch.distributed as dist
 
 from megatron_dlm.platform.device_flops import matmul_flops_per_second
-from megatron_dlm.platform.gpu import peak_memory_gib, sent
 from megatron_dlm.telemetry.writers import FIRST_STEP, Metrics
 from megatron_dlm.training.hooks.telemetry import Telemetry
 from megatron_dlm.training.loop import Hook
@@ -44,7 +41,7 @@ class LoggingHook(Hook):
         ends = progress.step % session.config.telemetry.log_every == 0
         if ends or progress.step == session.config.training.num_steps:
             if progress.window.tokens:
-                ranks = _of_all_ranks(session, progress.window)
+                ranks = _of_all_ranks(session)
                 self._telemetry.write("train", progress.step, self._means(session, progress) | ranks)
         if ends:
             # A run that is given more steps later goes on with the short window of its last step.
@@ -87,19 +84,17 @@ class LoggingHook(Hook):
         self._telemetry.close()
 
 
-def _of_all_ranks(session: Session, window: MetricsWindow) -> Metrics:
-    """Means over steps of what ranks do by themselves, the slowest named; all ranks call it."""
-    parallel, steps = session.parallel, max(len(window.step_seconds), 1)
-    own = window.own_seconds / steps, window.data_seconds / steps, peak_memory_gib(parallel.device)
-    mine = sent(torch.tensor(own, dtype=torch.float64), parallel.device)
-    everywhere = [torch.empty_like(mine) for _ in range(parallel.world_size)]
-    dist.all_gather(everywhere, mine)
-    passes, waits, memory = torch.stack(everywhere).cpu().unbind(dim=1)
+def _of_all_ranks(session: Session) -> Metrics:
+    """Means over steps of what ranks do by themselves, the slowest named; nothing before the second step."""
+    reports, session.rank_reports = session.rank_reports, []
+    if not reports:
+        return {}
+    passes, waits, memory = np.array(reports, dtype=np.float64).mean(axis=0).T
     return {
-        "data_wait_seconds": float(waits.max()),
-        "memory_gib": float(memory.max()),
-        "rank_seconds_median": float(passes.median()),
-        "rank_seconds_max": float(passes.max()),
+        "data_wait_seconds": float(waits.max()) / 1e6,
+        "memory_gib": float(memory.max()) / 2**30,
+        "rank_seconds_median": float(np.median(passes)) / 1e6,
+        "rank_seconds_max": float(passes.max()) / 1e6,
         "slowest_rank": int(passes.argmax()),
     }
 
