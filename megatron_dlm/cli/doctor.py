@@ -84,14 +84,13 @@ def _look_together(
 
     import torch.distributed as dist
 
-    from megatron_dlm.doctor.job import look_at_job
+    from megatron_dlm.doctor.job import all_tell, look_at_job
     from megatron_dlm.platform.rendezvous import start_process_group
 
     backend = "nccl" if device.type == "cuda" else "gloo"
     start_process_group(environment, backend=backend, timeout_seconds=layout.collective_timeout_seconds)
     together = look_at_job(environment, device, directory, quick=quick)
-    everywhere: list[Any] = [None] * environment.world_size
-    dist.all_gather_object(everywhere, (socket.gethostname(), own))
+    everywhere = all_tell((socket.gethostname(), own))
     dist.barrier()
     dist.destroy_process_group()
     known = {(finding.topic, finding.name, finding.status) for finding in everywhere[0][1]}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from megatron_dlm.cli.plan_tables import (
     print_chosen,
@@ -18,7 +19,7 @@ from megatron_dlm.cli.recipe import recipe_run, take_number, take_option
 from megatron_dlm.interfaces import InputError
 
 if TYPE_CHECKING:
-    from megatron_dlm.planning.plan import Estimate
+    from megatron_dlm.planning.plan import Estimate, Planner
     from megatron_dlm.run.config import RunConfig
 
 USAGE = """usage: megatron-dlm plan RECIPE [--nodes N] [--gpus-per-node N] [--gpu NAME] [--precisions NAMES]
@@ -41,6 +42,7 @@ fits. RECIPE and fields are those of `megatron-dlm train`.
 exit code: 0 if the recipe's own layout fits, 1 if it does not
 """
 DEFAULT_ROWS = 10
+DEFAULT_GPU, DEFAULT_GPUS_PER_NODE = "h100", 8
 
 
 def run(arguments: list[str]) -> int:
@@ -52,15 +54,14 @@ def run(arguments: list[str]) -> int:
     from megatron_dlm.planning.plan import Cluster, Planner
 
     words, nodes = take_number(arguments, "--nodes", "nodes")
-    words, per_node = take_number(words, "--gpus-per-node", "GPUs")
+    words, gpu, per_node = take_gpus(words)
     words, asked_vocabulary = take_number(words, "--vocabulary-size", "token ids")
     words, rows = take_number(words, "--rows", "layouts")
-    words, gpu = take_option(words, "--gpu")
     words, precisions = take_option(words, "--precisions")
     words, picture = take_option(words, "--simulate")
     words, output = take_option(words, "--output")
     config = recipe_run(words, verb="plan")
-    cluster = Cluster(gpu_named("h100" if gpu is None else gpu), nodes or 1, per_node or 8)
+    cluster = Cluster(gpu_named(gpu), nodes or 1, per_node)
     vocabulary_size, source = vocabulary_of(config, asked_vocabulary)
     planner = Planner(config, cluster, vocabulary_size)
     own = _own_estimate(planner, config)
@@ -78,6 +79,20 @@ def run(arguments: list[str]) -> int:
     if output is not None:
         write_rows(Path(output), fitting)
     return 0 if not isinstance(own, str) and own.fits else 1
+
+
+def take_gpus(arguments: Sequence[str]) -> tuple[list[str], str, int]:
+    """Take `--gpu` and `--gpus-per-node` from the command line.
+
+    Args:
+        arguments: command-line arguments.
+
+    Returns:
+        The other arguments, the name of the GPU, and how many of them a node has.
+    """
+    words, gpu = take_option(arguments, "--gpu")
+    words, per_node = take_number(words, "--gpus-per-node", "GPUs")
+    return words, DEFAULT_GPU if gpu is None else gpu, per_node or DEFAULT_GPUS_PER_NODE
 
 
 def vocabulary_of(config: RunConfig, asked: int | None = None) -> tuple[int, str]:
@@ -111,9 +126,9 @@ def _precisions(text: str | None) -> list[Any]:
     return names
 
 
-def _own_estimate(planner: Any, config: RunConfig) -> Estimate | str:
+def _own_estimate(planner: Planner, config: RunConfig) -> Estimate | str:
     """The recipe's own layout, or why it cannot run on this cluster."""
     try:
-        return cast("Estimate", planner.estimate(config))
+        return planner.estimate(config)
     except InputError as error:
         return str(error)

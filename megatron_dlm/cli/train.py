@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megatron_dlm.cli.recipe import recipe_run, take_number, take_option
+from megatron_dlm.cli.plan import take_gpus, vocabulary_of
+from megatron_dlm.cli.recipe import recipe_run, take_number
 from megatron_dlm.interfaces import InputError
 
 if TYPE_CHECKING:
     from megatron_dlm.run.config import RunConfig
 
-DEFAULT_GPU, DEFAULT_GPUS_PER_NODE = "h100", 8
-"""GPUs that a dry run plans for."""
 USAGE = """usage: megatron-dlm train RECIPE [--model.size NAME] [--budget-flops FLOPS]
                           [--dry-run PROCESSES [--gpu NAME] [--gpus-per-node N] | --check PROCESSES]
                           [--field.name VALUE ...]
@@ -39,11 +38,10 @@ def run(arguments: list[str]) -> int:
         return 0 if arguments else 2
     words, processes = take_number(arguments, "--dry-run", "processes")
     words, checked_processes = take_number(words, "--check", "processes")
-    words, gpu = take_option(words, "--gpu")
-    words, gpus_per_node = take_number(words, "--gpus-per-node", "GPUs")
+    words, gpu, gpus_per_node = take_gpus(words)
     config = recipe_run(words, verb="train")
     if processes is not None:
-        _describe(config, processes, gpu or DEFAULT_GPU, gpus_per_node or DEFAULT_GPUS_PER_NODE)
+        _describe(config, processes, gpu, gpus_per_node)
         return 0
     if checked_processes is not None:
         from megatron_dlm.training.train import check_start
@@ -65,7 +63,6 @@ def train_and_tell(config: RunConfig) -> int:
 
 def _describe(config: RunConfig, processes: int, gpu: str, gpus_per_node: int) -> None:
     """Print what a run on that many processes does; raises InputError if it cannot."""
-    from megatron_dlm.cli.plan import vocabulary_of
     from megatron_dlm.run.description import describe_layout
     from megatron_dlm.run.flops_budget import describe_flops
     from megatron_dlm.run.validation import check_run

@@ -47,16 +47,16 @@ def run(arguments: list[str]) -> int:
     from rich.console import Console
     from rich.live import Live
 
-    from megatron_dlm.telemetry.terminal_curves import WatchedRun, picture_of, refuse_no_run, steps_of
+    from megatron_dlm.run.run_file import configured_steps
+    from megatron_dlm.telemetry.terminal_curves import WatchedRun, picture_of
 
     for directory in config.runs:
-        if why := refuse_no_run(directory):
-            raise InputError(f"runs: {why}")
+        _refuse_no_run(directory)
     is_terminal = sys.stdout.isatty()
     console = Console(width=None if is_terminal else PIPE_WIDTH)
 
     def look() -> list[WatchedRun]:
-        return [WatchedRun.read(directory, steps_of(directory)) for directory in config.runs]
+        return [WatchedRun.read(directory, configured_steps(directory)) for directory in config.runs]
 
     def draw(runs: list[WatchedRun]) -> object:
         width, height = console.size
@@ -80,3 +80,13 @@ def run(arguments: list[str]) -> int:
             pass
     console.print(draw(runs))
     return 0
+
+
+def _refuse_no_run(directory: Path) -> None:
+    from megatron_dlm.checkpointing.layout import RUN_RECORD
+    from megatron_dlm.telemetry.writers import METRICS_FILE
+
+    if not directory.is_dir():
+        raise InputError(f"runs: {directory}: no such directory")
+    if not any((directory / name).is_file() for name in (METRICS_FILE, RUN_RECORD)):
+        raise InputError(f"runs: {directory}: has neither {METRICS_FILE} nor {RUN_RECORD}, so it is no run")

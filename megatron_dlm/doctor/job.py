@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from megatron_dlm.doctor.finding import Finding
 from megatron_dlm.doctor.machine import existing_parent
-from megatron_dlm.doctor.software import versions_that_must_agree
 from megatron_dlm.platform.launch import ProcessEnvironment
+from megatron_dlm.platform.versions import deciding_versions
 
 TOPIC = "job"
 LARGEST_SKEW_SECONDS = 1.0
@@ -42,14 +42,21 @@ def look_at_job(
     Returns:
         Findings, equal on all ranks.
     """
-    hosts: list[str] = _all_tell(socket.gethostname())
+    hosts: list[str] = all_tell(socket.gethostname())
     findings = [_places(environment, hosts), _devices(device, hosts), _versions(hosts)]
     findings += [_clocks(hosts, device), _storage(directory, hosts)]
     return findings if quick else [*findings, _all_reduce(device), _point_to_point(device, hosts)]
 
 
-def _all_tell(value: T) -> list[T]:
-    """The value of every rank, in rank order."""
+def all_tell(value: T) -> list[T]:
+    """Give each rank the values of all; all ranks call it.
+
+    Args:
+        value: of this rank; picklable.
+
+    Returns:
+        Every rank's value, in rank order.
+    """
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
@@ -73,7 +80,7 @@ def _places(environment: ProcessEnvironment, hosts: list[str]) -> Finding:
 
 def _devices(device: torch.device, hosts: list[str]) -> Finding:
     name = "CPU" if device.type == "cpu" else torch.cuda.get_device_properties(device).name
-    names = _all_tell(name)
+    names = all_tell(name)
     if len(set(names)) == 1:
         return Finding(TOPIC, "devices", "ok", f"{len(names)} x {names[0]}")
     odd = [rank for rank, other in enumerate(names) if other != names[0]]
@@ -82,7 +89,7 @@ def _devices(device: torch.device, hosts: list[str]) -> Finding:
 
 
 def _versions(hosts: list[str]) -> Finding:
-    everywhere = _all_tell(versions_that_must_agree())
+    everywhere = all_tell(deciding_versions())
     first = everywhere[0]
     for name, wanted in first.items():
         odd = [rank for rank, versions in enumerate(everywhere) if versions[name] != wanted]
@@ -113,7 +120,7 @@ def _clocks(hosts: list[str], device: torch.device) -> Finding:
         if skews and abs(min(skews)[1]) > abs(worst):
             # The quickest exchange tells most.
             worst, worst_rank = min(skews)[1], other
-    worst, worst_rank = _all_tell((worst, worst_rank))[0]
+    worst, worst_rank = all_tell((worst, worst_rank))[0]
     value = f"within {abs(worst) * 1e3:.1f} ms of rank 0's"
     if abs(worst) > LARGEST_SKEW_SECONDS:
         value = f"{worst:+.1f} s on {_named(hosts, [worst_rank])}"
@@ -126,7 +133,7 @@ def _clocks(hosts: list[str], device: torch.device) -> Finding:
 def _storage(directory: Path, hosts: list[str]) -> Finding:
     """Whether all ranks see what rank 0 writes where the run's directory is or will be."""
     place = existing_parent(directory)
-    mark = place / f".doctor-{_all_tell(uuid.uuid4().hex)[0]}"
+    mark = place / f".doctor-{all_tell(uuid.uuid4().hex)[0]}"
     error = ""
     if dist.get_rank() == 0:
         try:
@@ -138,7 +145,7 @@ def _storage(directory: Path, hosts: list[str]) -> Finding:
     deadline = time.monotonic() + 5.0
     while not (seen := mark.exists()) and time.monotonic() < deadline and not error:
         time.sleep(0.1)
-    all_seen, errors = _all_tell(seen), _all_tell(error)
+    all_seen, errors = all_tell(seen), all_tell(error)
     if dist.get_rank() == 0:
         mark.unlink(missing_ok=True)
     if errors[0]:
@@ -163,7 +170,7 @@ def _all_reduce(device: torch.device) -> Finding:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         took.append(time.perf_counter() - start)
-    seconds = max(_all_tell(statistics.median(took[1:])))
+    seconds = max(all_tell(statistics.median(took[1:])))
     # What each rank's link carries, as nccl-tests counts.
     speed = 2 * (count - 1) / count * size / seconds / 1e9
     return Finding(TOPIC, "all-reduce", "ok", f"{speed:,.2f} GB/s bus bandwidth at {size >> 20} MiB")
@@ -190,7 +197,7 @@ def _point_to_point(device: torch.device, hosts: list[str]) -> Finding:
             took.append(time.perf_counter() - start)
         if has_partner and sender != rank:
             mine[sender] = size / statistics.median(took[1:]) / 1e9
-    speeds = {pair: speed for found in _all_tell(mine) for pair, speed in found.items()}
+    speeds = {pair: speed for found in all_tell(mine) for pair, speed in found.items()}
     slowest, median = min(speeds, key=lambda pair: speeds[pair]), statistics.median(speeds.values())
     value = f"median {median:,.2f} GB/s, slowest {speeds[slowest]:,.2f} from rank {slowest} to {slowest + 1}"
     if speeds[slowest] < SLOW_PAIR * median:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 
 import psutil
 import torch
 
-from megatron_dlm.data.shards.shard import Shard
 from megatron_dlm.doctor.finding import Finding
 from megatron_dlm.doctor.machine import GIB, existing_parent
+from megatron_dlm.evaluation.loaded_model import tokenizer_of_data
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.planning.memory import rank_memory
 from megatron_dlm.planning.stage import DeviceType
@@ -23,7 +22,7 @@ TOPIC = "recipe"
 PROCESS_GIB = {"cpu": 0.5, "cuda": 1.0}
 """What a process takes beside its tensors: libraries, or CUDA's context and NCCL's buffers."""
 CHECKPOINT_BYTES = 12
-"""Of a parameter in a checkpoint: fp32 weight and two moments."""
+"""Bytes that a checkpoint holds for each parameter: the fp32 weight and two moments."""
 
 
 def look_at_recipe(
@@ -61,20 +60,18 @@ def look_at_recipe(
 
 def _tokenizer(config: RunConfig) -> Finding:
     """Whether the data's tokenizer is where it was, which sampling and exports look for."""
-    _, prefix = config.data.blend()[0]
-    directory = Path(Shard(prefix).manifest.tokenizer_directory)
-    if directory.is_dir():
-        return Finding(TOPIC, "tokenizer", "ok", str(directory))
-    cure = "training does without; sample, export and gsm8k need --tokenizer"
-    return Finding(TOPIC, "tokenizer", "note", f"{directory} is not here", cure)
+    try:
+        return Finding(TOPIC, "tokenizer", "ok", str(tokenizer_of_data(config)))
+    except InputError as error:
+        return Finding(TOPIC, "tokenizer", "note", str(error), "training does without")
 
 
 def _memory(
     config: RunConfig, processes: int, local_processes: int, device: torch.device, vocabulary_size: int
 ) -> Finding:
     kind: DeviceType = "cuda" if device.type == "cuda" else "cpu"
-    passes = [each for passes in sampled_passes(config, vocabulary_size) for each in passes]
-    needed = rank_memory(config, processes, passes, vocabulary_size, kind).total / GIB + PROCESS_GIB[kind]
+    largest = sampled_passes(config, vocabulary_size).largest
+    needed = rank_memory(config, processes, largest, vocabulary_size, kind).total / GIB + PROCESS_GIB[kind]
     if kind == "cuda":
         there = torch.cuda.get_device_properties(device).total_memory / GIB
         value = f"{needed:.1f} GiB of the GPU's {there:.1f} predicted"

@@ -15,6 +15,7 @@ from megatron_dlm.platform.versions import (
     MEGATRON_CORE,
     TRANSFORMER_ENGINE,
     check_transformer_engine,
+    deciding_versions,
     has_transformer_engine,
     import_transformer_engine,
     installed_version,
@@ -43,22 +44,6 @@ def look_at_software() -> list[Finding]:
     ]
 
 
-def versions_that_must_agree() -> dict[str, str | None]:
-    """Versions that decide what a rank computes, by name."""
-    import torch
-
-    import megatron_dlm
-
-    packages = ("megatron-core", "transformer-engine", "triton", "numpy")
-    return {
-        "Python": platform.python_version(),
-        "megatron-dlm": megatron_dlm.__version__,
-        "PyTorch": torch.__version__,
-        "NCCL": _nccl_version(),
-        **{name: installed_version(name) for name in packages},
-    }
-
-
 def _torch_versions() -> str:
     import torch
 
@@ -68,18 +53,9 @@ def _torch_versions() -> str:
         cudnn = torch.backends.cudnn.version() if torch.cuda.is_available() else None
         if cudnn:
             parts.append(f"cuDNN {cudnn}")
-    nccl = _nccl_version()
-    if nccl:
+    if nccl := deciding_versions()["nccl"]:
         parts.append(f"NCCL {nccl}")
     return ", ".join(parts)
-
-
-def _nccl_version() -> str | None:
-    import torch
-
-    if torch.version.cuda is None:
-        return None
-    return ".".join(map(str, torch.cuda.nccl.version()))
 
 
 def _megatron_core() -> Finding:

@@ -42,8 +42,8 @@ class BatchSums:
     """float64 [samples of the batch], NELBO of each sample in nats, summed over tokens; None in training."""
     votes: tuple[bool, ...] = ()
     """Whether any rank has cast each vote."""
-    reports: tuple[tuple[int, ...], ...] = ()
-    """What each rank has reported, in rank order."""
+    reports: NDArray[np.int64] | None = None
+    """int64 [ranks, numbers], what each rank has reported; None: nothing."""
 
 
 class PipelineRunner:
@@ -183,8 +183,8 @@ class PipelineRunner:
         sample_bounds = None if address.training else self._sample_bounds(outputs, microbatches, address)
         of_work = len(Work().numbers)
         work, cast = Work(*numbers[:of_work]), tuple(map(bool, numbers[of_work : of_work + len(votes)]))
-        told, width = numbers[of_work + len(votes) :], max(len(report), 1)
-        reports = tuple(tuple(told[start : start + width]) for start in range(0, len(told), width))
+        told = numbers[of_work + len(votes) :]
+        reports = np.array(told).reshape(parallel.world_size, len(report)) if report else None
         return BatchSums(
             loss, bound, tokens, work, fingerprint % 2**63, bad_samples, sample_bounds, cast, reports
         )
@@ -205,9 +205,10 @@ class PipelineRunner:
                 tokens += microbatch.counted_tokens
                 work += microbatch.work
         numbers = [fingerprint % 2**63, tokens, *work.numbers, *(int(vote()) for vote in votes)]
-        for rank in range(parallel.world_size if report else 0):
-            numbers += report if rank == parallel.rank else [0] * len(report)
-        counts = sent(torch.tensor(numbers, dtype=torch.int64), parallel.device)
+        reports = torch.zeros(parallel.world_size, len(report), dtype=torch.int64)
+        reports[parallel.rank] = torch.tensor(report, dtype=torch.int64)
+        both = torch.cat([torch.tensor(numbers, dtype=torch.int64), reports.flatten()])
+        counts = sent(both, parallel.device)
         dist.all_reduce(counts)
         return counts
 

@@ -17,6 +17,8 @@ Recompute = Literal["none", "norms", "selective", "full"]
 GELU, which cost no matrix product; full: whole layers."""
 LAYER_NORM_EPSILON = 1e-5
 ROTARY_BASE = 10000.0
+FREQUENCY_CHANNELS = 256
+"""Channels of the sinusoid of the noise level, which the time embedder reads."""
 
 
 @dataclass(frozen=True, kw_only=True)

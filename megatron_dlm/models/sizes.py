@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_dlm.interfaces import InputError
-from megatron_dlm.models.config import ModelConfig
+from megatron_dlm.models.config import FREQUENCY_CHANNELS, ModelConfig
 
 # name: (hidden_size, num_layers, num_attention_heads)
 _SHAPES = {
@@ -69,6 +69,29 @@ def paper_model(name: str) -> ModelConfig:
     )
 
 
+def layer_matrices(model: ModelConfig, tensor_size: int = 1) -> int:
+    """Weights of a layer's four matrix products on one tensor parallel rank, padded heads included."""
+    heads = model.padded_heads(tensor_size) // tensor_size * model.head_dim
+    return 4 * model.hidden_size * heads + 2 * model.hidden_size * (model.ffn_hidden_size // tensor_size)
+
+
+def layer_parameters(model: ModelConfig, tensor_size: int = 1) -> int:
+    """Parameters of a layer on one tensor parallel rank; norms and modulations are whole on each."""
+    d, f = model.hidden_size, model.ffn_hidden_size // tensor_size
+    return layer_matrices(model, tensor_size) + f + 3 * d + 6 * d * (model.conditioning_size + 1)
+
+
+def final_layer_parameters(model: ModelConfig) -> int:
+    """Parameters of the final adaLN layer, in front of the head."""
+    return model.hidden_size + 2 * model.hidden_size * (model.conditioning_size + 1)
+
+
+def time_embedder_parameters(model: ModelConfig) -> int:
+    """Parameters of the time embedder, of which each chunk of layers has a copy."""
+    c = model.conditioning_size
+    return FREQUENCY_CHANNELS * c + c + c * c + c
+
+
 def parameter_count(model: ModelConfig, vocabulary_size: int) -> int:
     """All parameters, embedding and head included, without any padding.
 
@@ -79,8 +102,6 @@ def parameter_count(model: ModelConfig, vocabulary_size: int) -> int:
     Returns:
         n (12 d^2 + 7 d + 6 d (c + 1)) + d + 2 d (c + 1) + time embedder + 2 V d + V.
     """
-    d, n, c, v = model.hidden_size, model.num_layers, model.conditioning_size, vocabulary_size
-    f = model.ffn_hidden_size
-    layer = 4 * d * d + 2 * d * f + f + d + 2 * d + 6 * d * (c + 1)
-    time_embedder = 256 * c + c + c * c + c
-    return n * layer + d + 2 * d * (c + 1) + time_embedder + 2 * v * d + v
+    head = vocabulary_size * (model.hidden_size + 1)
+    body = model.num_layers * layer_parameters(model) + final_layer_parameters(model)
+    return body + time_embedder_parameters(model) + vocabulary_size * model.hidden_size + head

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FREQUENCY_CHANNELS = 256
+from megatron_dlm.models.config import FREQUENCY_CHANNELS
+
 MAX_PERIOD = 10000.0
 
 

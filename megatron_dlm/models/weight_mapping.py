@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from megatron_dlm.models.config import ModelConfig
-from megatron_dlm.models.time_embedding import FREQUENCY_CHANNELS
+from megatron_dlm.models.config import FREQUENCY_CHANNELS, ModelConfig
 from megatron_dlm.platform.parallel import ParallelState
 from megatron_dlm.platform.vocab_parallel import padded_vocabulary_size
 

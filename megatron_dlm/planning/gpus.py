@@ -45,19 +45,19 @@ class Shares:
     """Shares of a data sheet's speeds that training reaches, and what they leave out."""
 
     products: float = 0.749
-    """Of bf16_tflops, in the layers' matrix products and the head's."""
+    """Share of bf16_tflops that the layers' and the head's matrix products reach."""
     fp8_products: float = 0.703
-    """Of fp8_tflops, in the layers' matrix products."""
+    """Share of fp8_tflops that the layers' matrix products reach."""
     attention: float = 0.535
-    """Of bf16_tflops, in attention, its recomputation in the backward pass counted as work."""
+    """Share of bf16_tflops that attention reaches, its recomputation in the backward pass counted as work."""
     memory: float = 0.766
-    """Of memory_tb_s, in everything that is limited by it."""
+    """Share of memory_tb_s that kernels limited by it reach."""
     idle_seconds: float = 0.026
     """Seconds of a microbatch in which the GPU waits for its next kernel."""
     fp8_casts_bytes: float = 14.0
     """Bytes moved for each element of an FP8 product's operands, casts and maxima together."""
     communication: float = 0.8
-    """Of link_gb_s and network_gb_s, in collectives. Assumed, not measured."""
+    """Share of link_gb_s and network_gb_s that collectives reach. Assumed, not measured."""
     latency_seconds: float = 15e-6
     """Seconds that a collective takes at least, for each doubling of its ranks. Assumed, not measured."""
     loader_tokens_per_second: float = 7e6

@@ -8,17 +8,11 @@ Shape legend as in stage.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from megatron_dlm.models.config import Recompute
-from megatron_dlm.planning.stage import (
-    FP32,
-    DeviceType,
-    Stage,
-    layer_parameters,
-    time_embedder_parameters,
-)
+from megatron_dlm.models.sizes import final_layer_parameters, layer_parameters, time_embedder_parameters
+from megatron_dlm.planning.stage import FP32, DeviceType, Stage
 from megatron_dlm.run.config import RunConfig
 from megatron_dlm.run.forward_passes import ForwardPass
 
@@ -53,7 +47,7 @@ class RankMemory:
 def rank_memory(
     config: RunConfig,
     processes: int,
-    passes: Sequence[ForwardPass],
+    largest: ForwardPass,
     vocabulary_size: int,
     device: DeviceType,
 ) -> RankMemory:
@@ -62,7 +56,7 @@ def rank_memory(
     Args:
         config: configuration that fits the number of processes.
         processes: processes of the job.
-        passes: forward passes of its microbatches; the largest counts.
+        largest: the forward pass of its microbatches that needs most.
         vocabulary_size: number of token ids, including the mask token.
         device: on CUDA, layers are this package's kernels and Transformer Engine's.
 
@@ -70,7 +64,6 @@ def rank_memory(
         Bytes by what they hold.
     """
     stages = config.parallel.pipeline_model_parallel_size
-    largest = max(passes, key=lambda each: (each.tokens, each.work.head_rows))
     return max(
         (
             _StageMemory(config, processes, largest, vocabulary_size, device, stage).memory()
@@ -122,7 +115,7 @@ class _StageMemory(Stage):
         What arrives does so in one buffer, from which it is copied; so are gradients that leave.
         """
         layer = layer_parameters(self.model, self.tensor)
-        rest = time_embedder_parameters(self.model) + self.Vp * self.d + self.final_parameters()
+        rest = time_embedder_parameters(self.model) + self.Vp * self.d + final_layer_parameters(self.model)
         weights = self.dtype_bytes * max(self.Vp * (self.d + 1), rest + 3 * layer)
         return weights + (self.dtype_bytes + FP32) * layer
 

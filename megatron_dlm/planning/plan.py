@@ -8,13 +8,12 @@ from functools import lru_cache
 
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.models.config import Precision
-from megatron_dlm.models.flops.flops_actual import Work
 from megatron_dlm.planning.gpus import H100_SHARES, Gpu, Shares, usable_gib
 from megatron_dlm.planning.layouts import AXES, legal_layouts
 from megatron_dlm.planning.memory import RankMemory, rank_memory
 from megatron_dlm.planning.step_time import StepTime, step_time
 from megatron_dlm.run.config import RunConfig
-from megatron_dlm.run.forward_passes import ForwardPass, mean_passes, sampled_passes
+from megatron_dlm.run.forward_passes import SampledPasses, sampled_passes
 from megatron_dlm.run.validation import check_run
 
 GIB = 2.0**30
@@ -82,16 +81,14 @@ class Planner:
         self.config, self.cluster, self.vocabulary_size = config, cluster, vocabulary_size
         self._passes = lru_cache(maxsize=None)(self._draw)
 
-    def _draw(self, micro_batch_size: int) -> list[list[ForwardPass]]:
+    def _draw(self, micro_batch_size: int) -> SampledPasses:
         training = replace(self.config.training, micro_batch_size=micro_batch_size)
         return sampled_passes(replace(self.config, training=training), self.vocabulary_size)
 
     def memory(self, config: RunConfig) -> RankMemory:
         """Memory of a layout's fullest rank."""
-        passes = [
-            each for microbatch in self._passes(config.training.micro_batch_size) for each in microbatch
-        ]
-        return rank_memory(config, self.cluster.gpus, passes, self.vocabulary_size, "cuda")
+        largest = self._passes(config.training.micro_batch_size).largest
+        return rank_memory(config, self.cluster.gpus, largest, self.vocabulary_size, "cuda")
 
     def estimate(self, config: RunConfig, memory: RankMemory | None = None) -> Estimate:
         """Memory and time of a layout.
@@ -114,22 +111,14 @@ class Planner:
         time = step_time(
             config,
             cluster.gpus,
-            mean_passes(drawn),
+            drawn.means,
             self.vocabulary_size,
             cluster.gpu,
             cluster.gpus_per_node,
             cluster.shares,
         )
-        work = sum((forward.work for passes in drawn for forward in passes), Work())
-        samples = len(drawn) * config.training.micro_batch_size
-        flops = work.training_flops(config.model, self.vocabulary_size) / samples
-        return Estimate(
-            config,
-            cluster,
-            memory or self.memory(config),
-            time,
-            flops * config.training.global_batch_size,
-        )
+        flops = drawn.training_flops(config.model, self.vocabulary_size) * config.training.global_batch_size
+        return Estimate(config, cluster, memory or self.memory(config), time, flops)
 
     def ranked(self, precisions: Sequence[Precision]) -> list[Estimate]:
         """All layouts that fit, fastest first; of equally fast ones the simplest.

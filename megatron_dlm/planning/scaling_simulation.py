@@ -24,7 +24,7 @@ class ScalingPoint:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all GPUs together."""
+        """Speed of all GPUs together."""
         return self.estimate.tokens_per_second_per_gpu * self.gpus
 
 

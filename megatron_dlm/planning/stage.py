@@ -8,39 +8,19 @@ from __future__ import annotations
 
 from typing import Literal
 
-from megatron_dlm.models.config import ModelConfig
-from megatron_dlm.models.time_embedding import FREQUENCY_CHANNELS
-from megatron_dlm.platform.parallel_config import ParallelConfig
+from megatron_dlm.models.sizes import (
+    final_layer_parameters,
+    layer_matrices,
+    layer_parameters,
+    time_embedder_parameters,
+)
+from megatron_dlm.platform.vocab_parallel import padded_vocabulary_size
 from megatron_dlm.run.config import RunConfig
 from megatron_dlm.run.forward_passes import ForwardPass
 
 DeviceType = Literal["cpu", "cuda"]
 BF16, FP32 = 2, 4
 """Bytes."""
-
-
-def vocabulary_columns(parallel: ParallelConfig, vocabulary_size: int, device: DeviceType) -> int:
-    """Columns of embedding and head on one tensor parallel rank, padding included."""
-    multiple = parallel.vocabulary_multiple(device) * parallel.tensor_model_parallel_size
-    return -(-vocabulary_size // multiple) * multiple // parallel.tensor_model_parallel_size
-
-
-def layer_parameters(model: ModelConfig, tensor_size: int) -> int:
-    """Parameters of a layer on one tensor parallel rank; norms and modulations are whole on each."""
-    d, f = model.hidden_size, model.ffn_hidden_size // tensor_size
-    return layer_matrices(model, tensor_size) + f + 3 * d + 6 * d * (model.conditioning_size + 1)
-
-
-def layer_matrices(model: ModelConfig, tensor_size: int) -> int:
-    """Weights of a layer's four matrix products on one tensor parallel rank, padded heads included."""
-    heads = model.padded_heads(tensor_size) // tensor_size * model.head_dim
-    return 4 * model.hidden_size * heads + 2 * model.hidden_size * model.ffn_hidden_size // tensor_size
-
-
-def time_embedder_parameters(model: ModelConfig) -> int:
-    """Parameters of the time embedder, which each chunk of layers has a copy of."""
-    c = model.conditioning_size
-    return FREQUENCY_CHANNELS * c + c + c * c + c
 
 
 class Stage:
@@ -67,7 +47,8 @@ class Stage:
         self.d, self.f = model.hidden_size, model.ffn_hidden_size // self.tensor
         self.heads = model.padded_heads(self.tensor) // self.tensor
         self.a = self.heads * model.head_dim
-        self.Vp = vocabulary_columns(parallel, vocabulary_size, device)
+        multiple = parallel.vocabulary_multiple(device)
+        self.Vp = padded_vocabulary_size(vocabulary_size, self.tensor, multiple) // self.tensor
         self.dtype_bytes = FP32 if config.training.precision == "fp32" else BF16
         self.is_fp8 = config.training.precision == "fp8" and self.fused
         self.is_first, self.is_last = stage == 0, stage == self.stages - 1
@@ -94,9 +75,5 @@ class Stage:
         if self.is_first:
             count += self.Vp * self.d
         if self.is_last:
-            count += self.Vp * (self.d + 1) + self.final_parameters()
+            count += self.Vp * (self.d + 1) + final_layer_parameters(self.model)
         return count
-
-    def final_parameters(self) -> int:
-        """Parameters of the final layer, in front of the head."""
-        return self.d + 2 * self.d * (self.model.conditioning_size + 1)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
 from packaging.specifiers import SpecifierSet
 
+from megatron_dlm import __version__
 from megatron_dlm.interfaces import InputError
 
 MEGATRON_CORE = "0.16.1"
@@ -29,6 +31,7 @@ def check_megatron_core() -> None:
         )
 
 
+DECIDING_PACKAGES = ("torch", "megatron-core", "transformer-engine", "triton", "apex", "numpy")
 _broken: list[str] = []
 """Error messages of the import of Transformer Engine, if it is installed but cannot be imported."""
 
@@ -70,6 +73,19 @@ def check_transformer_engine() -> None:
             "PyTorch part comes with pip install --no-build-isolation "
             f"'transformer-engine[pytorch]{TRANSFORMER_ENGINE}'; or --training.transformer-impl local"
         )
+
+
+def deciding_versions() -> dict[str, str | None]:
+    """Versions of what decides the numbers that a run computes, by name; None: it is not there."""
+    import torch
+
+    nccl = None if torch.version.cuda is None else ".".join(map(str, torch.cuda.nccl.version()))
+    return {
+        "python": platform.python_version(),
+        "megatron-dlm": __version__,
+        **{name: installed_version(name) for name in DECIDING_PACKAGES},
+        "nccl": nccl,
+    }
 
 
 def installed_version(package: str) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from megatron_dlm.models.flops.flops_actual import Work
 from megatron_dlm.models.flops.flops_paper import (
     PUBLISHED_VOCABULARY,
     TRAINING_PASSES,
@@ -22,11 +21,8 @@ def actual_training_flops(config: RunConfig, vocabulary_size: int) -> float:
     Returns:
         FLOPs with attention; the head counts only rows that carry a loss; recomputation is left out.
     """
-    microbatches = sampled_passes(config, vocabulary_size)
-    work = sum((forward.work for passes in microbatches for forward in passes), Work())
-    flops = work.training_flops(config.model, vocabulary_size)
-    samples = len(microbatches) * config.training.micro_batch_size
-    return flops / samples * config.training.samples_ahead(0, config.training.num_steps)
+    flops = sampled_passes(config, vocabulary_size).training_flops(config.model, vocabulary_size)
+    return flops * config.training.samples_ahead(0, config.training.num_steps)
 
 
 def describe_flops(config: RunConfig, vocabulary_size: int) -> str:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain
 
 import numpy as np
 import torch
 
 from megatron_dlm.diffusion.context import CorruptionContext
 from megatron_dlm.interfaces import TokenBatch, Vocabulary
+from megatron_dlm.models.config import ModelConfig
 from megatron_dlm.models.flops.flops_actual import Work, work_of
 from megatron_dlm.models.visibility import visibility
 from megatron_dlm.platform.rng import NoiseSource
@@ -38,7 +41,55 @@ class ForwardPass:
         return self.sequences * self.positions
 
 
-def sampled_passes(config: RunConfig, vocabulary_size: int) -> list[list[ForwardPass]]:
+@dataclass(frozen=True)
+class SampledPasses:
+    """The forward passes of some microbatches; a family may need several for one."""
+
+    microbatches: tuple[tuple[ForwardPass, ...], ...]
+    num_samples: int
+
+    @property
+    def all(self) -> Iterator[ForwardPass]:
+        """The passes of all microbatches."""
+        return chain.from_iterable(self.microbatches)
+
+    @cached_property
+    def largest(self) -> ForwardPass:
+        """The pass that needs most memory."""
+        return max(self.all, key=lambda each: (each.tokens, each.work.head_rows))
+
+    @cached_property
+    def means(self) -> list[tuple[float, ForwardPass]]:
+        """Mean passes, one for each length and mask, with how many of each a microbatch has."""
+        kinds: dict[tuple[int, bool, bool], list[ForwardPass]] = {}
+        for each in self.all:
+            kinds.setdefault((each.positions, each.has_mask, each.has_own_positions), []).append(each)
+        means = []
+        for same in kinds.values():
+            work = sum((each.work for each in same), Work())
+            mean = replace(
+                same[0],
+                sequences=sum(each.sequences for each in same) / len(same),
+                work=Work(*(number / len(same) for number in work.numbers)),  # type: ignore[arg-type]
+            )
+            means.append((len(same) / len(self.microbatches), mean))
+        return means
+
+    def training_flops(self, model: ModelConfig, vocabulary_size: int) -> float:
+        """Matrix-product FLOPs of forward and backward for one sample, recomputation not counted.
+
+        Args:
+            model: shape.
+            vocabulary_size: number of token ids, including the mask token.
+
+        Returns:
+            FLOPs of a sample on average.
+        """
+        work = sum((each.work for each in self.all), Work())
+        return work.training_flops(model, vocabulary_size) / self.num_samples
+
+
+def sampled_passes(config: RunConfig, vocabulary_size: int) -> SampledPasses:
     """The forward passes of some microbatches of the first global batch.
 
     Args:
@@ -46,7 +97,7 @@ def sampled_passes(config: RunConfig, vocabulary_size: int) -> list[list[Forward
         vocabulary_size: number of token ids, including the mask token.
 
     Returns:
-        The passes of each microbatch; a family may need several for one.
+        The passes, drawn as training draws them.
     """
     vocabulary = Vocabulary(
         size=vocabulary_size, mask_token_id=vocabulary_size - 1, eos_token_id=0, bos_token_id=0
@@ -75,29 +126,5 @@ def sampled_passes(config: RunConfig, vocabulary_size: int) -> list[list[Forward
                     work=work_of(inputs, targets, config.objective.attention),
                 )
             )
-        microbatches.append(passes)
-    return microbatches
-
-
-def mean_passes(microbatches: Sequence[Sequence[ForwardPass]]) -> list[tuple[float, ForwardPass]]:
-    """The passes of a microbatch on average.
-
-    Args:
-        microbatches: passes of some microbatches.
-
-    Returns:
-        Passes that differ in length or mask, with how many of each a microbatch has.
-    """
-    kinds: dict[tuple[int, bool, bool], list[ForwardPass]] = {}
-    for forward in (forward for passes in microbatches for forward in passes):
-        kinds.setdefault((forward.positions, forward.has_mask, forward.has_own_positions), []).append(forward)
-    means = []
-    for same in kinds.values():
-        work = sum((forward.work for forward in same), Work())
-        mean = replace(
-            same[0],
-            sequences=sum(forward.sequences for forward in same) / len(same),
-            work=Work(*(number / len(same) for number in work.numbers)),  # type: ignore[arg-type]
-        )
-        means.append((len(same) / len(microbatches), mean))
-    return means
+        microbatches.append(tuple(passes))
+    return SampledPasses(tuple(microbatches), len(microbatches) * micro)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import platform
 import socket
 import subprocess
 import sys
@@ -17,11 +16,8 @@ from megatron_dlm.interfaces import InputError
 from megatron_dlm.platform.codec import encode
 from megatron_dlm.platform.files import write_json
 from megatron_dlm.platform.launch import ProcessEnvironment
-from megatron_dlm.platform.versions import installed_version
+from megatron_dlm.platform.versions import deciding_versions
 from megatron_dlm.run.config import RunConfig
-
-PACKAGES = ("torch", "megatron-core", "transformer-engine", "apex", "numpy")
-"""Packages whose versions decide what a run computes."""
 
 
 def write_run_file(config: RunConfig, environment: ProcessEnvironment) -> None:
@@ -41,13 +37,18 @@ def write_run_file(config: RunConfig, environment: ProcessEnvironment) -> None:
         "launcher": environment.launcher,
         "world_size": environment.world_size,
         "git_revision": _git_revision(),
-        "versions": {
-            "python": platform.python_version(),
-            "megatron-dlm": megatron_dlm.__version__,
-            **{name: installed_version(name) for name in PACKAGES},
-        },
+        "versions": deciding_versions(),
     }
     write_json(config.directory / RUN_RECORD, record)
+
+
+def configured_steps(directory: Path) -> int | None:
+    """Number of steps of the run in a directory; None if it has no run.json that says so."""
+    try:
+        record = json.loads((directory / RUN_RECORD).read_text(encoding="utf-8"))
+        return int(record["config"]["training"]["num_steps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def refuse_foreign_directory(directory: Path) -> None:

@@ -1,8 +1,7 @@
-"""Runs as curves and a table in the terminal, from their metrics.jsonl and run.json."""
+"""Runs as curves and a table in the terminal, from their metrics.jsonl."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from rich.console import Group
 from rich.table import Column, Table
 from rich.text import Text
 
-from megatron_dlm.telemetry.writers import METRICS_FILE, duration, read_metrics
+from megatron_dlm.telemetry.writers import duration, read_metrics
 
 COLORS = ("blue", "orange", "green", "magenta", "cyan", "red")
 STALE_STEPS = 20
@@ -58,15 +57,6 @@ class WatchedRun:
         if age > max(60.0, STALE_STEPS * last.get("step_seconds_median", 0.0)):
             return f"silent for {duration(age)}"
         return f"ETA {duration(last['eta_seconds'])}"
-
-
-def steps_of(directory: Path) -> int | None:
-    """Number of steps by the run's run.json; None if there is none."""
-    try:
-        record = json.loads((directory / "run.json").read_text(encoding="utf-8"))
-        return int(record["config"]["training"]["num_steps"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def picture_of(runs: Sequence[WatchedRun], metric: str, width: int, height: int) -> Group:
@@ -124,12 +114,3 @@ def _table(runs: Sequence[WatchedRun]) -> Table:
             run.state(now),
         )
     return table
-
-
-def refuse_no_run(directory: Path) -> str | None:
-    """Why a directory is no run, or None."""
-    if not directory.is_dir():
-        return f"{directory}: no such directory"
-    if not (directory / METRICS_FILE).is_file() and not (directory / "run.json").is_file():
-        return f"{directory}: has neither {METRICS_FILE} nor run.json, so it is no run"
-    return None

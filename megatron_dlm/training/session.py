@@ -89,9 +89,9 @@ class Session:
         self.own_time = Stopwatch(parallel.device)
         """From the start of a training batch's passes to the exchange of its gradients, on this rank."""
         self._data_seconds = 0.0
-        self.rank_reports: list[tuple[tuple[int, ...], ...]] = []
-        """Since the last line of metrics, for each step but the newest: of each rank the microseconds of its
-        own passes and of its waiting for data, and the bytes of its memory."""
+        self.rank_reports: list[NDArray[np.int64]] = []
+        """Reports [ranks, 3] of the steps since the last line of metrics, but the newest: microseconds of a
+        rank's own passes and of its waiting for data, and bytes of its memory."""
         self.votes: dict[str, Callable[[], bool]] = {}
         """Yes/no questions, by name, that ranks answer in each training batch; same names on all ranks."""
         self.agreed: dict[str, bool] = {}
@@ -180,7 +180,7 @@ class Session:
         self._data_seconds = time.monotonic() - started
         self.own_time.start()
         sums = self._runner.run(batch, address, list(self.votes.values()), report)
-        if report[0]:
+        if sums.reports is not None and report[0]:
             self.rank_reports.append(sums.reports)
         self.agreed = dict(zip(self.votes, sums.votes, strict=True))
         follow_maxima(self.denoiser, self.parallel.stage_group)

@@ -75,6 +75,12 @@ def ranks(slurm):
     return found
 
 
+def kill_ranks_on(slurm, node):
+    for process, environment in ranks(slurm).items():
+        if environment["SLURMD_NODENAME"] == node:
+            process.kill()
+
+
 def nodes_and_restarts(slurm):
     return {(e["SLURMD_NODENAME"], e.get("SLURM_RESTART_COUNT")) for e in ranks(slurm).values()}
 
@@ -133,9 +139,7 @@ def test_a_lost_node_requeues_and_nothing_is_lost(slurm, submit, corpus, tmp_pat
     job = submit(STEPS)
     wait_for_step(slurm, directory, 6)
     # Its rank goes with it, before it could save; Slurm must know before the other rank ends the job.
-    for process, environment in ranks(slurm).items():
-        if environment["SLURMD_NODENAME"] == "n2":
-            process.kill()
+    kill_ranks_on(slurm, "n2")
     slurm.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
     slurm.wait_for_job(job, JobState="PENDING", Restarts="1")
     reached = last_step(directory)
@@ -155,9 +159,7 @@ def test_a_killed_rank_requeues(slurm, submit, tmp_path):
     directory, output = tmp_path / "run", tmp_path / "output"
     job = submit(NEVER)
     wait_for_step(slurm, directory, 3)
-    for process, environment in ranks(slurm).items():
-        if environment["SLURMD_NODENAME"] == "n2":
-            process.kill()
+    kill_ranks_on(slurm, "n2")
     slurm.wait_for_job(job, seconds=120, JobState="PENDING", Restarts="1")
     newest = max((directory / "checkpoints").glob("step-????????"))
     step = int(newest.name.removeprefix("step-"))

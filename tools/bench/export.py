@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tools.bench.sides import Shape, build_denoiser
-from tools.bench.step import OWN_PAGES, _status_mib, show
+from tools.bench.step import OWN_PAGES, show, status_mib
 
 MIB = 1 << 20
 WHOLE = "1TB"
@@ -121,9 +121,9 @@ def measure(arguments: argparse.Namespace) -> None:
     # What is loaded once in a process is not measured.
     weights.read(["output_layer.norm_final.weight"])
     gc.collect()
-    before = _status_mib("VmRSS")
+    before = status_mib("VmRSS")
     write_weights(weights.read, weights.shapes, arguments.output, dtype, arguments.max_shard_size)
-    peak = _status_mib("VmHWM") - before
+    peak = status_mib("VmHWM") - before
     largest = max(path.stat().st_size for path in arguments.output.glob("*.safetensors")) / MIB
     tensor = max(map(math.prod, weights.shapes.values())) * torch.float32.itemsize / MIB
     print(peak, largest, tensor)

@@ -36,10 +36,10 @@ from megatron_dlm.run.config import RunConfig
 from megatron_dlm.run.forward_passes import sampled_passes
 from tools import tiny
 from tools.bench.memory import held_bytes
-from tools.bench.step import show
+from tools.bench.step import show, status_mib
 
 PROCESSES = 4
-OWN_PAGES = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000"}
+SMALL_PAGES = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000"}
 PREFIX = "bytes at the peak: "
 MODEL = ModelConfig(num_layers=8, hidden_size=256, num_attention_heads=4, ffn_hidden_size=1024)
 TENSOR, PIPELINE, CONTEXT = (
@@ -120,31 +120,24 @@ def held(session: Any) -> int:
     return sum(held_bytes(session.denoiser, session.optimizer))
 
 
-def allocated_peak(work: Callable[[], None]) -> int:
+def allocated_peak(work: Callable[[], None]) -> float:
     """Most bytes at a time that a process got from the system while something ran, above those before.
 
-    Large tensors have pages of their own (OWN_PAGES), which go back as soon as the tensor is gone, whichever
-    thread lets go of it last.
+    Large tensors have pages of their own (SMALL_PAGES), which go back as soon as the tensor is gone,
+    whichever thread lets go of it last.
     """
     gc.collect()
-    before = status_bytes("VmRSS")
+    before = status_mib("VmRSS")
     # The kernel forgets the peak so far.
     Path("/proc/self/clear_refs").write_text("5")
     work()
-    return status_bytes("VmHWM") - before
-
-
-def status_bytes(field: str) -> int:
-    """A field of this process's status, for example VmHWM, the peak of its resident memory."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    kib = next(line.split()[1] for line in lines if line.startswith(f"{field}:"))
-    return int(kib) << 10
+    return (status_mib("VmHWM") - before) * 2**20
 
 
 def predict(config: RunConfig, processes: int, vocabulary_size: int) -> RankMemory:
     """The planner's memory of a rank on CPUs."""
-    passes = [each for microbatch in sampled_passes(config, vocabulary_size) for each in microbatch]
-    return rank_memory(config, processes, passes, vocabulary_size, "cpu")
+    largest = sampled_passes(config, vocabulary_size).largest
+    return rank_memory(config, processes, largest, vocabulary_size, "cpu")
 
 
 def compare(corpus: tiny.Corpus, layout: str) -> tuple[RankMemory, float]:
@@ -152,7 +145,7 @@ def compare(corpus: tiny.Corpus, layout: str) -> tuple[RankMemory, float]:
     config = run_of(corpus, layout)
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
     words += [__file__, "--measure", layout, "--corpus", str(corpus.directory)]
-    ended = subprocess.run(words, capture_output=True, text=True, env=os.environ | OWN_PAGES)
+    ended = subprocess.run(words, capture_output=True, text=True, env=os.environ | SMALL_PAGES)
     found = [line for line in ended.stdout.splitlines() if line.startswith(PREFIX)]
     if ended.returncode or not found:
         sys.exit(f"{layout}: exit code {ended.returncode}\n{ended.stderr[-4000:]}")

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from tools.bench.step import OWN_PAGES, _status_mib, show
+from tools.bench.step import OWN_PAGES, show, status_mib
 
 FAMILIES = ("mdlm", "duo", "esolm", "ar")
 SIDES = ("ours", "naive")
@@ -78,11 +78,11 @@ def measure(arguments: argparse.Namespace) -> None:
     # What is done once in a process is not measured.
     call(8, 2)
     gc.collect()
-    before = _status_mib("VmRSS")
+    before = status_mib("VmRSS")
     start = time.perf_counter()
     call(length, steps)
     seconds = time.perf_counter() - start
-    print(seconds, _status_mib("VmHWM") - before)
+    print(seconds, status_mib("VmHWM") - before)
 
 
 def run_side(

@@ -86,14 +86,15 @@ def print_memory(shape: Shape, side: str, parallel: ParallelState) -> None:
     """The measurement that `peak_memory` asks for."""
     step = BUILDERS[side](shape, parallel)
     gc.collect()
-    before = _status_mib("VmRSS")
+    before = status_mib("VmRSS")
     for index in range(2):
         step(index)
     # Not getrusage: its peak is inherited from the process that forked this one.
-    print(_status_mib("VmHWM") - before)
+    print(status_mib("VmHWM") - before)
 
 
-def _status_mib(name: str) -> float:
+def status_mib(name: str) -> float:
+    """MiB of a field of this process's status, for example VmHWM, the peak of its resident memory."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from megatron_dlm.interfaces import AttentionPattern, ModelInputs, Targets
-from megatron_dlm.models.config import ModelConfig
+from megatron_dlm.models.config import FREQUENCY_CHANNELS, ModelConfig
 from megatron_dlm.models.flops.flops_paper import TRAINING_PASSES
-from megatron_dlm.models.time_embedding import FREQUENCY_CHANNELS
+from megatron_dlm.models.sizes import layer_matrices
 from megatron_dlm.models.visibility import visibility, visible_pairs
 
 
@@ -42,8 +42,7 @@ class Work:
             3 x 2 x (body weights x rows + 2 d x pairs a layer + V d x head rows + modulations x sequences).
         """
         n, d, c = model.num_layers, model.hidden_size, model.conditioning_size
-        layer = 4 * d * d + 2 * d * model.ffn_hidden_size
-        macs = n * (layer * self.body_rows + 2 * d * self.attention_pairs)
+        macs = n * (layer_matrices(model) * self.body_rows + 2 * d * self.attention_pairs)
         macs += vocabulary_size * d * self.head_rows
         macs += (6 * n * d * c + 2 * d * c + FREQUENCY_CHANNELS * c + c * c) * self.sequences
         return TRAINING_PASSES * 2 * macs

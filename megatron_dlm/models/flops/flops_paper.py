@@ -7,9 +7,8 @@ through the head. Budgets must follow it; utilisation must not (`work.py`).
 from __future__ import annotations
 
 from megatron_dlm.interfaces import InputError
-from megatron_dlm.models.config import ModelConfig
+from megatron_dlm.models.config import FREQUENCY_CHANNELS, ModelConfig
 from megatron_dlm.models.sizes import parameter_count
-from megatron_dlm.models.time_embedding import FREQUENCY_CHANNELS
 
 PUBLISHED_VOCABULARY = 32_001
 """Ids of the published counts: TinyLlama's 32,000 and the mask token."""

@@ -98,8 +98,8 @@ def look_at_four(state, directory, oddity):
     hosts = ["alpha", "alpha", "beta", "beta"]
     socket.gethostname = lambda: hosts[state.rank]
     if oddity == "versions" and is_odd:
-        agreed = job.versions_that_must_agree
-        job.versions_that_must_agree = lambda: agreed() | {"numpy": "0.1"}
+        agreed = job.deciding_versions
+        job.deciding_versions = lambda: agreed() | {"numpy": "0.1"}
     if oddity == "clocks" and is_odd:
         now = time.time
         time.time = lambda: now() + 7.0

@@ -62,7 +62,7 @@ def test_stages_hold_the_model_and_its_replicated_parts(tensor, pipeline, chunks
         pad_vocabulary_to=1,
     )
     config = replace(config, model=model, parallel=parallel)
-    forward = sampled_passes(config, 32_000)[0][0]
+    forward = sampled_passes(config, 32_000).largest
     stages = [
         Stage(config, tensor * pipeline, forward, 32_000, "cpu", stage).parameters()
         for stage in range(pipeline)

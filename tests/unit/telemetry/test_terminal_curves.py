@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from megatron_dlm.telemetry.terminal_curves import WatchedRun, picture_of, refuse_no_run, steps_of
+from megatron_dlm.cli.watch import _refuse_no_run
+from megatron_dlm.interfaces import InputError
+from megatron_dlm.run.run_file import configured_steps
+from megatron_dlm.telemetry.terminal_curves import WatchedRun, picture_of
 
 
 def write_run(directory, steps, num_steps, age=0.0):
@@ -27,7 +30,7 @@ def write_run(directory, steps, num_steps, age=0.0):
     ]
     lines.append({"kind": "validation", "step": steps, "nats_per_token": 4.25})
     (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return WatchedRun.read(directory, steps_of(directory))
+    return WatchedRun.read(directory, configured_steps(directory))
 
 
 def shown(*runs, metric="nats_per_token"):
@@ -63,10 +66,12 @@ def test_a_run_without_a_line_yet(tmp_path):
     directory = tmp_path / "new"
     directory.mkdir()
     (directory / "run.json").write_text("{}")
-    text = shown(WatchedRun.read(directory, steps_of(directory)))
+    text = shown(WatchedRun.read(directory, configured_steps(directory)))
     assert "no metrics yet" in text and "no steps yet" in text and "0 of ?" in text
 
 
 def test_what_is_no_run_is_refused(tmp_path):
-    assert "no such directory" in refuse_no_run(tmp_path / "none")
-    assert "it is no run" in refuse_no_run(tmp_path)
+    with pytest.raises(InputError, match="no such directory"):
+        _refuse_no_run(tmp_path / "none")
+    with pytest.raises(InputError, match="it is no run"):
+        _refuse_no_run(tmp_path)
