@@ -27,6 +27,10 @@ class TrainingError(RuntimeError):
     """The run cannot continue, for example after non-finite values. One line: what, step, rank, samples."""
 
 
+class LostRankError(TrainingError):
+    """Another rank is gone or hangs, and no rank has told of an error of its own. One line: which."""
+
+
 class SaveError(TrainingError):
     """A checkpoint could not be saved; what was saved before is as it was. One line: path, reason."""
 

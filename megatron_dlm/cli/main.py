@@ -1,6 +1,6 @@
 """The command `megatron-dlm VERB`: finds the verb's file and turns errors into one line and an exit code.
 
-Exit codes: 0 done, 1 error, 2 bad configuration or usage, 3 stopped by a signal and saved.
+Exit codes: 0 done, 1 error, 2 bad configuration or usage, and those of platform/exit_codes.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,13 @@ from typing import NoReturn
 
 from megatron_dlm import __version__
 from megatron_dlm.cli.process import output_error, prepare_process
-from megatron_dlm.interfaces import InputError, SaveError, TrainingError
+from megatron_dlm.interfaces import InputError, LostRankError, SaveError, TrainingError
+from megatron_dlm.platform.exit_codes import (
+    EXIT_INTERRUPTED,
+    EXIT_LOST_RANK,
+    EXIT_PREEMPTED,
+    EXIT_SAVE_FAILED,
+)
 
 VERBS = {
     "tokenizer": "train a byte-level BPE tokenizer from text",
@@ -31,10 +37,6 @@ VERBS = {
     "import": "turn a Hugging Face folder, or a .ckpt of the paper's code, into a checkpoint",
 }
 
-EXIT_SAVE_FAILED = 75
-"""Exit code when checkpoints cannot be saved: EX_TEMPFAIL of sysexits.h."""
-EXIT_INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it; `train` saves instead."""
 PRINTING_VERBS = ("checkpoint", "doctor", "evaluate", "plan", "sample")
 """Verbs whose result is what they print."""
 
@@ -46,8 +48,8 @@ verbs:
 {chr(10).join(f"  {name:<10} {what}" for name, what in VERBS.items())}
 
 `megatron-dlm VERB --help` lists a verb's arguments with their units.
-exit codes: 0 done, 1 error, 2 bad configuration or usage, 3 stopped by a signal and saved,
-{EXIT_SAVE_FAILED} checkpoints cannot be saved
+exit codes: 0 done, 1 error, 2 bad configuration or usage, {EXIT_PREEMPTED} stopped by a signal and saved,
+{EXIT_LOST_RANK} another rank is gone or hangs, {EXIT_SAVE_FAILED} checkpoints cannot be saved
 """
 
 
@@ -105,6 +107,8 @@ def run_and_exit(program: str, action: Callable[[], int], *, result_is_printed: 
         fail(program, str(error))
     except SaveError as error:
         fail(program, str(error), exit_code=EXIT_SAVE_FAILED)
+    except LostRankError as error:
+        fail(program, str(error), exit_code=EXIT_LOST_RANK)
     except TrainingError as error:
         fail(program, str(error), exit_code=1)
     except KeyboardInterrupt:
@@ -130,12 +134,12 @@ def fail(program: str, message: str, exit_code: int = 2) -> NoReturn:
     """Print one line and exit.
 
     Before the process group exists, all ranks find the same error, so only rank 0 prints it. What a rank
-    alone can find (exit code 1: rank 0 does not answer) is printed by one process of each node.
+    alone can find (rank 0 does not answer) is printed by one process of each node.
 
     Args:
         program: command and verb.
         message: error text, with field, value and rule.
-        exit_code: 2 for an error the user can correct, 1 for any other.
+        exit_code: 2 for an error the user can correct, EXIT_LOST_RANK for a lost rank, 1 for any other.
     """
     from megatron_dlm.cli.torchrun import record_for_torchrun
     from megatron_dlm.platform.launch import detect_environment
@@ -153,7 +157,7 @@ def fail(program: str, message: str, exit_code: int = 2) -> NoReturn:
         rank, is_first_here = 0, True
     message = " ".join(message.split())
     record_for_torchrun(message)
-    if started or rank == 0 or (exit_code == 1 and is_first_here):
+    if started or rank == 0 or (exit_code in (1, EXIT_LOST_RANK) and is_first_here):
         where = f" on rank {rank}" if started or rank else ""
         print(f"{program}: error{where}: {message}", file=sys.stderr, flush=True)
     sys.exit(exit_code)

@@ -14,16 +14,13 @@ from pathlib import Path
 
 from megatron_dlm.cli.recipe import recipe_run
 from megatron_dlm.interfaces import InputError
+from megatron_dlm.platform.exit_codes import EXIT_LOST_RANK, EXIT_PREEMPTED, FIRST_OF_SIGNALS
 from megatron_dlm.platform.files import write_json
 
 RECORD = "requeues.json"
 """File in the run's directory."""
 MOST_WITHOUT_PROGRESS = 3
 """Starts in a row after which there is no new checkpoint before a job is given up."""
-PREEMPTED = 3
-"""Exit code of a run that a signal has stopped and that is saved."""
-FIRST_OF_SIGNALS = 128
-"""A shell's exit code of a process that a signal has killed is this and the signal's number."""
 
 
 @dataclass(frozen=True)
@@ -43,23 +40,26 @@ def decide(status: int, newest_step: int, record: Path) -> Decision:
         record: file in which starts are counted; written if the decision is to start again.
 
     Returns:
-        Start again after a signal that the run has saved itself for, or that has killed a process, but not
-        after errors, nor after 3 starts in a row without a new checkpoint.
+        Start again after a signal that the run has saved itself for, or that has killed a process, and after
+        a lost rank, but not after errors, nor after 3 starts in a row without a new checkpoint.
     """
-    if status != PREEMPTED and status <= FIRST_OF_SIGNALS:
+    causes = {EXIT_PREEMPTED: "stopped and saved", EXIT_LOST_RANK: "a rank was lost"}
+    if status > FIRST_OF_SIGNALS:
+        causes[status] = f"killed by signal {status - FIRST_OF_SIGNALS}"
+    if status not in causes:
         return Decision(False, f"exit code {status} is no signal's, and a new start would end the same way")
     try:
         counted = json.loads(record.read_text(encoding="utf-8"))
         starts = counted["starts"] if counted["step"] == newest_step else 0
     except (OSError, ValueError, KeyError, TypeError):
         starts = 0
-    what = "stopped and saved" if status == PREEMPTED else f"killed by signal {status - FIRST_OF_SIGNALS}"
     if starts >= MOST_WITHOUT_PROGRESS:
         return Decision(
-            False, f"{what}, and {starts} starts from step {newest_step} have made no new checkpoint"
+            False,
+            f"{causes[status]}, and {starts} starts from step {newest_step} have made no new checkpoint",
         )
     write_json(record, {"step": newest_step, "starts": starts + 1})
-    return Decision(True, f"{what}; starts again from step {newest_step}")
+    return Decision(True, f"{causes[status]}; starts again from step {newest_step}")
 
 
 def main() -> int:

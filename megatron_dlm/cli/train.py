@@ -54,7 +54,7 @@ def run(arguments: list[str]) -> int:
 def train_and_tell(config: RunConfig) -> int:
     """Train, and print what a run says; returns the exit code."""
     from megatron_dlm.cli.process import log_lines
-    from megatron_dlm.training.signals import EXIT_PREEMPTED
+    from megatron_dlm.platform.exit_codes import EXIT_PREEMPTED
     from megatron_dlm.training.train import train
 
     log_lines(of_run=True, quiet=config.telemetry.console == "quiet")
@@ -65,17 +65,22 @@ def _describe(config: RunConfig, processes: int, gpu: str, gpus_per_node: int) -
     """Print what a run on that many processes does; raises InputError if it cannot."""
     from megatron_dlm.run.description import describe_layout
     from megatron_dlm.run.flops_budget import describe_flops
-    from megatron_dlm.run.validation import check_run
+    from megatron_dlm.run.working_ranks import find_working_ranks
 
-    check_run(config, processes)
+    working = find_working_ranks(config, processes)
+    processes = working.count
     vocabulary_size, source = vocabulary_of(config)
-    lines = describe_layout(config, processes) | {
-        "FLOPs": describe_flops(config, vocabulary_size),
-        "vocabulary": f"{vocabulary_size:,} ids, {source}",
-        **_planned(config, processes, vocabulary_size, gpu, gpus_per_node),
-        "data": f"{' '.join(config.data.train)}, validation {config.data.validation or 'of the same shards'}",
-        "this host": _readiness(config, processes),
-    }
+    lines = (
+        ({"idle": working.describe()} if working.idle else {})
+        | describe_layout(config, processes)
+        | {
+            "FLOPs": describe_flops(config, vocabulary_size),
+            "vocabulary": f"{vocabulary_size:,} ids, {source}",
+            **_planned(config, processes, vocabulary_size, gpu, gpus_per_node),
+            "data": f"{' '.join(config.data.train)}, validation {config.data.validation or 'of the same shards'}",
+            "this host": _readiness(config, processes),
+        }
+    )
     for name, value in lines.items():
         print(f"{name:<10} {value}")
 

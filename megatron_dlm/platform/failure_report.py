@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from megatron_dlm.interfaces import TrainingError
-from megatron_dlm.platform.parallel import ParallelState
+from megatron_dlm.interfaces import LostRankError, TrainingError
 
 REPORT_SECONDS = 5.0
 """How long a failed rank waits for the reports of the others; who is silent longer is gone or hangs."""
@@ -23,17 +22,19 @@ POLL_SECONDS = 1.0
 
 
 @contextmanager
-def naming_the_rank_at_fault(parallel: ParallelState) -> Iterator[None]:
+def naming_the_rank_at_fault(rank: int, world_size: int) -> Iterator[None]:
     """Turn the error of a broken collective into one that names the ranks that broke it.
 
     Args:
-        parallel: this process's place.
+        rank: of this process in the default process group.
+        world_size: ranks of the group.
 
     Yields:
         Nothing.
 
     Raises:
-        TrainingError: another rank has failed, is gone or hangs. What this rank did wrong passes unchanged.
+        LostRankError: another rank is gone or hangs, or connections broke.
+        TrainingError: another rank has failed. What this rank did wrong passes unchanged.
     """
     from torch.distributed.checkpoint.api import CheckpointException
 
@@ -52,10 +53,10 @@ def naming_the_rank_at_fault(parallel: ParallelState) -> Iterator[None]:
             # Someone hangs: where everyone was tells why.
             traceback.print_exception(error)
             _ask_for_stacks()
-        reports = _exchange_reports(parallel, str(error), broken=broken)
+        reports = _exchange_reports(rank, world_size, str(error), broken=broken)
         if not broken:
             raise
-        raise TrainingError(_describe(reports, parallel.world_size)) from error
+        raise _fault(reports, world_size) from error
     finally:
         ended.set()
         watcher.join(REPORT_SECONDS)
@@ -95,7 +96,9 @@ def _is_broken_collective(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
-def _exchange_reports(parallel: ParallelState, message: str, *, broken: bool) -> dict[int, dict[str, Any]]:
+def _exchange_reports(
+    own_rank: int, world_size: int, message: str, *, broken: bool
+) -> dict[int, dict[str, Any]]:
     """Reports of the ranks that answer in time, by rank; a rank that failed by itself only posts its own."""
     from torch.distributed.distributed_c10d import _get_default_store
 
@@ -103,9 +106,9 @@ def _exchange_reports(parallel: ParallelState, message: str, *, broken: bool) ->
     deadline = time.monotonic() + REPORT_SECONDS
     try:
         store = _get_default_store()
-        store.set(f"failure/{parallel.rank}", json.dumps({"message": message, "broken": broken}))
-        while broken and len(reports) < parallel.world_size and time.monotonic() < deadline:
-            for rank in set(range(parallel.world_size)) - set(reports):
+        store.set(f"failure/{own_rank}", json.dumps({"message": message, "broken": broken}))
+        while broken and len(reports) < world_size and time.monotonic() < deadline:
+            for rank in set(range(world_size)) - set(reports):
                 if store.check([f"failure/{rank}"]):
                     reports[rank] = json.loads(store.get(f"failure/{rank}"))
             time.sleep(0.05)
@@ -115,15 +118,16 @@ def _exchange_reports(parallel: ParallelState, message: str, *, broken: bool) ->
     return reports
 
 
-def _describe(reports: dict[int, dict[str, Any]], world_size: int) -> str:
+def _fault(reports: dict[int, dict[str, Any]], world_size: int) -> TrainingError:
     failed = {rank: report["message"] for rank, report in reports.items() if not report["broken"]}
     if failed:
-        return "; ".join(f"rank {rank} failed: {message}" for rank, message in sorted(failed.items()))
+        return TrainingError(
+            "; ".join(f"rank {rank} failed: {message}" for rank, message in sorted(failed.items()))
+        )
     silent = [str(rank) for rank in range(world_size) if rank not in reports]
     if not reports:
         silent = ["0"]
     if not silent:
-        return "connection between ranks lost: " + "; ".join(
-            f"rank {rank}: {report['message']}" for rank, report in sorted(reports.items())
-        )
-    return f"rank {', '.join(silent)} is gone or hangs: no answer within {REPORT_SECONDS:g} s"
+        told = "; ".join(f"rank {rank}: {report['message']}" for rank, report in sorted(reports.items()))
+        return LostRankError(f"connection between ranks lost: {told}")
+    return LostRankError(f"rank {', '.join(silent)} is gone or hangs: no answer within {REPORT_SECONDS:g} s")

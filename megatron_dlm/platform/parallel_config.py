@@ -61,6 +61,9 @@ class ParallelConfig:
     """On CUDA, use only kernels that give the same bits in every run; a CPU always does."""
     intra_op_threads: int = 1
     """CPU threads per process; another number changes the last bits of a CPU run."""
+    idle_ranks: bool = False
+    """Where the sizes do not divide by all processes of the job, the largest number that divides works and
+    the other processes wait; without it such a job is refused. For jobs whose number of nodes changes."""
     collective_timeout_seconds: float = 1800.0
     """Seconds that a collective operation waits for a silent rank before the job ends."""
 

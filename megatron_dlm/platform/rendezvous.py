@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from megatron_dlm.interfaces import InputError, TrainingError
+from megatron_dlm.interfaces import InputError, LostRankError
 from megatron_dlm.platform.launch import ProcessEnvironment
 
 if TYPE_CHECKING:
@@ -25,6 +25,18 @@ CONNECT_SECONDS = 2.0
 """Longest time of one attempt to connect."""
 NAMED_RANKS = 8
 """Most ranks that a line names."""
+GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
+"""Environment variable with the network interface that gloo takes, in place of that which the host's name
+has: on many hosts that is the loopback interface, which other hosts cannot reach."""
+ENDED, ENDED_SEEN, DONE = "job/ended", "job/ended/seen", "done"
+"""Keys of the store, and the value of the first where the run has reached its last step."""
+IDLE_SECONDS = 0.5
+"""Time between two looks of an idle process."""
+SILENCE_SECONDS = 15.0
+"""Time without a sign of life from the host of a store after which the connection is given up;
+below the time that a failed rank gives its report."""
+ATTEMPT = "MEGATRON_DLM_ATTEMPT"
+"""Environment variable with a name that the processes of one start of a job share, set by our torchrun."""
 
 
 class Wait:
@@ -43,11 +55,11 @@ class Wait:
             whom: names who is waited for; called only where that is told.
 
         Raises:
-            TrainingError: the wait has reached its limit.
+            LostRankError: the wait has reached its limit.
         """
         waited = time.monotonic() - self._started_at
         if waited >= self._limit_seconds:
-            raise TrainingError(
+            raise LostRankError(
                 f"parallel.collective_timeout_seconds: after {self._limit_seconds:,.0f} s still waiting for "
                 f"{whom()}"
             )
@@ -69,26 +81,112 @@ def start_process_group(environment: ProcessEnvironment, *, backend: str, timeou
 
     Raises:
         InputError: MASTER_PORT is in use by another program.
-        TrainingError: not all processes came in time, or rank 0 has ended.
+        LostRankError: not all processes came in time, or rank 0 has ended.
     """
     import torch.distributed as dist
 
     timeout = datetime.timedelta(seconds=timeout_seconds)
     world_size, rank = environment.world_size, environment.rank
     store = _open_store(environment, timeout_seconds)
+    bound_silence(environment.master_port)
     if world_size > 1:
         try:
             _meet(store, environment, timeout_seconds)
         except dist.DistError as error:
-            raise TrainingError(f"rank 0 at {_place(environment)} ended while ranks waited") from error
+            raise LostRankError(f"rank 0 at {_place(environment)} ended while ranks waited") from error
     if environment.local_world_size == world_size:
-        # gloo would take the address that the host's name has.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault(GLOO_INTERFACE, "lo")
+    elif backend == "gloo" and GLOO_INTERFACE not in os.environ and (name := _interface_to(environment)):
+        os.environ[GLOO_INTERFACE] = name
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def wait_for_the_end(environment: ProcessEnvironment, timeout_seconds: float) -> bool:
+    """Wait, as a process that has no part in the work, until rank 0 says that the job has ended.
+
+    Args:
+        environment: from `detect_environment`.
+        timeout_seconds: how long to wait for rank 0 to be there.
+
+    Returns:
+        What rank 0 gave to `tell_of_the_end`.
+
+    Raises:
+        LostRankError: rank 0 has ended without a word, or did not come in time.
+    """
+    import torch.distributed as dist
+
+    store = _open_store(environment, timeout_seconds)
+    bound_silence(environment.master_port)
+    try:
+        while not store.check([ENDED]):
+            time.sleep(IDLE_SECONDS)
+        is_done = store.get(ENDED).decode() == DONE
+        store.add(ENDED_SEEN, 1)
+    except dist.DistError as error:
+        raise LostRankError(f"rank 0 at {_place(environment)} ended while this rank was idle") from error
+    return is_done
+
+
+def tell_of_the_end(*, is_done: bool, idle_ranks: int) -> None:
+    """Tell idle processes that the job has ended, and wait until they know; rank 0 calls it.
+
+    Args:
+        is_done: whether the run has reached its last step; else it was asked to stop.
+        idle_ranks: number of processes in `wait_for_the_end`.
+    """
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    # The group's own has the group's name before all keys.
+    store = _get_default_store().underlying_store  # type: ignore[attr-defined]
+    store.set(ENDED, DONE if is_done else "stopped")
+    # The store may end with this process; one that was killed while it waited does not hold it up for long.
+    deadline = time.monotonic() + 10 * IDLE_SECONDS
+    while store.add(ENDED_SEEN, 0) < idle_ranks and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+def _interface_to(environment: ProcessEnvironment) -> str | None:
+    """Network interface of this host on the way to rank 0; None if it is not to be found."""
+    import psutil
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            # Of a datagram socket this only looks the route up.
+            probe.connect((environment.master_addr, environment.master_port))
+        except OSError:
+            return None
+        address = probe.getsockname()[0]
+    for name, addresses in psutil.net_if_addrs().items():
+        if name != "lo" and any(place.address == address for place in addresses):
+            return name
+    # On rank 0's host the way to it is the loopback interface.
+    return None
 
 
 def _place(environment: ProcessEnvironment) -> str:
     return f"{environment.master_addr}:{environment.master_port}"
+
+
+def bound_silence(port: int | None = None) -> None:
+    """End this process's connections to a host that answers nothing for SILENCE_SECONDS, not even refusals.
+
+    A host that loses its network or its power sends no end of a connection, and torch's stores wait for it as
+    long as the kernel does, 15 minutes and more.
+
+    Args:
+        port: of the store; None: all connections that are open now.
+    """
+    import psutil
+
+    for connection in psutil.Process().net_connections(kind="tcp"):
+        if connection.raddr and port in (None, connection.raddr.port):
+            with socket.socket(fileno=os.dup(connection.fd)) as own:
+                own.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(SILENCE_SECONDS * 1000))
+                # Such that a silent wait for an answer is noticed too.
+                own.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                own.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, int(SILENCE_SECONDS / 2))
+                own.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, int(SILENCE_SECONDS / 4))
 
 
 def _open_store(environment: ProcessEnvironment, timeout_seconds: float) -> Store:
@@ -107,7 +205,8 @@ def _open_store(environment: ProcessEnvironment, timeout_seconds: float) -> Stor
             return store
         # The agent's store outlives a restart and keeps gloo's old addresses (torch 2.13: --max-restarts
         # then hangs); a prefix of its own gives each attempt a clean store.
-        return PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        attempt = os.environ.get(ATTEMPT) or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return PrefixStore(f"attempt-{attempt}", store)
     # Over several nodes a name may be the loopback address on its own node.
     one_node = environment.local_world_size == world_size
     listener = _listen(environment) if one_node else None

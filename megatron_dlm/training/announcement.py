@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from megatron_dlm.checkpointing.layout import PROGRESS_RECORD, read_json
+from megatron_dlm.platform.exit_codes import EXIT_PREEMPTED
 from megatron_dlm.platform.gpu import name_of
 from megatron_dlm.platform.parallel import ParallelState
 from megatron_dlm.run.config import RunConfig
@@ -14,7 +15,6 @@ from megatron_dlm.run.datasets import RunData
 from megatron_dlm.run.description import describe_changes, describe_data, describe_layout
 from megatron_dlm.run.run_record import OutsideStart, RunRecord, checkpoint_root, read_run_record
 from megatron_dlm.telemetry.writers import duration
-from megatron_dlm.training.signals import EXIT_PREEMPTED
 
 if TYPE_CHECKING:
     from megatron_dlm.training.progress import TrainingProgress

@@ -7,13 +7,12 @@ import os
 import signal
 import time
 
+from megatron_dlm.platform.exit_codes import EXIT_PREEMPTED, FIRST_OF_SIGNALS
 from megatron_dlm.platform.launch import detect_environment
 from megatron_dlm.platform.signal_thread import handle_in_thread, job_signals
 
 logger = logging.getLogger(__name__)
 REPEATED_SIGNAL_SECONDS = 5.0
-EXIT_PREEMPTED = 3
-"""Exit code of a run that a signal or its time limit stopped; the next start resumes from its checkpoint."""
 
 
 class StopSignals:
@@ -46,7 +45,7 @@ class StopSignals:
             self._tell(f"{name}: saving and stopping; once more, later, ends at once")
         elif time.monotonic() - self._received_at > REPEATED_SIGNAL_SECONDS:
             self._tell(f"{name} again: ends at once, unsaved")
-            os._exit(128 + number)
+            os._exit(FIRST_OF_SIGNALS + number)
 
     def _tell(self, message: str) -> None:
         if self._is_first_rank:

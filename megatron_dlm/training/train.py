@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.platform.failure_report import naming_the_rank_at_fault
 from megatron_dlm.platform.launch import detect_environment
 from megatron_dlm.platform.parallel import ParallelState, on_first_rank, start_parallel, stop_parallel
+from megatron_dlm.platform.rendezvous import tell_of_the_end, wait_for_the_end
 from megatron_dlm.run.config import RunConfig
 from megatron_dlm.run.datasets import RunData, open_data
 from megatron_dlm.run.run_file import refuse_foreign_directory, write_run_file
 from megatron_dlm.run.run_record import OutsideStart, RunRecord, checkpoint_root, read_run_record
-from megatron_dlm.run.validation import check_device, check_run
+from megatron_dlm.run.validation import check_device
+from megatron_dlm.run.working_ranks import find_working_ranks
 from megatron_dlm.training.announcement import Announcement
 from megatron_dlm.training.run_lock import RunLock
 from megatron_dlm.training.signals import StopSignals
@@ -21,6 +24,8 @@ from megatron_dlm.training.start import agree_on_start, find_start, restore
 if TYPE_CHECKING:
     from megatron_dlm.training.progress import TrainingProgress
     from megatron_dlm.training.session import Session
+
+logger = logging.getLogger(__name__)
 
 
 def train(config: RunConfig) -> bool:
@@ -37,11 +42,17 @@ def train(config: RunConfig) -> bool:
             is in the directory; no step has been made then.
     """
     signals = StopSignals()
-    environment = detect_environment()
+    started_as = detect_environment()
+    working = find_working_ranks(config, started_as.world_size)
+    if started_as.rank >= working.count:
+        return wait_for_the_end(started_as, config.parallel.collective_timeout_seconds)
+    environment = working.place(started_as)
+    if working.idle and environment.rank == 0:
+        logger.warning(working.describe())
     data = check_start(config, environment.world_size)
     parallel = start_parallel(environment, config.parallel)
     signals.ranks_have_met = True
-    with naming_the_rank_at_fault(parallel):
+    with naming_the_rank_at_fault(parallel.rank, parallel.world_size):
         check_device(config, parallel.device)
         lock = RunLock(config.directory)
 
@@ -58,6 +69,8 @@ def train(config: RunConfig) -> bool:
         agree_on_start(start, parallel)
         is_done = train_from(start, config, data, parallel, signals)
         signals.run_has_ended = True
+        if working.idle and parallel.rank == 0:
+            tell_of_the_end(is_done=is_done, idle_ranks=working.idle)
         # Not after an error: the other ranks may never arrive.
         stop_parallel()
     return is_done
@@ -76,7 +89,7 @@ def check_start(config: RunConfig, processes: int) -> RunData:
     Raises:
         InputError: one of them cannot be used.
     """
-    check_run(config, processes)
+    find_working_ranks(config, processes)
     refuse_foreign_directory(config.directory)
     data = open_data(config.data)
     # Refuses what this vocabulary is too small for.

@@ -31,7 +31,7 @@ def wait_for_a_sleeper(state, directory):
 
     os.dup2(os.open(directory / f"stderr-{state.rank}", os.O_WRONLY | os.O_CREAT), 2)
     try:
-        with naming_the_rank_at_fault(state):
+        with naming_the_rank_at_fault(state.rank, state.world_size):
             if state.rank == 1:
                 oversleep()
             dist.all_reduce(torch.ones(1))

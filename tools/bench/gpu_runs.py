@@ -18,13 +18,12 @@ import torch
 
 from megatron_dlm.data.tokenizers.tokenizer import train_tokenizer
 from megatron_dlm.kernels.choice import INTERPRETER
+from megatron_dlm.platform.exit_codes import EXIT_PREEMPTED
 from megatron_dlm.telemetry.writers import read_metrics
 from tools.bench.text import texts_of, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 START_AND_SAVE_MINUTES = 1.5
-PREEMPTED = 3
-"""Exit code of a training that has saved and goes on when it is started again."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +166,7 @@ def finish(words: list[Any], seconds: float = 3600.0, allowed: tuple[int, ...] =
             process.communicate()
     if process.returncode in allowed:
         return
-    if process.returncode == PREEMPTED:
+    if process.returncode == EXIT_PREEMPTED:
         raise RuntimeError("saved in the middle; goes on at the next call")
     lines = printed.splitlines() or ["no output"]
     # Of the program itself, before what a launcher says of that.

@@ -17,6 +17,7 @@ from tools import tiny
     [
         (3, True, "stopped and saved; starts again from step 40"),
         (137, True, "killed by signal 9"),
+        (4, True, "a rank was lost; starts again"),
         (143, True, "killed by signal 15"),
         (1, False, "exit code 1 is no signal's"),
         (2, False, "exit code 2"),
