@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,8 +29,9 @@ PLACE = "{question}"
 class Gsm8kConfig(ModelArgument):
     """Exact match on grade-school mathematics: generate an answer, compare the number behind its last ####.
 
-    Answers are written after each batch; the same command resumes where it stopped. The model should be
-    fine-tuned on such problems (`index --prompt-key question --json-keys answer`, examples/FAMILY/gsm8k.py).
+    Answers are written after each batch; the same command resumes where it stopped. Under torchrun, srun or
+    mpirun the processes share the batches; the answers stay the same. The model should be fine-tuned on such
+    problems (`index --prompt-key question --json-keys answer`, examples/FAMILY/gsm8k.py).
     """
 
     data: Path
@@ -77,13 +80,19 @@ def run(arguments: list[str]) -> int:
 
     problems = read_problems(config.data)[: config.limit]
     loaded = open_model(config.model, tokenizer=config.tokenizer, dtype=config.dtype, device=config.device)
-    with bad_values():
+    peers = loaded.peers
+    with bad_values(), peers.together():
         settings = config.sampling.resolved(loaded.family)
         prompts = _prompts(problems, config, loaded)
-        done = _resume(config, settings, loaded)
+        done = peers.on_first(lambda: _resume(config, settings, loaded))
         left = [problem for problem in problems if problem.number not in done]
-        _answer(left, prompts, config, settings, loaded)
-    _score(config, problems)
+        answers = _answer(left, prompts, config, settings, loaded)
+        if peers.is_first:
+            _write(answers, len(left), config)
+            _score(config, problems)
+        else:
+            for _ in answers:
+                continue
     return 0
 
 
@@ -161,52 +170,64 @@ def _answer(
     config: Gsm8kConfig,
     settings: SamplingConfig,
     loaded: LoadedModel,
-) -> None:
-    """Answer the remaining problems; `prompts` holds the prompts of all problems, by problem number."""
+) -> Iterator[tuple[list[dict[str, Any]], int]]:
+    """Answer the remaining problems; `prompts` holds the prompts of all problems, by problem number.
+
+    Yields lines for the file of answers, with how many tokens were sampled for them.
+    """
     from megatron_dlm.evaluation.generation import before_end, sample_all
     from megatron_dlm.evaluation.gsm8k import final_number
     from megatron_dlm.sampling.start import start_from
-    from megatron_dlm.telemetry.writers import duration
 
     length = loaded.length(config.length)
     starts = [start_from([prompts[problem.number]], length, loaded.family) for problem in problems]
-    seconds, tokens, done, correct = 0.0, 0, 0, 0
-    with (config.output / ANSWERS).open("a", encoding="utf-8") as file:
-        for batch in sample_all(
-            loaded.network,
-            loaded.family,
-            settings,
-            starts,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            numbers=[problem.number for problem in problems],
+    for batch in sample_all(
+        loaded.network,
+        loaded.family,
+        settings,
+        starts,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        numbers=[problem.number for problem in problems],
+        peers=loaded.peers,
+    ):
+        lines = []
+        for place, ids, given in zip(
+            batch.places, batch.ids_BL.tolist(), batch.given_BL.tolist(), strict=True
         ):
-            for place, ids, given in zip(
-                batch.places, batch.ids_BL.tolist(), batch.given_BL.tolist(), strict=True
-            ):
-                problem = problems[place]
-                tokens_before_end = before_end(ids, given, loaded.vocabulary.eos_token_id)
-                answer = tokens_before_end[sum(given) :]
-                response = loaded.tokenizer.decode(answer)
-                found = final_number(response)
-                correct += found == problem.expected
-                line = {
-                    "number": problem.number,
-                    "question": problem.question,
-                    "expected": str(problem.expected),
-                    "response": response,
-                    "found": None if found is None else str(found),
-                    "correct": found == problem.expected,
-                    "unfinished": len(tokens_before_end) == length,
-                }
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            problem = problems[place]
+            tokens_before_end = before_end(ids, given, loaded.vocabulary.eos_token_id)
+            response = loaded.tokenizer.decode(tokens_before_end[sum(given) :])
+            found = final_number(response)
+            line = {
+                "number": problem.number,
+                "question": problem.question,
+                "expected": str(problem.expected),
+                "response": response,
+                "found": None if found is None else str(found),
+                "correct": found == problem.expected,
+                "unfinished": len(tokens_before_end) == length,
+            }
+            lines.append(line)
+        yield lines, batch.tokens
+
+
+def _write(answers: Iterator[tuple[list[dict[str, Any]], int]], count: int, config: Gsm8kConfig) -> None:
+    """Append answers to their file as they come; `count` of them are to come."""
+    from megatron_dlm.telemetry.writers import duration
+
+    tokens, done, correct, begun = 0, 0, 0, time.perf_counter()
+    with (config.output / ANSWERS).open("a", encoding="utf-8") as file:
+        for lines, sampled in answers:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             file.flush()
             os.fsync(file.fileno())
-            done, seconds, tokens = done + len(batch.places), seconds + batch.seconds, tokens + batch.tokens
-            left = (len(problems) - done) * seconds / done
+            seconds = time.perf_counter() - begun
+            done, tokens = done + len(lines), tokens + sampled
+            correct += sum(line["correct"] for line in lines)
             print(
-                f"{done}/{len(problems)} problems | {correct} correct | {tokens / seconds:,.0f} tokens/s | "
-                f"ETA {duration(left)}",
+                f"{done}/{count} problems | {correct} correct | {tokens / seconds:,.0f} tokens/s | "
+                f"ETA {duration((count - done) * seconds / done)}",
                 file=sys.stderr,
                 flush=True,
             )

@@ -105,15 +105,16 @@ def _evaluate(config: NllConfig) -> tuple[Bound, bool]:
                 progress=ProgressPrinter(),
             )
     if config.parallel != ParallelConfig():
-        raise InputError("parallel: an exported folder is evaluated on one process")
+        raise InputError("parallel: processes share the copies of an exported folder, without other axes")
     loaded = open_model(config.model, tokenizer=config.tokenizer, dtype=config.dtype, device=None)
     _refuse_plot(config, loaded.config.objective)
     data = loaded.config.data
-    with _data(config, data.validation or data.train[0], loaded.tokenizer.path, loaded.vocabulary) as prefix:
+    where = _data(config, data.validation or data.train[0], loaded.tokenizer.path, loaded.vocabulary)
+    with loaded.peers.together(), where as prefix:
         bound = bound_of_folder(
             loaded, prefix, config.bound, size, drop_long_records=drop, progress=ProgressPrinter()
         )
-        return bound, True
+        return bound, loaded.peers.is_first
 
 
 def _refuse_plot(config: NllConfig, objective: ObjectiveConfig) -> None:

@@ -32,7 +32,8 @@ MEASURED = ("tokens_per_second", "seconds", "generative_perplexity", "unigram_en
 class ParetoConfig:
     """Quality against speed of sampling: every combination of the lists, one row of a table each.
 
-    Speed is measured over whole sampling calls, including all overhead of the sampler. Rows already in the
+    Speed is measured over whole sampling calls, including all overhead of the sampler. Under torchrun, srun
+    or mpirun the processes share the texts, and the speed is still that of one process. Rows already in the
     table are not measured again, so the same command resumes a sweep that was stopped.
     """
 
@@ -94,10 +95,22 @@ def run(arguments: list[str]) -> int:
     """Parse, sweep, draw; returns the exit code."""
     config = parse(ParetoConfig, arguments, verb="evaluate pareto")
     from megatron_dlm.evaluation.generative import reference_points
-    from megatron_dlm.evaluation.loaded_model import open_model
+    from megatron_dlm.platform.peers import meet_peers
 
     published = {} if config.reference is None else reference_points(config.reference)
     rows = _read(config.output / TABLE)
+    peers = meet_peers()
+    with peers.together():
+        groups = _measure_missing(config, rows)
+    if peers.is_first:
+        _report(config, [row for row in rows if _comparable(row) in groups], published)
+    return 0
+
+
+def _measure_missing(config: ParetoConfig, rows: list[dict[str, str]]) -> set[tuple[str, ...]]:
+    """Add what is not among the rows yet; returns what the rows of this sweep have in common."""
+    from megatron_dlm.evaluation.loaded_model import open_model
+
     groups: set[tuple[str, ...]] = set()
     for path in config.models:
         loaded = open_model(path, tokenizer=config.tokenizer, dtype=config.dtype, device=config.device)
@@ -111,10 +124,11 @@ def run(arguments: list[str]) -> int:
             for number, keys in enumerate(wanted, start=1):
                 if not any(all(row[key] == str(keys[key]) for key in KEYS) for row in rows):
                     rows.append(_measure(keys, loaded, judge))
-                    _write(config.output / TABLE, rows)
-                print(f"{path}: {number}/{len(wanted)} combinations", file=sys.stderr, flush=True)
-    _report(config, [row for row in rows if _comparable(row) in groups], published)
-    return 0
+                    if loaded.peers.is_first:
+                        _write(config.output / TABLE, rows)
+                if loaded.peers.is_first:
+                    print(f"{path}: {number}/{len(wanted)} combinations", file=sys.stderr, flush=True)
+    return groups
 
 
 def _comparable(row: dict[str, Any]) -> tuple[str, ...]:
@@ -201,7 +215,13 @@ def _measure(keys: dict[str, Any], loaded: LoadedModel, judge: Judge) -> dict[st
     samples: list[list[int]] = []
     tokens, seconds = 0, 0.0
     for batch in sample_all(
-        loaded.network, loaded.family, settings, starts, batch_size=keys["batch_size"], seed=keys["seed"]
+        loaded.network,
+        loaded.family,
+        settings,
+        starts,
+        batch_size=keys["batch_size"],
+        seed=keys["seed"],
+        peers=loaded.peers,
     ):
         samples += batch.ids_BL.tolist()
         tokens, seconds = tokens + batch.tokens, seconds + batch.seconds
@@ -209,7 +229,7 @@ def _measure(keys: dict[str, Any], loaded: LoadedModel, judge: Judge) -> dict[st
     measured = {
         "tokens_per_second": f"{tokens / seconds:.6g}",
         "seconds": f"{seconds:.6g}",
-        "generative_perplexity": f"{judge.perplexity(texts):.6g}",
+        "generative_perplexity": f"{judge.perplexity(texts, loaded.peers):.6g}",
         "unigram_entropy": f"{unigram_entropy(samples):.6g}",
     }
     return {key: str(value) for key, value in keys.items()} | measured

@@ -24,6 +24,13 @@ def _run() -> int:
     from lm_eval.__main__ import cli_evaluate
 
     import megatron_dlm.evaluation.lm_eval_model  # noqa: F401
+    from megatron_dlm.platform.launch import detect_environment
+
+    if (processes := detect_environment().world_size) != 1:
+        # Its processes would all write the results.
+        raise InputError(
+            f"started on {processes} processes; megatron-dlm evaluate harness shares tasks among them"
+        )
 
     cli_evaluate()
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,7 +25,10 @@ PREVIEW_CHARACTERS = 400
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(ModelArgument):
-    """Sample texts from a trained model with any sampler of its family."""
+    """Sample texts from a trained model with any sampler of its family.
+
+    Under torchrun, srun or mpirun the processes share the batches; the texts stay the same.
+    """
 
     num_samples: int = 4
     """Number of texts to sample; with prompts, the number per prompt."""
@@ -70,7 +74,7 @@ def run(arguments: list[str]) -> int:
     from megatron_dlm.evaluation.loaded_model import open_model
 
     loaded = open_model(config.model, tokenizer=config.tokenizer, dtype=config.dtype, device=config.device)
-    with bad_values():
+    with bad_values(), loaded.peers.together():
         _sample(config, loaded)
     return 0
 
@@ -84,11 +88,17 @@ def _sample(config: SampleConfig, loaded: LoadedModel) -> None:
     length = loaded.length(config.length)
     starts = [start for prompt in prompts for start in [_start(prompt, length, loaded)] * config.num_samples]
     lines: list[dict[str, Any]] = []
-    tokens, seconds = 0, 0.0
+    tokens, begun = 0, time.perf_counter()
     for batch in sample_all(
-        loaded.network, loaded.family, settings, starts, batch_size=config.batch_size, seed=config.seed
+        loaded.network,
+        loaded.family,
+        settings,
+        starts,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        peers=loaded.peers,
     ):
-        tokens, seconds = tokens + batch.tokens, seconds + batch.seconds
+        tokens, seconds = tokens + batch.tokens, time.perf_counter() - begun
         for number, ids, given in zip(
             batch.places, batch.ids_BL.tolist(), batch.given_BL.tolist(), strict=True
         ):
@@ -97,11 +107,15 @@ def _sample(config: SampleConfig, loaded: LoadedModel) -> None:
             line = {"number": number, "seed": config.seed, **prompts[number // config.num_samples]}
             lines.append(line | {"text": text, "token_ids": ids})
         left = (len(starts) - len(lines)) * seconds / len(lines)
+        if not loaded.peers.is_first:
+            continue
         print(
             f"{len(lines)}/{len(starts)} texts | {tokens / seconds:,.0f} tokens/s | ETA {duration(left)}",
             file=sys.stderr,
             flush=True,
         )
+    if not loaded.peers.is_first:
+        return
     if config.output is None:
         for line in lines:
             print(f"-- {line['number']}\n{line['text']}")

@@ -130,7 +130,7 @@ def bound_of_folder(
     drop_long_records: bool,
     progress: ProgressCallback,
 ) -> Bound:
-    """NELBO of an exported model on one held-out shard, in one process without process groups.
+    """NELBO of an exported model on one held-out shard; processes that share it each score a part.
 
     Args:
         loaded: exported model.
@@ -157,13 +157,13 @@ def bound_of_folder(
         run_config.training.head_rows_per_chunk,
     )
     return held_out_bound(
-        exported_copies(score, loaded.vocabulary),
+        exported_copies(score, loaded.vocabulary, loaded.peers),
         rows,
         run_config.objective,
         loaded.vocabulary,
         config,
         bytes_per_token=shard.manifest.bytes_per_token,
-        share=share_of_rank(micro_batch_size),
+        share=share_of_rank(micro_batch_size, loaded.peers.rank, loaded.peers.world_size),
         progress=progress,
     )
 

@@ -11,6 +11,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from megatron_dlm.platform.peers import Peers
 from megatron_dlm.sampling.family_sampler import FamilySampler
 from megatron_dlm.sampling.generate import sample
 from megatron_dlm.sampling.network import Network
@@ -43,8 +44,9 @@ def sample_all(
     batch_size: int,
     seed: int,
     numbers: Sequence[int] | None = None,
+    peers: Peers = Peers(),
 ) -> Iterator[Generated]:
-    """Sample a text for each start; the texts do not depend on `batch_size`.
+    """Sample a text for each start; the texts depend on neither `batch_size` nor the number of processes.
 
     Args:
         network: trained network.
@@ -54,11 +56,13 @@ def sample_all(
         batch_size: sequences sampled at a time.
         seed: random seed of all draws.
         numbers: number of each sample, which with the seed addresses its draws; None: its index in `starts`.
+        peers: processes that share the batches; all iterate.
 
     Yields:
-        The texts of each batch, in order.
+        The texts of each batch, in order, on every process.
     """
-    for first in range(0, len(starts), batch_size):
+
+    def sample_batch(first: int) -> Generated:
         some = starts[first : first + batch_size]
         batch = Start(
             torch.cat([start.ids_BL for start in some]), torch.cat([start.given_BL for start in some])
@@ -68,7 +72,13 @@ def sample_all(
         begun = time.perf_counter()
         ids_BL = sample(network, family, config, batch, seed=seed, samples=samples).cpu()
         seconds = time.perf_counter() - begun
-        yield Generated(places, ids_BL, batch.given_BL, int((~batch.given_BL).sum()), seconds)
+        return Generated(places, ids_BL, batch.given_BL, int((~batch.given_BL).sum()), seconds)
+
+    for first in range(0, len(starts), batch_size * peers.world_size):
+        own = first + batch_size * peers.rank
+        for generated in peers.all_tell(sample_batch(own) if own < len(starts) else None):
+            if generated is not None:
+                yield generated
 
 
 def are_greedy(

@@ -7,12 +7,14 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megatron_dlm.interfaces import InputError
+from megatron_dlm.platform.peers import Peers
 
 logger = logging.getLogger(__name__)
 
@@ -38,27 +40,20 @@ class Judge:
         self._length = min(JUDGE_TOKENS, length)
 
     @torch.no_grad()
-    def perplexity(self, texts: Sequence[str]) -> float:
+    def perplexity(self, texts: Sequence[str], peers: Peers = Peers()) -> float:
         """Generative perplexity: exp of the nats per judge token over all texts, first tokens not scored.
 
         Args:
             texts: decoded samples.
+            peers: processes with the same judge, which share the texts.
 
         Returns:
             The perplexity; infinite if no text has two tokens. Texts that are cut or left out are counted in
             a warning.
         """
-        nats, count, cut, short = 0.0, 0, 0, 0
-        for text in texts:
-            tokens = list(self._encode(text))
-            cut += len(tokens) > self._length
-            ids = torch.tensor([tokens[: self._length]], dtype=torch.int64)
-            if ids.shape[1] < 2:
-                short += 1
-                continue
-            log_p = self._logits_of(ids)[0, :-1].double().log_softmax(-1).cpu()
-            nats -= float(log_p.gather(1, ids[0, 1:, None]).sum())
-            count += ids.shape[1] - 1
+        judged = peers.share(texts, lambda some: [self._judge(text) for text in some])
+        nats, count = sum(text.nats for text in judged), sum(text.scored for text in judged)
+        cut, short = sum(text.is_cut for text in judged), sum(text.scored == 0 for text in judged)
         if cut:
             logger.warning(
                 "judge: %d of %d texts judged by their first %d tokens", cut, len(texts), self._length
@@ -66,6 +61,25 @@ class Judge:
         if short:
             logger.warning("judge: %d of %d texts have no two tokens and are left out", short, len(texts))
         return math.exp(nats / count) if count else math.inf
+
+    def _judge(self, text: str) -> _Judged:
+        tokens = list(self._encode(text))
+        ids = torch.tensor([tokens[: self._length]], dtype=torch.int64)
+        is_cut = len(tokens) > self._length
+        if ids.shape[1] < 2:
+            return _Judged(0.0, 0, is_cut)
+        log_p = self._logits_of(ids)[0, :-1].double().log_softmax(-1).cpu()
+        return _Judged(-float(log_p.gather(1, ids[0, 1:, None]).sum()), ids.shape[1] - 1, is_cut)
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """What the judge has to say of a text."""
+
+    nats: float
+    scored: int
+    """Tokens whose nats are counted: all but the first."""
+    is_cut: bool
 
 
 def hugging_face_judge(folder: Path, device: torch.device) -> Judge:

@@ -27,6 +27,7 @@ from megatron_dlm.evaluation.conditional import Choice, ConditionalConfig, Condi
 from megatron_dlm.evaluation.generation import are_greedy, before_end, sample_all
 from megatron_dlm.evaluation.loaded_model import LoadedModel, open_model
 from megatron_dlm.interfaces import InputError
+from megatron_dlm.platform.peers import Peers
 from megatron_dlm.sampling.settings import SamplingConfig
 from megatron_dlm.sampling.start import start_from
 
@@ -115,11 +116,22 @@ class HarnessModel(LM):
         """What lm-eval adds to the configuration in its results: here, the notes."""
         return {"notes": {task: dict(counts) for task, counts in self.notes.items() if counts}}
 
+    @property
+    def _peers(self) -> Peers:
+        return self._loaded.peers
+
+    def _bar(self, total: int, what: str, is_disabled: bool) -> tqdm:
+        """Progress of this process, of which the first one's is shown."""
+        share = len(range(self._peers.rank, total, self._peers.world_size)) if what != "texts" else total
+        return tqdm(total=share, desc=what, disable=is_disabled or not self._peers.is_first)
+
     @contextmanager
     def _noting(self) -> Iterator[None]:
         """Warn at the end of a block of the notes that were made in it."""
         before = {task: counts.copy() for task, counts in self.notes.items()}
         yield
+        if not self._peers.is_first:
+            return
         for task, counts in self.notes.items():
             for what, count in (counts - before.get(task, Counter())).items():
                 logger.warning("harness: %s: %d %s", task, count, what)
@@ -180,16 +192,16 @@ class HarnessModel(LM):
         order = sorted(range(len(requests)), key=lambda i: _question_of(requests[i]))
         groups = [list(group) for _, group in groupby(order, key=lambda i: _question_of(requests[i]))]
         questions = [[self._choice(requests[i]) for i in group] for group in groups]
-        with tqdm(total=len(questions), desc="questions", disable=disable_tqdm) as bar:
-            scored = self._scorer.score(questions, bar.update)
+        with self._bar(len(questions), "questions", disable_tqdm) as bar:
+            scored = self._peers.share(questions, lambda some: self._scorer.score(some, bar.update))
         self.greedy_tasks |= {str(requests[group[0]].task_name) for group in groups if len(group) == 1}
         # Groups are pieces of `order`, so their answers in a row are in that order.
         choices = [choice for choices in questions for choice in choices]
-        greedy = are_greedy(
-            self._loaded.network,
-            self._loaded.family,
+        greedy = self._peers.share(
             [(choice.context, choice.continuation) for choice in choices],
-            batch_size=self._config.batch_size,
+            lambda some: are_greedy(
+                self._loaded.network, self._loaded.family, some, batch_size=self._config.batch_size
+            ),
         )
         means = [-answer.mean for answers in scored for answer in answers]
         found = dict(zip(order, zip(means, greedy, strict=True), strict=True))
@@ -225,9 +237,10 @@ class HarnessModel(LM):
                 windows.append([Choice(seen, part)])
                 owner.append(index)
         totals = [0.0] * len(requests)
-        with tqdm(total=len(windows), desc="windows", disable=disable_tqdm) as bar:
-            for index, (scored,) in zip(owner, self._scorer.score(windows, bar.update), strict=True):
-                totals[index] -= scored.mean
+        with self._bar(len(windows), "windows", disable_tqdm) as bar:
+            answers = self._peers.share(windows, lambda some: self._scorer.score(some, bar.update))
+        for index, (scored,) in zip(owner, answers, strict=True):
+            totals[index] -= scored.mean
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -249,7 +262,7 @@ class HarnessModel(LM):
         texts = [""] * len(requests)
         jobs = [self._generation(request) for request in requests]
         order = sorted(range(len(jobs)), key=lambda i: jobs[i][1])
-        with tqdm(total=len(jobs), desc="texts", disable=disable_tqdm) as bar:
+        with self._bar(len(jobs), "texts", disable_tqdm) as bar:
             for how, group in groupby(order, key=lambda i: jobs[i][1]):
                 members = list(group)
                 settings = replace(self._sampling, temperature=how.temperature, top_p=how.top_p)
@@ -262,6 +275,7 @@ class HarnessModel(LM):
                     batch_size=self._config.batch_size,
                     seed=self._seed,
                     numbers=members,
+                    peers=self._peers,
                 ):
                     for place, ids, given in zip(
                         batch.places, batch.ids_BL.tolist(), batch.given_BL.tolist(), strict=True

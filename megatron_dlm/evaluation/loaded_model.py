@@ -20,6 +20,7 @@ from megatron_dlm.families.base import ObjectiveConfig
 from megatron_dlm.interfaces import InputError, Vocabulary
 from megatron_dlm.models.config import ModelConfig
 from megatron_dlm.platform.launch import detect_environment
+from megatron_dlm.platform.peers import Peers, meet_peers
 from megatron_dlm.run.checkpoint_names import find_checkpoint
 from megatron_dlm.run.config import RunConfig
 from megatron_dlm.run.run_record import EXPORT_CONFIG, RunRecord, read_run_record
@@ -46,6 +47,8 @@ class LoadedModel:
     vocabulary: Vocabulary
     config: RunConfig
     """Configuration of the run that trained it."""
+    peers: Peers = Peers()
+    """Processes that have loaded the same model and share its requests."""
 
     @property
     def network(self) -> Network:
@@ -84,14 +87,14 @@ class LoadedModel:
 
 
 def open_model(path: Path, *, tokenizer: Path | None, dtype: ModelDtype, device: str | None) -> LoadedModel:
-    """Load a model.
+    """Load a model; under a launcher on each of its processes, which then share requests.
 
     Args:
         path: a run (its newest checkpoint), RUN@STEP, a checkpoint directory (step-NNNNNNNN), or an
             exported folder.
         tokenizer: directory of the model's tokenizer; None: the exported folder's, or the run data's.
         dtype: precision of the loaded weights.
-        device: PyTorch device name; None: CUDA if available, else CPU.
+        device: PyTorch device name; None: a GPU of its own for each process if there are GPUs, else CPU.
 
     Returns:
         The loaded model.
@@ -101,8 +104,6 @@ def open_model(path: Path, *, tokenizer: Path | None, dtype: ModelDtype, device:
     """
     if find_spec("transformers") is None:
         raise InputError("sampling and scoring need transformers; install megatron-dlm[hf]")
-    if (world_size := detect_environment().world_size) != 1:
-        raise InputError(f"started on {world_size} processes; a model is used on one")
     chosen = _device(device)
     path = find_checkpoint(path)
     if (path / MANIFEST).is_file():
@@ -143,11 +144,12 @@ def _device(name: str | None) -> torch.device:
     """Refuse a device on which no tensor can be made."""
     import torch
 
+    own = f"cuda:{detect_environment().local_rank}" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(name or own)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device: {name}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"device: {name or own}: {str(error).splitlines()[0]}") from error
     return device
 
 
@@ -212,6 +214,7 @@ def _build(
         tokenizer=tokenizer,
         vocabulary=vocabulary,
         config=config,
+        peers=meet_peers(),
     )
 
 

@@ -24,6 +24,7 @@ from megatron_dlm.execution.microbatches import BatchAddress, corrupted_parts
 from megatron_dlm.families.base import Objective, ObjectiveConfig
 from megatron_dlm.families.documents import corrupt
 from megatron_dlm.interfaces import InputError, TokenBatch, Vocabulary
+from megatron_dlm.platform.peers import Peers
 from megatron_dlm.platform.rng import NoiseSource, Permutation
 
 if TYPE_CHECKING:
@@ -209,12 +210,13 @@ def megatron_copies(runner_of: Callable[[Objective], PipelineRunner], vocabulary
     return run
 
 
-def exported_copies(score: ExportedBounds, vocabulary: Vocabulary) -> RunCopies:
-    """Build the function that scores noisy copies with an exported model, in one process.
+def exported_copies(score: ExportedBounds, vocabulary: Vocabulary, peers: Peers = Peers()) -> RunCopies:
+    """Build the function that scores noisy copies with an exported model.
 
     Args:
         score: scorer of the exported model.
         vocabulary: token ids of the model.
+        peers: processes that have loaded the same model and score the other copies of a global batch.
 
     Returns:
         Function that scores the noisy copies of a global batch.
@@ -228,7 +230,8 @@ def exported_copies(score: ExportedBounds, vocabulary: Vocabulary) -> RunCopies:
         for microbatch in corrupted_parts(objective, batches, context):
             places = microbatch.sample_indices - context.batch_start
             bounds[places] += score(microbatch.inputs, microbatch.targets, objective)
-        return bounds
+        # Each process has zeros for what others score.
+        return np.sum(peers.all_tell(bounds), axis=0)
 
     return run
 

@@ -2,11 +2,12 @@
 
 import json
 import random
+import time
 
 import pytest
 
 from tests.helpers.processes import TRAINER
-from tests.helpers.runs import arguments_for, finish, start_interpreter
+from tests.helpers.runs import arguments_for, finish, finish_ranks, start_interpreter, start_ranks
 
 STEPS = 60
 LENGTH = 48
@@ -73,6 +74,37 @@ def test_problems_are_answered_scored_and_gone_on_with(command, tuned, tmp_path,
         file.write(json.dumps(answers[0]) + "\n")
     twice = command(*words, "--output", part, check=False)
     assert twice.returncode == 2 and "answers.jsonl:13: a second answer to problem 0" in twice.stderr
+
+
+def test_processes_share_the_problems(tuned, tmp_path):
+    problems = write_problems(tmp_path / "test.jsonl", 7, seed=1)
+    words = ["evaluate", "gsm8k", tuned, "--data", problems, "--batch-size", 2]
+    for count in (1, 2):
+        code, said = finish_ranks([*words, "--output", tmp_path / str(count)], count)
+        assert code == 0 and said.count("exact match") == said.count("7/7 problems") == 1, said
+    for name in ("answers.jsonl", "result.json", "settings.json"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+    # Each finds it, or is told.
+    code, said = finish_ranks([*words, "--output", tmp_path / "2", "--seed", 1], 2)
+    assert code == 2 and "has answers with seed 0, now 1" in said, said
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_ends_the_others_and_loses_no_answer(tuned, tmp_path):
+    problems = write_problems(tmp_path / "test.jsonl", 400, seed=1)
+    words = ["evaluate", "gsm8k", tuned, "--data", problems, "--batch-size", 2, "--output", tmp_path / "out"]
+    ranks = start_ranks(words, 2)
+    answers = tmp_path / "out" / "answers.jsonl"
+    while not answers.exists() or len(answers.read_text()) < 1000:
+        assert ranks[0].poll() is None
+        time.sleep(0.1)
+    ranks[1].kill()
+    code, said = finish(ranks[0])
+    ranks[1].communicate()
+    assert code == 4 and "error on rank 0: rank 1 is gone or hangs" in said and "Traceback" not in said, said
+    done = len(lines_of(answers))
+    code, said = finish_ranks(words, 2)
+    assert code == 0 and f"{400 - done}/{400 - done} problems" in said, said
 
 
 @pytest.mark.slow

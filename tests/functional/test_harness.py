@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tests.helpers.paths import ROOT
-from tests.helpers.runs import arguments_for
+from tests.helpers.runs import arguments_for, finish_ranks
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install megatron-dlm[harness]")
 STEPS = {"mdlm": 20, "ar": 20, "duo": 80}
@@ -115,6 +115,29 @@ def test_local_tasks_end_to_end(command, model, tasks, tmp_path, read_json):
         for metric, value in read_json(tmp_path / "again.json")["results"][name].items():
             if isinstance(value, float):
                 assert value == pytest.approx(scores[name][metric], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_processes_share_the_questions(model, tasks, tmp_path, monkeypatch, read_json):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    words = ["evaluate", "harness", model, "--include-path", tasks, "--tasks", *TASKS, "--limit", 5]
+    words += ["--num-times", 4, "--max-copies", 8, "--batch-size", 8]
+    for count in (1, 2):
+        code, said = finish_ranks([*words, "--output", tmp_path / f"{count}.json"], count)
+        assert code == 0 and said.count("not answered as asked") == 1, said
+        assert said.count("answers given fewer tokens than the task asks for") == 2, said
+    alone, together = (read_json(tmp_path / f"{count}.json") for count in (1, 2))
+    assert alone["notes"] == together["notes"] and alone["greedy_tasks"] == together["greedy_tasks"]
+    for name in TASKS:
+        texts = [
+            [sample["filtered_resps"] for sample in found["samples"][name]] for found in (alone, together)
+        ]
+        if name in ("local_text", "local_long"):
+            assert texts[0] == texts[1]
+        numbers = [v for v in alone["results"][name].values() if isinstance(v, float)]
+        assert numbers == pytest.approx(
+            [v for v in together["results"][name].values() if isinstance(v, float)], rel=1e-6
+        )
 
 
 @pytest.mark.slow

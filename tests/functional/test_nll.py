@@ -36,6 +36,7 @@ def test_one_number_by_every_route(command, model, tmp_path, read_json, record_p
         "checkpoint, 2 tensor x 2 pipeline": (checkpoint, layout, 4),
         "checkpoint, 2 data, micro-batch 2": (checkpoint, ["--micro-batch-size", 2], 2),
         "export": (folder, ["--micro-batch-size", 3], 1),
+        "export, 2 processes": (folder, [], 2),
         "export, imported": (back, [], 1),
     }
     found = {}

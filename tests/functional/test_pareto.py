@@ -8,7 +8,7 @@ import torch
 
 from megatron_dlm.evaluation.generative import Judge, frontier, hugging_face_judge, unigram_entropy
 from megatron_dlm.interfaces import InputError
-from tests.helpers.runs import arguments_for
+from tests.helpers.runs import arguments_for, finish_ranks
 
 STEPS = 3
 
@@ -137,3 +137,17 @@ def test_entropy_and_frontier():
     assert unigram_entropy([[1, 2, 3, 4], [1, 1, 2, 2]]) == pytest.approx((math.log(4) + math.log(2)) / 2)
     points = [(10.0, 5.0), (20.0, 6.0), (15.0, 7.0), (5.0, 5.0), (30.0, 9.0)]
     assert frontier(points) == [4, 1, 0]
+
+
+def test_processes_share_the_texts_and_the_judge(models, gpt2, tmp_path):
+    words = ["evaluate", "pareto", models["mdlm"], "--judge", gpt2, "--num-steps", 2, 4, "--num-samples", 5]
+    words += ["--batch-sizes", 2, "--length", 16]
+    for count in (1, 2):
+        code, said = finish_ranks([*words, "--output", tmp_path / str(count)], count)
+        assert code == 0 and said.count("2 combinations, ") == 1, said
+    timed = ("tokens_per_second", "seconds")
+    alone, together = (rows_of(tmp_path / str(count) / "pareto.csv") for count in (1, 2))
+    for rows in (alone, together):
+        for row in rows:
+            assert all(float(row.pop(name)) > 0 for name in timed)
+    assert alone == together and len(alone) == 2

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from tests.helpers.paths import ROOT
-from tests.helpers.runs import arguments_for
+from tests.helpers.runs import arguments_for, finish_ranks
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 STEPS = 3
@@ -41,6 +41,16 @@ def test_checkpoint_and_export_give_the_same_texts_in_any_batch(command, models,
     assert first == second and len(first) == 3
     assert all(line["text"].startswith("the model") and len(line["token_ids"]) == 32 for line in first)
     assert len({line["text"] for line in first}) == 3
+
+
+def test_processes_share_the_texts(models, tmp_path):
+    """3 processes, of which the last has nothing to do in the second round."""
+    words = ["sample", models[1], "--num-samples", 5, "--num-steps", 4, "--batch-size", 1]
+    for count in (1, 3):
+        code, said = finish_ranks([*words, "--output", tmp_path / f"{count}.jsonl"], count)
+        assert code == 0 and said.count("5/5 texts") == 1, said
+    assert len(lines_of(tmp_path / "1.jsonl")) == 5
+    assert (tmp_path / "1.jsonl").read_bytes() == (tmp_path / "3.jsonl").read_bytes()
 
 
 def test_gaps_are_filled(command, models, tmp_path):

@@ -14,6 +14,7 @@ from megatron_dlm.evaluation import lm_eval_model
 from megatron_dlm.evaluation.lm_eval_model import HarnessModel
 from megatron_dlm.families.registry import sampler_of
 from megatron_dlm.interfaces import InputError
+from megatron_dlm.platform.peers import Peers
 from tests.helpers.exported import FAMILIES, LENGTH, VOCABULARY, build
 
 LETTERS = "_.ab#cdefgh"
@@ -42,6 +43,7 @@ def harness_model(name="mdlm", **settings):
         tokenizer=Letters(),
         vocabulary=VOCABULARY,
         config=SimpleNamespace(objective=objective, data=SimpleNamespace(seq_length=LENGTH)),
+        peers=Peers(),
     )
     return HarnessModel("", loaded=loaded, num_times=4, max_copies=4, **settings)
 
