@@ -61,12 +61,12 @@ def _look(config: RunConfig | None, processes: int | None, *, quick: bool) -> tu
     directory = Path.cwd() if config is None else config.directory
     findings = look_at_software()
     findings += look_at_machine(directory, quick=quick or environment.local_rank > 0)
+    device = None
     try:
         device = prepare_device(environment, layout)
     except InputError as error:
-        # Without a device there is nothing more to look at.
-        return [*findings, Finding("machine", "device", "failed", str(error))], environment.rank
-    if config is not None:
+        findings.append(Finding("machine", "device", "failed", str(error)))
+    if config is not None and device is not None:
         from megatron_dlm.doctor.recipe import look_at_recipe
 
         world, local = environment.world_size, environment.local_world_size
@@ -84,11 +84,12 @@ def _look_together(
 
     import torch.distributed as dist
 
-    from megatron_dlm.doctor.job import all_tell, look_at_job
+    from megatron_dlm.doctor.job import look_at_job
+    from megatron_dlm.platform.peers import all_tell
     from megatron_dlm.platform.rendezvous import start_process_group
 
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    start_process_group(environment, backend=backend, timeout_seconds=layout.collective_timeout_seconds)
+    # Not NCCL, which processes without a GPU cannot start: the others would wait for them.
+    start_process_group(environment, backend="gloo", timeout_seconds=layout.collective_timeout_seconds)
     together = look_at_job(environment, device, directory, quick=quick)
     everywhere = all_tell((socket.gethostname(), own))
     dist.barrier()

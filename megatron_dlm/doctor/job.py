@@ -7,7 +7,7 @@ import statistics
 import time
 import uuid
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron_dlm.doctor.finding import Finding
 from megatron_dlm.doctor.machine import existing_parent
 from megatron_dlm.platform.launch import ProcessEnvironment
+from megatron_dlm.platform.peers import all_tell
 from megatron_dlm.platform.versions import deciding_versions
 
 TOPIC = "job"
@@ -22,20 +23,21 @@ LARGEST_SKEW_SECONDS = 1.0
 PINGS = 5
 REPEATS = 5
 MESSAGE_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
+NO_DEVICE = "none"
 SLOW_PAIR = 0.5
 """A pair of neighbours below this share of the median pair is named."""
 
-T = TypeVar("T")
-
 
 def look_at_job(
-    environment: ProcessEnvironment, device: torch.device, directory: Path, *, quick: bool
+    environment: ProcessEnvironment, device: torch.device | None, directory: Path, *, quick: bool
 ) -> list[Finding]:
     """Findings on all processes of a job; all ranks call it, and each gets all findings.
 
+    The default process group is gloo's; tensors of GPUs are exchanged in a group of their own.
+
     Args:
         environment: the launcher's view of this process.
-        device: device of this rank.
+        device: device of this rank; None: it cannot be used, which this rank's own findings tell.
         directory: directory of the run; it need not exist.
         quick: leave out what takes more than a few seconds.
 
@@ -44,22 +46,11 @@ def look_at_job(
     """
     hosts: list[str] = all_tell(socket.gethostname())
     findings = [_places(environment, hosts), _devices(device, hosts), _versions(hosts)]
-    findings += [_clocks(hosts, device), _storage(directory, hosts)]
-    return findings if quick else [*findings, _all_reduce(device), _point_to_point(device, hosts)]
-
-
-def all_tell(value: T) -> list[T]:
-    """Give each rank the values of all; all ranks call it.
-
-    Args:
-        value: of this rank; picklable.
-
-    Returns:
-        Every rank's value, in rank order.
-    """
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+    findings += [_clocks(hosts), _storage(directory, hosts)]
+    if quick or device is None or findings[1].status == "failed":
+        return findings
+    group = dist.new_group(backend="nccl") if device.type == "cuda" else dist.group.WORLD
+    return [*findings, _all_reduce(device, group), _point_to_point(device, hosts, group)]
 
 
 def _named(hosts: list[str], ranks: list[int]) -> str:
@@ -78,14 +69,23 @@ def _places(environment: ProcessEnvironment, hosts: list[str]) -> Finding:
     return Finding(TOPIC, "processes", "ok", value)
 
 
-def _devices(device: torch.device, hosts: list[str]) -> Finding:
-    name = "CPU" if device.type == "cpu" else torch.cuda.get_device_properties(device).name
-    names = all_tell(name)
+def _devices(device: torch.device | None, hosts: list[str]) -> Finding:
+    names = all_tell(_name_of(device))
+    if NO_DEVICE in names:
+        without = [rank for rank, name in enumerate(names) if name == NO_DEVICE]
+        value = f"none that can be used on {_named(hosts, without)}"
+        return Finding(TOPIC, "devices", "failed", value, "see device of these ranks above")
     if len(set(names)) == 1:
         return Finding(TOPIC, "devices", "ok", f"{len(names)} x {names[0]}")
     odd = [rank for rank, other in enumerate(names) if other != names[0]]
     value = f"rank 0 has {names[0]}, others have {', '.join(sorted(set(names) - {names[0]}))}: "
     return Finding(TOPIC, "devices", "failed", value + _named(hosts, odd), "give the job GPUs of one kind")
+
+
+def _name_of(device: torch.device | None) -> str:
+    if device is None:
+        return NO_DEVICE
+    return "CPU" if device.type == "cpu" else torch.cuda.get_device_properties(device).name
 
 
 def _versions(hosts: list[str]) -> Finding:
@@ -99,7 +99,7 @@ def _versions(hosts: list[str]) -> Finding:
     return Finding(TOPIC, "versions", "ok", f"equal on all ranks: {', '.join(first)}")
 
 
-def _clocks(hosts: list[str], device: torch.device) -> Finding:
+def _clocks(hosts: list[str]) -> Finding:
     """Difference of each rank's clock from rank 0's, from messages there and back."""
     rank, worst, worst_rank = dist.get_rank(), 0.0, 0
     for other in range(1, dist.get_world_size()):
@@ -107,7 +107,7 @@ def _clocks(hosts: list[str], device: torch.device) -> Finding:
             continue
         skews = []
         for _ in range(PINGS):
-            stamp = torch.zeros(1, dtype=torch.float64, device=device)
+            stamp = torch.zeros(1, dtype=torch.float64)
             if rank == 0:
                 sent = time.time()
                 dist.send(stamp, other)
@@ -157,7 +157,7 @@ def _storage(directory: Path, hosts: list[str]) -> Finding:
     return Finding(TOPIC, "storage", "ok", f"all ranks see {place}")
 
 
-def _all_reduce(device: torch.device) -> Finding:
+def _all_reduce(device: torch.device, group: Any) -> Finding:
     """Bus bandwidth by the slowest rank's median time."""
     size, count = MESSAGE_BYTES[device.type], dist.get_world_size()
     values = torch.ones(size // 4, device=device)
@@ -166,7 +166,7 @@ def _all_reduce(device: torch.device) -> Finding:
         values.fill_(1.0)
         dist.barrier()
         start = time.perf_counter()
-        dist.all_reduce(values)
+        dist.all_reduce(values, group=group)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         took.append(time.perf_counter() - start)
@@ -176,7 +176,7 @@ def _all_reduce(device: torch.device) -> Finding:
     return Finding(TOPIC, "all-reduce", "ok", f"{speed:,.2f} GB/s bus bandwidth at {size >> 20} MiB")
 
 
-def _point_to_point(device: torch.device, hosts: list[str]) -> Finding:
+def _point_to_point(device: torch.device, hosts: list[str], group: Any) -> Finding:
     """Speed of each rank's send to the next one, even ranks first; the slowest pair is named."""
     rank, count, size = dist.get_rank(), dist.get_world_size(), MESSAGE_BYTES[device.type]
     values = torch.ones(size // 4, device=device)
@@ -189,9 +189,9 @@ def _point_to_point(device: torch.device, hosts: list[str]) -> Finding:
             dist.barrier()
             start = time.perf_counter()
             if has_partner and sender == rank:
-                dist.send(values, rank + 1)
+                dist.send(values, rank + 1, group=group)
             elif has_partner:
-                dist.recv(values, sender)
+                dist.recv(values, sender, group=group)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             took.append(time.perf_counter() - start)

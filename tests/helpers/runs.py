@@ -41,14 +41,18 @@ def start(arguments, processes=1, options=()):
     return Program(*TRAINER, *arguments, together=True)
 
 
-def start_ranks(arguments, world_size):
-    """One run as another launcher than torchrun would start it: a process a rank and nobody above them."""
+def start_ranks(arguments, world_size, own=((),)):
+    """One run as another launcher than torchrun would start it: a process a rank and nobody above them.
+
+    `own` are further arguments of each rank, taken in turn.
+    """
     port = free_port()
     started = []
     for rank in range(world_size):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
         environment = {name: str(value) for name, value in (place | {"MASTER_PORT": port}).items()}
-        started.append(Program(*TRAINER, *arguments, together=True, environment=environment))
+        words = (*arguments, *own[rank % len(own)])
+        started.append(Program(*TRAINER, *words, together=True, environment=environment))
     return started
 
 
