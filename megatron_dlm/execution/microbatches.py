@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,6 +25,10 @@ from megatron_dlm.models.flops.flops_actual import Work, work_of
 from megatron_dlm.models.visibility import MaskForms, with_one_mask, with_table
 from megatron_dlm.platform.parallel import ParallelState
 from megatron_dlm.platform.rng import NoiseSource
+
+TIME_BANDS = 4
+"""Equal bands of the diffusion time whose training losses are reported by themselves."""
+TimeBands = Callable[[NDArray[np.int64], CorruptionContext, int], NDArray[np.int64] | None]
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,8 @@ class ReadyMicrobatch:
     """Number of tokens in the loss of all context parallel ranks together."""
     fingerprint: int
     """Digest of the samples' corruption."""
+    bands_B: Tensor | None = None
+    """int64 [B], band of the diffusion time of each sample, whose loss is then reported by itself."""
 
 
 def ready(
@@ -151,8 +157,11 @@ class MicrobatchMaker:
         attention: AttentionPattern,
         forms: MaskForms,
         parallel: ParallelState,
+        bands: TimeBands | None = None,
     ) -> None:
+        """`bands`: as `ObjectiveConfig.time_bands`; None: losses are not reported by time."""
         self.samples = samples
+        self._bands = bands
         self._objective = objective
         self._noise = noise
         self._micro_batch_size = micro_batch_size
@@ -168,7 +177,17 @@ class MicrobatchMaker:
             data_rank=self._data_rank,
             data_size=self._data_size,
         )
-        return [ready(microbatch, *self._share) for microbatch in self.at(address, positions)]
+        context = address.context(self._noise)
+        return [
+            replace(ready(microbatch, *self._share), bands_B=self._bands_of(microbatch, context))
+            for microbatch in self.at(address, positions)
+        ]
+
+    def _bands_of(self, microbatch: Microbatch, context: CorruptionContext) -> Tensor | None:
+        if self._bands is None:
+            return None
+        bands = self._bands(microbatch.sample_indices, context, TIME_BANDS)
+        return None if bands is None else torch.from_numpy(bands)
 
     def at(self, address: BatchAddress, positions: Iterable[NDArray[np.int64]]) -> list[Microbatch]:
         """Read and corrupt some samples of a global batch.

@@ -14,7 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_dlm.execution.microbatches import BatchAddress, Microbatch, ReadyMicrobatch, ready
+from megatron_dlm.execution.microbatches import TIME_BANDS, BatchAddress, Microbatch, ReadyMicrobatch, ready
 from megatron_dlm.families.base import Objective
 from megatron_dlm.interfaces import TrainingError
 from megatron_dlm.models.flops.flops_actual import Work
@@ -42,6 +42,9 @@ class BatchSums:
     """float64 [samples of the batch], NELBO of each sample in nats, summed over tokens; None in training."""
     votes: tuple[bool, ...] = ()
     """Whether any rank has cast each vote."""
+    band_nats: tuple[float, ...] = ()
+    """Sum of the NELBO of the samples whose diffusion time is in each of TIME_BANDS equal bands, in nats;
+    empty for families without one time a sample, and in evaluations."""
     reports: NDArray[np.int64] | None = None
     """int64 [ranks, numbers], what each rank has reported; None: nothing."""
 
@@ -145,6 +148,10 @@ class PipelineRunner:
             sums = {"sums": torch.stack([losses.loss.detach().double(), losses.bound])}
             if not model.training:
                 sums["sample_bounds"] = losses.sample_bounds()
+            elif microbatch.bands_B is not None:
+                bands = torch.zeros(TIME_BANDS, dtype=torch.float64, device=hidden_states.device)
+                bands.index_add_(0, microbatch.bands_B.to(bands.device), losses.sample_bounds())
+                sums["sums"] = torch.cat([sums["sums"], bands])
             return losses.loss, tokens, sums
 
         return model(microbatch.inputs.to(self._parallel.device)), loss_of
@@ -159,7 +166,8 @@ class PipelineRunner:
     ) -> BatchSums:
         parallel = self._parallel
         counts = self._counts(microbatches, votes, report)
-        mine = torch.zeros(len(microbatches), 2, dtype=torch.float64, device=parallel.device)
+        bands = TIME_BANDS if address.training and microbatches[0].bands_B is not None else 0
+        mine = torch.zeros(len(microbatches), 2 + bands, dtype=torch.float64, device=parallel.device)
         if parallel.is_last_stage:
             mine += torch.stack([output["sums"] for output in outputs])
         sums = mine.sum(dim=0)
@@ -169,10 +177,9 @@ class PipelineRunner:
         dist.broadcast(sums, src=last_stage, group=parallel.pipeline_group)
         with waiting_for_gpu("the sums of a batch"):
             # The bits of all numbers at once.
-            loss_bits, bound_bits, fingerprint, tokens, *numbers = torch.cat(
-                [sums.view(torch.int64), counts]
-            ).tolist()
-        loss, bound = np.array([loss_bits, bound_bits]).view(np.float64).tolist()
+            everything = torch.cat([sums.view(torch.int64), counts]).tolist()
+        loss, bound, *band_nats = np.array(everything[: len(sums)]).view(np.float64).tolist()
+        fingerprint, tokens, *numbers = everything[len(sums) :]
         bad_samples: tuple[int, ...] = ()
         if not (math.isfinite(loss) and math.isfinite(bound)):
             bad_samples = self._samples_at_fault(mine, microbatches, address)
@@ -186,7 +193,16 @@ class PipelineRunner:
         told = numbers[of_work + len(votes) :]
         reports = np.array(told).reshape(parallel.world_size, len(report)) if report else None
         return BatchSums(
-            loss, bound, tokens, work, fingerprint % 2**63, bad_samples, sample_bounds, cast, reports
+            loss,
+            bound,
+            tokens,
+            work,
+            fingerprint % 2**63,
+            bad_samples,
+            sample_bounds,
+            cast,
+            tuple(band_nats),
+            reports,
         )
 
     def _counts(
@@ -238,7 +254,7 @@ class PipelineRunner:
         parallel = self._parallel
         flags = torch.zeros(address.size, dtype=torch.int64, device=parallel.device)
         for sums, microbatch in zip(mine.tolist(), microbatches, strict=True):
-            if not all(map(math.isfinite, sums)):
+            if not all(map(math.isfinite, sums[:2])):
                 flags[torch.from_numpy(microbatch.sample_indices - address.first_sample)] = 1
         for group in (parallel.replica_group, parallel.pipeline_group):
             dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)

@@ -15,6 +15,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_dlm.diffusion.context import CorruptionContext
@@ -105,6 +106,21 @@ class ObjectiveConfig:
     def has_loss_by_time(self) -> bool:
         """Whether each noisy copy contributes to the NELBO at one single diffusion time."""
         return self.has_times and self.has_one_time and not self.has_parts
+
+    def time_bands(
+        self, sample_indices: NDArray[np.int64], context: CorruptionContext, count: int
+    ) -> NDArray[np.int64] | None:
+        """Which of `count` equal bands of the diffusion time each sample's time lies in.
+
+        Args:
+            sample_indices: int64 [B], positions in the run, all within the batch of `context`.
+            context: address of the draws.
+            count: number of bands.
+
+        Returns:
+            int64 [B] in [0, count); None for families whose samples have no time, or several.
+        """
+        return None
 
     def length_multiple(self, seq_length: int) -> int:
         """Divisor of the positions of every forward pass, for layouts that cut them into equal parts.

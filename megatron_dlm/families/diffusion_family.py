@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from megatron_dlm.diffusion.context import CorruptionContext
 from megatron_dlm.diffusion.noise_schedules import Schedule, alpha_and_slope
-from megatron_dlm.diffusion.time_sampling import TimeOrder
+from megatron_dlm.diffusion.time_sampling import TimeOrder, batch_strata
 from megatron_dlm.families.base import ObjectiveConfig
 from megatron_dlm.interfaces import InputError, TokenBatch, Vocabulary
 
@@ -69,6 +69,15 @@ class DiffusionConfig(ObjectiveConfig):
     def min_time(self) -> float:
         """Smallest diffusion time in the NELBO, `time_epsilon`."""
         return self.time_epsilon
+
+    def time_bands(
+        self, sample_indices: NDArray[np.int64], context: CorruptionContext, count: int
+    ) -> NDArray[np.int64] | None:
+        """Band of the stratum from which each sample's time is drawn."""
+        if not self.has_loss_by_time:
+            return None
+        strata = batch_strata(sample_indices, context, self.time_order)[:, 0]
+        return strata * count // context.global_batch_size
 
     def length_multiple(self, seq_length: int) -> int:
         """A truncated sample's length is a multiple of `ssl_multiple`, or `seq_length`."""

@@ -92,6 +92,7 @@ def train_step(session: Session, progress: TrainingProgress) -> StepReport:
         tokens=sums.tokens,
         work=sums.work,
         seconds=time.monotonic() - started,
+        band_nats=sums.band_nats,
         bad_samples=bad_samples,
         fault=fault if bad_samples else "",
     )

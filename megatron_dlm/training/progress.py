@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from megatron_dlm.models.flops.flops_actual import Work
@@ -30,6 +31,8 @@ class StepReport:
     tokens: int
     work: Work
     seconds: float
+    band_nats: tuple[float, ...]
+    """Sum of the NELBO of the samples in each band of the diffusion time, in nats; empty without bands."""
     bad_samples: tuple[int, ...]
     """Positions in the run of samples with a non-finite or spiking loss or gradient; if there are any, the
     step changed no parameter."""
@@ -69,6 +72,10 @@ class MetricsWindow:
     """Gradient norm of the last applied step."""
     batch_size: int = 0
     """Samples of the last applied step."""
+    band_nats: tuple[float, ...] = ()
+    """Sum of the NELBO over the samples in each band of the diffusion time, in nats."""
+    band_tokens: tuple[float, ...] = ()
+    """Tokens of these samples, each counted as the mean of its step."""
 
     def extended(self, report: StepReport) -> MetricsWindow:
         """The window with one more step in it; a skipped step only opens an empty window."""
@@ -87,7 +94,22 @@ class MetricsWindow:
             lr=report.lr,
             grad_norm=report.grad_norm,
             batch_size=report.batch_size,
+            band_nats=_added(self.band_nats, report.band_nats),
+            band_tokens=_added(self.band_tokens, _band_tokens(report)),
         )
+
+
+def _added(sums: tuple[float, ...], more: tuple[float, ...]) -> tuple[float, ...]:
+    """Sums with those of one more step; a run that has changed its family, or its version, begins anew."""
+    before = sums if len(sums) == len(more) else (0.0,) * len(more)
+    return tuple(a + b for a, b in zip(before, more, strict=True))
+
+
+def _band_tokens(report: StepReport) -> tuple[float, ...]:
+    """Strata of the batch that lie in each band, times the mean tokens of a sample."""
+    count, size = len(report.band_nats), report.batch_size
+    edges = [-(-band * size // count) for band in range(count + 1)] if count else [0]
+    return tuple((b - a) * report.tokens / size for a, b in pairwise(edges))
 
 
 @dataclass

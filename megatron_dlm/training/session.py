@@ -107,7 +107,14 @@ class Session:
         objective, size = self._runner.objective, config.training.micro_batch_size
         forms = self.denoiser.config.mask_forms
         self._make = MicrobatchMaker(
-            samples, objective, self._noise, size, config.objective.attention, forms, parallel
+            samples,
+            objective,
+            self._noise,
+            size,
+            config.objective.attention,
+            forms,
+            parallel,
+            config.objective.time_bands,
         )
         loader = config.data.loader_for(parallel.device.type)
         self._batches = Prefetcher(

@@ -82,7 +82,9 @@ def three_steps(state, config):
     losses, fingerprints, gradients, norms = [], [], [], []
     for step in range(STEPS):
         sums = session.run_batch(step, step * config.training.global_batch_size)
-        losses.append((sums.loss / sums.tokens, sums.bound / sums.tokens))
+        # Each sample is in one band of the diffusion time, if its family has one.
+        assert not sums.band_nats or abs(sum(sums.band_nats) / sums.bound - 1) < 1e-9
+        losses.append([value / sums.tokens for value in (sums.loss, sums.bound, *sums.band_nats)])
         fingerprints.append(sums.fingerprint)
         gradients.append(weights.reduced_gradients(session))
         set_learning_rate(session.optimizer, 1e-3)

@@ -76,6 +76,7 @@ class LoggingHook(Hook):
             "consumed_samples": progress.consumed_samples,
             "fingerprint": progress.fingerprint,
             "time": time.time(),
+            **_by_time(window),
             **{f"epochs/{name}": value for name, value in epochs.items()},
         }
 
@@ -96,6 +97,16 @@ def _of_all_ranks(session: Session) -> Metrics:
         "rank_seconds_median": float(np.median(passes)) / 1e6,
         "rank_seconds_max": float(passes.max()) / 1e6,
         "slowest_rank": int(passes.argmax()),
+    }
+
+
+def _by_time(window: MetricsWindow) -> Metrics:
+    """NELBO per token by band of the diffusion time; bands without a sample are left out."""
+    count = len(window.band_nats)
+    return {
+        f"nats_per_token/t{band / count:.2f}-{(band + 1) / count:.2f}": nats / tokens
+        for band, (nats, tokens) in enumerate(zip(window.band_nats, window.band_tokens, strict=True))
+        if tokens
     }
 
 
