@@ -75,7 +75,7 @@ class Gsm8kConfig(ModelArgument):
 def run(arguments: list[str]) -> int:
     """Parse, generate, score; returns the exit code."""
     config = parse_with_model(Gsm8kConfig, arguments, verb="evaluate gsm8k")
-    from megatron_dlm.evaluation.gsm8k import read_problems
+    from megatron_dlm.evaluation.gsm8k import answer, prompts_of, read_problems
     from megatron_dlm.evaluation.loaded_model import open_model
 
     problems = read_problems(config.data)[: config.limit]
@@ -83,10 +83,20 @@ def run(arguments: list[str]) -> int:
     peers = loaded.peers
     with bad_values(), peers.together():
         settings = config.sampling.resolved(loaded.family)
-        prompts = _prompts(problems, config, loaded)
+        length = loaded.length(config.length)
+        questions = [config.template.replace(PLACE, problem.question) for problem in problems]
+        prompts = prompts_of(questions, length, loaded)
         done = peers.on_first(lambda: _resume(config, settings, loaded))
         left = [problem for problem in problems if problem.number not in done]
-        answers = _answer(left, prompts, config, settings, loaded)
+        answers = answer(
+            left,
+            [prompts[problem.number] for problem in left],
+            length,
+            settings,
+            loaded,
+            batch_size=config.batch_size,
+            seed=config.seed,
+        )
         if peers.is_first:
             _write(answers, len(left), config)
             _score(config, problems)
@@ -94,18 +104,6 @@ def run(arguments: list[str]) -> int:
             for _ in answers:
                 continue
     return 0
-
-
-def _prompts(problems: list[Problem], config: Gsm8kConfig, loaded: LoadedModel) -> list[list[int]]:
-    """Tokens of all questions; each leaves room for an answer."""
-    length = loaded.length(config.length)
-    texts = [config.template.replace(PLACE, problem.question) for problem in problems]
-    prompts = [loaded.tokenizer.ids_of(text) for text in texts]
-    for problem, tokens in zip(problems, prompts, strict=True):
-        if len(tokens) >= length:
-            where = f"problem {problem.number}, whose question has {len(tokens)}"
-            raise InputError(f"length: {length} tokens leave no answer to {where}")
-    return prompts
 
 
 def _resume(config: Gsm8kConfig, sampling: SamplingConfig, loaded: LoadedModel) -> set[int]:
@@ -162,54 +160,6 @@ def _answers(config: Gsm8kConfig) -> list[dict[str, Any]]:
             raise InputError(f"{where}: a second answer to problem {line['number']}")
         answers[line["number"]] = line
     return list(answers.values())
-
-
-def _answer(
-    problems: list[Problem],
-    prompts: list[list[int]],
-    config: Gsm8kConfig,
-    settings: SamplingConfig,
-    loaded: LoadedModel,
-) -> Iterator[tuple[list[dict[str, Any]], int]]:
-    """Answer the remaining problems; `prompts` holds the prompts of all problems, by problem number.
-
-    Yields lines for the file of answers, with how many tokens were sampled for them.
-    """
-    from megatron_dlm.evaluation.generation import before_end, sample_all
-    from megatron_dlm.evaluation.gsm8k import final_number
-    from megatron_dlm.sampling.start import start_from
-
-    length = loaded.length(config.length)
-    starts = [start_from([prompts[problem.number]], length, loaded.family) for problem in problems]
-    for batch in sample_all(
-        loaded.network,
-        loaded.family,
-        settings,
-        starts,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        numbers=[problem.number for problem in problems],
-        peers=loaded.peers,
-    ):
-        lines = []
-        for place, ids, given in zip(
-            batch.places, batch.ids_BL.tolist(), batch.given_BL.tolist(), strict=True
-        ):
-            problem = problems[place]
-            tokens_before_end = before_end(ids, given, loaded.vocabulary.eos_token_id)
-            response = loaded.tokenizer.decode(tokens_before_end[sum(given) :])
-            found = final_number(response)
-            line = {
-                "number": problem.number,
-                "question": problem.question,
-                "expected": str(problem.expected),
-                "response": response,
-                "found": None if found is None else str(found),
-                "correct": found == problem.expected,
-                "unfinished": len(tokens_before_end) == length,
-            }
-            lines.append(line)
-        yield lines, batch.tokens
 
 
 def _write(answers: Iterator[tuple[list[dict[str, Any]], int]], count: int, config: Gsm8kConfig) -> None:

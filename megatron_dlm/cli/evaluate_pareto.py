@@ -17,7 +17,7 @@ from megatron_dlm.interfaces import InputError
 from megatron_dlm.sampling.settings import SamplerName, SamplingConfig
 
 if TYPE_CHECKING:
-    from megatron_dlm.evaluation.generative import Judge
+    from megatron_dlm.evaluation.judge import Judge
     from megatron_dlm.evaluation.loaded_model import LoadedModel
 
 TABLE, PICTURE = "pareto.csv", "pareto.png"
@@ -94,7 +94,7 @@ class ParetoConfig:
 def run(arguments: list[str]) -> int:
     """Parse, sweep, draw; returns the exit code."""
     config = parse(ParetoConfig, arguments, verb="evaluate pareto")
-    from megatron_dlm.evaluation.generative import reference_points
+    from megatron_dlm.evaluation.sample_quality import reference_points
     from megatron_dlm.platform.peers import meet_peers
 
     published = {} if config.reference is None else reference_points(config.reference)
@@ -109,12 +109,13 @@ def run(arguments: list[str]) -> int:
 
 def _measure_missing(config: ParetoConfig, rows: list[dict[str, str]]) -> set[tuple[str, ...]]:
     """Add what is not among the rows yet; returns what the rows of this sweep have in common."""
+    from megatron_dlm.evaluation.judge import open_judge
     from megatron_dlm.evaluation.loaded_model import open_model
 
     groups: set[tuple[str, ...]] = set()
     for path in config.models:
         loaded = open_model(path, tokenizer=config.tokenizer, dtype=config.dtype, device=config.device)
-        judge = _judge(config, loaded.network.device)
+        judge = open_judge(config.judge, config.dtype, loaded.network.device)
         with bad_values():
             wanted = _combinations(config, path, loaded)
             groups |= {_comparable(keys) for keys in wanted}
@@ -133,26 +134,6 @@ def _measure_missing(config: ParetoConfig, rows: list[dict[str, str]]) -> set[tu
 
 def _comparable(row: dict[str, Any]) -> tuple[str, ...]:
     return tuple(str(row[name]) for name in COMPARABLE)
-
-
-def _judge(config: ParetoConfig, device: Any) -> Judge:
-    """The judge: a Hugging Face folder, or a model of this package that predicts next tokens."""
-    from megatron_dlm.evaluation.generative import Judge, hugging_face_judge
-    from megatron_dlm.evaluation.loaded_model import is_model, open_model
-
-    if not is_model(config.judge):
-        return hugging_face_judge(config.judge, device)
-    loaded = open_model(config.judge, tokenizer=None, dtype=config.dtype, device=str(device))
-    if not loaded.config.objective.predicts_next_token:
-        raise InputError(
-            f"judge: {config.judge}: {loaded.family.name} is no judge; take a model that predicts next tokens"
-        )
-    bos = loaded.vocabulary.bos_token_id
-    return Judge(
-        lambda ids: loaded.model(ids.to(device)).logits,
-        lambda text: [bos, *map(int, loaded.tokenizer.encode([text])[0])],
-        loaded.config.data.seq_length,
-    )
 
 
 def _settings(sampler: SamplerName, steps: int | None, temperature: float, top_p: float) -> SamplingConfig:
@@ -207,7 +188,7 @@ def _combinations(config: ParetoConfig, path: Path, loaded: LoadedModel) -> list
 def _measure(keys: dict[str, Any], loaded: LoadedModel, judge: Judge) -> dict[str, str]:
     """Measure one combination; returns its row of the table."""
     from megatron_dlm.evaluation.generation import sample_all
-    from megatron_dlm.evaluation.generative import unigram_entropy
+    from megatron_dlm.evaluation.sample_quality import unigram_entropy
     from megatron_dlm.sampling.start import start_from
 
     settings = _settings(keys["sampler"], keys["num_steps"] or None, keys["temperature"], keys["top_p"])
@@ -268,7 +249,7 @@ def _report(
     from rich.console import Console
     from rich.table import Table
 
-    from megatron_dlm.evaluation.generative import frontier
+    from megatron_dlm.evaluation.sample_quality import frontier
     from megatron_dlm.telemetry.plots import plot_pareto
 
     points = [(float(row["tokens_per_second"]), float(row["generative_perplexity"])) for row in rows]

@@ -70,17 +70,14 @@ def _describe(config: RunConfig, processes: int, gpu: str, gpus_per_node: int) -
     working = find_working_ranks(config, processes)
     processes = working.count
     vocabulary_size, source = vocabulary_of(config)
-    lines = (
-        ({"idle": working.describe()} if working.idle else {})
-        | describe_layout(config, processes)
-        | {
-            "FLOPs": describe_flops(config, vocabulary_size),
-            "vocabulary": f"{vocabulary_size:,} ids, {source}",
-            **_planned(config, processes, vocabulary_size, gpu, gpus_per_node),
-            "data": f"{' '.join(config.data.train)}, validation {config.data.validation or 'of the same shards'}",
-            "this host": _readiness(config, processes),
-        }
-    )
+    lines = {"idle": working.describe()} if working.idle else {}
+    lines |= describe_layout(config, processes) | {
+        "FLOPs": describe_flops(config, vocabulary_size),
+        "vocabulary": f"{vocabulary_size:,} ids, {source}",
+        **_planned(config, processes, vocabulary_size, gpu, gpus_per_node),
+        "data": f"{' '.join(config.data.train)}, validation {config.data.validation or 'of the same shards'}",
+        "this host": _readiness(config, processes),
+    }
     for name, value in lines.items():
         print(f"{name:<10} {value}")
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from megatron_dlm.evaluation.intervals import wilson
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.platform.json_lines import read_json_lines
+
+if TYPE_CHECKING:
+    from megatron_dlm.evaluation.loaded_model import LoadedModel
+    from megatron_dlm.sampling.settings import SamplingConfig
 
 MARK = "####"
 """Marker that precedes the final number of an answer."""
@@ -67,6 +72,86 @@ def read_problems(path: Path) -> list[Problem]:
     if not problems:
         raise InputError(f"data: {path}: has no problem")
     return problems
+
+
+def prompts_of(questions: Sequence[str], length: int, loaded: LoadedModel) -> list[list[int]]:
+    """Tokens of all questions; each leaves room for an answer.
+
+    Args:
+        questions: as the model is to read them.
+        length: tokens of question and answer.
+        loaded: the model.
+
+    Returns:
+        Token ids of each question.
+
+    Raises:
+        InputError: a question is as long as `length`.
+    """
+    prompts = [loaded.tokenizer.ids_of(text) for text in questions]
+    for number, tokens in enumerate(prompts):
+        if len(tokens) >= length:
+            where = f"problem {number}, whose question has {len(tokens)}"
+            raise InputError(f"length: {length} tokens leave no answer to {where}")
+    return prompts
+
+
+def answer(
+    problems: Sequence[Problem],
+    prompts: Sequence[Sequence[int]],
+    length: int,
+    settings: SamplingConfig,
+    loaded: LoadedModel,
+    *,
+    batch_size: int,
+    seed: int,
+) -> Iterator[tuple[list[dict[str, Any]], int]]:
+    """Answer problems; the answers depend on neither `batch_size` nor the number of processes.
+
+    Args:
+        problems: problems to answer.
+        prompts: token ids of each.
+        length: tokens of question and answer.
+        settings: of the sampler; they stop at <eos>.
+        loaded: the model; its peers share the problems, and all iterate.
+        batch_size: problems answered together by one process.
+        seed: random seed of all draws.
+
+    Yields:
+        The answers of each batch, with expected and found numbers, and how many tokens were sampled for them.
+    """
+    from megatron_dlm.evaluation.generation import before_end, sample_all
+    from megatron_dlm.sampling.start import start_from
+
+    for batch in sample_all(
+        loaded.network,
+        loaded.family,
+        settings,
+        [start_from([list(prompt)], length, loaded.family) for prompt in prompts],
+        batch_size=batch_size,
+        seed=seed,
+        numbers=[problem.number for problem in problems],
+        peers=loaded.peers,
+    ):
+        lines = []
+        for place, ids, given in zip(
+            batch.places, batch.ids_BL.tolist(), batch.given_BL.tolist(), strict=True
+        ):
+            problem = problems[place]
+            tokens = before_end(ids, given, loaded.vocabulary.eos_token_id)
+            response = loaded.tokenizer.decode(tokens[sum(given) :])
+            found = final_number(response)
+            line = {
+                "number": problem.number,
+                "question": problem.question,
+                "expected": str(problem.expected),
+                "response": response,
+                "found": None if found is None else str(found),
+                "correct": found == problem.expected,
+                "unfinished": len(tokens) == length,
+            }
+            lines.append(line)
+        yield lines, batch.tokens
 
 
 def final_number(text: str) -> Fraction | None:

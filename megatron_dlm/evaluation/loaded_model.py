@@ -86,7 +86,14 @@ class LoadedModel:
         return digest.hexdigest()
 
 
-def open_model(path: Path, *, tokenizer: Path | None, dtype: ModelDtype, device: str | None) -> LoadedModel:
+def open_model(
+    path: Path,
+    *,
+    tokenizer: Path | None,
+    dtype: ModelDtype,
+    device: str | None,
+    peers: Peers | None = None,
+) -> LoadedModel:
     """Load a model; under a launcher on each of its processes, which then share requests.
 
     Args:
@@ -95,6 +102,7 @@ def open_model(path: Path, *, tokenizer: Path | None, dtype: ModelDtype, device:
         tokenizer: directory of the model's tokenizer; None: the exported folder's, or the run data's.
         dtype: precision of the loaded weights.
         device: PyTorch device name; None: a GPU of its own for each process if there are GPUs, else CPU.
+        peers: processes that share the model's requests; None: those of the launcher, which meet here.
 
     Returns:
         The loaded model.
@@ -111,7 +119,8 @@ def open_model(path: Path, *, tokenizer: Path | None, dtype: ModelDtype, device:
         loaded = _load_tokenizer(
             tokenizer or tokenizer_of_data(record.config), record.vocabulary, {record.tokenizer_fingerprint}
         )
-        return _build(record.config, record.vocabulary, loaded, _checkpoint_weights(record), dtype, chosen)
+        weights = _checkpoint_weights(record)
+        return _build(record.config, record.vocabulary, loaded, weights, dtype, chosen, peers)
     if not (path / EXPORT_CONFIG).is_file():
         raise InputError(f"model: {path}: neither a run, a checkpoint (step-NNNNNNNN) nor an exported folder")
     from megatron_dlm.conversion.exported_run import read_exported_run
@@ -127,7 +136,7 @@ def open_model(path: Path, *, tokenizer: Path | None, dtype: ModelDtype, device:
         # The export's file may have a mask token more; shards know the tokenizer by the file before.
         loaded = replace(loaded, fingerprint=run.tokenizer_fingerprint)
     weights = folder.weights(run.config.model, run.vocabulary)
-    return _build(run.config, run.vocabulary, loaded, weights, dtype, chosen)
+    return _build(run.config, run.vocabulary, loaded, weights, dtype, chosen, peers)
 
 
 def _load_tokenizer(path: Path, vocabulary: Vocabulary, fingerprints: Set[str]) -> LoadedTokenizer:
@@ -200,6 +209,7 @@ def _build(
     weights: Mapping[str, torch.Tensor],
     dtype: ModelDtype,
     device: torch.device,
+    peers: Peers | None,
 ) -> LoadedModel:
     import torch
 
@@ -214,7 +224,7 @@ def _build(
         tokenizer=tokenizer,
         vocabulary=vocabulary,
         config=config,
-        peers=meet_peers(),
+        peers=meet_peers() if peers is None else peers,
     )
 
 

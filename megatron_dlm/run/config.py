@@ -20,6 +20,7 @@ from megatron_dlm.platform.codec import CHOICES, decode
 from megatron_dlm.platform.parallel_config import ParallelConfig
 from megatron_dlm.run.lr_schedule import LrScheduleConfig
 from megatron_dlm.run.optimizer_config import OptimizerConfig
+from megatron_dlm.sampling.settings import SamplingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +176,43 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """Texts that the model writes during training: samples, a judge's perplexity on them, answers.
+
+    Each process loads the checkpoint just saved as a whole model beside the one in training, and takes its
+    share of the texts. Training itself stays as it is, bit for bit.
+    """
+
+    every: int = 0
+    """Steps between, a multiple of checkpoint.save_every; 0: no texts."""
+    num_samples: int = 4
+    """Number of texts to sample."""
+    length: int | None = None
+    """Length of each text in tokens; None: the training sequence length."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How texts are sampled."""
+    batch_size: int = 8
+    """Texts sampled together by one process."""
+    seed: int = 0
+    """Random seed; the same at each step, so that texts of different steps can be compared."""
+    judge: Path | None = None
+    """Model whose perplexity on the texts is logged: a local Hugging Face folder of a causal language model,
+    or an AR model of this package. None: none is logged."""
+    gsm8k: Path | None = None
+    """JSON lines with question and answer, such as GSM8K's test.jsonl, whose exact match is logged. None:
+    none is logged."""
+    gsm8k_problems: int = 32
+    """Problems to answer, from the start of the file."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("every", 0), ("num_samples", 1), ("batch_size", 1), ("gsm8k_problems", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"generation.{name}: {getattr(self, name)} is below {least}")
+        if not self.every and (self.judge is not None or self.gsm8k is not None):
+            raise InputError("generation.every: 0, and a judge or problems need texts every few steps")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TelemetryConfig:
     """Metrics of a run."""
 
@@ -233,6 +271,7 @@ class RunConfig:
     fp8: Fp8Config = Fp8Config()
     parallel: ParallelConfig = ParallelConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    generation: GenerationConfig = GenerationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
 

@@ -48,6 +48,11 @@ def check_run(config: RunConfig, world_size: int) -> None:
         _check_tensor_overlap(config)
     if config.parallel.cuda_graphs:
         _check_cuda_graphs(config)
+    if config.generation.every % config.checkpoint.save_every:
+        raise InputError(
+            f"generation.every: {config.generation.every} is not a multiple of checkpoint.save_every "
+            f"{config.checkpoint.save_every}: texts are written by checkpoints"
+        )
     micro = config.training.micro_batch_size
     batches = [("training.global_batch_size", size) for size in config.training.batch_sizes()]
     for name, size in [*batches, ("evaluation.batch_size", config.evaluation.batch_size)]:

@@ -29,7 +29,7 @@ class Writer(Protocol):
     """Takes one set of metrics at a time."""
 
     def write(self, kind: str, step: int, metrics: Metrics) -> None:
-        """Record `metrics` of `step`; `kind` is train, validation, skipped or rollback."""
+        """Record `metrics` of `step`; `kind` is train, validation, texts, skipped or rollback."""
 
     def rewind(self, step: int) -> None:
         """Discard the metrics of steps after `step`, which will be repeated."""
@@ -177,6 +177,9 @@ class ConsoleWriter:
                 f"{head} | {metrics['nats_per_token']:.4f}{error} nats/token "
                 f"| {metrics['bits_per_byte']:.4f} bits/byte"
             )
+        if kind == "texts":
+            told = " | ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in metrics.items())
+            return f"{head} | {told}"
         if kind == "skipped":
             return f"{head} | {metrics['fault']}, {metrics['samples_at_fault']} samples at fault"
         if kind == "rollback":

@@ -147,6 +147,7 @@ def go_on(session: Session, progress: TrainingProgress, signals: StopSignals) ->
     """
     from megatron_dlm.training.hooks.checkpoint import CheckpointHook
     from megatron_dlm.training.hooks.evaluation import EvaluationHook
+    from megatron_dlm.training.hooks.generation import GenerationHook
     from megatron_dlm.training.hooks.logging import LoggingHook
     from megatron_dlm.training.hooks.non_finite import NonFiniteHook
     from megatron_dlm.training.hooks.profiling import ProfilingHook
@@ -175,6 +176,8 @@ def go_on(session: Session, progress: TrainingProgress, signals: StopSignals) ->
         EvaluationHook(telemetry),
         LoggingHook(telemetry),
         checkpoints,
+        # By the checkpoint that was just saved.
+        GenerationHook(telemetry, checkpoints),
         ProfilingHook(),
     ]
     try:

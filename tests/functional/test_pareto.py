@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from megatron_dlm.evaluation.generative import Judge, frontier, hugging_face_judge, unigram_entropy
+from megatron_dlm.evaluation.judge import Judge, hugging_face_judge
+from megatron_dlm.evaluation.sample_quality import frontier, unigram_entropy
 from megatron_dlm.interfaces import InputError
 from tests.helpers.runs import arguments_for, finish_ranks
 

@@ -18,7 +18,7 @@ BELOW = {
     "families": {"sampling", "diffusion", "platform"},
     "checkpointing": {"models", "platform"},
     "execution": {"families", "diffusion", "models", "data", "platform"},
-    "run": {"families", "diffusion", "checkpointing", "models", "data", "kernels", "platform"},
+    "run": {"families", "sampling", "diffusion", "checkpointing", "models", "data", "kernels", "platform"},
 }
 """What each package may import, beside itself and interfaces."""
 BELOW["conversion"] = {*BELOW["run"], "run", "sampling"}

@@ -32,7 +32,8 @@ class CheckpointHook(Hook):
     def __init__(self, root: CheckpointRoot, saved_step: int, parallel: ParallelState) -> None:
         self._root = root
         self._plans = SavePlans(parallel)
-        self._saved_step = saved_step
+        self.saved_step = saved_step
+        """Step of the newest complete checkpoint."""
         self._pending: PendingSave | None = None
         self._failures = 0
 
@@ -49,14 +50,14 @@ class CheckpointHook(Hook):
 
     def after_rollback(self, session: Session, progress: TrainingProgress, report: StepReport) -> None:
         """Do not save again the checkpoint just loaded; it also satisfies a pending request to save."""
-        self._saved_step = progress.step
+        self.saved_step = progress.step
         if progress.save_requested:
             self._forget_request(session)
 
     def on_end(self, session: Session, progress: TrainingProgress) -> None:
         """Save what has not been saved; here a failure is final."""
         self.finish(session)
-        if progress.step != self._saved_step:
+        if progress.step != self.saved_step:
             self._failures = session.config.checkpoint.max_failed_saves
             self._save(session, progress)
             self.finish(session)
@@ -108,7 +109,7 @@ class CheckpointHook(Hook):
             return
         with self._failures_counted(session, pending.step):
             pending.finish()
-            self._saved_step = pending.step
+            self.saved_step = pending.step
             self._failures = 0
             tell_of_progress()
             if session.parallel.rank == 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,17 @@ class Telemetry:
     def write(self, kind: str, step: int, metrics: Metrics) -> None:
         """Pass on to all writers."""
         self._on_each(lambda writer: writer.write(kind, step, metrics))
+
+    def draw_texts(self, step: int, texts: Sequence[str]) -> None:
+        """Pass texts on to the writers that show them: TensorBoard and W&B."""
+        named: Metrics = {f"text {number}": text for number, text in enumerate(texts)}
+        self._on_each(
+            lambda writer: (
+                writer.write("texts", step, named)
+                if isinstance(writer, TensorBoardWriter | WandbWriter)
+                else None
+            )
+        )
 
     def close(self) -> None:
         """Close all writers."""

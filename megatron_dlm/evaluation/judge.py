@@ -1,11 +1,9 @@
-"""Sample quality: generative perplexity under a judge model, and unigram entropy (arXiv:2602.15014)."""
+"""Generative perplexity: how likely a causal language model finds sampled texts (arXiv:2602.15014)."""
 
 from __future__ import annotations
 
-import csv
 import logging
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_dlm.evaluation.loaded_model import ModelDtype, is_model, open_model
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.platform.peers import Peers
 
@@ -115,64 +114,30 @@ def hugging_face_judge(folder: Path, device: torch.device) -> Judge:
     )
 
 
-def unigram_entropy(samples: Sequence[Sequence[int]]) -> float:
-    """Entropy in nats of the token frequencies inside a sample, averaged over samples.
-
-    It is low for a text that repeats itself, even if a judge finds the text likely.
+def open_judge(path: Path, dtype: ModelDtype, device: torch.device) -> Judge:
+    """A judge: a Hugging Face folder, or a model of this package that predicts next tokens.
 
     Args:
-        samples: token ids of each sample.
+        path: folder, checkpoint or run.
+        dtype: precision of the loaded weights of a model of this package.
+        device: device to run the model on.
 
     Returns:
-        Mean entropy in nats.
-    """
-    total = 0.0
-    for sample in samples:
-        counts = Counter(sample)
-        size = len(sample)
-        total -= sum(n / size * math.log(n / size) for n in counts.values())
-    return total / len(samples)
-
-
-def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Pareto frontier: the points that no other point beats in both coordinates.
-
-    Args:
-        points: pairs (higher is better, lower is better), for example speed and perplexity.
-
-    Returns:
-        Indices of the frontier's points, from highest first coordinate to lowest second coordinate.
-    """
-    order = sorted(range(len(points)), key=lambda i: (-points[i][0], points[i][1]))
-    kept: list[int] = []
-    best = math.inf
-    for index in order:
-        if points[index][1] < best:
-            best = points[index][1]
-            kept.append(index)
-    return kept
-
-
-def reference_points(path: Path) -> dict[str, list[tuple[float, float]]]:
-    """Read published speed and quality points to plot as a reference.
-
-    Args:
-        path: CSV file with the columns family, throughput_tok_per_s and gen_ppl.
-
-    Returns:
-        List of (tokens/s, generative perplexity) by family.
+        The judge.
 
     Raises:
-        InputError: the file is unreadable or has other columns.
+        InputError: it cannot be loaded, or predicts no next tokens.
     """
-    found: dict[str, list[tuple[float, float]]] = {}
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file):
-                point = (float(row["throughput_tok_per_s"]), float(row["gen_ppl"]))
-                found.setdefault(row["family"], []).append(point)
-    except (OSError, KeyError, ValueError, TypeError) as error:
+    if not is_model(path):
+        return hugging_face_judge(path, device)
+    loaded = open_model(path, tokenizer=None, dtype=dtype, device=str(device))
+    if not loaded.config.objective.predicts_next_token:
         raise InputError(
-            f"reference: {path}: not a table of family, throughput_tok_per_s, gen_ppl: {error}"
-        ) from error
-    return found
+            f"judge: {path}: {loaded.family.name} is no judge; take a model that predicts next tokens"
+        )
+    bos = loaded.vocabulary.bos_token_id
+    return Judge(
+        lambda ids: loaded.model(ids.to(device)).logits,
+        lambda text: [bos, *map(int, loaded.tokenizer.encode([text])[0])],
+        loaded.config.data.seq_length,
+    )

@@ -1,0 +1,83 @@
+"""Texts that a model writes while it is trained, and what they are worth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_dlm.evaluation.generation import before_end, sample_all
+from megatron_dlm.evaluation.gsm8k import Problem, accuracy, answer, prompts_of
+from megatron_dlm.evaluation.judge import Judge
+from megatron_dlm.evaluation.loaded_model import LoadedModel
+from megatron_dlm.evaluation.sample_quality import unigram_entropy
+from megatron_dlm.run.config import GenerationConfig
+from megatron_dlm.sampling.settings import SamplingConfig
+from megatron_dlm.sampling.start import start_from
+
+
+@dataclass(frozen=True)
+class WrittenTexts:
+    """What a model has written."""
+
+    texts: tuple[str, ...]
+    answers: tuple[dict[str, Any], ...]
+    """Of problems, with expected and found numbers."""
+    metrics: dict[str, float]
+    """Unigram entropy in nats, generative perplexity, exact match, tokens sampled."""
+
+
+def write_texts(
+    loaded: LoadedModel, config: GenerationConfig, judge: Judge | None, problems: Sequence[Problem]
+) -> WrittenTexts:
+    """Sample, judge and answer; all of the model's peers call it.
+
+    Args:
+        loaded: the model.
+        config: how much is written, and how.
+        judge: causal language model that scores the samples; None: none does.
+        problems: problems to answer.
+
+    Returns:
+        The same on every process.
+
+    Raises:
+        InputError: a length or a question does not fit the model.
+        ValueError: the family has no such sampler, or it does not take the settings.
+    """
+    length, peers = loaded.length(config.length), loaded.peers
+    settings = config.sampling.resolved(loaded.family)
+    samples, texts, tokens = [], [], 0
+    for batch in sample_all(
+        loaded.network,
+        loaded.family,
+        settings,
+        [start_from([[]], length, loaded.family)] * config.num_samples,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        peers=peers,
+    ):
+        tokens += batch.tokens
+        for ids, given in zip(batch.ids_BL.tolist(), batch.given_BL.tolist(), strict=True):
+            samples.append(ids)
+            kept = before_end(ids, given, loaded.vocabulary.eos_token_id) if settings.stop_at_eos else ids
+            texts.append(loaded.tokenizer.decode(kept))
+    metrics = {"unigram_entropy": unigram_entropy(samples), "sampled_tokens": float(tokens)}
+    if judge is not None:
+        metrics["generative_perplexity"] = judge.perplexity(texts, peers)
+    answers = _answers(loaded, config, problems, length)
+    if answers:
+        metrics["gsm8k_exact_match"] = accuracy([line["correct"] for line in answers])[0]
+    return WrittenTexts(tuple(texts), tuple(answers), metrics)
+
+
+def _answers(
+    loaded: LoadedModel, config: GenerationConfig, problems: Sequence[Problem], length: int
+) -> list[dict[str, Any]]:
+    """Answers left to right, as `evaluate gsm8k` has them."""
+    settings = SamplingConfig(sampler="left-to-right", stop_at_eos=True).resolved(loaded.family)
+    prompts = prompts_of([problem.question for problem in problems], length, loaded)
+    batches = answer(
+        problems, prompts, length, settings, loaded, batch_size=config.batch_size, seed=config.seed
+    )
+    return [line for lines, _ in batches for line in lines]
