@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+RECORDED_ALLOCATIONS = 100_000
+"""Newest allocations and frees that a memory snapshot holds: those of some steps."""
 ACTIVATION_CURES = (
     "lower training.micro_batch_size, set training.recompute full or raise "
     "parallel.tensor_model_parallel_size"
@@ -198,6 +200,37 @@ def name_of(device: torch.device) -> str:
     return f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor})"
 
 
+_snapshot: Path | None = None
+"""Where a snapshot of the memory goes when it is full; None: none is recorded."""
+
+
+def record_memory(path: Path) -> None:
+    """Record allocations from here on, and write them when GPU memory is full.
+
+    Args:
+        path: file of the snapshot, which https://pytorch.org/memory_viz draws.
+    """
+    import torch
+
+    global _snapshot
+    torch.cuda.memory._record_memory_history(max_entries=RECORDED_ALLOCATIONS)
+    _snapshot = path
+
+
+def _write_snapshot() -> str:
+    """Write what was recorded, if anything; returns what the error says of it."""
+    import torch
+
+    if _snapshot is None:
+        return ""
+    try:
+        _snapshot.parent.mkdir(parents=True, exist_ok=True)
+        torch.cuda.memory._dump_snapshot(str(_snapshot))
+    except (OSError, RuntimeError) as error:
+        return f"; no memory snapshot: {error}"
+    return f"; memory snapshot for pytorch.org/memory_viz: {_snapshot}"
+
+
 @contextmanager
 def allocating(what: str, cures: str) -> Iterator[None]:
     """Turn an out-of-memory error of the GPU into one that says what did not fit and what to change.
@@ -221,4 +254,6 @@ def allocating(what: str, cures: str) -> Iterator[None]:
         sizes = " ".join(
             str(error).split("Including")[0].split("Process ")[0].split("Of the alloc")[0].split()
         )
-        raise TrainingError(f"GPU memory: {what}: {sizes.rstrip('. ')}; {cures}") from error
+        raise TrainingError(
+            f"GPU memory: {what}: {sizes.rstrip('. ')}; {cures}{_write_snapshot()}"
+        ) from error

@@ -226,7 +226,11 @@ class TelemetryConfig:
     profile_steps: str = ""
     """Steps to profile on rank 0, FIRST:LAST, both included and counted from 1, for example 10:13. A trace
     and a table of the costliest operations go to profiles/ in the run's directory. Empty: none."""
-
+    memory_snapshot: bool = False
+    """On GPUs, record what is allocated where, and write it to profiles/ in the run's directory if memory is
+    full; https://pytorch.org/memory_viz draws it."""
+    energy: bool = False
+    """On GPUs, log energy a token and power a device, as NVML counts them (needs nvidia-ml-py)."""
     wandb: Literal["off", "offline", "online"] = "off"
     """Also write metrics for Weights & Biases (extra wandb): offline, to wandb/ in the run's directory, from
     where `wandb sync` sends them; or online, to the server that WANDB_* variables name."""

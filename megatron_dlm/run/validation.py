@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from typing import TYPE_CHECKING
 
@@ -130,11 +131,16 @@ def check_device(config: RunConfig, device: torch.device) -> None:
         device: device of this process.
 
     Raises:
-        InputError: CUDA graphs are requested on a CPU, or an option that needs Transformer Engine without it,
-            or `wants_triton`, `wants_flex_attention` or `transformer_impl` refuses the configuration.
+        InputError: CUDA graphs, energy or memory snapshots are requested on a CPU, or an option that needs
+            Transformer Engine without it, or `wants_triton`, `wants_flex_attention` or `transformer_impl` refuses the configuration.
     """
     if config.parallel.cuda_graphs and device.type != "cuda":
         raise InputError("parallel.cuda_graphs: True, and this run is on a CPU")
+    for name in ("memory_snapshot", "energy"):
+        if getattr(config.telemetry, name) and device.type != "cuda":
+            raise InputError(f"telemetry.{name}: True, and this run is on a CPU")
+    if config.telemetry.energy and importlib.util.find_spec("pynvml") is None:
+        raise InputError("telemetry.energy: True, and it needs NVML: pip install nvidia-ml-py")
     has_triton = wants_triton(config.training.kernels, device)
     wants_flex_attention(config, device, has_triton=has_triton)
     is_fp8, implementation = config.training.precision == "fp8", transformer_impl(config, device)

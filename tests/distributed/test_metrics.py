@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import statistics
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -25,11 +27,16 @@ def train_with_a_slow_rank(state, config):
     from megatron_dlm.training.session import Session
 
     session = Session(config, open_data(config.data), state)
+    logging = LoggingHook(Telemetry(session, 0))
+    # As on GPUs of 150 W each, whose energy of both a lap tells.
+    laps = iter([300.0, 600.0])
+    logging._energy = SimpleNamespace(lap=lambda: next(laps))
+    logging._first_measured_step = 4
     if state.rank == 1:
         forward, get = session.denoiser.forward, session._batches.get
         session.denoiser.forward = lambda *words: time.sleep(SLOW_SECONDS) or forward(*words)
         session._batches.get = lambda address: time.sleep(SLOW_SECONDS / 2) or get(address)
-    fit(session, TrainingProgress(), [LoggingHook(Telemetry(session, 0))])
+    fit(session, TrainingProgress(), [logging])
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +65,23 @@ def test_the_slowest_rank_is_named(run):
         assert 0 < line["step_seconds_median"] <= line["step_seconds_p95"]
         assert 0.1 < line["memory_gib"] < 8 and abs(time.time() - line["time"]) < 600
         assert line["tokens_per_second_per_device"] == pytest.approx(line["tokens_per_second"] / 2)
+
+
+def test_losses_are_told_by_time(run):
+    for line in read_metrics(run):
+        bands = [f"nats_per_token/t{edges}" for edges in ("0.00-0.25", "0.25-0.50", "0.50-0.75", "0.75-1.00")]
+        assert statistics.fmean(line[band] for band in bands) == pytest.approx(
+            line["nats_per_token"], rel=1e-6
+        )
+
+
+def test_energy_is_that_of_the_line_s_steps(run):
+    first, last = read_metrics(run)
+    # A line that began before the measurement has none.
+    assert "joules_per_token" not in first
+    assert last["joules_per_token"] == pytest.approx(600 / (3 * 8 * 32))
+    seconds = 3 * 8 * 32 / last["tokens_per_second"]
+    assert last["watts_per_device"] == pytest.approx(600 / seconds / 2, rel=1e-6)
 
 
 def test_tensorboard_has_the_configuration_and_no_curve_of_what_is_none(run):

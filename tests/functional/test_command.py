@@ -348,6 +348,8 @@ def test_tokenizer_and_index_from_the_command_line(command, tmp_path, read_json)
             "parallel.cuda_graphs: True, and this run is on a CPU",
         ),
         (["--training.precision", "fp8", "--fp8.weights"], "fp8.weights: True, and FP8 is emulated here"),
+        (["--telemetry.energy"], "telemetry.energy: True, and this run is on a CPU"),
+        (["--telemetry.memory-snapshot"], "telemetry.memory_snapshot: True, and this run is on a CPU"),
     ],
 )
 def test_what_only_a_gpu_has_is_refused_on_a_cpu(command, corpus, tmp_path, more, message):

@@ -101,7 +101,7 @@ def finish(process, seconds=120):
 OF_THE_MACHINE = {
     *("tokens_per_second", "tokens_per_second_per_device", "tflops_per_second_per_device", "mfu"),
     *("eta_seconds", "time", "step_seconds_median", "step_seconds_p95", "data_wait_seconds", "memory_gib"),
-    *("rank_seconds_median", "rank_seconds_max", "slowest_rank"),
+    *("rank_seconds_median", "rank_seconds_max", "slowest_rank", "joules_per_token", "watts_per_device"),
 }
 """Metrics that two equal runs need not share."""
 

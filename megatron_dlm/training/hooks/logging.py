@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 
 import numpy as np
+from megatron.core.energy_monitor import EnergyMonitor
 
 from megatron_dlm.platform.device_flops import matmul_flops_per_second
+from megatron_dlm.platform.gpu import waiting_for_gpu
 from megatron_dlm.telemetry.writers import FIRST_STEP, Metrics
 from megatron_dlm.training.hooks.telemetry import Telemetry
 from megatron_dlm.training.loop import Hook
@@ -27,11 +29,18 @@ class LoggingHook(Hook):
     def __init__(self, telemetry: Telemetry) -> None:
         self._telemetry = telemetry
         self._peak = 0.0
+        self._energy: EnergyMonitor | None = None
+        self._first_measured_step = 0
 
     def on_start(self, session: Session, progress: TrainingProgress) -> None:
         """Measure the device, on all ranks at once."""
         dtype = session.denoiser.config.params_dtype
         self._peak = matmul_flops_per_second(session.parallel.device, dtype)
+        if session.config.telemetry.energy:
+            self._energy = EnergyMonitor()
+            self._energy.setup()
+            self._energy.resume()
+            self._first_measured_step = progress.step + 1
 
     def after_step(self, session: Session, progress: TrainingProgress, report: StepReport) -> None:
         """Add the step to the window; write the window's means where it ends."""
@@ -41,7 +50,7 @@ class LoggingHook(Hook):
         ends = progress.step % session.config.telemetry.log_every == 0
         if ends or progress.step == session.config.training.num_steps:
             if progress.window.tokens:
-                ranks = _of_all_ranks(session)
+                ranks = _of_all_ranks(session) | self._energy_metrics(session, progress.window)
                 self._telemetry.write("train", progress.step, self._means(session, progress) | ranks)
         if ends:
             # A run that is given more steps later goes on with the short window of its last step.
@@ -79,6 +88,17 @@ class LoggingHook(Hook):
             **_by_time(window),
             **{f"epochs/{name}": value for name, value in epochs.items()},
         }
+
+    def _energy_metrics(self, session: Session, window: MetricsWindow) -> Metrics:
+        """Energy of all devices since the last line; nothing for a line that a run before this one began."""
+        if self._energy is None:
+            return {}
+        with waiting_for_gpu("the energy of all ranks"):
+            joules = self._energy.lap()
+        if window.first_step < self._first_measured_step:
+            return {}
+        watts = joules / window.seconds / session.parallel.world_size
+        return {"joules_per_token": joules / window.tokens, "watts_per_device": watts}
 
     def on_end(self, session: Session, progress: TrainingProgress) -> None:
         """Close the writers; what else writes metrics comes before this hook."""

@@ -277,3 +277,19 @@ def test_the_innermost_place_speaks():
         gpu.allocating("inside", "nothing"),
     ):
         raise torch.OutOfMemoryError(FULL)
+
+
+def test_full_memory_leaves_a_snapshot_where_one_is_recorded(tmp_path, monkeypatch):
+    recorded = []
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **to: recorded.append(to))
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: open(path, "w").close())
+    monkeypatch.setattr(gpu, "_snapshot", None)
+    path = tmp_path / "profiles" / "memory-rank-0.pickle"
+    gpu.record_memory(path)
+    said = f"memory snapshot for pytorch.org/memory_viz: {path}$"
+    with pytest.raises(TrainingError, match=said), gpu.allocating("x", "y"):
+        raise torch.OutOfMemoryError(FULL)
+    assert path.exists() and recorded == [{"max_entries": gpu.RECORDED_ALLOCATIONS}]
+    monkeypatch.setattr(gpu, "_snapshot", path / "under a file")
+    with pytest.raises(TrainingError, match="no memory snapshot: "), gpu.allocating("x", "y"):
+        raise torch.OutOfMemoryError(FULL)
