@@ -8,11 +8,16 @@ ROOT = Path(__file__).parent
 
 # Fast Adam and LayerNorm kernels need NVIDIA's apex built from source (see README.md);
 # the `apex` on PyPI is an unrelated project and must never be listed here.
+# The line that has run on GPUs, which what is installed for use takes; the newer one is asked for by name,
+# without cpu and gpu, and has run on CPUs only.
+OLDER_CORE = "megatron-core==0.16.1"
 EXTRAS = {
-    "cpu": ["torch==2.13.0"],
+    "mcore-0.16": [OLDER_CORE],
+    "mcore-0.19": ['megatron-core>=0.19.2,<0.20; python_version >= "3.12"'],
+    "cpu": ["torch==2.13.0", OLDER_CORE],
     # megatron-core 0.16.1 calls what Transformer Engine 2.12 and later have renamed or removed.
-    "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
-    "gpu-cu12": ["transformer-engine[core_cu12,pytorch]>=2.9,<2.12"],
+    "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12", OLDER_CORE],
+    "gpu-cu12": ["transformer-engine[core_cu12,pytorch]>=2.9,<2.12", OLDER_CORE],
     # For CUDA 12: nvidia-dali-cuda120.
     "dali": ["nvidia-dali-cuda130"],
     "mpi": ["mpi4py"],
@@ -54,7 +59,7 @@ setup(
         # CVE-2026-24747 is in the weights_only loading of older ones. The a0 keeps the 2.10.0a0 builds of
         # NVIDIA's images.
         "torch>=2.10.0a0",
-        "megatron-core==0.16.1",
+        "megatron-core>=0.16.1,!=0.17.*,!=0.18.*,<0.20",
         "filelock>=3.12",
         "numpy>=1.26",
         "packaging>=23",

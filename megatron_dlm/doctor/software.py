@@ -19,6 +19,7 @@ from megatron_dlm.platform.versions import (
     has_transformer_engine,
     import_transformer_engine,
     installed_version,
+    is_newer_megatron_core,
 )
 
 TOPIC = "software"
@@ -63,6 +64,8 @@ def _megatron_core() -> Finding:
     if found == MEGATRON_CORE:
         return Finding(TOPIC, "megatron-core", "ok", found)
     cure = f"pip install megatron-core=={MEGATRON_CORE}"
+    if is_newer_megatron_core(found):
+        return Finding(TOPIC, "megatron-core", "note", f"{found}, which has run on CPUs only", cure)
     return Finding(TOPIC, "megatron-core", "failed", found or "not installed", cure)
 
 

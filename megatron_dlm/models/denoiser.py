@@ -32,6 +32,7 @@ from megatron_dlm.models.head import Head
 from megatron_dlm.models.layer_spec import layer_spec
 from megatron_dlm.models.time_embedding import TimeEmbedder
 from megatron_dlm.models.visibility import visibility
+from megatron_dlm.platform.megatron import hand_context_to_all_layers
 from megatron_dlm.platform.parallel import ParallelState
 from megatron_dlm.platform.vocab_parallel import VocabShard, padded_vocabulary_size
 
@@ -71,6 +72,8 @@ class Denoiser(MegatronModule):
                 parallel.tensor_group,
             )
         self.time_embedder = TimeEmbedder(model.conditioning_size, first_stage=self.pre_process)
+        if config.recompute_granularity == "full":
+            hand_context_to_all_layers()
         self.block = TransformerBlock(
             config=config,
             spec=layer_spec(model, config, attention),
@@ -230,12 +233,13 @@ class ChunkedDenoiser(nn.Module):
 def _mark_tensor_parallel(model: nn.Module) -> None:
     """Mark weights that are sharded over tensor parallel ranks, so that the gradient norm counts every shard.
 
-    megatron-core marks only weights it initializes itself; of unmarked weights only rank 0's shard counts.
+    megatron-core 0.16 marks only weights it initializes itself; of unmarked weights only rank 0's shard
+    counts.
     """
     cut_dim = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
     for module in model.modules():
         for kind, dim in cut_dim.items():
-            if isinstance(module, kind):
+            if isinstance(module, kind) and not hasattr(module.weight, "tensor_model_parallel"):
                 set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
 
 

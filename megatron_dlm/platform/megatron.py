@@ -1,11 +1,13 @@
 """The only module that uses private or unstable APIs of megatron-core and torch.
 
 Public APIs are imported where they are used. The APIs used here were tested with megatron-core 0.16.1 and
-torch 2.10 to 2.14; look here first when either package changes.
+0.19.2, and torch 2.10 to 2.14; look here first when either package changes.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +15,6 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     _replace_state_dict_keys_with_sharded_keys,
@@ -21,9 +22,11 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from megatron.core.distributed.data_parallel_base import _BaseDataParallel
 from megatron.core.transformer import cuda_graphs
+from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 from torch.distributed.checkpoint import Metadata, SavePlan
 from torch.distributed.checkpoint.utils import _DistWrapper
 
+COMMON_STATE = "common.pt"
 CHECKPOINT_BACKEND, CHECKPOINT_VERSION = "torch_dist", 1
 """megatron-core's names of the checkpoint format."""
 DataParallelBase = _BaseDataParallel
@@ -51,7 +54,9 @@ def save_common_state(directory: Path, common: dict[str, Any]) -> None:
         directory: of the checkpoint.
         common: state without sharded tensors.
     """
-    TorchCommonSaveStrategy("torch", CHECKPOINT_VERSION).save_common(common, directory)
+    if torch.distributed.get_rank() == 0:
+        # The newer line writes it only with a warning that it will not for long.
+        torch.save(common, directory / COMMON_STATE)
     save_config(CheckpointingConfig(CHECKPOINT_BACKEND, CHECKPOINT_VERSION), str(directory))
 
 
@@ -78,6 +83,16 @@ def agree_on_plan(
         return final
 
     return _DistWrapper(None, True, 0).reduce_scatter("plan", own_plan, join_keeping_metadata), metadata
+
+
+def hand_context_to_all_layers() -> None:
+    """Let full recomputation give `context` to all kinds of layers, as it does up to 0.16.
+
+    0.19 gives it to its own TransformerLayer only, and drops what other layers return beside their output.
+    """
+    if importlib.util.find_spec("megatron.core.recompute") is not None:
+        recompute = importlib.import_module("megatron.core.recompute")
+        recompute.TransformerLayer = BaseTransformerLayer  # type: ignore[attr-defined]
 
 
 @contextmanager

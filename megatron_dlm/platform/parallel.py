@@ -128,6 +128,8 @@ def _silence_megatron() -> None:
     ):
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
+    # 0.19 lays the shards out itself, as 0.16 does, and says each time that callers might.
+    logging.getLogger("megatron.core.distributed.distributed_data_parallel").setLevel(logging.ERROR)
     # On a CPU one generator plays both, so saving and restoring "CUDA's" changes the other.
     logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
 
@@ -147,8 +149,8 @@ def start_parallel(environment: ProcessEnvironment, config: ParallelConfig) -> P
             version.
     """
     config.data_parallel_size(environment.world_size)
-    check_megatron_core()
     device = prepare_device(environment, config)
+    check_megatron_core(on_gpu=device.type == "cuda" and environment.rank == 0)
     start_process_group(
         environment,
         backend="nccl" if device.type == "cuda" else "gloo",

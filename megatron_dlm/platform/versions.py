@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -13,21 +14,44 @@ from packaging.specifiers import SpecifierSet
 from megatron_dlm import __version__
 from megatron_dlm.interfaces import InputError
 
+logger = logging.getLogger(__name__)
 MEGATRON_CORE = "0.16.1"
+"""The version that has run on GPUs."""
+NEWER_MEGATRON_CORE = ">=0.19.2,<0.20"
+"""Versions that have run on CPUs only."""
 TRANSFORMER_ENGINE = ">=2.9,<2.12"
 """megatron-core 0.16.1 calls what later ones have renamed or removed."""
 
 
-def check_megatron_core() -> None:
+def is_newer_megatron_core(found: str | None) -> bool:
+    """Whether a version of megatron-core is one that has run on CPUs only.
+
+    Args:
+        found: the version; None: none.
+
+    Returns:
+        True if it is among NEWER_MEGATRON_CORE.
+    """
+    return found is not None and SpecifierSet(NEWER_MEGATRON_CORE).contains(found, prereleases=True)
+
+
+def check_megatron_core(*, on_gpu: bool = False) -> None:
     """Refuse a megatron-core whose internals this package does not know.
+
+    Args:
+        on_gpu: warn of a version that has run on CPUs only.
 
     Raises:
         InputError: it is another version, or not there.
     """
     found = installed_version("megatron-core")
-    if found != MEGATRON_CORE:
+    if is_newer_megatron_core(found):
+        if on_gpu:
+            logger.warning(f"megatron-core: {found} has run on CPUs only; on GPUs {MEGATRON_CORE} has")
+    elif found != MEGATRON_CORE:
         raise InputError(
-            f"megatron-core: {found or 'not installed'}; this version of megatron-dlm needs {MEGATRON_CORE}"
+            f"megatron-core: {found or 'not installed'}; this version of megatron-dlm needs {MEGATRON_CORE} "
+            f"or, on CPUs, {NEWER_MEGATRON_CORE}"
         )
 
 

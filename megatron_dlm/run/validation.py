@@ -132,7 +132,8 @@ def check_device(config: RunConfig, device: torch.device) -> None:
 
     Raises:
         InputError: CUDA graphs, energy or memory snapshots are requested on a CPU, or an option that needs
-            Transformer Engine without it, or `wants_triton`, `wants_flex_attention` or `transformer_impl` refuses the configuration.
+            Transformer Engine without it, or `wants_triton`, `wants_flex_attention` or `transformer_impl`
+            refuses the configuration.
     """
     if config.parallel.cuda_graphs and device.type != "cuda":
         raise InputError("parallel.cuda_graphs: True, and this run is on a CPU")

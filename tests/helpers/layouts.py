@@ -79,12 +79,13 @@ def three_steps(state, config):
     dtype = session.denoiser.config.params_dtype
     weights.set_weights(session.denoiser, state, {n: v.to(dtype).float() for n, v in values.items()})
     session.optimizer.reload_model_params()
-    losses, fingerprints, gradients, norms = [], [], [], []
+    losses, bands, fingerprints, gradients, norms = [], [], [], [], []
     for step in range(STEPS):
         sums = session.run_batch(step, step * config.training.global_batch_size)
         # Each sample is in one band of the diffusion time, if its family has one.
         assert not sums.band_nats or abs(sum(sums.band_nats) / sums.bound - 1) < 1e-9
-        losses.append([value / sums.tokens for value in (sums.loss, sums.bound, *sums.band_nats)])
+        bands.append([nats / sums.tokens for nats in sums.band_nats])
+        losses.append((sums.loss / sums.tokens, sums.bound / sums.tokens))
         fingerprints.append(sums.fingerprint)
         gradients.append(weights.reduced_gradients(session))
         set_learning_rate(session.optimizer, 1e-3)
@@ -92,6 +93,7 @@ def three_steps(state, config):
     validation = session.validation.run(config.evaluation).nats_per_token
     return {
         "losses": losses,
+        "bands": bands,
         "fingerprints": fingerprints,
         "gradients": gradients,
         "norms": norms,
@@ -127,6 +129,9 @@ def assert_equal_runs(run, reference, loss=1e-5, gradient=1e-5, norm=1e-5):
     for ours, theirs in zip(run["losses"], reference["losses"], strict=True):
         assert ours == pytest.approx(theirs, rel=loss)
         largest_loss = max(largest_loss, abs(ours[0] / theirs[0] - 1))
+    for ours, theirs in zip(run["bands"], reference["bands"], strict=True):
+        # Parts of the bound, of which a small one may differ by more of itself.
+        assert ours == pytest.approx(theirs, rel=loss, abs=loss * sum(theirs))
     assert run["validation"] == pytest.approx(reference["validation"], rel=loss)
     assert run["norms"] == pytest.approx(reference["norms"], rel=norm)
     for step, (ours, theirs) in enumerate(zip(run["gradients"], reference["gradients"], strict=True)):

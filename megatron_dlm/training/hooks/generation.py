@@ -41,6 +41,10 @@ class GenerationHook(Hook):
     def on_start(self, session: Session, progress: TrainingProgress) -> None:
         """Open what the texts need.
 
+        Args:
+            session: run whose configuration says what.
+            progress: where it starts.
+
         Raises:
             InputError: no tokenizer, judge or problems where they should be.
         """

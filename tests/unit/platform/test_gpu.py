@@ -217,9 +217,16 @@ def test_another_megatron_core(monkeypatch):
     versions.check_megatron_core()
     monkeypatch.setattr(versions, "version", lambda package: "0.17.0")
     with pytest.raises(
-        InputError, match=r"^megatron-core: 0.17.0; this version of megatron-dlm needs 0.16.1$"
+        InputError, match=r"^megatron-core: 0.17.0; this version of megatron-dlm needs 0.16.1 or, on CPUs"
     ):
         versions.check_megatron_core()
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_the_newer_megatron_core_is_taken_and_told_of_on_gpus(monkeypatch, caplog, on_gpu):
+    monkeypatch.setattr(versions, "version", lambda package: "0.19.2")
+    versions.check_megatron_core(on_gpu=on_gpu)
+    assert ("megatron-core: 0.19.2 has run on CPUs only" in caplog.text) == on_gpu
 
 
 def fill_memory(owner, name):
