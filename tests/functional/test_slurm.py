@@ -11,28 +11,11 @@ import pytest
 from megatron_dlm.telemetry.writers import read_metrics
 from tests.helpers.paths import ROOT
 from tests.helpers.runs import arguments_for, finish, start, train_metrics
-from tests.helpers.slurm import Slurm, SlurmMissingError, find_programs
 
 pytestmark = pytest.mark.slow
 STEPS = 40
 NEVER = 100_000
 SAVE_EACH_STEP = ["--checkpoint.save-every", 1, "--checkpoint.keep-last", 2]
-
-
-@pytest.fixture
-def slurm(request, tmp_path):
-    """A cluster; what it and its job have said is shown where the test fails."""
-    try:
-        programs = find_programs(request.config.cache.mkdir("slurm"))
-    except SlurmMissingError as error:
-        pytest.skip(str(error))
-    directory = tmp_path / "slurm"
-    directory.mkdir()
-    with Slurm(programs, directory) as cluster:
-        yield cluster
-        print(cluster.logs())
-    for output in tmp_path.glob("output"):
-        print(output.read_text()[-5000:])
 
 
 @pytest.fixture

@@ -177,6 +177,17 @@ class Slurm:
         assert finished.returncode == 0 or not check, f"{command}: {finished.stderr}"
         return finished.stdout
 
+    def start(self, *command, **environment):
+        """Start one of Slurm's commands, in a session of its own, with all it prints in one pipe."""
+        return subprocess.Popen(
+            list(map(str, command)),
+            env=self._environment | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
     def job(self, number):
         """What Slurm tells of a job, by its own names."""
         words = self.run("scontrol", "show", "job", number, "--oneliner").split()
