@@ -9,7 +9,7 @@ from dataclasses import replace
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.models.config import Precision, Recompute
 from megatron_dlm.run.config import RunConfig
-from megatron_dlm.run.validation import check_run
+from megatron_dlm.run.validation import check_run, is_legal
 
 RECOMPUTES: tuple[Recompute, ...] = ("none", "norms", "selective", "full")
 LARGEST_CONTEXT = 8
@@ -121,15 +121,6 @@ def why_not(config: RunConfig, processes: int, axis: str) -> str | None:
     except InputError as error:
         return str(error)
     return None
-
-
-def is_legal(config: RunConfig, processes: int) -> bool:
-    """Whether a configuration can run on a number of processes."""
-    try:
-        check_run(config, processes)
-    except InputError:
-        return False
-    return True
 
 
 def changes_between(old: RunConfig, new: RunConfig) -> dict[str, str]:

@@ -71,6 +71,15 @@ def check_run(config: RunConfig, world_size: int) -> None:
             )
 
 
+def is_legal(config: RunConfig, processes: int) -> bool:
+    """Whether `check_run` takes a configuration on a number of processes."""
+    try:
+        check_run(config, processes)
+    except InputError:
+        return False
+    return True
+
+
 def _check_fully_sharded(config: RunConfig) -> None:
     if config.training.precision == "fp8":
         raise InputError("training.precision: fp8, and parallel.fully_sharded needs fp32 or bf16")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.platform.launch import ProcessEnvironment
 from megatron_dlm.run.config import RunConfig
-from megatron_dlm.run.validation import check_run
+from megatron_dlm.run.validation import check_run, is_legal
 
 
 @dataclass(frozen=True)
@@ -62,15 +62,7 @@ def find_working_ranks(config: RunConfig, processes: int) -> WorkingRanks:
     except InputError as error:
         if config.parallel.idle_ranks:
             for count in range(processes - 1, 0, -1):
-                if _divides(config, count):
+                if is_legal(config, count):
                     return WorkingRanks(count, processes, str(error))
         raise
     return WorkingRanks(processes, processes)
-
-
-def _divides(config: RunConfig, processes: int) -> bool:
-    try:
-        check_run(config, processes)
-    except InputError:
-        return False
-    return True
