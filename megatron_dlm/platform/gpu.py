@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+CONTAINER_MARKS = ("/.dockerenv", "/run/.containerenv")
 RECORDED_ALLOCATIONS = 100_000
 """Newest allocations and frees that a memory snapshot holds: those of some steps."""
 ACTIVATION_CURES = (
@@ -48,8 +49,26 @@ def why_no_cuda(environ: Mapping[str, str] = os.environ) -> tuple[str, bool]:
     if torch.version.cuda is None:
         return f"this PyTorch, {torch.__version__}, is built without CUDA", False
     if not gpu_files():
+        if is_container(environ):
+            return (
+                "this container has no NVIDIA GPU; docker run --gpus all, apptainer --nv give it some",
+                True,
+            )
         return "this machine has no NVIDIA GPU", False
     return f"the driver does not work: {_driver_error()}", True
+
+
+def is_container(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process runs in a container of Docker, Podman, Apptainer or Enroot.
+
+    Args:
+        environ: variables of this process.
+
+    Returns:
+        True where one of their marks is there.
+    """
+    marks = ("APPTAINER_CONTAINER", "SINGULARITY_CONTAINER", "ENROOT_ROOTFS")
+    return any(Path(mark).exists() for mark in CONTAINER_MARKS) or any(mark in environ for mark in marks)
 
 
 def gpu_files() -> list[Path]:

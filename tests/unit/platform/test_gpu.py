@@ -37,7 +37,7 @@ FULL = (
 def machine(monkeypatch):
     """A machine by what PyTorch and /dev say of it."""
 
-    def describe(*, built=True, files=True, error="", visible=None):
+    def describe(*, built=True, files=True, error="", visible=None, container=False):
         def init():
             raise RuntimeError(error + "\nmore lines")
 
@@ -45,6 +45,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.cuda, "init", init)
         monkeypatch.setattr(torch.version, "cuda", "13.0" if built else None)
         monkeypatch.setattr(gpu, "gpu_files", lambda: [Path("/dev/nvidia0")] if files else [])
+        monkeypatch.setattr(gpu, "is_container", lambda environ: container)
         if visible is None:
             monkeypatch.delenv(gpu.VISIBLE, raising=False)
         else:
@@ -63,6 +64,11 @@ DRIVER = "Unexpected error from cudaGetDeviceCount(). Error 803: unsupported dis
         ({"visible": "-1"}, "cuda", "CUDA_VISIBLE_DEVICES is '-1', which hides all GPUs"),
         ({"built": False}, "cuda", rf"this PyTorch, {re.escape(torch.__version__)}, is built without CUDA"),
         ({"files": False}, "cuda", "this machine has no NVIDIA GPU"),
+        (
+            {"files": False, "container": True},
+            "auto",
+            "this container has no NVIDIA GPU; docker run --gpus all",
+        ),
         ({"error": DRIVER}, "cuda", "the driver does not work: Unexpected error .* cuda driver$"),
         ({"error": DRIVER}, "auto", "the driver does not work: .* cuda driver; --parallel.device cpu does"),
     ],
