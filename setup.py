@@ -8,8 +8,8 @@ ROOT = Path(__file__).parent
 
 # Fast Adam and LayerNorm kernels need NVIDIA's apex built from source (see README.md);
 # the `apex` on PyPI is an unrelated project and must never be listed here.
-# The line that has run on GPUs, which what is installed for use takes; the newer one is asked for by name,
-# without cpu and gpu, and has run on CPUs only.
+# The line that has run on GPUs, which the extras for use take. The newer one, which has run on CPUs only,
+# comes with its own extra; without any, pip takes the newest that this Python allows.
 OLDER_CORE = "megatron-core==0.16.1"
 EXTRAS = {
     "mcore-0.16": [OLDER_CORE],
@@ -59,11 +59,11 @@ setup(
         # CVE-2026-24747 is in the weights_only loading of older ones. The a0 keeps the 2.10.0a0 builds of
         # NVIDIA's images.
         "torch>=2.10.0a0",
-        "megatron-core>=0.16.1,!=0.17.*,!=0.18.*,<0.20",
+        "megatron-core>=0.16.1,!=0.16.2,!=0.17.*,!=0.18.*,!=0.19.0,!=0.19.1,<0.20",
         "filelock>=3.12",
         "numpy>=1.26",
         "packaging>=23",
-        "psutil>=5.9",
+        "psutil>=6.0",
         "safetensors>=0.4",
         "scipy>=1.11",
         "huggingface-hub>=0.25",

@@ -50,7 +50,8 @@ if $check; then
 fi
 status=0
 "${command[@]}" || status=$?
-# After a signal, saved (3) or killed, but not after errors, and not more than three times without a new checkpoint.
+# After a signal, saved (3) or killed, and after a lost rank (4), but not after errors, and not more than three times
+# without a new checkpoint.
 # A node that is lost is Slurm's to requeue for (--requeue).
 if [[ $status -ne 0 ]] && srun --nodes 1 --ntasks 1 "${container[@]}" "$python" -m megatron_dlm.cli.requeue "$status" "$@"; then
     scontrol requeue "$SLURM_JOB_ID"

@@ -12,6 +12,7 @@
 #   GPUS_PER_NODE   processes per node (default: GPUs of this node, or 1 without any)
 #   MASTER_ADDR, MASTER_PORT   where node 0 listens (default: a free port of this node; 29500 on many nodes)
 #   MAX_RESTARTS    of an elastic job, starts in a row after losses without a new checkpoint (default 3)
+#   JOB_ID          of an elastic job, its name, where several meet at one address (default megatron-dlm)
 #   RDZV_CONF       of an elastic job, further --rdzv-conf, such as last_call_timeout=30: seconds to wait for more
 #                   nodes when the fewest have met
 #   PYTHON          interpreter with megatron-dlm installed (default python)
@@ -22,7 +23,7 @@ case ${1:-} in
 --check) check=true && shift ;;
 esac
 if [[ $# -eq 0 ]]; then
-    sed -n '2,18s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    sed -n '2,19s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     exit 2
 fi
 python=${PYTHON:-python}
@@ -36,6 +37,10 @@ if ! [[ $nodes =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]]; then
     exit 2
 fi
 most_nodes=${nodes#*:}
+if [[ ${nodes%:*} -gt $most_nodes ]]; then
+    echo "train.sh: error: NUM_NODES: $nodes: the fewest nodes are more than the most" >&2
+    exit 2
+fi
 if [[ $most_nodes -gt 1 && -z ${MASTER_ADDR:-} ]]; then
     echo "train.sh: error: MASTER_ADDR: not set; $most_nodes nodes need the address of node 0" >&2
     exit 2
@@ -67,7 +72,9 @@ if [[ " $* " == *" --help "* || " $* " == *" -h "* ]]; then
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # What cannot run is refused here, once, before the processes start.
-"$python" -m megatron_dlm train "$@" --check "$((most_nodes * per_node))"
+for count in $(printf '%s\n' "${nodes%:*}" "$most_nodes" | uniq); do
+    "$python" -m megatron_dlm train "$@" --check "$((count * per_node))"
+done
 if $check; then
     "${launch[@]}" doctor "$@" --quick
 fi

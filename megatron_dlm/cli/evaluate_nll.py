@@ -112,7 +112,12 @@ def _evaluate(config: NllConfig) -> tuple[Bound, bool]:
     where = _data(config, data.validation or data.train[0], loaded.tokenizer.path, loaded.vocabulary)
     with loaded.peers.together(), where as prefix:
         bound = bound_of_folder(
-            loaded, prefix, config.bound, size, drop_long_records=drop, progress=ProgressPrinter()
+            loaded,
+            prefix,
+            config.bound,
+            size,
+            drop_long_records=drop,
+            progress=ProgressPrinter() if loaded.peers.is_first else lambda done, total: None,
         )
         return bound, loaded.peers.is_first
 

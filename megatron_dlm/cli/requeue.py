@@ -47,7 +47,7 @@ def decide(status: int, newest_step: int, record: Path) -> Decision:
     if status > FIRST_OF_SIGNALS:
         causes[status] = f"killed by signal {status - FIRST_OF_SIGNALS}"
     if status not in causes:
-        return Decision(False, f"exit code {status} is no signal's, and a new start would end the same way")
+        return Decision(False, f"exit code {status} is an error's, and a new start would end the same way")
     try:
         counted = json.loads(record.read_text(encoding="utf-8"))
         starts = counted["starts"] if counted["step"] == newest_step else 0

@@ -110,10 +110,13 @@ def _tell_of_meeting(error: Exception, options: Any) -> int:
     from megatron_dlm.platform.torchrun_agent import Agent
 
     if "EADDRINUSE" in str(error):
-        port = options.master_port if options.rdzv_backend == "static" else options.rdzv_endpoint
+        endpoint = f"{options.master_addr}:{options.master_port}"
+        port = (options.rdzv_endpoint or endpoint).rpartition(":")[2]
         return _tell(f"MASTER_PORT: {port} is in use by another program; set MASTER_PORT to a free one", 1)
     place = options.rdzv_endpoint or f"{options.master_addr}:{options.master_port}"
     if isinstance(error, RendezvousClosedError):
+        if not Agent.has_started():
+            return _tell("the job has ended before this node has joined it", 0)
         return _tell("another node has ended the job, and says why", 1)
     if isinstance(error, RendezvousTimeoutError):
         return _tell(
@@ -144,6 +147,8 @@ def _pass_on(number: int) -> None:
         os._exit(EXIT_PREEMPTED)
     if Agent.current is not None:
         Agent.current.take_signal(number)
+        if Agent.current.is_stopping:
+            return
     for worker in workers:
         with suppress(psutil.NoSuchProcess):
             worker.send_signal(number)

@@ -16,6 +16,7 @@ from megatron_dlm.planning.stage import DeviceType
 from megatron_dlm.run.config import RunConfig
 from megatron_dlm.run.forward_passes import sampled_passes
 from megatron_dlm.run.validation import check_device
+from megatron_dlm.run.working_ranks import find_working_ranks
 from megatron_dlm.training.train import check_start
 
 TOPIC = "recipe"
@@ -41,6 +42,7 @@ def look_at_recipe(
     """
     try:
         data = check_start(config, processes)
+        processes = find_working_ranks(config, processes).count
         check_device(config, device)
     except InputError as error:
         return [Finding(TOPIC, "start", "failed", str(error))]

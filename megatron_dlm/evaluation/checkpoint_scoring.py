@@ -54,7 +54,7 @@ def bound_of_checkpoint(
     shard, rows, run_config = held_out(record.config, record.tokenizer_fingerprint, data, drop_long_records)
     run_config = scoring_config(run_config, config, parallel_config)
     with open_checkpoint(record, parallel_config, run_config.training.precision) as opened:
-        from megatron_dlm.evaluation.nelbo import held_out_bound, share_of_rank
+        from megatron_dlm.evaluation.nelbo import RankShare, held_out_bound
 
         parallel = opened.parallel
         bound = held_out_bound(
@@ -64,7 +64,7 @@ def bound_of_checkpoint(
             record.vocabulary,
             config,
             bytes_per_token=shard.manifest.bytes_per_token,
-            share=share_of_rank(micro_batch_size, parallel.data_rank, parallel.data_size),
+            share=RankShare(micro_batch_size, parallel.data_rank, parallel.data_size),
             progress=progress if parallel.rank == 0 else lambda done, total: None,
         )
         return bound, parallel.rank == 0
@@ -147,7 +147,7 @@ def bound_of_folder(
         InputError: unusable shard or sizes.
     """
     from megatron_dlm.evaluation.exported_scoring import ExportedBounds
-    from megatron_dlm.evaluation.nelbo import exported_copies, held_out_bound, share_of_rank
+    from megatron_dlm.evaluation.nelbo import RankShare, exported_copies, held_out_bound
 
     shard, rows, run_config = held_out(loaded.config, loaded.tokenizer.fingerprint, data, drop_long_records)
     score = ExportedBounds(
@@ -163,7 +163,7 @@ def bound_of_folder(
         loaded.vocabulary,
         config,
         bytes_per_token=shard.manifest.bytes_per_token,
-        share=share_of_rank(micro_batch_size, loaded.peers.rank, loaded.peers.world_size),
+        share=RankShare(micro_batch_size, loaded.peers.rank, loaded.peers.world_size),
         progress=progress,
     )
 

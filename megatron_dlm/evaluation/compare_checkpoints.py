@@ -120,7 +120,7 @@ def compare_checkpoints(
         )
         configs.append(scoring_config(as_asked, config, parallel_config))
     parallel = start_parallel(detect_environment(), parallel_config)
-    from megatron_dlm.evaluation.nelbo import held_out_bound, share_of_rank
+    from megatron_dlm.evaluation.nelbo import RankShare, held_out_bound
 
     runs = [
         copies_by(load_denoiser(one.record, one_config, parallel), one_config, parallel)
@@ -135,7 +135,7 @@ def compare_checkpoints(
             record.vocabulary,
             config,
             bytes_per_token=shard.manifest.bytes_per_token,
-            share=share_of_rank(micro_batch_size, parallel.data_rank, parallel.data_size),
+            share=RankShare(micro_batch_size, parallel.data_rank, parallel.data_size),
             progress=told if parallel.rank == 0 else _silent,
         )
         for run, told in ((paired.difference, progress), (paired.first, _silent))

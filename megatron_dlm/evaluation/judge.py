@@ -17,6 +17,7 @@ from megatron_dlm.platform.peers import Peers
 
 logger = logging.getLogger(__name__)
 
+HF_CONFIG = "config.json"
 JUDGE_TOKENS = 2048
 """Most tokens of a text that the judge reads, as in the paper's code."""
 
@@ -96,7 +97,7 @@ def hugging_face_judge(folder: Path, device: torch.device) -> Judge:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if not (folder / "config.json").is_file():
+    if not (folder / HF_CONFIG).is_file():
         raise InputError(f"judge: {folder}: has no config.json")
     local = {"local_files_only": True, "trust_remote_code": False}
     try:
@@ -112,6 +113,11 @@ def hugging_face_judge(folder: Path, device: torch.device) -> Judge:
         lambda text: tokenizer(text)["input_ids"],
         getattr(model.config, "max_position_embeddings", JUDGE_TOKENS),
     )
+
+
+def is_judge(path: Path) -> bool:
+    """Whether `open_judge` may find a model at a path."""
+    return is_model(path) or (path / HF_CONFIG).is_file()
 
 
 def open_judge(path: Path, dtype: ModelDtype, device: torch.device) -> Judge:

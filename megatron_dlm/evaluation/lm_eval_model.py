@@ -121,9 +121,12 @@ class HarnessModel(LM):
         return self._loaded.peers
 
     def _bar(self, total: int, what: str, is_disabled: bool) -> tqdm:
-        """Progress of this process, of which the first one's is shown."""
-        share = len(range(self._peers.rank, total, self._peers.world_size)) if what != "texts" else total
-        return tqdm(total=share, desc=what, disable=is_disabled or not self._peers.is_first)
+        """Progress bar, of the first process only."""
+        return tqdm(total=total, desc=what, disable=is_disabled or not self._peers.is_first)
+
+    def _own_share(self, total: int) -> int:
+        """How many of so many requests this process answers itself."""
+        return len(range(self._peers.rank, total, self._peers.world_size))
 
     @contextmanager
     def _noting(self) -> Iterator[None]:
@@ -192,7 +195,7 @@ class HarnessModel(LM):
         order = sorted(range(len(requests)), key=lambda i: _question_of(requests[i]))
         groups = [list(group) for _, group in groupby(order, key=lambda i: _question_of(requests[i]))]
         questions = [[self._choice(requests[i]) for i in group] for group in groups]
-        with self._bar(len(questions), "questions", disable_tqdm) as bar:
+        with self._bar(self._own_share(len(questions)), "questions", disable_tqdm) as bar:
             scored = self._peers.share(questions, lambda some: self._scorer.score(some, bar.update))
         self.greedy_tasks |= {str(requests[group[0]].task_name) for group in groups if len(group) == 1}
         # Groups are pieces of `order`, so their answers in a row are in that order.
@@ -237,7 +240,7 @@ class HarnessModel(LM):
                 windows.append([Choice(seen, part)])
                 owner.append(index)
         totals = [0.0] * len(requests)
-        with self._bar(len(windows), "windows", disable_tqdm) as bar:
+        with self._bar(self._own_share(len(windows)), "windows", disable_tqdm) as bar:
             answers = self._peers.share(windows, lambda some: self._scorer.score(some, bar.update))
         for index, (scored,) in zip(owner, answers, strict=True):
             totals[index] -= scored.mean

@@ -19,6 +19,7 @@ from megatron_dlm.data.tokenizers.tokenizer import TOKENIZER_FILE, load_tokenize
 from megatron_dlm.families.base import ObjectiveConfig
 from megatron_dlm.interfaces import InputError, Vocabulary
 from megatron_dlm.models.config import ModelConfig
+from megatron_dlm.platform.gpu import own_cuda
 from megatron_dlm.platform.launch import detect_environment
 from megatron_dlm.platform.peers import Peers, meet_peers
 from megatron_dlm.run.checkpoint_names import find_checkpoint
@@ -112,8 +113,12 @@ def open_model(
     """
     if find_spec("transformers") is None:
         raise InputError("sampling and scoring need transformers; install megatron-dlm[hf]")
-    chosen = _device(device)
     path = find_checkpoint(path)
+    if not (path / MANIFEST).is_file() and not (path / EXPORT_CONFIG).is_file():
+        raise InputError(f"model: {path}: neither a run, a checkpoint (step-NNNNNNNN) nor an exported folder")
+    # Before what can fail on one process alone, which the others would wait for.
+    peers = meet_peers() if peers is None else peers
+    chosen = _device(device)
     if (path / MANIFEST).is_file():
         record = read_run_record(path)
         loaded = _load_tokenizer(
@@ -121,8 +126,6 @@ def open_model(
         )
         weights = _checkpoint_weights(record)
         return _build(record.config, record.vocabulary, loaded, weights, dtype, chosen, peers)
-    if not (path / EXPORT_CONFIG).is_file():
-        raise InputError(f"model: {path}: neither a run, a checkpoint (step-NNNNNNNN) nor an exported folder")
     from megatron_dlm.conversion.exported_run import read_exported_run
     from megatron_dlm.conversion.from_hugging_face import ExportedFolder
 
@@ -153,9 +156,9 @@ def _device(name: str | None) -> torch.device:
     """Refuse a device on which no tensor can be made."""
     import torch
 
-    own = f"cuda:{detect_environment().local_rank}" if torch.cuda.is_available() else "cpu"
+    own = str(own_cuda(detect_environment().local_rank)) if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name or own)
+        device = torch.device(own if name in (None, "cuda") else name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"device: {name or own}: {str(error).splitlines()[0]}") from error
@@ -209,7 +212,7 @@ def _build(
     weights: Mapping[str, torch.Tensor],
     dtype: ModelDtype,
     device: torch.device,
-    peers: Peers | None,
+    peers: Peers,
 ) -> LoadedModel:
     import torch
 
@@ -224,7 +227,7 @@ def _build(
         tokenizer=tokenizer,
         vocabulary=vocabulary,
         config=config,
-        peers=meet_peers() if peers is None else peers,
+        peers=peers,
     )
 
 

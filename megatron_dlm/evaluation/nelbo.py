@@ -7,7 +7,7 @@ draws: the result does not depend on the micro-batch size, the layout or the oth
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -49,7 +49,7 @@ def held_out_bound(
     config: BoundConfig,
     *,
     bytes_per_token: float,
-    share: Callable[[BatchAddress], Sequence[NDArray[np.int64]]],
+    share: RankShare,
     progress: ProgressCallback = lambda done, total: None,
 ) -> Bound:
     """Estimate the NELBO of a model on held-out sequences.
@@ -61,7 +61,7 @@ def held_out_bound(
         vocabulary: token ids of the model.
         config: number of sequences and of noisy copies.
         bytes_per_token: UTF-8 bytes of text per token.
-        share: function from a global batch to this rank's microbatches, as sample positions.
+        share: which copies of a global batch this rank scores.
         progress: callback with the sequences done and in total.
 
     Returns:
@@ -103,7 +103,7 @@ class _Scorer:
         objective: ObjectiveConfig,
         vocabulary: Vocabulary,
         config: BoundConfig,
-        share: Callable[[BatchAddress], Sequence[NDArray[np.int64]]],
+        share: RankShare,
     ) -> None:
         self._run = run
         self._rows = rows
@@ -127,9 +127,11 @@ class _Scorer:
             # The last batch is filled up, so that it divides among processes as the others do.
             filled = np.resize(some, size)
             address = BatchAddress(0, start, size, training=False)
-            batches = [self._read(filled[places - start], places) for places in self._share(address)]
+            batches = [
+                self._read(filled[places - start], places) for places in self._share.positions(address)
+            ]
             bounds = self._run(self._objective, batches, address.context(self.noise))
-            found.append(bounds[: len(some)])
+            found.append((bounds / self._share.times_scored(size))[: len(some)])
             progress(start + len(some), len(chosen))
         return np.concatenate(found)
 
@@ -170,8 +172,8 @@ class _Scorer:
     def _copies(
         self, objective: ObjectiveConfig, row: int, address: BatchAddress, context: CorruptionContext
     ) -> NDArray[np.float64]:
-        batches = [self._read(np.full(len(places), row), places) for places in self._share(address)]
-        return self._run(objective, batches, context)
+        batches = [self._read(np.full(len(places), row), places) for places in self._share.positions(address)]
+        return self._run(objective, batches, context) / self._share.times_scored(address.size)
 
     def _read(self, indices: NDArray[np.int64], positions: NDArray[np.int64]) -> TokenBatch:
         documents, loss_mask = self._rows.read_documents(indices), self._rows.read_loss_mask(indices)
@@ -236,32 +238,49 @@ def exported_copies(score: ExportedBounds, vocabulary: Vocabulary, peers: Peers 
     return run
 
 
-def share_of_rank(
-    micro_batch_size: int, data_rank: int = 0, data_size: int = 1
-) -> Callable[[BatchAddress], list[NDArray[np.int64]]]:
-    """Positions of one rank's microbatches.
+@dataclass(frozen=True)
+class RankShare:
+    """Which copies of a global batch one rank scores; all ranks score equally many.
 
-    Args:
-        micro_batch_size: most noisy copies per forward pass.
-        data_rank: this process's data-parallel rank.
-        data_size: number of data-parallel ranks.
-
-    Returns:
-        Function from a global batch's address to the sample positions of this rank's microbatches.
+    Where copies are fewer than ranks, or do not divide among them, the first ones are scored again.
     """
 
-    def share(address: BatchAddress) -> list[NDArray[np.int64]]:
-        if address.size % data_size:
-            raise InputError(f"num_times: {address.size} copies do not divide among {data_size} processes")
-        size = max(s for s in range(1, micro_batch_size + 1) if address.size // data_size % s == 0)
-        return list(
-            microbatch_positions(
-                address.first_sample,
-                global_batch_size=address.size,
-                micro_batch_size=size,
-                data_rank=data_rank,
-                data_size=data_size,
-            )
-        )
+    micro_batch_size: int
+    """Most noisy copies per forward pass."""
+    data_rank: int = 0
+    data_size: int = 1
 
-    return share
+    def positions(self, address: BatchAddress) -> list[NDArray[np.int64]]:
+        """Sample positions of this rank's microbatches.
+
+        Args:
+            address: address of the global batch.
+
+        Returns:
+            For each microbatch int64 [B].
+        """
+        filled = self._filled(address.size)
+        own = filled // self.data_size
+        size = max(s for s in range(1, self.micro_batch_size + 1) if own % s == 0)
+        places = microbatch_positions(
+            0,
+            global_batch_size=filled,
+            micro_batch_size=size,
+            data_rank=self.data_rank,
+            data_size=self.data_size,
+        )
+        return [address.first_sample + each % address.size for each in places]
+
+    def times_scored(self, size: int) -> NDArray[np.int64]:
+        """How often each copy of a global batch is scored by all ranks together.
+
+        Args:
+            size: copies in the batch.
+
+        Returns:
+            int64 [size].
+        """
+        return np.bincount(np.arange(self._filled(size)) % size, minlength=size)
+
+    def _filled(self, size: int) -> int:
+        return -(-size // self.data_size) * self.data_size

@@ -177,9 +177,9 @@ class PipelineRunner:
         dist.broadcast(sums, src=last_stage, group=parallel.pipeline_group)
         with waiting_for_gpu("the sums of a batch"):
             # The bits of all numbers at once.
-            everything = torch.cat([sums.view(torch.int64), counts]).tolist()
-        loss, bound, *band_nats = np.array(everything[: len(sums)]).view(np.float64).tolist()
-        fingerprint, tokens, *numbers = everything[len(sums) :]
+            packed = torch.cat([sums.view(torch.int64), counts]).tolist()
+        loss, bound, *band_nats = np.array(packed[: len(sums)]).view(np.float64).tolist()
+        fingerprint, tokens, *numbers = packed[len(sums) :]
         bad_samples: tuple[int, ...] = ()
         if not (math.isfinite(loss) and math.isfinite(bound)):
             bad_samples = self._samples_at_fault(mine, microbatches, address)

@@ -55,6 +55,8 @@ def naming_the_rank_at_fault(rank: int, world_size: int) -> Iterator[None]:
             _ask_for_stacks()
         reports = _exchange_reports(rank, world_size, str(error), broken=broken)
         if not broken:
+            if rank == 0:
+                _let_others_read(world_size)
             raise
         raise _fault(reports, world_size) from error
     finally:
@@ -85,6 +87,19 @@ def _ask_for_stacks() -> None:
 
     with suppress(RuntimeError, ValueError):
         _get_default_store().set(STACKS_WANTED, "")
+
+
+def _let_others_read(world_size: int) -> None:
+    """Wait until all ranks have failed too, or for REPORT_SECONDS: the store may end with this process."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    deadline = time.monotonic() + REPORT_SECONDS
+    with suppress(RuntimeError, ValueError):
+        store = _get_default_store()
+        while time.monotonic() < deadline and not store.check([f"failure/{r}" for r in range(world_size)]):
+            time.sleep(0.05)
+        # They read this rank's report as soon as they have posted theirs.
+        time.sleep(0.2)
 
 
 def _is_broken_collective(error: BaseException) -> bool:

@@ -50,10 +50,7 @@ def why_no_cuda(environ: Mapping[str, str] = os.environ) -> tuple[str, bool]:
         return f"this PyTorch, {torch.__version__}, is built without CUDA", False
     if not gpu_files():
         if is_container(environ):
-            return (
-                "this container has no NVIDIA GPU; docker run --gpus all, apptainer --nv give it some",
-                True,
-            )
+            return "this container has no NVIDIA GPU; docker run --gpus all, apptainer --nv give some", False
         return "this machine has no NVIDIA GPU", False
     return f"the driver does not work: {_driver_error()}", True
 
@@ -84,6 +81,20 @@ def _driver_error() -> str:
     except (RuntimeError, AssertionError) as error:
         return str(error).split("\n")[0].rstrip(".")
     return "PyTorch finds no device (nvidia-smi may say why)"
+
+
+def own_cuda(local_rank: int) -> torch.device:
+    """The GPU of a process: the only one that it sees, or that of its rank on this node.
+
+    Args:
+        local_rank: of the process.
+
+    Returns:
+        The device; it may not be there.
+    """
+    import torch
+
+    return torch.device("cuda", local_rank if torch.cuda.device_count() > 1 else 0)
 
 
 def start_cuda(device: torch.device) -> None:

@@ -28,6 +28,8 @@ class ProcessEnvironment:
     master_addr: str
     """Host name or address of rank 0."""
     master_port: int
+    is_on_one_node: bool = True
+    """Whether all processes that the launcher has started are on this node."""
 
 
 def detect_environment(environ: Mapping[str, str] = os.environ) -> ProcessEnvironment:
@@ -65,6 +67,7 @@ def detect_environment(environ: Mapping[str, str] = os.environ) -> ProcessEnviro
         world_size=1,
         local_rank=0,
         local_world_size=1,
+        is_on_one_node=True,
         master_addr="127.0.0.1",
         master_port=_number(environ, "MASTER_PORT", 0),
     )
@@ -93,6 +96,7 @@ def _build(environ: Mapping[str, str], launcher: str, names: tuple[str, str, str
         world_size=world_size,
         local_rank=_number(environ, names[2], 0),
         local_world_size=local_world_size,
+        is_on_one_node=local_world_size == world_size,
         master_addr=_master_addr(environ, launcher, local_world_size == world_size),
         master_port=_master_port(environ),
     )

@@ -1,4 +1,4 @@
-"""The only module that uses private or unstable APIs of megatron-core and torch.
+"""The only module that uses private or unstable APIs of megatron-core; torch's are in this package too.
 
 Public APIs are imported where they are used. The APIs used here were tested with megatron-core 0.16.1 and
 0.19.2, and torch 2.10 to 2.14; look here first when either package changes.
@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from megatron.core.distributed.data_parallel_base import _BaseDataParallel
+from megatron.core.energy_monitor import EnergyMonitor
 from megatron.core.transformer import cuda_graphs
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 from torch.distributed.checkpoint import Metadata, SavePlan
@@ -93,6 +94,24 @@ def hand_context_to_all_layers() -> None:
     if importlib.util.find_spec("megatron.core.recompute") is not None:
         recompute = importlib.import_module("megatron.core.recompute")
         recompute.TransformerLayer = BaseTransformerLayer  # type: ignore[attr-defined]
+
+
+def energy_monitor(device: torch.device) -> EnergyMonitor:
+    """megatron-core's monitor of a GPU's energy, which all ranks ask together.
+
+    Args:
+        device: this process's GPU.
+
+    Returns:
+        The monitor, of this GPU also where CUDA_VISIBLE_DEVICES leaves others out, which NVML still counts.
+    """
+    import pynvml
+
+    monitor = EnergyMonitor()
+    monitor.setup()
+    uuid = torch.cuda.get_device_properties(device).uuid
+    monitor._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+    return monitor
 
 
 @contextmanager

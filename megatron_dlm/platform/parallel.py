@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from megatron_dlm.interfaces import InputError, TrainingError
-from megatron_dlm.platform.gpu import gpu_files, own_gpu, refuse_shared_gpus, start_cuda, why_no_cuda
+from megatron_dlm.platform.gpu import (
+    gpu_files,
+    is_container,
+    own_cuda,
+    own_gpu,
+    refuse_shared_gpus,
+    start_cuda,
+    why_no_cuda,
+)
 from megatron_dlm.platform.launch import ProcessEnvironment
 from megatron_dlm.platform.parallel_config import ParallelConfig
 from megatron_dlm.platform.rendezvous import start_process_group
@@ -94,7 +102,7 @@ def prepare_device(environment: ProcessEnvironment, config: ParallelConfig) -> t
             raise InputError(
                 f"parallel.device: {environment.local_world_size} processes on a machine with {count} devices"
             )
-        device = torch.device("cuda", environment.local_rank if count > 1 else 0)
+        device = own_cuda(environment.local_rank)
         start_cuda(device)
         import_transformer_engine()
         return device
@@ -106,7 +114,9 @@ def prepare_device(environment: ProcessEnvironment, config: ParallelConfig) -> t
             raise InputError(
                 f"parallel.device: auto; CUDA cannot be used: {reason}; --parallel.device cpu does without"
             )
-        if gpu_files() and environment.rank == 0:
+        # Where someone may have expected a GPU.
+        expected = gpu_files() or (is_container() and torch.version.cuda is not None)
+        if expected and environment.rank == 0:
             logger.warning(f"parallel.device: auto takes the CPU: {reason}")
     from megatron_dlm.platform import cpu
 

@@ -1,4 +1,4 @@
-"""The processes of a job that each hold a whole model and share its requests: texts, questions, copies."""
+"""Data-parallel inference: processes that each hold a whole model and share its requests."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from megatron_dlm.platform.launch import detect_environment
 
 T = TypeVar("T")
 R = TypeVar("R")
+ITEMS_AT_ONCE = 256
+"""Most items that a process answers before all exchange answers."""
 WAIT_SECONDS = 1800.0
 """Longest time that a process waits for the others, each of which has a batch of requests to answer."""
 
@@ -58,7 +60,7 @@ class Peers:
         return [value] if self.world_size == 1 else all_tell(value)
 
     def share(self, items: Sequence[T], answer: Callable[[Sequence[T]], Sequence[R]]) -> list[R]:
-        """Let each process answer an equal part of the items; all processes call it.
+        """Let each process answer an equal part of the items, some at a time; all processes call it.
 
         Args:
             items: equal on all processes.
@@ -67,8 +69,15 @@ class Peers:
         Returns:
             Answers of all items in their order, on every process.
         """
-        parts = self.all_tell(answer(items[self.rank :: self.world_size]))
-        return [parts[index % self.world_size][index // self.world_size] for index in range(len(items))]
+        if self.world_size == 1:
+            return list(answer(items))
+        answers: list[R] = []
+        for first in range(0, len(items), ITEMS_AT_ONCE * self.world_size):
+            # In rounds: a process that is done earlier would wait for too long for the others.
+            some = items[first : first + ITEMS_AT_ONCE * self.world_size]
+            parts = self.all_tell(answer(some[self.rank :: self.world_size]))
+            answers += [parts[i % self.world_size][i // self.world_size] for i in range(len(some))]
+        return answers
 
     def on_first(self, action: Callable[[], T]) -> T:
         """Do something on rank 0 and give its result to all; all processes call it.
@@ -109,12 +118,16 @@ class Peers:
             return
         import torch.distributed as dist
 
-        if not self.is_first:
-            # What a library has to say, the first says.
-            logging.getLogger().setLevel(logging.ERROR)
+        # What libraries and this package have to say, the first says.
+        loggers = [] if self.is_first else [logging.getLogger(name) for name in (None, "megatron_dlm")]
+        levels = [logger.level for logger in loggers]
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
         with naming_the_rank_at_fault(self.rank, self.world_size):
             yield
             dist.barrier()
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         dist.destroy_process_group()
 
 

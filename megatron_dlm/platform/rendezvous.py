@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import datetime
 import errno
+import ipaddress
 import logging
 import os
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from megatron_dlm.interfaces import InputError, LostRankError
@@ -94,9 +96,9 @@ def start_process_group(environment: ProcessEnvironment, *, backend: str, timeou
             _meet(store, environment, timeout_seconds)
         except dist.DistError as error:
             raise LostRankError(f"rank 0 at {_place(environment)} ended while ranks waited") from error
-    if environment.local_world_size == world_size:
+    if environment.is_on_one_node:
         os.environ.setdefault(GLOO_INTERFACE, "lo")
-    elif backend == "gloo" and GLOO_INTERFACE not in os.environ and (name := _interface_to(environment)):
+    elif backend == "gloo" and GLOO_INTERFACE not in os.environ and (name := _interface(store, environment)):
         os.environ[GLOO_INTERFACE] = name
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
@@ -146,22 +148,36 @@ def tell_of_the_end(*, is_done: bool, idle_ranks: int) -> None:
         time.sleep(0.1)
 
 
-def _interface_to(environment: ProcessEnvironment) -> str | None:
-    """Network interface of this host on the way to rank 0; None if it is not to be found."""
+def _interface(store: Store, environment: ProcessEnvironment) -> str | None:
+    """Network interface of this host on the way to the others; None if it is not to be found."""
     import psutil
 
+    own = _own_address(environment.master_addr, environment.master_port)
+    if not _is_of_others(own):
+        # On rank 0's host the way to it is the loopback interface.
+        addresses = (store.get(f"address/{rank}").decode() for rank in range(environment.world_size))
+        peers = [address for address in addresses if _is_of_others(address)]
+        own = _own_address(peers[0], environment.master_port) if peers else ""
+    for name, places in psutil.net_if_addrs().items():
+        if any(_is_of_others(own) and place.address == own for place in places):
+            return name
+    return None
+
+
+def _own_address(host: str, port: int) -> str:
+    """Address of this host on the way to another one; empty if there is no way."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             # Of a datagram socket this only looks the route up.
-            probe.connect((environment.master_addr, environment.master_port))
+            probe.connect((host, port))
         except OSError:
-            return None
-        address = probe.getsockname()[0]
-    for name, addresses in psutil.net_if_addrs().items():
-        if name != "lo" and any(place.address == address for place in addresses):
-            return name
-    # On rank 0's host the way to it is the loopback interface.
-    return None
+            return ""
+        return str(probe.getsockname()[0])
+
+
+def _is_of_others(address: str) -> bool:
+    """Whether other hosts can reach an address."""
+    return bool(address) and not ipaddress.ip_address(address).is_loopback
 
 
 def _place(environment: ProcessEnvironment) -> str:
@@ -180,8 +196,9 @@ def bound_silence(port: int | None = None) -> None:
     import psutil
 
     for connection in psutil.Process().net_connections(kind="tcp"):
+        # Other threads may close one meanwhile.
         if connection.raddr and port in (None, connection.raddr.port):
-            with socket.socket(fileno=os.dup(connection.fd)) as own:
+            with suppress(OSError), socket.socket(fileno=os.dup(connection.fd)) as own:
                 own.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(SILENCE_SECONDS * 1000))
                 # Such that a silent wait for an answer is noticed too.
                 own.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -208,8 +225,7 @@ def _open_store(environment: ProcessEnvironment, timeout_seconds: float) -> Stor
         attempt = os.environ.get(ATTEMPT) or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return PrefixStore(f"attempt-{attempt}", store)
     # Over several nodes a name may be the loopback address on its own node.
-    one_node = environment.local_world_size == world_size
-    listener = _listen(environment) if one_node else None
+    listener = _listen(environment) if environment.is_on_one_node else None
     try:
         return TCPStore(
             *address,
@@ -245,6 +261,7 @@ def _wait_for_listener(environment: ProcessEnvironment, timeout_seconds: float) 
 
 def _meet(store: Store, environment: ProcessEnvironment, timeout_seconds: float) -> None:
     """Wait until each rank has come to the store."""
+    store.set(f"address/{environment.rank}", _own_address(environment.master_addr, environment.master_port))
     store.set(f"arrived/{environment.rank}", socket.gethostname())
     count = store.add("arrived", 1)
     wait = Wait(timeout_seconds, logger.warning if environment.rank == 0 else logger.debug)

@@ -25,7 +25,7 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousError,
 )
 
-from megatron_dlm.platform.exit_codes import EXIT_LOST_RANK, EXIT_PREEMPTED
+from megatron_dlm.platform.exit_codes import EXIT_LOST_RANK, EXIT_PREEMPTED, EXIT_SAVE_FAILED
 from megatron_dlm.platform.rendezvous import ATTEMPT, bound_silence
 from megatron_dlm.platform.restarts import PROGRESS_FILE
 
@@ -33,6 +33,8 @@ STOP_SECONDS = 30
 """How long processes have to end after one of them has failed."""
 SAVE_SECONDS = 1800
 """How long processes have to save and end when nodes join."""
+ERRORS = {1, 2, EXIT_SAVE_FAILED}
+"""Exit codes of processes that have failed by themselves."""
 LEAVING = "leaving"
 """Key in the store of one start of the job: a signal takes a node out, and the others go on without it."""
 
@@ -52,6 +54,8 @@ class Agent(LocalElasticAgent):
         super().__init__(*args, **kwargs)
         Agent.current = self
         self._signal: int | None = None
+        self.is_stopping = False
+        """The agent itself has sent the processes a signal; a second one would end them unsaved."""
         spec = self._worker_group.spec
         self._is_elastic = spec.rdzv_handler.get_backend() == "c10d"
         self._scratch = tempfile.TemporaryDirectory(prefix="megatron-dlm-agent-")
@@ -82,8 +86,15 @@ class Agent(LocalElasticAgent):
             # torch keeps the address of the first meeting: a node that joins later waits for it in vain, and
             # the others look for rank 0 where it no longer is.
             worker_group.spec.rdzv_handler._bootstrap_store_info = None
+        self._leave_if_asked()
         super()._rendezvous(worker_group)
+        self._leave_if_asked()
         bound_silence()
+
+    def _leave_if_asked(self) -> None:
+        """Do not start processes that a signal has asked to stop, while the others were being stopped."""
+        if self._signal is not None:
+            raise SignalException("stopped", signal.Signals(self._signal))
 
     def _start_workers(self, worker_group: Any) -> dict[int, Any]:
         if self._is_elastic:
@@ -102,10 +113,12 @@ class Agent(LocalElasticAgent):
         return f"starts{again} on {nodes} node{'s' if nodes > 1 else ''} x {per_node} processes"
 
     def _stop_workers(self, worker_group: Any) -> None:
+        self.is_stopping = True
         has_failed = worker_group.state in (WorkerState.FAILED, WorkerState.UNHEALTHY)
         if self._pcontext is not None:
             self._pcontext.close(signal.SIGTERM, timeout=STOP_SECONDS if has_failed else SAVE_SECONDS)
         super()._stop_workers(worker_group)
+        self.is_stopping = False
 
     def _monitor_workers(self, worker_group: Any) -> RunResult:
         result = super()._monitor_workers(worker_group)
@@ -114,9 +127,9 @@ class Agent(LocalElasticAgent):
         if result.state != WorkerState.FAILED:
             return result
         codes = {failure.exitcode for failure in result.failures.values()}
-        if self._signal is not None and self._is_elastic and codes == {EXIT_PREEMPTED}:
+        if self._signal is not None and self._is_elastic and not codes & ERRORS:
             # The exception of a signal is the one after which the others may go on.
-            raise SignalException("stopped", signal.Signals(self._signal))
+            self._leave_if_asked()
         if self._signal is not None or not self._may_help(codes):
             self._remaining_restarts = 0
         elif codes == {EXIT_PREEMPTED}:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.platform.failure_report import naming_the_rank_at_fault
+from megatron_dlm.platform.gpu import record_memory
 from megatron_dlm.platform.launch import detect_environment
 from megatron_dlm.platform.parallel import ParallelState, on_first_rank, start_parallel, stop_parallel
 from megatron_dlm.platform.rendezvous import tell_of_the_end, wait_for_the_end
@@ -44,12 +45,14 @@ def train(config: RunConfig) -> bool:
     signals = StopSignals()
     started_as = detect_environment()
     working = find_working_ranks(config, started_as.world_size)
+    data = check_start(config, working.count)
     if started_as.rank >= working.count:
+        # Beside ranks that work it ends with them: a process that ends takes those of its node with it.
+        signals.run_has_ended = started_as.rank - started_as.local_rank < working.count
         return wait_for_the_end(started_as, config.parallel.collective_timeout_seconds)
     environment = working.place(started_as)
     if working.idle and environment.rank == 0:
         logger.warning(working.describe())
-    data = check_start(config, environment.world_size)
     parallel = start_parallel(environment, config.parallel)
     signals.ranks_have_met = True
     with naming_the_rank_at_fault(parallel.rank, parallel.world_size):
@@ -125,9 +128,12 @@ def train_from(
     told = Announcement(config, data, parallel)
     if told.has_ended_before(start):
         return True
+    from megatron_dlm.training.hooks.profiling import PROFILES
     from megatron_dlm.training.session import Session
 
     told.begins()
+    if config.telemetry.memory_snapshot:
+        record_memory(config.directory / PROFILES / f"memory-rank-{parallel.rank}.pickle")
     session = Session(config, data, parallel)
     progress = restore(session, start)
     told.starts_from(start, progress)

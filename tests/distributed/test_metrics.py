@@ -81,7 +81,8 @@ def test_energy_is_that_of_the_line_s_steps(run):
     assert "joules_per_token" not in first
     assert last["joules_per_token"] == pytest.approx(600 / (3 * 8 * 32))
     seconds = 3 * 8 * 32 / last["tokens_per_second"]
-    assert last["watts_per_device"] == pytest.approx(600 / seconds / 2, rel=1e-6)
+    # Over all the time since the line before, in which the steps were made.
+    assert 0.8 * 300 / seconds < last["watts_per_device"] <= 300 / seconds
 
 
 def test_tensorboard_has_the_configuration_and_no_curve_of_what_is_none(run):

@@ -36,7 +36,7 @@ def test_one_number_by_every_route(command, model, tmp_path, read_json, record_p
         "checkpoint, 2 tensor x 2 pipeline": (checkpoint, layout, 4),
         "checkpoint, 2 data, micro-batch 2": (checkpoint, ["--micro-batch-size", 2], 2),
         "export": (folder, ["--micro-batch-size", 3], 1),
-        "export, 2 processes": (folder, [], 2),
+        "export, 3 processes": (folder, [], 3),
         "export, imported": (back, [], 1),
     }
     found = {}
@@ -100,7 +100,7 @@ def test_bad_input_ends_in_one_line(command, corpus, model, tmp_path):
         (
             "--parallel.tensor-model-parallel-size",
             2,
-        ): "parallel: an exported folder is evaluated on one process",
+        ): "parallel: processes share the copies of an exported folder",
     }
     for words, complaint in cases.items():
         finished = command("evaluate", "nll", folder, *words, check=False)

@@ -94,6 +94,7 @@ def test_ranks_find_each_other(slurm):
     words = ["srun", "--nodes", 2, "--ntasks-per-node", 2, "--chdir", ROOT, sys.executable, "-c", body]
     found = sorted(map(json.loads, slurm.run(*words).splitlines()), key=lambda seen: seen["rank"])
     common = {"launcher": "slurm", "world_size": 4, "local_world_size": 2, "master_addr": "n1"}
+    common |= {"is_on_one_node": False}
     port = {"master_port": found[0]["master_port"]}
     assert found == [common | port | {"rank": rank, "local_rank": rank % 2} for rank in range(4)]
 

@@ -60,7 +60,7 @@ def test_texts_are_those_of_the_checkpoint_and_training_stays_as_it_is(command, 
         (["--generation.judge", "nowhere"], "generation.every: 0, and a judge or problems need texts"),
         (
             ["--generation.every", 4, "--generation.judge", "nowhere"],
-            "generation.judge: nowhere: no such model",
+            "generation.judge: nowhere: neither a model",
         ),
         (["--generation.every", 4, "--generation.gsm8k", "nowhere.jsonl"], "nowhere.jsonl"),
     ],

@@ -3,6 +3,8 @@
 import pytest
 
 from megatron_dlm.families.registry import OBJECTIVES
+from megatron_dlm.telemetry.writers import read_metrics
+from tests.helpers.devices import DEVICE
 from tests.helpers.gpu_runs import DEVICE_WORDS, curve
 from tests.helpers.runs import arguments_for
 from tests.helpers.skips import needs_dali
@@ -46,3 +48,19 @@ def test_every_loader_brings_the_same(verbs, corpus, tmp_path, plain_curve, word
 @needs_dali
 def test_dali_brings_the_same(verbs, corpus, tmp_path, plain_curve):
     assert train_with(verbs, corpus, tmp_path, "--data.loader", "dali", "--data.workers", 2) == plain_curve
+
+
+def test_texts_written_meanwhile_change_nothing(verbs, corpus, tmp_path, plain_curve):
+    words = ("--generation.every", 4, "--generation.num-samples", 2, "--generation.sampling.num-steps", 4)
+    assert train_with(verbs, corpus, tmp_path, *words) == plain_curve
+    assert len((tmp_path / "texts" / "step-00000004.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="a GPU's energy")
+def test_power_is_that_of_a_gpu(verbs, corpus, tmp_path):
+    pytest.importorskip("pynvml")
+    # An evaluation lies between the lines.
+    train_with(verbs, corpus, tmp_path, "--telemetry.energy", "--evaluation.every", 3)
+    lines = [entry for entry in read_metrics(tmp_path) if entry["kind"] == "train"]
+    assert all(line["joules_per_token"] >= 0 and 0 <= line["watts_per_device"] < 1500 for line in lines)
+    assert sum(line["watts_per_device"] for line in lines) > 0

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
+from megatron_dlm.families.registry import sampler_of
 from megatron_dlm.interfaces import InputError
+from megatron_dlm.platform.gpu import allocating
 from megatron_dlm.platform.peers import Peers
 from megatron_dlm.run.checkpoint_names import find_checkpoint
 from megatron_dlm.training.hooks.checkpoint import CheckpointHook
@@ -24,6 +31,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 DIRECTORY = "texts"
 """Directory in the run's, with a file for each step at which texts were written."""
+
+
+@dataclass(frozen=True)
+class _Offered:
+    """What settings are checked against before there is a model."""
+
+    name: str
+    samplers: Mapping[str, Sequence[str]]
 
 
 class GenerationHook(Hook):
@@ -51,12 +66,23 @@ class GenerationHook(Hook):
         config = session.config.generation
         if not config.every:
             return
+        if find_spec("transformers") is None:
+            raise InputError("generation.every: texts need transformers; install megatron-dlm[hf]")
         from megatron_dlm.evaluation.gsm8k import read_problems
+        from megatron_dlm.evaluation.judge import is_judge
         from megatron_dlm.evaluation.loaded_model import tokenizer_of_data
 
         tokenizer_of_data(session.config)
-        if config.judge is not None and not config.judge.exists():
-            raise InputError(f"generation.judge: {config.judge}: no such model")
+        longest = session.config.data.seq_length
+        if config.length is not None and not 2 <= config.length <= longest:
+            raise InputError(f"generation.length: {config.length} is outside [2, {longest}]")
+        try:
+            name = session.config.objective.name
+            config.sampling.resolved(_Offered(name, sampler_of(name).samplers))
+        except ValueError as error:
+            raise InputError(f"generation.sampling.{error}") from error
+        if config.judge is not None and not is_judge(config.judge):
+            raise InputError(f"generation.judge: {config.judge}: neither a model nor a Hugging Face folder")
         if config.gsm8k is not None:
             self._problems = read_problems(config.gsm8k)[: config.gsm8k_problems]
 
@@ -70,7 +96,15 @@ class GenerationHook(Hook):
             if session.parallel.rank == 0:
                 logger.warning(f"no texts of step {progress.step}, whose checkpoint was not saved")
             return
-        written = self._write(session, progress.step)
+        with (
+            allocating(
+                "a whole model for texts", "set generation.every 0, or sample from the checkpoints elsewhere"
+            ),
+            _without_determinism(),
+        ):
+            written = self._write(session, progress.step)
+        if session.parallel.device.type == "cuda":
+            torch.cuda.empty_cache()
         if session.parallel.rank == 0:
             _keep(written, session.config.directory / DIRECTORY / f"step-{progress.step:08d}.jsonl")
         self._telemetry.write("texts", progress.step, dict(written.metrics))
@@ -93,6 +127,17 @@ class GenerationHook(Hook):
         judge = config.generation.judge
         opened = None if judge is None else open_judge(judge, dtype, parallel.device)
         return write_texts(loaded, config.generation, opened, self._problems)
+
+
+@contextmanager
+def _without_determinism() -> Iterator[None]:
+    """Let operations of samplers have no deterministic form; what they write changes nothing in training."""
+    is_on = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(is_on)
 
 
 def _keep(written: WrittenTexts, path: Path) -> None:

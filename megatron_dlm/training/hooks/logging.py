@@ -9,6 +9,7 @@ from megatron.core.energy_monitor import EnergyMonitor
 
 from megatron_dlm.platform.device_flops import matmul_flops_per_second
 from megatron_dlm.platform.gpu import waiting_for_gpu
+from megatron_dlm.platform.megatron import energy_monitor
 from megatron_dlm.telemetry.writers import FIRST_STEP, Metrics
 from megatron_dlm.training.hooks.telemetry import Telemetry
 from megatron_dlm.training.loop import Hook
@@ -30,17 +31,16 @@ class LoggingHook(Hook):
         self._telemetry = telemetry
         self._peak = 0.0
         self._energy: EnergyMonitor | None = None
-        self._first_measured_step = 0
+        self._first_measured_step, self._lap_began_at = 0, 0.0
 
     def on_start(self, session: Session, progress: TrainingProgress) -> None:
         """Measure the device, on all ranks at once."""
         dtype = session.denoiser.config.params_dtype
         self._peak = matmul_flops_per_second(session.parallel.device, dtype)
         if session.config.telemetry.energy:
-            self._energy = EnergyMonitor()
-            self._energy.setup()
+            self._energy = energy_monitor(session.parallel.device)
             self._energy.resume()
-            self._first_measured_step = progress.step + 1
+            self._first_measured_step, self._lap_began_at = progress.step + 1, time.monotonic()
 
     def after_step(self, session: Session, progress: TrainingProgress, report: StepReport) -> None:
         """Add the step to the window; write the window's means where it ends."""
@@ -90,14 +90,18 @@ class LoggingHook(Hook):
         }
 
     def _energy_metrics(self, session: Session, window: MetricsWindow) -> Metrics:
-        """Energy of all devices since the last line; nothing for a line that a run before this one began."""
+        """Energy of all devices since the last line, evaluations and saves included.
+
+        Nothing for a line that a run before this one began.
+        """
         if self._energy is None:
             return {}
         with waiting_for_gpu("the energy of all ranks"):
             joules = self._energy.lap()
+        seconds, self._lap_began_at = time.monotonic() - self._lap_began_at, time.monotonic()
         if window.first_step < self._first_measured_step:
             return {}
-        watts = joules / window.seconds / session.parallel.world_size
+        watts = joules / seconds / session.parallel.world_size
         return {"joules_per_token": joules / window.tokens, "watts_per_device": watts}
 
     def on_end(self, session: Session, progress: TrainingProgress) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from megatron_dlm.platform.gpu import record_memory
 from megatron_dlm.training.loop import Hook
 from megatron_dlm.training.progress import StepReport, TrainingProgress
 from megatron_dlm.training.session import Session
@@ -30,10 +29,7 @@ class ProfilingHook(Hook):
         self._has_range = False
 
     def on_start(self, session: Session, progress: TrainingProgress) -> None:
-        """Begin, if the first step is in the window; record memory if that is asked for."""
-        if session.config.telemetry.memory_snapshot:
-            name = f"memory-rank-{session.parallel.rank}.pickle"
-            record_memory(session.config.directory / PROFILES / name)
+        """Begin, if the first step is in the window."""
         self._begin_or_end(session, progress)
 
     def after_step(self, session: Session, progress: TrainingProgress, report: StepReport) -> None:

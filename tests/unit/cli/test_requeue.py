@@ -19,7 +19,7 @@ from tools import tiny
         (137, True, "killed by signal 9"),
         (4, True, "a rank was lost; starts again"),
         (143, True, "killed by signal 15"),
-        (1, False, "exit code 1 is no signal's"),
+        (1, False, "exit code 1 is an error's"),
         (2, False, "exit code 2"),
         (75, False, "exit code 75"),
         (0, False, "exit code 0"),

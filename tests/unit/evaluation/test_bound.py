@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from megatron_dlm.evaluation.exported_scoring import ExportedBounds
-from megatron_dlm.evaluation.nelbo import exported_copies, held_out_bound, share_of_rank
+from megatron_dlm.evaluation.nelbo import RankShare, exported_copies, held_out_bound
 from megatron_dlm.evaluation.nelbo_statistics import BoundConfig, summarise
 from megatron_dlm.families.duo.objective import DuoConfig
 from megatron_dlm.families.esolm.objective import EsoLMConfig
@@ -43,7 +43,7 @@ def score(objective, *, model=None, micro_batch_size=64, texts=None, **config):
         VOCABULARY,
         BoundConfig(**({"num_sequences": 10, "num_times": 8} | config)),
         bytes_per_token=2.0,
-        share=share_of_rank(micro_batch_size),
+        share=RankShare(micro_batch_size),
     )
 
 
@@ -180,8 +180,18 @@ def test_copies_that_leave_a_part_without_any_are_refused():
         score(FAMILIES["esolm-two-parts"], num_times=1)
 
 
-def test_copies_that_do_not_divide_among_processes_are_refused():
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 9, 16])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 4])
+def test_copies_need_not_divide_among_processes(size, ranks, micro_batch_size):
     from megatron_dlm.execution.microbatches import BatchAddress
 
-    with pytest.raises(InputError, match="num_times: 9 copies do not divide among 2 processes"):
-        share_of_rank(4, 0, 2)(BatchAddress(0, 0, 9, training=False))
+    shares = [RankShare(micro_batch_size, rank, ranks) for rank in range(ranks)]
+    found = [share.positions(BatchAddress(0, 20, size, training=False)) for share in shares]
+    assert len({len(batches) for batches in found}) == 1, "pipelines wait for each other's microbatches"
+    for batches in found:
+        for places in batches:
+            # A batch that had one twice would count it once.
+            assert 0 < len(set(places)) == len(places) <= micro_batch_size
+    everyone = np.concatenate([places for batches in found for places in batches]) - 20
+    assert (np.bincount(everyone, minlength=size) == shares[0].times_scored(size)).all()

@@ -45,7 +45,8 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.cuda, "init", init)
         monkeypatch.setattr(torch.version, "cuda", "13.0" if built else None)
         monkeypatch.setattr(gpu, "gpu_files", lambda: [Path("/dev/nvidia0")] if files else [])
-        monkeypatch.setattr(gpu, "is_container", lambda environ: container)
+        for module in (gpu, parallel):
+            monkeypatch.setattr(module, "is_container", lambda *environ: container)
         if visible is None:
             monkeypatch.delenv(gpu.VISIBLE, raising=False)
         else:
@@ -64,11 +65,7 @@ DRIVER = "Unexpected error from cudaGetDeviceCount(). Error 803: unsupported dis
         ({"visible": "-1"}, "cuda", "CUDA_VISIBLE_DEVICES is '-1', which hides all GPUs"),
         ({"built": False}, "cuda", rf"this PyTorch, {re.escape(torch.__version__)}, is built without CUDA"),
         ({"files": False}, "cuda", "this machine has no NVIDIA GPU"),
-        (
-            {"files": False, "container": True},
-            "auto",
-            "this container has no NVIDIA GPU; docker run --gpus all",
-        ),
+        ({"files": False, "container": True}, "cuda", "this container has no NVIDIA GPU; docker run --gpus"),
         ({"error": DRIVER}, "cuda", "the driver does not work: Unexpected error .* cuda driver$"),
         ({"error": DRIVER}, "auto", "the driver does not work: .* cuda driver; --parallel.device cpu does"),
     ],
@@ -88,6 +85,16 @@ def test_auto_takes_the_cpu_where_nobody_expects_a_gpu(machine, of):
     machine(**of)
     reason, is_unexpected = gpu.why_no_cuda()
     assert reason and not is_unexpected
+
+
+def test_auto_in_a_container_without_gpus_says_so(machine, caplog, monkeypatch):
+    machine(files=False, container=True)
+    monkeypatch.setattr("megatron_dlm.platform.cpu.install", lambda: None)
+    # A command's logger passes nothing on.
+    monkeypatch.setattr(logging.getLogger("megatron_dlm"), "propagate", True)
+    device = parallel.prepare_device(detect_environment(), ParallelConfig(device="auto"))
+    assert device.type == "cpu"
+    assert "parallel.device: auto takes the CPU: this container has no NVIDIA GPU" in caplog.text
 
 
 def test_a_device_that_the_driver_refuses(monkeypatch):
@@ -231,6 +238,7 @@ def test_another_megatron_core(monkeypatch):
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_the_newer_megatron_core_is_taken_and_told_of_on_gpus(monkeypatch, caplog, on_gpu):
     monkeypatch.setattr(versions, "version", lambda package: "0.19.2")
+    monkeypatch.setattr(logging.getLogger("megatron_dlm"), "propagate", True)
     versions.check_megatron_core(on_gpu=on_gpu)
     assert ("megatron-core: 0.19.2 has run on CPUs only" in caplog.text) == on_gpu
 
