@@ -10,7 +10,7 @@ from tests.helpers.network_hosts import Hosts, HostsMissingError, kill_all
 from tests.helpers.runs import arguments_for, finish, rank_process, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-STEPS = 400
+STEPS = 300
 
 
 @pytest.fixture
