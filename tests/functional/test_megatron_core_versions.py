@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,9 @@ TESTS = ("test_layouts.py", "test_checkpoint.py", "test_upstream_defects.py", "t
 def newer_python():
     """A Python that the newer line takes, or None."""
     names = [sys.executable, *filter(None, (shutil.which(f"python3.{minor}") for minor in (12, 13, 14)))]
+    # pyenv's names on PATH refuse versions that are installed and not chosen.
+    versions = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    names += [str(path) for path in sorted(versions.glob("3.1[2-4]*/bin/python"))]
     for name in names:
         asked = [name, "-c", "import sys; sys.exit(sys.version_info < (3, 12))"]
         if subprocess.run(asked, capture_output=True).returncode == 0:

@@ -103,14 +103,16 @@ def test_a_bare_host_gets_a_pair_that_fits(index, tmp_path):
     assert found["megatron-core"] == versions.MEGATRON_CORE
 
 
-@pytest.mark.parametrize("extra", ["cpu", "gpu", "gpu-cu12", "mcore-0.16", "mcore-0.19"])
-def test_the_newer_megatron_core_comes_only_where_it_is_asked_for(extra):
+@pytest.mark.parametrize("extra", ["cpu", "gpu", "gpu-cu12", "mcore-0.16", "mcore-0.19", ""])
+def test_the_newer_megatron_core_comes_only_where_it_is_asked_for_or_nothing_is(extra):
     asked = [r for r in map(Requirement, requires("megatron-dlm")) if r.name == "megatron-core"]
     environment = {"extra": extra, "python_version": "3.12"}
     wanted = [r.specifier for r in asked if r.marker is None or r.marker.evaluate(environment)]
-    versions_there = ("0.16.1", "0.17.0", "0.18.2", "0.19.2", "0.19.9", "0.20.0")
+    versions_there = ("0.16.1", "0.16.2", "0.17.0", "0.18.2", "0.19.0", "0.19.2", "0.19.9", "0.20.0")
     taken = {v for v in versions_there if all(specifier.contains(v) for specifier in wanted)}
-    assert taken == ({"0.19.2", "0.19.9"} if extra == "mcore-0.19" else {versions.MEGATRON_CORE})
+    newer = {"0.19.2", "0.19.9"}
+    expected = {"mcore-0.19": newer, "": {*newer, versions.MEGATRON_CORE}}
+    assert taken == expected.get(extra, {versions.MEGATRON_CORE})
     older = environment | {"python_version": "3.11"}
     assert all(r.marker is None or not r.marker.evaluate(older) or "0.16.1" in r.specifier for r in asked)
 
