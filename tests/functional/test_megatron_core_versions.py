@@ -77,7 +77,7 @@ def test_either_goes_on_from_a_checkpoint_of_the_other(newer, corpus, tmp_path, 
     whole = arguments_for(corpus, tmp_path / "whole")
     for steps, python in zip((8, STEPS), pythons, strict=True):
         said = ended(python, "megatron_dlm", *arguments_for(corpus, tmp_path / "run", steps=steps))
-    assert "continues from step 8" in said and "megatron-core" in said
+    assert "continues from step 8" in said, said
     ended(sys.executable, "megatron_dlm", *whole)
     ours, theirs = train_metrics(tmp_path / "run"), train_metrics(tmp_path / "whole")
     for step in range(9, STEPS + 1):
