@@ -69,10 +69,12 @@ def run_workers(arguments: Sequence[str]) -> int:
     from megatron_dlm.platform.torchrun_agent import Agent
 
     # It names every worker that ends with a code, a stop that was asked for too.
-    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
-    logging.getLogger("torch.distributed.elastic.rendezvous").setLevel(logging.CRITICAL)
+    for name in ("multiprocessing.api", "agent.server.api", "rendezvous"):
+        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     # The other signals are passed on here.
     options = parse_args(["--signals-to-handle", "SIGQUIT", *arguments])
+    # Of one machine it makes 1:1.
+    Agent.may_resize = ":" in options.nnodes and not options.standalone
     # It offers no other way to choose the agent.
     api.LocalElasticAgent = Agent  # type: ignore[misc]
     try:

@@ -49,6 +49,8 @@ class Agent(LocalElasticAgent):
 
     current: Agent | None = None
     """The agent of this process."""
+    may_resize = False
+    """Whether the job's number of nodes is a range."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -57,7 +59,8 @@ class Agent(LocalElasticAgent):
         self.is_stopping = False
         """The agent itself has sent the processes a signal; a second one would end them unsaved."""
         spec = self._worker_group.spec
-        self._is_elastic = spec.rdzv_handler.get_backend() == "c10d"
+        # A job on one machine has this rendezvous too.
+        self._is_elastic = Agent.may_resize and spec.rdzv_handler.get_backend() == "c10d"
         self._scratch = tempfile.TemporaryDirectory(prefix="megatron-dlm-agent-")
         self._progress = Path(self._scratch.name) / "saved"
         self._starts = 0

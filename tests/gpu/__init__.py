@@ -23,6 +23,8 @@ CASES = {
     "loader: pinned memory": "test_training.py::test_every_loader_brings_the_same",
     "loader: workers": "test_training.py::test_every_loader_brings_the_same",
     "loader: DALI": "test_training.py::test_dali_brings_the_same",
+    "texts during training": "test_training.py::test_texts_written_meanwhile_change_nothing",
+    "energy": "test_training.py::test_power_is_that_of_a_gpu",
     "sample, every family, in time": "test_use.py::test_every_family_samples_in_time",
     "evaluate nll, in time": "test_use.py::test_nll_in_time",
     "export and its check, in time": "test_use.py::test_export_proves_itself_in_time",
