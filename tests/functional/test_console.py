@@ -138,7 +138,10 @@ def test_a_terminal_that_goes_away_ends_nothing(corpus, tmp_path):
     assert max(entry["step"] for entry in read_metrics(directory)) == 40
 
 
-@pytest.mark.parametrize("streams", ["2>&1 | head -1", "> /dev/full 2>&1", ">&- 2>&-"])
+@pytest.mark.parametrize(
+    "streams",
+    ["2>&1 | head -1", *(pytest.param(s, marks=pytest.mark.slow) for s in ("> /dev/full 2>&1", ">&- 2>&-"))],
+)
 def test_a_run_whose_output_is_lost_saves_as_usual(corpus, tmp_path, streams):
     """Also under torchrun, and when a signal stops it."""
     directory = tmp_path / "run"

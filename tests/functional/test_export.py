@@ -248,6 +248,7 @@ def test_the_comparison_finds_other_weights(broken):
     assert finished.returncode == 1 and "norm1" in finished.stderr
 
 
+@pytest.mark.slow
 def test_an_export_that_is_not_the_trained_model_is_not_written(checkpoint_of, tmp_path):
     """Samplers of the export that go another way: the trace differs and nothing is left."""
     patched = tmp_path / "patched"

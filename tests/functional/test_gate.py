@@ -26,6 +26,7 @@ def runs(corpus, tmp_path_factory, command):
     return directory
 
 
+@pytest.mark.slow
 def test_two_trainings(command, runs, tmp_path, read_json):
     words = ("evaluate", "gate", runs / "bf16", runs / "fp8", *SIZES)
     files = ("--output", tmp_path / "gate.json", "--plot", tmp_path / "gate.png")

@@ -85,6 +85,7 @@ def model(request, command, corpus, tmp_path_factory):
     return directory / "checkpoints" / f"step-{steps:08d}"
 
 
+@pytest.mark.slow
 def test_local_tasks_end_to_end(command, model, tasks, tmp_path, read_json):
     words = ["evaluate", "harness", model, "--include-path", tasks, "--tasks", *TASKS]
     words += ["--num-times", 4, "--max-copies", 16, "--batch-size", 8]

@@ -89,6 +89,7 @@ def test_the_doctor_of_a_recipe(ended, recipe):
     assert "is not a multiple of" in many.stdout
 
 
+@pytest.mark.slow
 def test_the_launcher_has_the_doctor_look_first(recipe):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GPUS_PER_NODE": "2", "PYTHON": sys.executable}
     words = ["examples/torchrun/train.sh", "--check", str(recipe), "--parallel.device", "cpu"]
