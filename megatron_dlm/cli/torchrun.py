@@ -111,11 +111,10 @@ def _tell_of_meeting(error: Exception, options: Any) -> int:
 
     from megatron_dlm.platform.torchrun_agent import Agent
 
-    if "EADDRINUSE" in str(error):
-        endpoint = f"{options.master_addr}:{options.master_port}"
-        port = (options.rdzv_endpoint or endpoint).rpartition(":")[2]
-        return _tell(f"MASTER_PORT: {port} is in use by another program; set MASTER_PORT to a free one", 1)
     place = options.rdzv_endpoint or f"{options.master_addr}:{options.master_port}"
+    if "EADDRINUSE" in str(error):
+        port = place.rpartition(":")[2]
+        return _tell(f"MASTER_PORT: {port} is in use by another program; set MASTER_PORT to a free one", 1)
     if isinstance(error, RendezvousClosedError):
         if not Agent.has_started():
             return _tell("the job has ended before this node has joined it", 0)

@@ -22,7 +22,7 @@ class WrittenTexts:
 
     texts: tuple[str, ...]
     answers: tuple[dict[str, Any], ...]
-    """Of problems, with expected and found numbers."""
+    """Answers to the problems, with the numbers that are expected and found."""
     metrics: dict[str, float]
     """Unigram entropy in nats, generative perplexity, exact match, tokens sampled."""
 

@@ -90,8 +90,8 @@ def start_process_group(environment: ProcessEnvironment, *, backend: str, timeou
     timeout = datetime.timedelta(seconds=timeout_seconds)
     world_size, rank = environment.world_size, environment.rank
     store = _open_store(environment, timeout_seconds)
-    bound_silence(environment.master_port)
     if world_size > 1:
+        bound_silence(environment.master_port)
         try:
             _meet(store, environment, timeout_seconds)
         except dist.DistError as error:
