@@ -54,7 +54,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_dlm", "megatron_dlm.*"]),
-    package_data={"megatron_dlm.evaluation": ["*.html"]},
+    package_data={"megatron_dlm.evaluation": ["*.html"], "megatron_dlm.scaling": ["*.csv", "*.html"]},
     install_requires=[
         # CVE-2026-24747 is in the weights_only loading of older ones. The a0 keeps the 2.10.0a0 builds of
         # NVIDIA's images.
