@@ -15,7 +15,7 @@ from torch.distributed.checkpoint import FileSystemReader, load
 
 from megatron_dlm.checkpointing.layout import verify
 from megatron_dlm.checkpointing.safe_metadata import check_metadata, force_weights_only
-from megatron_dlm.checkpointing.tensor_chunks import LoadPlanner, TensorChunks, main_weight_key
+from megatron_dlm.checkpointing.tensor_chunks import LoadPlanner, TensorChunks, weight_key
 from megatron_dlm.models.config import ModelConfig
 from megatron_dlm.models.weight_mapping import from_stored, public_shapes, stored_place
 
@@ -23,13 +23,16 @@ from megatron_dlm.models.weight_mapping import from_stored, public_shapes, store
 class FullWeights:
     """Reads tensors of one checkpoint."""
 
-    def __init__(self, directory: Path, model: ModelConfig, vocabulary_size: int) -> None:
+    def __init__(
+        self, directory: Path, model: ModelConfig, vocabulary_size: int, *, averaged: bool = False
+    ) -> None:
         """Check the checkpoint and open it.
 
         Args:
             directory: a step-NNNNNNNN directory.
             model: shape of the checkpoint's model.
             vocabulary_size: number of token ids, without padding.
+            averaged: whether to read the moving averages of the weights.
 
         Raises:
             InputError: the checkpoint is incomplete, damaged or hostile.
@@ -38,6 +41,7 @@ class FullWeights:
         check_metadata(directory)
         self._reader = FileSystemReader(directory)
         self._stored = self._reader.read_metadata().state_dict_metadata
+        self._averaged = averaged
         self._num_heads = model.num_attention_heads
         self.shapes = public_shapes(model, vocabulary_size)
         """Shape of every tensor by public name."""
@@ -55,10 +59,9 @@ class FullWeights:
         wanted: dict[str, TensorChunks] = {}
         for name in names:
             key, layer = stored_place(name)
-            main = main_weight_key(key)
             shape = self.shapes[name]
             tensor = torch.empty(shape if layer is None else (1, *shape), dtype=torch.float32)
-            pieces = wanted.setdefault(main if main in self._stored else key, TensorChunks())
+            pieces = wanted.setdefault(weight_key(key, self._stored, averaged=self._averaged), TensorChunks())
             pieces.add((0,) * tensor.dim() if layer is None else (layer, *(0 for _ in shape)), tensor)
             tensors[name] = tensor if layer is None else tensor[0]
         with warnings.catch_warnings():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -50,6 +50,8 @@ class CheckpointConfig:
     """Number of newest checkpoints to keep; 0: all."""
     keep_every: int = 0
     """Also keep checkpoints whose step is a multiple of this; 0: none."""
+    save_at: tuple[int, ...] = ()
+    """Further steps at which to save; these checkpoints are kept."""
     lock_timeout_seconds: float = 30.0
     """Seconds to wait for another job to leave the run's directory."""
     stop_after_minutes: float = 0.0
@@ -64,6 +66,10 @@ class CheckpointConfig:
     """Weights to start a new run from, with fresh optimizer, schedule and data order at step 0: another run's
     directory (its newest checkpoint) or RUN@STEP, a step-NNNNNNNN directory, a folder made by `megatron-dlm
     export`, or a Lightning .ckpt file of the paper's code."""
+    branch_from: Path | None = None
+    """Run to continue in a directory of one's own, from its checkpoint: RUN@STEP, a run's directory (its
+    newest checkpoint) or a step-NNNNNNNN directory. Weights, optimizer, step and data order go on as if the
+    run itself did; schedule and length may differ. Not with initialize_from."""
 
     def __post_init__(self) -> None:
         if self.save_every < 1:
@@ -76,6 +82,10 @@ class CheckpointConfig:
             raise InputError(f"checkpoint.max_failed_saves: {self.max_failed_saves} is below 1")
         if self.keep_last < 0:
             raise InputError(f"checkpoint.keep_last: {self.keep_last} is below 0")
+        if any(step < 1 for step in self.save_at):
+            raise InputError(f"checkpoint.save_at: {min(self.save_at)} is below 1")
+        if self.branch_from is not None and self.initialize_from is not None:
+            raise InputError("checkpoint.branch_from: not together with checkpoint.initialize_from")
         if self.keep_every < 0:
             raise InputError(f"checkpoint.keep_every: {self.keep_every} is below 0")
         if not self.stop_after_minutes >= 0:
@@ -180,22 +190,27 @@ class CheckpointRoot:
                 shutil.rmtree(aside, ignore_errors=True)
                 later.rename(aside)
 
-    def superfluous(self, keep_last: int, keep_every: int) -> list[Path]:
-        """Complete checkpoints that `keep_last` and `keep_every` do not keep.
+    def superfluous(self, keep_last: int, keep_every: int, keep_at: Sequence[int] = ()) -> list[Path]:
+        """Complete checkpoints that nothing of these keeps.
 
         Args:
             keep_last: number of newest checkpoints to keep; 0: all.
             keep_every: also keep checkpoints whose step is a multiple of this; 0: none.
+            keep_at: also keep checkpoints of these steps.
 
         Returns:
             Checkpoints to remove, oldest first.
         """
         older = self.complete()[:-keep_last] if keep_last else []
-        return [path for path in older if not (keep_every and step_of(path) % keep_every == 0)]
+        return [
+            path
+            for path in older
+            if not (keep_every and step_of(path) % keep_every == 0) and step_of(path) not in keep_at
+        ]
 
-    def retain(self, keep_last: int, keep_every: int) -> None:
+    def retain(self, keep_last: int, keep_every: int, keep_at: Sequence[int] = ()) -> None:
         """Remove what `superfluous` names."""
-        for path in self.superfluous(keep_last, keep_every):
+        for path in self.superfluous(keep_last, keep_every, keep_at):
             self.remove(path)
 
     def remove(self, checkpoint: Path) -> None:

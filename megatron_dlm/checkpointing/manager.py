@@ -20,7 +20,7 @@ from megatron_dlm.checkpointing.async_writer import SavePlans, ShareWriter
 from megatron_dlm.checkpointing.layout import CheckpointRoot, verify
 from megatron_dlm.checkpointing.optimizer_state import load_state, state_to_save
 from megatron_dlm.checkpointing.safe_metadata import check_metadata, force_weights_only
-from megatron_dlm.checkpointing.tensor_chunks import TensorChunks, main_weight_key
+from megatron_dlm.checkpointing.tensor_chunks import TensorChunks, weight_key
 from megatron_dlm.interfaces import InputError, SaveError
 from megatron_dlm.models.denoiser import ChunkedDenoiser, Denoiser
 from megatron_dlm.platform import distributed_optimizer
@@ -157,7 +157,12 @@ class PendingSave:
 
 
 def load(
-    directory: Path, denoiser: Denoiser | ChunkedDenoiser, optimizer: Any, parallel: ParallelState
+    directory: Path,
+    denoiser: Denoiser | ChunkedDenoiser,
+    optimizer: Any,
+    parallel: ParallelState,
+    *,
+    averaged: bool = False,
 ) -> None:
     """Load weights and optimizer state to resume a run; all ranks call it.
 
@@ -167,6 +172,7 @@ def load(
         optimizer: megatron-core's optimizer; changed in place.
         parallel: rank and process groups of this process; the layout may differ from the one that saved, also
             in whether the optimizer is sharded.
+        averaged: whether the run keeps averages of its weights.
     """
     loaded = _load(_without_sharded(denoiser, _model_state(denoiser, parallel)), directory, parallel)
     # Nothing is there of a stage whose weights are all sharded.
@@ -175,13 +181,17 @@ def load(
         raise InputError(f"checkpoint: {directory}: not the tensors of this model: {found}")
     for chunk in denoiser.chunks:
         # One by one: chunks of one process have copies of the time embedder.
-        load_state(directory, optimizer, _places(chunk, _model_state(chunk, parallel)))
+        load_state(directory, optimizer, _places(chunk, _model_state(chunk, parallel)), averaged=averaged)
     distributed_optimizer.weights_from_main(optimizer)
     distributed_optimizer.set_step_count(optimizer, loaded[OPTIMIZER_STEP])
 
 
 def load_weights(
-    directory: Path, denoiser: Denoiser | ChunkedDenoiser, parallel: ParallelState
+    directory: Path,
+    denoiser: Denoiser | ChunkedDenoiser,
+    parallel: ParallelState,
+    *,
+    averaged: bool = False,
 ) -> dict[str, Tensor]:
     """Load only the weights, at the checkpoint's highest precision; all ranks call it.
 
@@ -189,6 +199,7 @@ def load_weights(
         directory: a checkpoint that `verify_on_all_ranks` has accepted.
         denoiser: pipeline stage that says which weights to load; not changed.
         parallel: rank and process groups of this process; the layout may differ from the one that saved.
+        averaged: whether to load the moving averages of the weights.
 
     Returns:
         float32 tensors by name in the stage; for a bf16 run the optimizer's main weights. Buffers that
@@ -202,8 +213,8 @@ def load_weights(
             # Maxima of FP8's delayed scaling, of a run that had none.
             del state["model"][name]
             continue
-        main = main_weight_key(tensor.key)
-        tensor.key = main if main in stored else tensor.key
+        if name in parameters:
+            tensor.key = weight_key(tensor.key, stored, averaged=averaged)
         tensor.data = torch.empty(tensor.local_shape, dtype=torch.float32, device=parallel.device)
         tensor.dtype = torch.float32
     weights: dict[str, Tensor] = _load(state, directory, parallel)["model"]

@@ -20,7 +20,13 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.tensor import DTensor
 
 from megatron_dlm.checkpointing.safe_metadata import force_weights_only
-from megatron_dlm.checkpointing.tensor_chunks import PREFIX, LoadPlanner, TensorChunks, main_weight_key
+from megatron_dlm.checkpointing.tensor_chunks import (
+    PREFIX,
+    LoadPlanner,
+    TensorChunks,
+    average_key,
+    main_weight_key,
+)
 from megatron_dlm.platform import distributed_optimizer
 from megatron_dlm.platform.fully_sharded import local
 from megatron_dlm.platform.megatron import SavePlannerBase
@@ -86,14 +92,26 @@ def state_to_save(
     return _collect(optimizer, sharded, to_save=True)
 
 
-def load_state(directory: Path, optimizer: Any, sharded: Mapping[torch.nn.Parameter, ShardedTensor]) -> None:
+def load_state(
+    directory: Path,
+    optimizer: Any,
+    sharded: Mapping[torch.nn.Parameter, ShardedTensor],
+    *,
+    averaged: bool,
+) -> None:
     """Read Adam's state into the optimizer, and weights into sharded parameters. All ranks call it.
 
     Args:
         directory: a checkpoint that `verify_on_all_ranks` has accepted.
         optimizer: megatron-core's; changed in place.
         sharded: where each parameter to load for lies in the whole model, none twice.
+        averaged: whether the run keeps averages of the weights; where the checkpoint has none, they begin
+            anew.
     """
+    stored = FileSystemReader(directory).read_metadata().state_dict_metadata
+    if averaged and any(average_key(place.key) in stored for place in sharded.values()):
+        for part, _, main, _, _ in distributed_optimizer.main_pieces(optimizer, sharded):
+            distributed_optimizer.average_of(part, main)
     wanted = _collect(optimizer, sharded, to_save=False)
     # What the checkpoint has not is padding that another layout did without.
     for pieces in wanted.values():
@@ -127,7 +145,10 @@ def _collect(
 def _state(part: Any, main: Tensor, place: ShardedTensor) -> dict[str, Tensor]:
     """Moments by key, and the main weights of what modules see in lower precision."""
     state = distributed_optimizer.state_of(part, main)
-    tensors = {f"{PREFIX}{name}.{place.key}": state[name] for name in distributed_optimizer.MOMENTS}
+    names = [
+        name for name in (*distributed_optimizer.MOMENTS, distributed_optimizer.AVERAGE) if name in state
+    ]
+    tensors = {f"{PREFIX}{name}.{place.key}": state[name] for name in names}
     return tensors if place.dtype == torch.float32 else tensors | {main_weight_key(place.key): main}
 
 

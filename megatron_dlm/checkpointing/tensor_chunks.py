@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 from torch import Size, Tensor
@@ -13,13 +13,40 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from megatron_dlm.interfaces import InputError
 
-MAIN_WEIGHT = "fp32_param"
+MAIN_WEIGHT, AVERAGE = "fp32_param", "ema"
 PREFIX = "optimizer.state."
 
 
 def main_weight_key(key: str) -> str:
     """Checkpoint key of a tensor's fp32 main weights, which exist if its parameters are not fp32."""
     return f"{PREFIX}{MAIN_WEIGHT}.{key}"
+
+
+def average_key(key: str) -> str:
+    """Checkpoint key of the moving average of a tensor's weights (`optimizer.ema_decay`)."""
+    return f"{PREFIX}{AVERAGE}.{key}"
+
+
+def weight_key(key: str, stored: Container[str], *, averaged: bool) -> str:
+    """Checkpoint key of a tensor's weights at their highest precision.
+
+    Args:
+        key: of the tensor as modules have it.
+        stored: keys of the checkpoint.
+        averaged: whether the moving average is asked for.
+
+    Returns:
+        Key of the average, of the main weights if there are any, or `key`.
+
+    Raises:
+        InputError: the checkpoint has no averages.
+    """
+    if averaged:
+        if average_key(key) not in stored:
+            raise InputError("averaged: the run has no averages of its weights (optimizer.ema_decay 0)")
+        return average_key(key)
+    main = main_weight_key(key)
+    return main if main in stored else key
 
 
 class TensorChunks:

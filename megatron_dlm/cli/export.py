@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -41,13 +41,19 @@ class ExportConfig(ModelArgument):
     verify: bool = True
     """Compare the exported folder with the trained model; --no-verify skips the comparison."""
 
+    averaged: bool = False
+    """Export the moving averages of the weights, which a run has by optimizer.ema_decay."""
+
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[1-9]\d*([KMGT]B)?", self.max_shard_size):
             raise InputError(f"max_shard_size: {self.max_shard_size!r} is not bytes, such as 5GB or 500MB")
         if self.output.suffix != REFERENCE_SUFFIX:
             return
         for field in fields(self):
-            if field.name not in ("model", "step", "output") and getattr(self, field.name) != field.default:
+            if (
+                field.name not in ("model", "step", "output", "averaged")
+                and getattr(self, field.name) != field.default
+            ):
                 raise InputError(f"{field.name}: not for a {REFERENCE_SUFFIX}")
 
 
@@ -57,7 +63,7 @@ def run(arguments: list[str]) -> int:
     from megatron_dlm.conversion.export import export_checkpoint, export_reference_checkpoint
     from megatron_dlm.run.run_record import read_run_record
 
-    record = read_run_record(config.model)
+    record = replace(read_run_record(config.model), averaged=config.averaged)
     if config.output.suffix == REFERENCE_SUFFIX:
         export_reference_checkpoint(record, config.output)
         print(f"{config.output}: {record.config.objective.name} weights, fp32")

@@ -32,7 +32,7 @@ VERBS = {
     "watch": "curves and speed of runs in the terminal, while they train or afterwards",
     "checkpoint": "list, inspect, verify or prune the checkpoints of a run",
     "evaluate": "likelihood bound (nll), gsm8k, lm-eval tasks (harness), quality against speed (pareto)",
-    "scaling": "scaling laws: fit and draw them from a table of trained models",
+    "scaling": "scaling laws: plan a grid of runs, train, collect, fit and draw it",
     "sample": "sample texts from a checkpoint or an exported folder",
     "export": "write a checkpoint as a Hugging Face folder, and compare it with the trained model",
     "import": "turn a Hugging Face folder, or a .ckpt of the paper's code, into a checkpoint",

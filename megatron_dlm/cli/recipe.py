@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def recipe_run(arguments: Sequence[str], *, verb: str) -> RunConfig:
-    """The run of `RECIPE [--model.size NAME] [--budget-flops FLOPS] [--field.name VALUE ...]`.
+    """The run of `RECIPE [--model.size NAME] [--budget-flops N] [--branch-decay-at N] [--field VALUE ...]`.
 
     Args:
         arguments: command-line arguments, the recipe first.
@@ -33,6 +33,7 @@ def recipe_run(arguments: Sequence[str], *, verb: str) -> RunConfig:
         raise InputError(f"recipe: expected a file before {arguments[0]}; see megatron-dlm {verb} --help")
     overrides, size = take_option(arguments[1:], "--model.size")
     overrides, budget = take_option(overrides, "--budget-flops")
+    overrides, branch = take_number(overrides, "--branch-decay-at", "steps")
     recipe = load_recipe(Path(arguments[0]))
     if size is not None:
         from megatron_dlm.models.sizes import paper_model
@@ -43,6 +44,10 @@ def recipe_run(arguments: Sequence[str], *, verb: str) -> RunConfig:
         from megatron_dlm.run.presets import within_budget
 
         config = within_budget(config, _positive_number("--budget-flops", budget))
+    if branch is not None:
+        from megatron_dlm.run.presets import decay_branch
+
+        config = decay_branch(config, branch)
     return config
 
 

@@ -1,4 +1,4 @@
-"""`megatron-dlm scaling fit|report`: scaling laws."""
+"""`megatron-dlm scaling plan|run|collect|fit|report|lr-sweep`: scaling laws."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ from importlib import import_module
 
 from megatron_dlm.interfaces import InputError
 
-USAGE = """usage: megatron-dlm scaling fit TABLE.csv --output fit.json          optima, laws, FLOPs ratios
-       megatron-dlm scaling report TABLE.csv --output DIR            the fit as a page with pictures
+USAGE = """usage: megatron-dlm scaling plan RECIPE ... --output GRID ...  list a grid of runs
+       megatron-dlm scaling run GRID                          train those that are missing, here
+       megatron-dlm scaling collect GRID ... --output FILE.csv  results as one table
+       megatron-dlm scaling fit FILE.csv --output fit.json    optima, laws, FLOPs ratios
+       megatron-dlm scaling report FILE.csv --output DIR      the fit as a page with pictures
+       megatron-dlm scaling lr-sweep RECIPE ... --output GRID ...  best learning rate by size
 
 `megatron-dlm scaling fit --help` lists the arguments with their units.
 """
-ACTIONS = ("fit", "report")
+ACTIONS = ("plan", "run", "collect", "fit", "report", "lr-sweep")
 
 
 def run(arguments: list[str]) -> int:

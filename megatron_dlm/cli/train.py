@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from megatron_dlm.run.config import RunConfig
 
 USAGE = """usage: megatron-dlm train RECIPE [--model.size NAME] [--budget-flops FLOPS]
+                          [--branch-decay-at STEP]
                           [--dry-run PROCESSES [--gpu NAME] [--gpus-per-node N] | --check PROCESSES]
                           [--field.name VALUE ...]
 
@@ -21,6 +22,9 @@ Start one process per device: examples/torchrun/train.sh, examples/slurm/train.s
 --model.size replaces the recipe's model by a published size (6M to 2121M); --model.* fields then change it.
 --budget-flops sets steps, warm-up and decay as the paper's IsoFLOP runs have them, for example 6e18; the rest
 of the recipe, its directory too, stays.
+--branch-decay-at trains a branch of a run with a wsd schedule: from the checkpoint of that step in the
+recipe's directory, its learning rate decays at once; the branch's directory is DIRECTORY-decay-STEP. So one
+long run gives a finished model at several lengths; checkpoint.save_at keeps the checkpoints to branch from.
 --dry-run checks the configuration for a job of that many processes and starts nothing. It prints the layout,
 memory of a rank and time of a step as `megatron-dlm plan` predicts them (--gpu h100 and --gpus-per-node 8
 unless told otherwise), and whether the data and what the run starts from are on this machine.

@@ -101,7 +101,7 @@ def _source(record: RunRecord, tokenizer: Path) -> ExportSource:
     from megatron_dlm.conversion.to_hugging_face import ExportSource
 
     config, progress = record.config, read_json(record.directory / PROGRESS_RECORD)
-    weights = FullWeights(record.directory, config.model, record.vocabulary.size)
+    weights = FullWeights(record.directory, config.model, record.vocabulary.size, averaged=record.averaged)
     return ExportSource(
         read=weights.read,
         shapes=weights.shapes,
@@ -126,6 +126,7 @@ def _facts(record: RunRecord) -> dict[str, str]:
         "SHA-256 of tokenizer.json": record.tokenizer_fingerprint,
         "vocabulary": f"{record.vocabulary.size:,} ids, mask {record.vocabulary.mask_token_id}",
         "precision of training": config.training.precision,
+        **({"weights": f"average with decay {config.optimizer.ema_decay}"} if record.averaged else {}),
     }
 
 
@@ -221,7 +222,9 @@ def export_reference_checkpoint(record: RunRecord, output: Path) -> None:
 
     _require_one_process()
     check_new(output)
-    weights = FullWeights(record.directory, record.config.model, record.vocabulary.size)
+    weights = FullWeights(
+        record.directory, record.config.model, record.vocabulary.size, averaged=record.averaged
+    )
     step = int(read_json(record.directory / PROGRESS_RECORD)["step"])
     write_reference_checkpoint(weights.read(weights.shapes), output, record.config.model, step)
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.models.config import Precision, Recompute
 from megatron_dlm.run.config import RunConfig
+from megatron_dlm.run.description import options_between
 from megatron_dlm.run.validation import check_run, is_legal
 
 RECOMPUTES: tuple[Recompute, ...] = ("none", "norms", "selective", "full")
@@ -133,18 +134,11 @@ def changes_between(old: RunConfig, new: RunConfig) -> dict[str, str]:
     Returns:
         Values by option.
     """
-    found = {}
-    for section in ("parallel", "training"):
-        before, after = vars(getattr(old, section)), vars(getattr(new, section))
-        for name, value in after.items():
-            if value != before[name]:
-                option = f"--{section}.{name.replace('_', '-')}"
-                if isinstance(value, bool):
-                    option = option if value else f"--{section}.no-{name.replace('_', '-')}"
-                    found[option] = ""
-                else:
-                    found[option] = str(value)
-    return found
+    return {
+        option: " ".join(values)
+        for option, values in options_between(old, new).items()
+        if option.startswith(("--parallel.", "--training."))
+    }
 
 
 def _powers_of_two(largest: int) -> list[int]:

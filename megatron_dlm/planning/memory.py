@@ -97,16 +97,17 @@ class _StageMemory(Stage):
         """Bytes that stay from step to step."""
         count = float(self.parameters())
         main = 0 if self.dtype_bytes == FP32 else FP32
+        state = ADAM_MOMENTS + (FP32 if self.config.optimizer.ema_decay else 0)
         if self.parallel.fully_sharded:
             own = count / self.shards
-            sizes = {"parameters": FP32 * own, "gradients": FP32 * own, "optimizer": ADAM_MOMENTS * own}
+            sizes = {"parameters": FP32 * own, "gradients": FP32 * own, "optimizer": state * own}
             return sizes | {"gathered": self._gathered() if self.shards > 1 else 0.0}
         parameters = self.dtype_bytes * count
         if self.is_fp8:
             # A copy for each of the two directions of a product; weights that are FP8 themselves are these.
             matrices = sum(self.chunk_layers) * self.matrices_of_layer()
             parameters += (2 - (self.dtype_bytes if self.config.fp8.weights else 0)) * matrices
-        optimizer = (ADAM_MOMENTS + main) * count / self.optimizer_shards()
+        optimizer = (state + main) * count / self.optimizer_shards()
         return {"parameters": parameters, "gradients": FP32 * count, "optimizer": optimizer, "gathered": 0.0}
 
     def _gathered(self) -> float:

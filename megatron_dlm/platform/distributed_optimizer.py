@@ -17,6 +17,8 @@ from megatron_dlm.platform.fully_sharded import local, own_range
 from megatron_dlm.platform.megatron import own_elements, round_main_weights
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+AVERAGE = "ema"
+"""Entry of the optimizer's state with the moving average of a main parameter."""
 
 
 def _parts(optimizer: Any) -> list[Any]:
@@ -92,6 +94,39 @@ def state_of(part: Any, main: Tensor) -> dict[str, Tensor]:
         if isinstance(part.optimizer, torch.optim.AdamW):
             state["step"] = torch.zeros(())
     return state
+
+
+def average_weights(optimizer: Any, decay: float, step: int) -> None:
+    """Move the averages of the weights towards the weights; those of the first step are the weights.
+
+    Args:
+        optimizer: what `get_megatron_optimizer` returned; its state keeps the averages, sharded like moments.
+        decay: share of an average that stays, in (0, 1).
+        step: optimizer steps done; early ones keep (1 + step) / (10 + step) if that is less.
+    """
+    averages, weights = [], []
+    for part in _parts(optimizer):
+        for group in part.optimizer.param_groups:
+            for main in group["params"]:
+                averages.append(local(average_of(part, main)))
+                weights.append(local(main.detach()))
+    torch._foreach_lerp_(averages, weights, 1.0 - min(decay, (1 + step) / (10 + step)))
+
+
+def average_of(part: Any, main: Tensor) -> Tensor:
+    """The moving average of a main parameter, created as a copy of it.
+
+    Args:
+        part: inner optimizer from `main_pieces`.
+        main: main parameter from `main_pieces`.
+
+    Returns:
+        The average itself, not a copy.
+    """
+    state = state_of(part, main)
+    if AVERAGE not in state:
+        state[AVERAGE] = main.detach().clone()
+    return state[AVERAGE]
 
 
 def step_count(optimizer: Any) -> int:

@@ -95,7 +95,7 @@ def prepare_device(environment: ProcessEnvironment, config: ParallelConfig) -> t
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
         torch.use_deterministic_algorithms(True)
-    _silence_megatron()
+    silence_megatron()
     if config.device != "cpu" and torch.cuda.is_available():
         count = torch.cuda.device_count()
         if count > 1 and environment.local_rank >= count:
@@ -124,7 +124,7 @@ def prepare_device(environment: ProcessEnvironment, config: ParallelConfig) -> t
     return torch.device("cpu")
 
 
-def _silence_megatron() -> None:
+def silence_megatron() -> None:
     """Drop warnings that tell a user nothing: absent GPU extras, and internals of megatron-core and torch."""
     for message in (
         "Transformer Engine and Apex are not installed",

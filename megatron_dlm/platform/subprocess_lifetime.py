@@ -57,9 +57,14 @@ def _live(parent: int, body: Callable[..., None], arguments: tuple[Any, ...]) ->
 
 def _die_with(parent: int) -> None:
     """End this process where its parent, known from before the fork, ends, however that ends."""
-    ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    signal_with_parent(signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
+
+
+def signal_with_parent(number: signal.Signals) -> None:
+    """Have this process get a signal when its parent ends, however that ends."""
+    ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, number)
 
 
 def _leave_job_signals_to_the_parent() -> None:

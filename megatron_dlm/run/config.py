@@ -161,6 +161,9 @@ class EvaluationConfig:
 
     every: int = 1000
     """Steps between evaluations; the model is also evaluated before the first step and after the last."""
+    at_flops: tuple[float, ...] = ()
+    """Also evaluate after the first step at which the run has made this many FLOPs of matrix products, for
+    points of one run at several budgets."""
     num_batches: int = 16
     """Batches per evaluation; a shorter validation shard is read again, with other noise."""
     batch_size: int = 64
@@ -173,6 +176,8 @@ class EvaluationConfig:
         for name in ("every", "num_batches", "batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"evaluation.{name}: {getattr(self, name)} is below 1")
+        if not all(flops > 0 for flops in self.at_flops):
+            raise InputError(f"evaluation.at_flops: {min(self.at_flops)} is not above 0")
 
 
 @dataclass(frozen=True, kw_only=True)

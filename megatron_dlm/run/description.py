@@ -99,6 +99,29 @@ def flat_options(config: RunConfig) -> dict[str, Any]:
     return _flat(encode(config))
 
 
+def options_between(old: RunConfig, new: RunConfig) -> dict[str, list[str]]:
+    """Command-line options that turn one run into another.
+
+    Args:
+        old: the run as it is.
+        new: the run as it is to be.
+
+    Returns:
+        Values by option; a switch has none.
+    """
+    before, found = flat_options(old), dict[str, list[str]]()
+    for name, value in flat_options(new).items():
+        if value == before[name]:
+            continue
+        option = f"--{name}".replace("_", "-")
+        if isinstance(value, bool):
+            section, dot, switch = option.rpartition(".")
+            found[option if value else f"{section}{dot}no-{switch}"] = []
+        else:
+            found[option] = [str(item) for item in (value if isinstance(value, list) else [value])]
+    return found
+
+
 def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Leaves of nested records by dotted name."""
     leaves: dict[str, Any] = {}

@@ -115,5 +115,6 @@ def load_denoiser(record: RunRecord, config: RunConfig, parallel: ParallelState)
     verify_on_all_ranks(record.directory, parallel)
     (denoiser,) = build_denoiser(config, record.vocabulary, parallel).chunks
     # Buffers may be missing; parameters are all there.
-    denoiser.load_state_dict(load_weights(record.directory, denoiser, parallel), strict=False)
+    weights = load_weights(record.directory, denoiser, parallel, averaged=record.averaged)
+    denoiser.load_state_dict(weights, strict=False)
     return denoiser.eval()

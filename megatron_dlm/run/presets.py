@@ -95,6 +95,37 @@ def within_budget(config: RunConfig, budget_flops: float) -> RunConfig:
     )
 
 
+def decay_branch(config: RunConfig, step: int) -> RunConfig:
+    """The run that leaves a run with a constant learning rate at a step, and decays at once.
+
+    Args:
+        config: run with a wsd schedule, whose directory has a checkpoint of that step.
+        step: optimizer steps done.
+
+    Returns:
+        A run in a directory beside it, of the same data, optimizer state and step, that ends with the decay.
+
+    Raises:
+        InputError: no wsd schedule, or a step at which the rate is not constant.
+    """
+    schedule = config.schedule
+    if schedule.shape != "wsd":
+        raise InputError("--branch-decay-at: schedule.shape is cosine; a branch takes wsd")
+    if not schedule.warmup_steps <= step <= schedule.decay_from:
+        raise InputError(
+            f"--branch-decay-at: at step {step} the learning rate is not constant: it is from step "
+            f"{schedule.warmup_steps} to {schedule.decay_from}"
+        )
+    end = step + schedule.wsd_decay_steps
+    return replace(
+        config,
+        directory=config.directory.with_name(f"{config.directory.name}-decay-{step}"),
+        training=replace(config.training, num_steps=end),
+        schedule=replace(schedule, decay_steps=end),
+        checkpoint=replace(config.checkpoint, branch_from=Path(f"{config.directory}@{step}")),
+    )
+
+
 def phase1_run(objective: ObjectiveConfig) -> RunConfig:
     """The 1.7B model's first 1.05T tokens: 500,000 steps of a cosine made for 1,280,000, on 16 nodes x 8."""
     schedule = LrScheduleConfig(lr=4e-4, min_lr=1e-4, warmup_steps=2000, decay_steps=1_280_000)

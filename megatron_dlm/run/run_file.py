@@ -18,15 +18,17 @@ from megatron_dlm.platform.files import write_json
 from megatron_dlm.platform.launch import ProcessEnvironment
 from megatron_dlm.platform.versions import deciding_versions
 from megatron_dlm.run.config import RunConfig
+from megatron_dlm.run.datasets import RunData
 
 
-def write_run_file(config: RunConfig, environment: ProcessEnvironment) -> None:
+def write_run_file(config: RunConfig, data: RunData, environment: ProcessEnvironment) -> None:
     """Write run.json; one process of a job calls it at each start.
 
     The file of an earlier start is replaced; each checkpoint has the configuration that it was saved with.
 
     Args:
         config: configuration of the run, with all overrides.
+        data: opened data of the run.
         environment: the launcher's view of this process.
     """
     record = {
@@ -37,6 +39,12 @@ def write_run_file(config: RunConfig, environment: ProcessEnvironment) -> None:
         "launcher": environment.launcher,
         "world_size": environment.world_size,
         "git_revision": _git_revision(),
+        "data": {
+            "train_sha256": data.train_sha256,
+            "tokenizer_fingerprint": data.tokenizer_fingerprint,
+            "vocabulary_size": data.vocabulary.size,
+            "train_samples": sum(rows.num_rows for rows in data.train.rows.values()),
+        },
         "versions": deciding_versions(),
     }
     write_json(config.directory / RUN_RECORD, record)

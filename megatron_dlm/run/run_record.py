@@ -34,6 +34,8 @@ class RunRecord:
     vocabulary: Vocabulary
     tokenizer_fingerprint: str
     train_sha256: str
+    averaged: bool = False
+    """Whether the moving averages of the weights are meant, not the weights."""
 
 
 def read_run_record(checkpoint: Path) -> RunRecord:

@@ -59,6 +59,8 @@ class Announcement:
         self._say(f"data: {describe_data(config, self._data, progress.consumed_samples, progress.step)}")
         if start is None:
             self._say("starts from scratch")
+        elif isinstance(start, RunRecord) and config.checkpoint.branch_from and not self._is_own(start):
+            self._say(f"continues from step {progress.step} as a branch of {start.directory}")
         elif not isinstance(start, RunRecord) or not self._is_own(start):
             self._say(f"starts from the weights of {start.directory}")
         elif self._parallel.rank == 0:

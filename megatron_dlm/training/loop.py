@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 
+from megatron_dlm.platform.distributed_optimizer import average_weights
 from megatron_dlm.platform.gpu import STATE_CURES, allocating
 from megatron_dlm.training.optimizer import set_learning_rate, step_if_finite
 from megatron_dlm.training.progress import StepReport, TrainingProgress
@@ -75,9 +76,12 @@ def train_step(session: Session, progress: TrainingProgress) -> StepReport:
             fault, bad_samples = "gradient norm: not finite", whole_batch
         elif grad_norm > limit:
             fault, bad_samples = f"gradient norm: {grad_norm:.4g} is above {limit:.4g}", whole_batch
+    if not bad_samples and (decay := session.config.optimizer.ema_decay):
+        average_weights(session.optimizer, decay, progress.step + 1)
     if sigmas and not bad_samples:
         progress.recent_losses = extended(progress.recent_losses, loss)
         progress.recent_grad_norms = extended(progress.recent_grad_norms, grad_norm)
+    progress.training_flops += sums.work.training_flops(session.config.model, session.data.vocabulary.size)
     progress.step += 1
     progress.consumed_samples += size
     progress.fingerprint = sums.fingerprint

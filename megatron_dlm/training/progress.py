@@ -119,6 +119,9 @@ class TrainingProgress:
     step: int = 0
     """Optimizer steps done."""
     consumed_samples: int = 0
+    training_flops: int = 0
+    """Matrix-product FLOPs of all steps, recomputation and padding not counted; a run that goes on from a
+    version without this number counts from there."""
     fingerprint: int = 0
     """Digest of the last step's corruption."""
     recent_losses: tuple[float, ...] = ()

@@ -53,6 +53,9 @@ def find_start(config: RunConfig, data: RunData) -> RunRecord | OutsideStart | N
     """
     complete = checkpoint_root(config).complete()
     outside = config.checkpoint.initialize_from
+    branches_from = None if complete else config.checkpoint.branch_from
+    if branches_from is not None:
+        complete = [_branch_point(branches_from, config)]
     if not complete and outside is None:
         return None
     source = complete[-1] if complete or outside is None else find_checkpoint(outside)
@@ -100,6 +103,21 @@ def find_start(config: RunConfig, data: RunData) -> RunRecord | OutsideStart | N
                 old, new = _blend(saved.data, old), _blend(asked.data, new)
             _mismatch(record, name, old, new)
     return record
+
+
+def _branch_point(source: Path, config: RunConfig) -> Path:
+    """The checkpoint of another run that this one continues."""
+    checkpoint = find_checkpoint(source)
+    try:
+        step = step_of(checkpoint)
+    except InputError as error:
+        raise InputError(f"checkpoint.branch_from: {source} is no run's checkpoint") from error
+    if step >= config.training.num_steps:
+        raise InputError(
+            f"training.num_steps: {config.training.num_steps} is not above step {step} of "
+            f"checkpoint.branch_from {checkpoint}"
+        )
+    return checkpoint
 
 
 def _exported_start(source: Path, config: RunConfig, data: RunData) -> OutsideStart:
@@ -195,13 +213,19 @@ def restore(session: Session, start: RunRecord | OutsideStart | None) -> Trainin
         on_first_rank(parallel, start.check)
         set_weights(session.optimizer, local_tensors(start.state, denoiser, parallel))
         return TrainingProgress()
-    if start.directory.parent != checkpoint_root(session.config).path:
+    is_own = start.directory.parent == checkpoint_root(session.config).path
+    if not is_own and session.config.checkpoint.branch_from is None:
         verify_on_all_ranks(start.directory, parallel)
         weights = load_weights(start.directory, denoiser, parallel)
         set_weights(session.optimizer, {param: weights[name] for name, param in denoiser.named_parameters()})
         return TrainingProgress()
-    directory = _sound(start.directory, session)
-    load(directory, denoiser, session.optimizer, parallel)
+    if is_own:
+        directory = _sound(start.directory, session)
+    else:
+        directory = start.directory
+        verify_on_all_ranks(directory, parallel)
+    averaged = session.config.optimizer.ema_decay > 0
+    load(directory, denoiser, session.optimizer, parallel, averaged=averaged)
     on_first_rank(parallel, lambda: checkpoint_root(session.config).set_aside_after(step_of(directory)))
     saved = read_json(directory / PROGRESS_RECORD)
     if "data_plan" in saved:

@@ -62,7 +62,7 @@ def train(config: RunConfig) -> bool:
         def take_directory() -> None:
             try:
                 lock.acquire(config.checkpoint.lock_timeout_seconds)
-                write_run_file(config, environment)
+                write_run_file(config, data, environment)
             except OSError as error:
                 reason = error.strerror or error
                 raise InputError(f"directory: {config.directory}: cannot be written: {reason}") from error

@@ -99,6 +99,10 @@ def test_private_names_of_others_come_through_one_door():
     assert not wrong, wrong
 
 
+IMPORTED_FOR_ITS_EFFECT = {"cli/preload.py"}
+"""A fork server can be given modules only."""
+
+
 def is_harmless(statement):
     """Whether a statement of a module's body defines something, and does nothing else."""
     if isinstance(statement, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.AnnAssign)):
@@ -117,6 +121,8 @@ def test_importing_a_module_changes_nothing_outside_it():
     """No environment variable, no attribute of another module, no call for its effect, no import for one."""
     wrong = []
     for path in sorted(PACKAGE.rglob("*.py")):
+        if path.relative_to(PACKAGE).as_posix() in IMPORTED_FOR_ITS_EFFECT:
+            continue
         tree = ast.parse(path.read_text())
         for statement in tree.body:
             if not is_harmless(statement):

@@ -49,8 +49,11 @@ def published_non_embedding_parameters(model: ModelConfig, vocabulary_size: int)
 
 
 def printed_flops(flops: float) -> float:
-    """FLOPs rounded as the paper's files print them; its step counts derive from these."""
-    unit, decimals = (1e12, 4) if flops >= 1e12 else (1e9, 3)
+    """FLOPs rounded as the paper's files print them; its step counts derive from these.
+
+    Its smallest model has 5.3e10; smaller ones are rounded as finely.
+    """
+    unit, decimals = (1e12, 4) if flops >= 1e12 else (1e9, 3) if flops >= 1e9 else (1e6, 3)
     return round(flops / unit, decimals) * unit
 
 

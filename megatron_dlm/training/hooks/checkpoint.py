@@ -45,7 +45,9 @@ class CheckpointHook(Hook):
         """Save when due or asked to."""
         if self._pending and not session.agreed["writing"]:
             self.finish(session)
-        if progress.save_requested or progress.step % session.config.checkpoint.save_every == 0:
+        config = session.config.checkpoint
+        is_due = progress.step % config.save_every == 0 or progress.step in config.save_at
+        if progress.save_requested or is_due:
             self._save(session, progress)
 
     def after_rollback(self, session: Session, progress: TrainingProgress, report: StepReport) -> None:
@@ -118,7 +120,7 @@ class CheckpointHook(Hook):
 
     def _remove_superfluous(self, config: CheckpointConfig) -> None:
         try:
-            self._root.retain(config.keep_last, config.keep_every)
+            self._root.retain(config.keep_last, config.keep_every, config.save_at)
         except OSError as error:
             # The next save tries again; what it leaves is complete.
             logger.warning(f"older checkpoints stay: {error}")

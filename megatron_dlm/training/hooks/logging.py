@@ -83,6 +83,7 @@ class LoggingHook(Hook):
             "eta_seconds": samples_left * window.seconds / window.samples,
             "batch_size": window.batch_size,
             "consumed_samples": progress.consumed_samples,
+            "training_flops": progress.training_flops,
             "fingerprint": progress.fingerprint,
             "time": time.time(),
             **_by_time(window),

@@ -101,10 +101,38 @@ def test_learning_rate_shape():
 
 
 @pytest.mark.parametrize(
+    ("style", "middle"),
+    [
+        ("linear", 0.55),
+        ("cosine", 0.55),
+        ("minus_sqrt", 0.1 + 0.9 * (1 - 0.5**0.5)),
+        ("exponential", 0.1 + 0.9 * (2 * 0.5**0.5 - 1)),
+    ],
+)
+def test_a_wsd_schedule_is_constant_until_its_decay(style, middle):
+    schedule = LrScheduleConfig(
+        lr=1.0,
+        min_lr=0.1,
+        warmup_steps=4,
+        decay_steps=104,
+        shape="wsd",
+        wsd_decay_steps=20,
+        wsd_decay_style=style,
+    )
+    assert [schedule.at(step) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert schedule.at(50) == schedule.at(84) == 1.0 > schedule.at(85)
+    assert schedule.at(94) == pytest.approx(middle)
+    assert schedule.at(104) == schedule.at(10_000) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"lr": 1e-4, "min_lr": 1e-3}, "schedule.min_lr: 0.001 is outside"),
         ({"warmup_steps": 10, "decay_steps": 10}, "schedule.warmup_steps: 10 is outside"),
+        ({"shape": "wsd"}, "schedule.wsd_decay_steps: 0 is outside"),
+        ({"shape": "wsd", "wsd_decay_steps": 9_901}, "schedule.wsd_decay_steps: 9901 is outside"),
+        ({"wsd_decay_steps": 5}, "schedule.wsd_decay_steps: 5, and schedule.shape is cosine"),
     ],
 )
 def test_impossible_schedules_are_named(fields, message):
