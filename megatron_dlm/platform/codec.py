@@ -10,6 +10,7 @@ import dataclasses
 import types
 from collections.abc import Callable, Mapping
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -57,7 +58,7 @@ def decode(declared: type[T], data: Any, path: str = "config") -> T:
     """
     if not isinstance(data, dict):
         raise InputError(f"{path}: expected an object, found {type(data).__name__}")
-    cls, hints = declared, get_type_hints(declared)
+    cls, hints = declared, _hints(declared)  # type: ignore[arg-type]
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     known = {field.name for field in fields}
     required = {
@@ -83,6 +84,12 @@ def decode(declared: type[T], data: Any, path: str = "config") -> T:
         return cls(**values)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+
+
+@cache
+def _hints(declared: type) -> dict[str, Any]:
+    """Types of a class's fields; evaluating them takes longer than decoding a record."""
+    return get_type_hints(declared)
 
 
 def _registered_name(cls: type) -> str | None:
