@@ -44,7 +44,7 @@ def run(arguments: list[str]) -> int:
 
     found = find_runs(config.runs)
     results, problems = collect(found)
-    rows = add_results(config.output, results)
+    rows = add_results(config.output, results, problems)
     tell_problems(problems)
     print(f"{config.output}: {len(rows)} rows, {len(results)} of {len(found)} runs here")
     return 0 if rows else 1

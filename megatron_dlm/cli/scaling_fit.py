@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from megatron_dlm.scaling.fit import ScalingFit
 
 
+PUBLISHED_TABLE = "published"
+
+
 @dataclass(frozen=True, kw_only=True)
 class FitConfig:
     """Scaling laws of a table of trained models.
@@ -31,7 +34,7 @@ class FitConfig:
 
     table: Annotated[Path, tyro.conf.Positional]
     """CSV file of `megatron-dlm scaling collect`, or with columns family, budget_flops, parameters, tokens
-    and nats_per_token."""
+    and nats_per_token; `published`: the points of arXiv:2602.15014."""
     output: Path | None = None
     """JSON file to write all fits to; None: they are only printed."""
     reference: str | None = None
@@ -76,9 +79,9 @@ def fit_table(table: Path, reference: str | None, *, replicates: int, seed: int)
         InputError: the table cannot be used, or has no such family.
     """
     from megatron_dlm.scaling.fit import fit_all
-    from megatron_dlm.scaling.points import read_points
+    from megatron_dlm.scaling.points import PUBLISHED, read_points
 
-    families = read_points(table)
+    families = read_points(PUBLISHED if str(table) == PUBLISHED_TABLE and not table.exists() else table)
     names = [points.family for points in families]
     if reference is not None and reference not in names:
         raise InputError(f"reference: {reference!r} is not one of {', '.join(names)}")

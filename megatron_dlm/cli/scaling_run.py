@@ -88,7 +88,7 @@ def train_missing(config: RunGridConfig) -> int:
 
         with _stopping(queue.stop):
             state = queue.work(tick)
-    teller.collect(at_end=True)
+    teller.collect()
     for name, code in state.failed.items():
         print(f"failed: {name}: exit code {code}; see {config.grid / LOGS / name}.log", file=sys.stderr)
     if state.failed:
@@ -145,20 +145,23 @@ class _Teller:
             flush=True,
         )
         if code == 0:
-            self.collect(at_end=False)
+            from megatron_dlm.scaling.collect import FoundRun, add_results, collect
+            from megatron_dlm.scaling.run_list import POINTS
 
-    def collect(self, *, at_end: bool) -> None:
-        """Write the results so far; at the end with what is left out."""
+            results, _ = collect([FoundRun(started.run.directory, started.run)])
+            add_results(self._grid / POINTS, results)
+
+    def collect(self) -> None:
+        """Write the results of all runs that can be compared, and name the others."""
         from megatron_dlm.cli.scaling_collect import tell_problems
         from megatron_dlm.scaling.collect import add_results, collect, find_runs
         from megatron_dlm.scaling.run_list import POINTS
 
         here = [found for found in find_runs([self._grid]) if found.directory.is_dir()]
         results, problems = collect(here)
-        rows = add_results(self._grid / POINTS, results)
-        if at_end:
-            tell_problems(problems)
-            print(f"{self._grid / POINTS}: {len(rows)} rows")
+        rows = add_results(self._grid / POINTS, results, problems)
+        tell_problems(problems)
+        print(f"{self._grid / POINTS}: {len(rows)} rows")
 
 
 @contextmanager

@@ -283,16 +283,19 @@ def write_results(path: Path, results: Iterable[Result]) -> None:
     commit(temporary, path)
 
 
-def add_results(path: Path, results: Iterable[Result]) -> list[Result]:
-    """Add results to points.csv; a run's new result takes the place of its old one.
+def add_results(path: Path, results: Iterable[Result], problems: Iterable[Problem] = ()) -> list[Result]:
+    """Add results to points.csv; a run's new result, or its problem, takes the place of its old one.
 
     Args:
         path: the table, which need not exist.
         results: new results.
+        problems: runs that must not be in the table.
 
     Returns:
         All rows.
     """
     rows = {result.run: result for result in read_results(path)} | {result.run: result for result in results}
+    for problem in problems:
+        rows.pop(problem.run, None)
     write_results(path, rows.values())
     return list(rows.values())

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from megatron_dlm.checkpointing.layout import CheckpointRoot
-from megatron_dlm.scaling.collect import add_results, collect, find_runs, read_results
+from megatron_dlm.scaling.collect import Problem, add_results, collect, find_runs, read_results
 from megatron_dlm.scaling.run_list import read_run_list
 from megatron_dlm.telemetry.writers import read_metrics
 from tests.helpers.processes import TRAINER, Program
@@ -207,6 +207,8 @@ def test_rows_of_a_table_stay_and_are_replaced_by_name(finished, tmp_path):
     assert add_results(table, results) == results
     assert read_results(table) == results
     assert len(add_results(table, results)) == 1
+    # One that is unfinished again, or was found not to be comparable, leaves.
+    assert add_results(tmp_path / "other.csv", results, [Problem("whole", "diverged")]) == []
     with table.open() as file:
         (row,) = csv.DictReader(file)
     assert float(row["actual_flops"]) > 0 and len(row["train_sha256"]) == 64

@@ -1,0 +1,12 @@
+"""The small-scale study's Duo."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_dlm.families.duo.objective import DuoConfig
+from megatron_dlm.run.config import RunConfig, load_recipe
+
+
+def recipe() -> RunConfig:
+    """The base run with this family."""
+    return replace(load_recipe(Path(__file__).with_name("base.py")), objective=DuoConfig())
