@@ -1,4 +1,4 @@
-"""A run of the small-scale study: 128 tokens, 512 ids, float32 on a CPU; `megatron-dlm scaling plan` sets its size."""
+"""A run of the small-scale study: 128 tokens, 512 ids, float32; `megatron-dlm scaling plan` sets its size."""
 
 from pathlib import Path
 

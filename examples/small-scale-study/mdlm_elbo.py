@@ -1,4 +1,4 @@
-"""The small-scale study's MDLM, trained with the weights of the ELBO, which all of its runs are evaluated with."""
+"""The small-scale study's MDLM, trained with the weights of the ELBO, by which all are evaluated."""
 
 from dataclasses import replace
 from pathlib import Path
