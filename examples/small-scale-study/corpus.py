@@ -2,8 +2,8 @@
 
 python examples/small-scale-study/corpus.py WHEELS OUTPUT
 
-Reads the wheels in WHEELS (`pip download`) and writes train.jsonl and held-out.jsonl. A document is a file; of
-equal ones the first stays. The hash of its text decides whether it is held out, so no text is in both.
+Reads the wheels in WHEELS (`pip download`) and writes train.jsonl and held-out.jsonl. A document is a file;
+of equal ones the first stays. The hash of its text decides whether it is held out, so no text is in both.
 """
 
 from __future__ import annotations

@@ -77,10 +77,10 @@ def train_missing(config: RunGridConfig) -> int:
     waiting = _missing(config, grid.runs)
     done = len(grid.runs) - len(waiting)
     print(f"{config.grid}: {done} of {len(grid.runs)} runs are done or not asked for", flush=True)
-    teller = _Teller(config.grid, len(waiting))
-    with _progress(waiting) as (progress, task):
+    total = sum(each.own_flops for each in waiting)
+    teller = _Teller(config.grid, len(waiting), total)
+    with _progress(total) as (progress, task):
         queue = RunQueue(waiting, _starter(config), config.jobs, teller.ended)
-        total = sum(each.own_flops for each in waiting)
 
         def tick(state: QueueState, left: float) -> None:
             names = ", ".join(started.run.name for started in state.running)
@@ -122,23 +122,21 @@ def _missing(config: RunGridConfig, runs: Sequence[PlannedRun]) -> list[PlannedR
 class _Teller:
     """Prints a line for each run that has ended, and keeps the table of results."""
 
-    def __init__(self, grid: Path, total: int) -> None:
-        self._grid, self._total = grid, total
+    def __init__(self, grid: Path, total: int, total_flops: float) -> None:
+        self._grid, self._total, self._total_flops = grid, total, total_flops
         self._began_at = time.monotonic()
-        self._first_left: float | None = None
 
     def ended(self, started: Started, code: int, state: QueueState, left: float) -> None:
         """One run has ended."""
         from megatron_dlm.telemetry.writers import duration, read_metrics
 
-        now, trained = time.monotonic(), sum(each.own_flops for each in state.finished)
-        eta = ""
-        if trained and left:
-            eta = f" | ETA {duration((now - self._began_at) * left / trained)}"
+        now, trained = time.monotonic(), self._total_flops - left
+        eta = f" | ETA {duration((now - self._began_at) * left / trained)}" if left and trained else ""
         result = f"exit code {code}"
         if code == 0:
-            last = read_metrics(started.run.directory)[-1]
-            result = f"{last['nats_per_token']:.4f} nats/token"
+            entries = read_metrics(started.run.directory)
+            bounds = [entry["nats_per_token"] for entry in entries if entry["kind"] == "validation"]
+            result = f"{bounds[-1]:.4f} nats/token"
         ended = len(state.finished) + len(state.failed) + len(state.stopped)
         print(
             f"{ended}/{self._total} {started.run.name}: {result} in {duration(now - started.began_at)}{eta}",
@@ -165,7 +163,7 @@ class _Teller:
 
 
 @contextmanager
-def _progress(waiting: Sequence[PlannedRun]) -> Iterator[tuple[Progress, TaskID]]:
+def _progress(total_flops: float) -> Iterator[tuple[Progress, TaskID]]:
     """A bar over the FLOPs of all runs; nothing where standard error is no terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -176,7 +174,7 @@ def _progress(waiting: Sequence[PlannedRun]) -> Iterator[tuple[Progress, TaskID]
     with Progress(
         *columns, eta, console=console, disable=not sys.stderr.isatty(), speed_estimate_period=600
     ) as progress:
-        yield progress, progress.add_task("", total=sum(run.own_flops for run in waiting))
+        yield progress, progress.add_task("", total=total_flops)
 
 
 @contextmanager
