@@ -127,7 +127,7 @@ def plan_grid(
     sizes_per_budget: int | None,
     rules: Rules,
 ) -> RunList:
-    """All runs of a grid, cheapest budget first.
+    """All runs of a grid: cheapest budget first, or with branches size by size.
 
     Args:
         bases: families.
@@ -236,7 +236,7 @@ def sizes_at(base: Base, sizes: Sequence[Size], budget: float, guess: float, cou
     """
     by_size = sorted(sizes, key=lambda size: parameters_of(base, size))
     below = [size for size in by_size if parameters_of(base, size) < guess]
-    above = [size for size in by_size if parameters_of(base, size) > guess]
+    above = [size for size in by_size if parameters_of(base, size) >= guess]
     if count is not None:
         low = min(len(below), max(count // 2, count - len(above)))
         below = below[len(below) - low :]

@@ -1,0 +1,66 @@
+"""The small-scale study's text has each document once, and its recipes differ in their objective only."""
+
+import json
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+
+import pytest
+
+from megatron_dlm.run.config import load_recipe
+from tests.helpers.paths import ROOT
+
+STUDY = ROOT / "examples" / "small-scale-study"
+OBJECTIVES = ("ar", "mdlm", "mdlm_elbo", "duo", "esolm")
+
+
+def wheel(path, files):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)
+
+
+def make_corpus(wheels, output):
+    words = [sys.executable, str(STUDY / "corpus.py"), str(wheels), str(output)]
+    return subprocess.run(words, capture_output=True, text=True)
+
+
+def texts_of(path):
+    return [json.loads(line)["text"] for line in path.read_text().splitlines()]
+
+
+def test_each_document_is_there_once_and_held_out_ones_apart(tmp_path):
+    documents = {f"a/{n}.py": f"# {n}\n" + "pass\n" * 60 for n in range(300)}
+    (tmp_path / "wheels").mkdir()
+    wheel(tmp_path / "wheels" / "a.whl", documents | {"a/short.py": "pass", "a/data.json": "1" * 500})
+    wheel(tmp_path / "wheels" / "b.whl", {"b/copy.py": documents["a/7.py"], "b/own.md": "Own text. " * 50})
+    told = make_corpus(tmp_path / "wheels", tmp_path / "text")
+    assert told.returncode == 0, told.stderr
+    train, held_out = (texts_of(tmp_path / "text" / f"{part}.jsonl") for part in ("train", "held-out"))
+    assert sorted(train + held_out) == sorted({*documents.values(), "Own text. " * 50})
+    assert 0 < len(held_out) < 20
+    # Again, and with one package less, a document stays on its side.
+    (tmp_path / "wheels" / "b.whl").unlink()
+    make_corpus(tmp_path / "wheels", tmp_path / "again")
+    assert set(texts_of(tmp_path / "again" / "held-out.jsonl")) <= set(held_out)
+
+
+def test_no_wheels_are_said(tmp_path):
+    told = make_corpus(tmp_path, tmp_path / "text")
+    assert told.returncode == 1 and "no wheels" in told.stderr
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_recipes_differ_in_their_objective_only(name):
+    base, recipe = (load_recipe(STUDY / f"{each}.py") for each in ("base", name))
+    assert replace(recipe, objective=base.objective) == base
+    assert recipe.objective.name == name.split("_")[0]
+
+
+def test_the_script_names_files_that_exist():
+    script = (STUDY / "study.sh").read_text()
+    for name in (*(f"{each}.py" for each in OBJECTIVES), "corpus.py", "packages.txt"):
+        assert f"$here/{name}" in script and (STUDY / name).is_file(), name
+    pinned = [line for line in (STUDY / "packages.txt").read_text().splitlines() if not line.startswith("#")]
+    assert pinned == sorted(pinned) and all("==" in line for line in pinned)
