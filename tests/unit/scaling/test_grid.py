@@ -56,7 +56,7 @@ def test_runs_have_the_published_steps(paper_base, budget):
     assert {run.tokens for run in runs} == set(by_tokens)
     for run in runs:
         # Printed with rounding.
-        assert run.parameters == pytest.approx(by_tokens[run.tokens], rel=1e-5)
+        assert run.parameters == pytest.approx(by_tokens[run.tokens], rel=1e-4)
 
 
 def test_as_many_sizes_as_asked_lie_around_the_guess(paper_base):
