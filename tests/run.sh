@@ -22,5 +22,6 @@ PYTHON=$python tools/check.sh
 # Workers with a thread for each core get in each other's way: small tests take up to 15 times as long. Half
 # as many workers again as cores, since tests wait for time-outs and for each other's processes.
 cores=$(getconf _NPROCESSORS_ONLN)
+# Files in their own order: those with the most tests first would leave the longest single ones for the end.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec "$python" -m pytest -n "${WORKERS:-$(((cores * 3 + 1) / 2))}" --dist loadfile "${selection[@]}" "$@"
+exec "$python" -m pytest -n "${WORKERS:-$(((cores * 3 + 1) / 2))}" --dist loadfile --no-loadscope-reorder "${selection[@]}" "$@"

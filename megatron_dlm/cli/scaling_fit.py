@@ -38,7 +38,7 @@ class FitConfig:
     output: Path | None = None
     """JSON file to write all fits to; None: they are only printed."""
     reference: str | None = None
-    """Family that the others are compared with; None: ar if the table has it, otherwise the first."""
+    """Family that the others are compared with; None: the first of the table."""
     replicates: int = 1000
     """Number of replicates for intervals."""
     seed: int = 0
@@ -68,7 +68,7 @@ def fit_table(table: Path, reference: str | None, *, replicates: int, seed: int)
 
     Args:
         table: CSV file.
-        reference: family that the others are compared with; None: ar if it is there, otherwise the first.
+        reference: family that the others are compared with; None: the first.
         replicates: number of replicates for intervals.
         seed: random seed of the replicates.
 
@@ -85,7 +85,7 @@ def fit_table(table: Path, reference: str | None, *, replicates: int, seed: int)
     names = [points.family for points in families]
     if reference is not None and reference not in names:
         raise InputError(f"reference: {reference!r} is not one of {', '.join(names)}")
-    first = reference or next((name for name in names if name.lower() == "ar"), names[0])
+    first = reference or names[0]
     families.sort(key=lambda points: points.family != first)
     return fit_all(table, families, replicates=replicates, seed=seed)
 

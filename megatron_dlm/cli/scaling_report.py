@@ -38,7 +38,7 @@ class ReportConfig:
     title: str = "Scaling laws"
     """Title of the page."""
     reference: str | None = None
-    """Family that the others are compared with; None: ar if the table has it, otherwise the first."""
+    """Family that the others are compared with; None: the first of the table."""
     published: bool = False
     """Lay the points of arXiv:2602.15014 under those of the same families, in grey."""
     replicates: int = 1000

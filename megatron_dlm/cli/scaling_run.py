@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shlex
 import signal
@@ -12,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -195,15 +195,10 @@ def _starter(config: RunGridConfig) -> Callable[[PlannedRun], Job]:
     logs.mkdir(parents=True, exist_ok=True)
     if config.launch:
         return lambda run: _Launched(shlex.split(config.launch), run, logs)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([PRELOADED])
+    from megatron_dlm.platform.subprocess_lifetime import start_from_server
 
     def start(run: PlannedRun) -> Job:
-        process = context.Process(
-            target=_train, args=(run.words, str(logs / f"{run.name}.log")), daemon=False
-        )
-        process.start()
-        return _Forked(process)
+        return _Forked(start_from_server(PRELOADED, _train, run.words, str(logs / f"{run.name}.log")))
 
     return start
 
@@ -211,7 +206,7 @@ def _starter(config: RunGridConfig) -> Callable[[PlannedRun], Job]:
 class _Forked:
     """A run in a forked process."""
 
-    def __init__(self, process: multiprocessing.process.BaseProcess) -> None:
+    def __init__(self, process: BaseProcess) -> None:
         self._process = process
 
     def poll(self) -> int | None:
@@ -249,11 +244,7 @@ def _train(words: list[str], log: str) -> None:
     """Body of a forked process: `megatron-dlm train`, with its output in a file."""
     from megatron_dlm.cli.main import run_and_exit
     from megatron_dlm.cli.train import run as train
-    from megatron_dlm.platform.subprocess_lifetime import signal_with_parent
 
-    # A signal of the terminal goes to the queue, which passes it on.
-    os.setsid()
-    signal_with_parent(signal.SIGTERM)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

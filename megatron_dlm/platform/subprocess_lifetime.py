@@ -48,6 +48,33 @@ def fork(body: Callable[..., None], *arguments: Any) -> BaseProcess:
     return process
 
 
+def start_from_server(preloaded: str, body: Callable[..., None], *arguments: Any) -> BaseProcess:
+    """Start a process as a fork of one that has imported a module, and has done nothing else.
+
+    The process is a session of its own, and gets SIGTERM when this process ends, however that ends.
+
+    Args:
+        preloaded: module that the fork server imports when it is first asked.
+        body: function of a module that the process runs.
+        *arguments: arguments of `body`, which are pickled.
+
+    Returns:
+        The started process.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([preloaded])
+    process = context.Process(target=_serve, args=(body, arguments))
+    process.start()
+    return process
+
+
+def _serve(body: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    # A signal of the terminal goes to who has started this, and passes it on.
+    os.setsid()
+    _signal_with_parent(signal.SIGTERM)
+    body(*arguments)
+
+
 def _live(parent: int, body: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     _die_with(parent)
     _leave_job_signals_to_the_parent()
@@ -57,12 +84,12 @@ def _live(parent: int, body: Callable[..., None], arguments: tuple[Any, ...]) ->
 
 def _die_with(parent: int) -> None:
     """End this process where its parent, known from before the fork, ends, however that ends."""
-    signal_with_parent(signal.SIGKILL)
+    _signal_with_parent(signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
 
 
-def signal_with_parent(number: signal.Signals) -> None:
+def _signal_with_parent(number: signal.Signals) -> None:
     """Have this process get a signal when its parent ends, however that ends."""
     ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, number)
 

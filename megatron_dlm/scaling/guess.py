@@ -15,12 +15,10 @@ from megatron_dlm.scaling.points import published_points
 
 Guess = Callable[[str, float], float]
 """Number of parameters from family and budget in FLOPs."""
-FAMILY_OF_OTHERS = "mdlm"
-"""Published family whose law is used for families that have none."""
 
 
 def published_guess() -> Guess:
-    """The power laws through the published optima; a family without one has MDLM's."""
+    """The power laws through the published optima; a family without one has their geometric mean."""
     laws = {}
     for points in published_points():
         fit = fit_isoflop(points, 0, np.random.default_rng(0))
@@ -28,8 +26,8 @@ def published_guess() -> Guess:
 
     def guess(family: str, budget_flops: float) -> float:
         # A variant is named after its family, for example mdlm-elbo.
-        name = next((each for each in laws if family.split("-")[0] == each), FAMILY_OF_OTHERS)
-        return float(np.exp(laws[name].log_at(budget_flops)[0]))
+        own = [law for name, law in laws.items() if family.split("-")[0] == name]
+        return float(np.exp(np.mean([law.log_at(budget_flops)[0] for law in own or laws.values()])))
 
     return guess
 
