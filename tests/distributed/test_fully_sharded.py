@@ -45,9 +45,14 @@ LAYOUTS = [
     pytest.param(2, 4, {}, "selective", id="data-2"),
     # 4 microbatches on each rank.
     pytest.param(2, 1, {}, "full", id="data-2-accumulated-recomputed", marks=pytest.mark.slow),
-    pytest.param(2, 4, {"context_parallel_size": 2}, "selective", id="context-2"),
+    pytest.param(2, 4, {"context_parallel_size": 2}, "selective", id="context-2", marks=pytest.mark.slow),
     pytest.param(
-        2, 4, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, "selective", id="sequence-2"
+        2,
+        4,
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+        "selective",
+        id="sequence-2",
+        marks=pytest.mark.slow,
     ),
     pytest.param(
         4,

@@ -73,6 +73,7 @@ def test_mdlm_ancestral(steps, follows):
     assert follows(draw(MDLM, sampler="ancestral", num_steps=steps), law, wrong)
 
 
+@pytest.mark.slow
 def test_mdlm_with_another_schedule_and_the_noise_level(follows):
     """Time-conditioned: each step's own sigma."""
     objective = MDLMConfig(noise_schedule="cosine", time_conditioning=True)
@@ -116,6 +117,7 @@ def test_mdlm_confidence(steps, follows):
     assert follows(draw(MDLM, sampler="confidence", num_steps=steps), law)
 
 
+@pytest.mark.slow
 def test_mdlm_in_blocks(follows):
     """Blocks of 2 and 1 tokens, each by 2 steps."""
     plans = [(p, [*first, [2]]) for p, first in _plans_of(absorbing_alphas(2), [0, 1])]
@@ -137,7 +139,7 @@ def _plans_of(alphas, positions):
 
 
 @pytest.mark.parametrize("family", ["mdlm", "esolm"])
-@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_block(family, steps, follows):
     """All columns in one random order: with 3 steps every permutation, with 1 the text's own order."""
     objective = {"mdlm": MDLM, "esolm": ESOLM}[family]
@@ -148,7 +150,7 @@ def test_block(family, steps, follows):
     assert follows(samples, Laws(toy(objective)).by_plan(plans, family))
 
 
-@pytest.mark.parametrize("family", ["mdlm", "esolm"])
+@pytest.mark.parametrize("family", [pytest.param("mdlm", marks=pytest.mark.slow), "esolm"])
 def test_block_autoregressive(family, follows):
     """Segments of 1 token, all in one group: one by one; and one segment: left to right."""
     objective = {"mdlm": MDLM, "esolm": ESOLM}[family]
@@ -178,7 +180,7 @@ def test_esolm_ancestral(objective, steps, follows):
 
 
 @pytest.mark.parametrize("steps", ALL_STEPS)
-@pytest.mark.parametrize("greedy", [False, True])
+@pytest.mark.parametrize("greedy", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_duo_ancestral(steps, greedy, follows):
     law = Laws(toy(DUO)).uniform(grid(steps), states=STATES, greedy_tail=greedy)
     samples = draw(DUO, sampler="ancestral", num_steps=steps, greedy_tail=greedy)
@@ -186,6 +188,7 @@ def test_duo_ancestral(steps, greedy, follows):
     assert follows(samples, law, wrong)
 
 
+@pytest.mark.slow
 def test_duo_without_the_mask_among_its_states_with_a_nucleus(follows):
     objective = DuoConfig(mask_in_noise=False)
     laws = Laws(toy(objective), temperature=0.8, top_p=0.8)
