@@ -108,8 +108,7 @@ def load_state(
         averaged: whether the run keeps averages of the weights; where the checkpoint has none, they begin
             anew.
     """
-    stored = FileSystemReader(directory).read_metadata().state_dict_metadata
-    if averaged and any(average_key(place.key) in stored for place in sharded.values()):
+    if averaged and _has_averages(directory, sharded):
         for part, _, main, _, _ in distributed_optimizer.main_pieces(optimizer, sharded):
             distributed_optimizer.average_of(part, main)
     wanted = _collect(optimizer, sharded, to_save=False)
@@ -118,6 +117,11 @@ def load_state(
         pieces.fill_with_zeros()
     with force_weights_only(True):
         load(wanted, storage_reader=FileSystemReader(directory), planner=LoadPlanner())
+
+
+def _has_averages(directory: Path, sharded: Mapping[torch.nn.Parameter, ShardedTensor]) -> bool:
+    stored = FileSystemReader(directory).read_metadata().state_dict_metadata
+    return any(average_key(place.key) in stored for place in sharded.values())
 
 
 def _collect(
@@ -145,10 +149,9 @@ def _collect(
 def _state(part: Any, main: Tensor, place: ShardedTensor) -> dict[str, Tensor]:
     """Moments by key, and the main weights of what modules see in lower precision."""
     state = distributed_optimizer.state_of(part, main)
-    names = [
-        name for name in (*distributed_optimizer.MOMENTS, distributed_optimizer.AVERAGE) if name in state
-    ]
-    tensors = {f"{PREFIX}{name}.{place.key}": state[name] for name in names}
+    tensors = {f"{PREFIX}{name}.{place.key}": state[name] for name in distributed_optimizer.MOMENTS}
+    if distributed_optimizer.AVERAGE in state:
+        tensors[average_key(place.key)] = state[distributed_optimizer.AVERAGE]
     return tensors if place.dtype == torch.float32 else tensors | {main_weight_key(place.key): main}
 
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from megatron_dlm.checkpointing.layout import RUN_RECORD
+from megatron_dlm.checkpointing.layout import CHECKPOINTS, RUN_RECORD
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.models.flops.flops_paper import (
     TRAINING_PASSES,
@@ -34,7 +34,7 @@ class Result:
     family: str
     budget_flops: float
     parameters: int
-    """Of the paper's count: all but one V x d matrix."""
+    """Parameters by the paper's count: all but one V x d matrix."""
     body_parameters: int
     """Without embedding and head."""
     published_flops: float
@@ -111,7 +111,7 @@ def find_runs(places: Sequence[Path]) -> list[FoundRun]:
 
 def _is_run(directory: Path) -> bool:
     """Not a checkpoint, which has a record of its run too."""
-    return not any(parent.name == "checkpoints" for parent in directory.parents)
+    return not any(parent.name == CHECKPOINTS for parent in directory.parents)
 
 
 def collect(runs: Iterable[FoundRun]) -> tuple[list[Result], list[Problem]]:
@@ -140,7 +140,7 @@ def collect(runs: Iterable[FoundRun]) -> tuple[list[Result], list[Problem]]:
 
 
 def _alike(results: list[Result], name: str, what: str) -> tuple[list[Result], list[Problem]]:
-    """Those that have in common with most what can only be compared if it is equal."""
+    """Results that share a value with most of them, and the others as problems."""
     counts = Counter(getattr(result, name) for result in results)
     if len(counts) < 2:
         return results, []

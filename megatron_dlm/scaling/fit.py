@@ -24,8 +24,6 @@ from megatron_dlm.scaling.joint_fit import (
 from megatron_dlm.scaling.joint_optimum import TokenCost, joint_optimum, parabola_bias
 from megatron_dlm.scaling.points import Points
 
-REPLICATES = 1000
-
 
 @dataclass(frozen=True)
 class JointFit:

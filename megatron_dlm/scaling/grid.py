@@ -164,12 +164,19 @@ def plan_grid(
         trunks.setdefault((base.name, size.name, seed), []).append(budget)
     runs = []
     for (name, size_name, seed), its_budgets in trunks.items():
-        runs += _branched(by_name[name], by_size[size_name], its_budgets, seed, place, rules)
+        base, size = by_name[name], by_size[size_name]
+        runs += _branched(base, size, its_budgets, seed, place, rules, rules.wsd_decay_fraction)
     return RunList(runs=tuple(runs))
 
 
 def _branched(
-    base: Base, size: Size, budgets: Sequence[float], seed: int, directory: Path, rules: Rules
+    base: Base,
+    size: Size,
+    budgets: Sequence[float],
+    seed: int,
+    directory: Path,
+    rules: Rules,
+    decay_fraction: float,
 ) -> list[PlannedRun]:
     """One run to the largest budget, and from it a branch for each other budget, longest first."""
     configs = [configured(base, size, budget, seed, rules, min(budgets)) for budget in budgets]
@@ -177,7 +184,7 @@ def _branched(
     # A branch goes on with the trunk's warm-up.
     warmup = trunk_config.schedule.warmup_steps
     ends = [config.training.num_steps for config in branch_configs]
-    decays = [max(1, int(end * (rules.wsd_decay_fraction or 0.0))) for end in ends]
+    decays = [max(1, int(end * decay_fraction)) for end in ends]
     starts = [end - decay for end, decay in zip(ends, decays, strict=True)]
     if starts and min(starts) < warmup:
         raise InputError(
@@ -190,7 +197,7 @@ def _branched(
         budgets[-1],
         replace(
             trunk_config,
-            schedule=_wsd(trunk_config, warmup, last, max(1, int(last * (rules.wsd_decay_fraction or 0.0)))),
+            schedule=_wsd(trunk_config, warmup, last, max(1, int(last * decay_fraction))),
             checkpoint=replace(trunk_config.checkpoint, save_at=tuple(sorted(starts))),
         ),
         directory,

@@ -32,7 +32,7 @@ class Optima:
     curvature_S: Floats
     """Second derivative of the loss in ln N."""
     coefficients_3: Floats
-    """Of the data's parabola in ln N - `center`, highest power first."""
+    """Coefficients of the data's parabola in ln N - `center`, highest power first."""
     center: float
 
     @property

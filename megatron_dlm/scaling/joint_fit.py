@@ -26,7 +26,7 @@ LEAST_EXPONENT, MOST_EXPONENT = 0.005, 4.0
 HUBER_DELTA = 1e-3
 """As Chinchilla has it, for residuals of log losses."""
 MOST_EVALUATIONS = 100
-"""Of a replicate's least squares."""
+"""Evaluations of the form after which a replicate's least squares end."""
 LOG_READINGS = (math.log(0.1), math.log(1000.0))
 """Range of R, natural logarithms."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -74,16 +75,7 @@ def parabola_bias(law: JointLaw, cost: TokenCost, points: Points) -> tuple[float
         with fewer than three sizes.
     """
     losses = law.losses(points.parameters, points.tokens, np.full_like(points.tokens, math.inf))
-    clean = Points(
-        points.family,
-        points.rows,
-        points.budget_flops,
-        points.parameters,
-        points.tokens,
-        losses,
-        points.unique_tokens,
-    )
-    parabolas = fit_isoflop(clean, 0, np.random.default_rng(0)).optima
+    parabolas = fit_isoflop(replace(points, nats_per_token=losses), 0, np.random.default_rng(0)).optima
     if not parabolas:
         return math.nan, math.nan
     parameters, _, loss = joint_optimum(law, cost, float(points.budget_flops[0]))

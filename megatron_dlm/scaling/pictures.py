@@ -55,16 +55,13 @@ def draw_rates(families: Sequence[BestRates], output: Path) -> None:
         families: best rates.
         output: PNG file.
     """
-    columns, rows = _panels(len(families))
-    figure, axes = _figure(columns, rows=rows)
-    for panel, family in zip(axes, families, strict=False):
+    figure, panels = _panels(len(families))
+    for panel, family in zip(panels, families, strict=True):
         for index, optimum in enumerate(family.fit.optima):
             _parabola(panel, optimum, index, f"N = {optimum.budget_flops:,.0f}")
         panel.set(xscale="log", xlabel="learning rate", ylabel="nats/token", title=family.family)
         panel.grid(alpha=0.3, which="both")
         panel.legend(fontsize=8)
-    for panel in axes[len(families) :]:
-        panel.set_visible(False)
     figure.savefig(output, dpi=DPI, bbox_inches="tight")
 
 
@@ -75,9 +72,13 @@ def _figure(columns: int, *, rows: int = 1, share_y: bool = False) -> tuple[Any,
     return figure, figure.subplots(rows, columns, squeeze=False, sharey=share_y).ravel()
 
 
-def _panels(count: int) -> tuple[int, int]:
+def _panels(count: int) -> tuple[Any, Any]:
+    """A figure with as many panels, in rows of two or three."""
     columns = 2 if count in (2, 4) else min(3, count)
-    return columns, -(-count // columns)
+    figure, axes = _figure(columns, rows=-(-count // columns))
+    for panel in axes[count:]:
+        panel.set_visible(False)
+    return figure, axes[:count]
 
 
 def _color(index: int) -> str:
@@ -89,17 +90,14 @@ def _isoflop(fit: ScalingFit, published: Sequence[Points]) -> Any:
     families = [family for family in fit.families if family.isoflop.optima]
     if not families:
         return None
-    columns, rows = _panels(len(families))
-    figure, axes = _figure(columns, rows=rows)
-    for panel, family in zip(axes, families, strict=False):
+    figure, panels = _panels(len(families))
+    for panel, family in zip(panels, families, strict=True):
         _lay_under(panel, family, published)
         for index, optimum in enumerate(family.isoflop.optima):
             _parabola(panel, optimum, index, f"{optimum.budget_flops:g} FLOPs")
         panel.set(xscale="log", xlabel="parameters N", ylabel="nats/token", title=family.points.family)
         panel.grid(alpha=0.3, which="both")
         panel.legend(fontsize=8)
-    for panel in axes[len(families) :]:
-        panel.set_visible(False)
     return figure
 
 
@@ -206,9 +204,8 @@ def _contours(fit: ScalingFit, published: Sequence[Points]) -> Any:
     families = [family for family in fit.families if family.joint is not None]
     if not families:
         return None
-    columns, rows = _panels(len(families))
-    figure, axes = _figure(columns, rows=rows)
-    for panel, family in zip(axes, families, strict=False):
+    figure, panels = _panels(len(families))
+    for panel, family in zip(panels, families, strict=True):
         points, joint = family.points, family.joint
         assert joint is not None
         sizes, tokens = _around(points.parameters), _around(points.tokens)
@@ -220,8 +217,6 @@ def _contours(fit: ScalingFit, published: Sequence[Points]) -> Any:
         low = estimate(joint.projection.E)
         panel.set(xscale="log", yscale="log", xlabel="parameters N", ylabel="tokens D")
         panel.set_title(f"{points.family}: E = {low.value:.3g} nats/token")
-    for panel in axes[len(families) :]:
-        panel.set_visible(False)
     return figure
 
 

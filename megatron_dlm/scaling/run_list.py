@@ -29,7 +29,7 @@ class PlannedRun:
     directory: Path
     budget_flops: float
     parameters: int
-    """Of the paper's count: all but one V x d matrix."""
+    """Parameters by the paper's count: all but one V x d matrix."""
     tokens: int
     """Training tokens."""
     published_flops: float
@@ -40,7 +40,7 @@ class PlannedRun:
     after: str = ""
     """Name of the run whose checkpoint this one branches from; empty: it starts from scratch."""
     shared_flops: float = 0.0
-    """Of actual_flops, those of the run that it branches from."""
+    """The part of actual_flops that the run it branches from has made."""
 
     @property
     def own_flops(self) -> float:
