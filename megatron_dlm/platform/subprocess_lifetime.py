@@ -24,7 +24,9 @@ def fork(body: Callable[..., None], *arguments: Any) -> BaseProcess:
 
     The child ends when its parent does, ignores the job's signals, runs PyTorch on one thread and sees no
     GPU: CUDA cannot be used in a fork of a process that has used it, and libraries that find CUDA available
-    would use it.
+    would use it. The child's garbage collector leaves alone what the parent has left: some of it holds
+    streams, events and recordings of a GPU, and some waits, when it is freed, for threads which a fork does
+    not have.
 
     Args:
         body: function that the child runs; the child ends when it returns.
@@ -38,12 +40,15 @@ def fork(body: Callable[..., None], *arguments: Any) -> BaseProcess:
     )
     # A signal before the child ignores it would end it.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
+    # Before the fork: a child may collect garbage before it runs a line of ours.
+    gc.freeze()
     try:
         with warnings.catch_warnings():
             # Of threads in the parent: the child touches none of their locks.
             warnings.simplefilter("ignore", DeprecationWarning)
             process.start()
     finally:
+        gc.unfreeze()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return process
 
@@ -103,8 +108,6 @@ def _leave_job_signals_to_the_parent() -> None:
 
 def _see_no_gpu() -> None:
     """Let whoever asks in this process hear that there is no GPU."""
-    # The parent's objects are the parent's to free: some hold streams, events and recordings of its GPU.
-    gc.freeze()
     # Where CUDA has not been started before the fork, a child could start it.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch = sys.modules.get("torch")

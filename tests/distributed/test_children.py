@@ -97,6 +97,8 @@ def what_a_child_sees(state):
     gc.disable()
     freed = multiprocessing.RawValue("i", 0)
     Device(freed)
+    # As a collection does that comes before a child's own code.
+    os.register_at_fork(after_in_child=gc.collect)
     receiver, sender = multiprocessing.Pipe(duplex=False)
 
     def look():
