@@ -13,6 +13,7 @@ from megatron_dlm.platform.parallel_config import ParallelConfig
 from tests.helpers import weights
 from tests.helpers.distributed import run_distributed
 from tests.helpers.layouts import toy_model
+from tests.helpers.selection import quick
 from tests.helpers.sessions import (
     LAYOUTS,
     build,
@@ -25,9 +26,7 @@ from tests.helpers.sessions import (
 )
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "tp2padded" else n for n in LAYOUTS]
-)
+@pytest.mark.parametrize("name", quick(LAYOUTS, "one", "tp2pp2", "cp2", "overlapping"))
 def test_same_layout_resumes_bit_for_bit(corpus, tmp_path, name):
     world_size, parallel = LAYOUTS[name]
     config = config_for(corpus, tmp_path, parallel)
@@ -96,13 +95,22 @@ RESHARDED = [
 FAMILIES = [MDLMConfig, ARConfig, DuoConfig, lambda: EsoLMConfig(ssl_multiple=8)]
 
 
-SLOW_PAIRS = [("one", "tp2padded"), ("padded", "tp2"), ("plain", "padded")]
+# Of each layout one save or one load, and each family.
+QUICK_PAIRS = [
+    ("one", "tp2pp2"),
+    ("tp2", "pp2dp2"),
+    ("tp2pp2", "tp2sp"),
+    ("cp2", "plain"),
+    ("pp2vpp2", "pp3"),
+    ("overlapping", "tp2"),
+    ("tp2padded", "padded"),
+]
 
 
 @pytest.mark.parametrize(
     "index",
     [
-        pytest.param(index, id="-".join(pair), marks=pytest.mark.slow if pair in SLOW_PAIRS else ())
+        pytest.param(index, id="-".join(pair), marks=() if pair in QUICK_PAIRS else pytest.mark.slow)
         for index, pair in enumerate(RESHARDED)
     ],
 )

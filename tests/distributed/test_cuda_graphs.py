@@ -12,6 +12,7 @@ from megatron_dlm.families.mdlm.objective import MDLMConfig
 from megatron_dlm.platform.parallel_config import ParallelConfig
 from tests.helpers.distributed import run_distributed
 from tests.helpers.gradients import accumulated_gradients
+from tests.helpers.selection import quick
 from tests.helpers.sessions import build_random, config_for, steps
 
 CASES = {
@@ -49,7 +50,7 @@ def train(state, config, records):
     return found, [tape.replays for tape in graph_tape.tapes]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", quick(CASES, "mdlm", "esolm", "data parallel, overlapping"))
 def test_replayed_layers_train_as_layers_that_run(corpus, tmp_path, name):
     """Bit for bit, on torch's graphed callables over a stand-in for CUDA's recordings."""
     objective, size, parallel = CASES[name]

@@ -13,6 +13,7 @@ from megatron_dlm.platform.parallel_config import ParallelConfig
 from megatron_dlm.run.validation import check_run
 from tests.helpers.distributed import run_distributed
 from tests.helpers.layouts import three_steps
+from tests.helpers.selection import slow
 from tools import tiny
 
 RECIPES = ["tensorwise", "delayed", "blockwise", "mxfp8"]
@@ -135,8 +136,8 @@ def one_process(corpus):
     "parallel",
     [
         ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
-        pytest.param(ParallelConfig(pipeline_model_parallel_size=2), marks=pytest.mark.slow),
-        pytest.param(ParallelConfig(context_parallel_size=2), marks=pytest.mark.slow),
+        slow(ParallelConfig(pipeline_model_parallel_size=2)),
+        slow(ParallelConfig(context_parallel_size=2)),
     ],
     ids=["tensor", "pipeline", "context"],
 )

@@ -14,6 +14,7 @@ from megatron_dlm.run.validation import check_run
 from tests.helpers import weights
 from tests.helpers.distributed import run_distributed
 from tests.helpers.layouts import all_families, assert_equal_runs, configs_for
+from tests.helpers.selection import slow
 from tests.helpers.sessions import (
     build,
     build_random,
@@ -41,27 +42,14 @@ def one_process(corpus):
     return run_distributed(all_families, 1, families(corpus, ParallelConfig(), 8))[0]
 
 
+SEQUENCE = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 LAYOUTS = [
     pytest.param(2, 4, {}, "selective", id="data-2"),
     # 4 microbatches on each rank.
-    pytest.param(2, 1, {}, "full", id="data-2-accumulated-recomputed", marks=pytest.mark.slow),
-    pytest.param(2, 4, {"context_parallel_size": 2}, "selective", id="context-2", marks=pytest.mark.slow),
-    pytest.param(
-        2,
-        4,
-        {"tensor_model_parallel_size": 2, "sequence_parallel": True},
-        "selective",
-        id="sequence-2",
-        marks=pytest.mark.slow,
-    ),
-    pytest.param(
-        4,
-        2,
-        {"tensor_model_parallel_size": 2, "sequence_parallel": True},
-        "selective",
-        id="sequence-2-data-2",
-        marks=pytest.mark.slow,
-    ),
+    slow(2, 1, {}, "full", id="data-2-accumulated-recomputed"),
+    slow(2, 4, {"context_parallel_size": 2}, "selective", id="context-2"),
+    slow(2, 4, SEQUENCE, "selective", id="sequence-2"),
+    slow(4, 2, SEQUENCE, "selective", id="sequence-2-data-2"),
 ]
 
 
@@ -102,15 +90,14 @@ def one_bf16_process(corpus):
     return run_distributed(all_families, 1, bf16_families(corpus, ParallelConfig(), 8))[0]
 
 
-SEQUENCE = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 BF16_LAYOUTS = [
     pytest.param(1, 8, {}, "selective", id="one"),
-    pytest.param(2, 2, {}, "selective", id="data-2-accumulated"),
-    pytest.param(2, 1, {}, "full", id="data-2-recomputed", marks=pytest.mark.slow),
-    pytest.param(4, 2, {}, "selective", id="data-4", marks=pytest.mark.slow),
-    pytest.param(2, 4, {"context_parallel_size": 2}, "selective", id="context-2", marks=pytest.mark.slow),
-    pytest.param(2, 4, SEQUENCE, "selective", id="sequence-2", marks=pytest.mark.slow),
-    pytest.param(4, 2, SEQUENCE, "selective", id="sequence-2-data-2", marks=pytest.mark.slow),
+    slow(2, 2, {}, "selective", id="data-2-accumulated"),
+    slow(2, 1, {}, "full", id="data-2-recomputed"),
+    slow(4, 2, {}, "selective", id="data-4"),
+    slow(2, 4, {"context_parallel_size": 2}, "selective", id="context-2"),
+    slow(2, 4, SEQUENCE, "selective", id="sequence-2"),
+    slow(4, 2, SEQUENCE, "selective", id="sequence-2-data-2"),
 ]
 
 
@@ -229,7 +216,7 @@ ONE, TWO, THREE = (
 )
 
 
-@pytest.mark.parametrize(("first", "second"), [(ONE, TWO), (TWO, ONE), (TWO, THREE), (THREE, ONE)])
+@pytest.mark.parametrize(("first", "second"), [(ONE, TWO), slow(TWO, ONE), slow(TWO, THREE), (THREE, ONE)])
 def test_any_layout_loads_what_another_saved(corpus, tmp_path, first, second):
     # Adam divides by the gradient's size: with a small epsilon it blows up its last bits.
     configs = [config_for(corpus, tmp_path, p, optimizer__epsilon=1e-2) for _, p in (first, second)]
@@ -280,12 +267,12 @@ def load_whole_state(state, config):
 
 PAIR = (2, ParallelConfig())
 BF16_PAIRS = [
-    pytest.param(PAIR, TWO, id="to-fully-sharded"),
+    slow(PAIR, TWO, id="to-fully-sharded"),
     pytest.param(TWO, PAIR, id="from-fully-sharded"),
-    pytest.param(ONE, TWO, id="one-to-fully-sharded", marks=pytest.mark.slow),
-    pytest.param(TWO, ONE, id="fully-sharded-to-one", marks=pytest.mark.slow),
-    pytest.param(TWO, THREE, id="other-fully-sharded", marks=pytest.mark.slow),
-    pytest.param(THREE, PAIR, id="other-to-distributed", marks=pytest.mark.slow),
+    slow(ONE, TWO, id="one-to-fully-sharded"),
+    slow(TWO, ONE, id="fully-sharded-to-one"),
+    slow(TWO, THREE, id="other-fully-sharded"),
+    slow(THREE, PAIR, id="other-to-distributed"),
 ]
 
 

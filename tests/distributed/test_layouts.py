@@ -19,6 +19,7 @@ from tests.helpers.layouts import (
     three_steps,
     toy_model,
 )
+from tests.helpers.selection import slow
 
 # tensor, pipeline, data, micro-batch, options of the layout
 QUICK = [
@@ -59,7 +60,7 @@ SLOW = [
     (4, 1, 1, 4, "padded"),
     (1, 2, 2, 2, "overlap, gather, padded"),
 ]
-LAYOUTS = [*QUICK, *(pytest.param(layout, marks=pytest.mark.slow) for layout in SLOW)]
+LAYOUTS = [*QUICK, *map(slow, SLOW)]
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +88,10 @@ def test_layout_equals_one_process(corpus, one_process, layout, record_property)
 
 INTERLEAVED = [
     (1, 2, 1, 2, "interleaved"),
-    pytest.param((2, 2, 1, 2, "interleaved, sequence"), marks=pytest.mark.slow),
-    pytest.param((1, 2, 2, 2, "overlap, interleaved"), marks=pytest.mark.slow),
-    pytest.param((1, 2, 2, 2, "overlap, gather, interleaved"), marks=pytest.mark.slow),
-    pytest.param((1, 2, 1, 1, "context 2, interleaved"), marks=pytest.mark.slow),
+    slow((2, 2, 1, 2, "interleaved, sequence")),
+    slow((1, 2, 2, 2, "overlap, interleaved")),
+    slow((1, 2, 2, 2, "overlap, gather, interleaved")),
+    slow((1, 2, 1, 1, "context 2, interleaved")),
 ]
 
 
@@ -256,7 +257,7 @@ def padded_part(state, config, steps):
     return found
 
 
-@pytest.mark.parametrize("name", ["mdlm", pytest.param("duo", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["mdlm", slow("duo")])
 def test_padded_heads_stay_exactly_zero_for_fifty_steps(corpus, name):
     parallel = ParallelConfig(tensor_model_parallel_size=2)
     model = toy_model(hidden_size=68, num_attention_heads=17)

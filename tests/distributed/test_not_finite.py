@@ -13,6 +13,7 @@ from megatron_dlm.families.mdlm.objective import MDLMConfig
 from megatron_dlm.interfaces import TrainingError
 from megatron_dlm.platform.parallel_config import ParallelConfig
 from tests.helpers.distributed import run_distributed
+from tests.helpers.selection import quick
 from tools import tiny
 
 NAN = float("nan")
@@ -81,7 +82,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", quick(LAYOUTS, "one", "tp2pp2"))
 def test_a_bad_step_changes_nothing_and_the_run_goes_on(corpus, layout, kind, precision):
     size, parallel = LAYOUTS[layout]
     config = tiny.run_config(corpus, corpus.directory / "unused", MDLMConfig(), training__precision=precision)

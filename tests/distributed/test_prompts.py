@@ -16,6 +16,7 @@ from tests.helpers import weights
 from tests.helpers.distributed import run_distributed
 from tests.helpers.layouts import all_families, assert_equal_runs, parallel_of, toy_model
 from tests.helpers.prompts import RECORDS, index, write
+from tests.helpers.selection import slow
 from tools import tiny
 
 LENGTH = 192
@@ -56,8 +57,8 @@ def one_process(corpus, prefix):
 
 LAYOUTS = [
     (2, 1, 1, 4, "sequence"),
-    pytest.param((1, 2, 2, 2, ""), marks=pytest.mark.slow),
-    pytest.param((1, 1, 1, 4, "context 2"), marks=pytest.mark.slow),
+    slow((1, 2, 2, 2, "")),
+    slow((1, 1, 1, 4, "context 2")),
 ]
 
 

@@ -8,6 +8,7 @@ from megatron_dlm.checkpointing.layout import CheckpointRoot
 from megatron_dlm.families.mdlm.objective import MDLMConfig
 from megatron_dlm.telemetry.writers import read_metrics
 from tests.helpers import faulty
+from tests.helpers.selection import quick
 from tools import tiny
 
 STEPS, EVERY = 8, 2
@@ -50,7 +51,7 @@ def whole(corpus, tmp_path_factory):
     return directory
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", quick(MODES, "asynchronous"))
 @pytest.mark.parametrize("point", POINTS)
 def test_a_kill_in_a_save_costs_that_save_at_most(corpus, tmp_path, whole, point, mode):
     config = config_for(corpus, tmp_path, async_save=MODES[mode])
@@ -86,7 +87,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", quick(MODES, "asynchronous"))
 @pytest.mark.parametrize("name", FAULTS)
 def test_failed_saves_are_survived_twice_and_the_good_one_is_kept(corpus, tmp_path, name, mode):
     fault, arguments, message = FAULTS[name]

@@ -19,6 +19,7 @@ from tests.helpers.mpi import find_mpirun
 from tests.helpers.paths import ROOT
 from tests.helpers.processes import CPU, TRAINER
 from tests.helpers.runs import STEPS, arguments_for, finish, start, start_interpreter, wait_for_step
+from tests.helpers.selection import slow
 from tools.ports import free_port
 
 pyte = pytest.importorskip("pyte")
@@ -122,6 +123,7 @@ def test_on_a_terminal_the_newest_step_is_one_line_of_80_columns(corpus, tmp_pat
     assert "train step" not in said
 
 
+@pytest.mark.slow
 def test_a_terminal_that_goes_away_ends_nothing(corpus, tmp_path):
     """In mid-line too: the run goes on to its end."""
     directory = tmp_path / "run"
@@ -140,7 +142,7 @@ def test_a_terminal_that_goes_away_ends_nothing(corpus, tmp_path):
 
 @pytest.mark.parametrize(
     "streams",
-    ["2>&1 | head -1", *(pytest.param(s, marks=pytest.mark.slow) for s in ("> /dev/full 2>&1", ">&- 2>&-"))],
+    ["2>&1 | head -1", slow("> /dev/full 2>&1"), slow(">&- 2>&-")],
 )
 def test_a_run_whose_output_is_lost_saves_as_usual(corpus, tmp_path, streams):
     """Also under torchrun, and when a signal stops it."""
@@ -306,7 +308,7 @@ def wait_for_line(process, text, seconds=60):
     return seen
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [slow(signal.SIGINT), signal.SIGTERM, slow(signal.SIGHUP)])
 def test_a_wait_for_other_ranks_is_told_and_ended_by_signals(corpus, tmp_path, number):
     process = lonely(corpus, tmp_path / "run", "--training.micro-batch-size", "2")
     wait_for_line(process, "warning: waiting for ranks 1, 2, 3 of 4 to come to 127.0.0.1:")
@@ -319,7 +321,7 @@ def test_a_wait_for_other_ranks_is_told_and_ended_by_signals(corpus, tmp_path, n
     assert code == 3 and f"{name} before the first step: ends with exit code 3" in output, output
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [slow(0), 1])
 def test_a_wait_for_other_ranks_ends_in_one_line(corpus, tmp_path, rank):
     limit = ["--parallel.collective-timeout-seconds", "6", "--training.micro-batch-size", "2"]
     code, output = finish(lonely(corpus, tmp_path / "run", *limit, rank=rank))

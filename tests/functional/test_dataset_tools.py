@@ -19,6 +19,7 @@ from megatron_dlm.data.tokenizers.tokenizer import load_tokenizer
 from tests.helpers import megatron_index, processes
 from tests.helpers.mpi import find_mpirun
 from tests.helpers.paths import ROOT
+from tests.helpers.selection import slow
 from tools import tiny
 
 
@@ -211,7 +212,7 @@ def test_merged_shards_are_one_after_the_other(corpus, tmp_path):
     assert not (tmp_path / "new.bin").exists()
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("ranks", [1, slow(2), slow(3)])
 def test_mpi_ranks_share_one_job(corpus, tmp_path, ranks):
     mpirun = find_mpirun()
     pytest.importorskip("mpi4py")

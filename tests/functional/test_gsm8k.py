@@ -8,6 +8,7 @@ import pytest
 
 from tests.helpers.processes import TRAINER
 from tests.helpers.runs import arguments_for, finish, finish_ranks, start_interpreter, start_ranks
+from tests.helpers.selection import slow
 
 STEPS = 60
 LENGTH = 48
@@ -26,7 +27,7 @@ def write_problems(path, count, seed):
 
 @pytest.fixture(
     scope="module",
-    params=["ar", *(pytest.param(f, marks=pytest.mark.slow) for f in ("mdlm", "duo", "esolm"))],
+    params=["ar", slow("mdlm"), slow("duo"), slow("esolm")],
 )
 def tuned(request, command, corpus, tmp_path_factory):
     """A tiny model, fine-tuned on sums."""

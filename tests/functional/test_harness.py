@@ -9,6 +9,7 @@ import pytest
 
 from tests.helpers.paths import ROOT
 from tests.helpers.runs import arguments_for, finish_ranks
+from tests.helpers.selection import slow
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install megatron-dlm[harness]")
 STEPS = {"mdlm": 20, "ar": 20, "duo": 80}
@@ -74,9 +75,7 @@ def tasks(tmp_path_factory):
     return directory
 
 
-@pytest.fixture(
-    scope="module", params=["mdlm", *(pytest.param(f, marks=pytest.mark.slow) for f in ("ar", "duo"))]
-)
+@pytest.fixture(scope="module", params=["mdlm", slow("ar"), slow("duo")])
 def model(request, command, corpus, tmp_path_factory):
     directory = tmp_path_factory.mktemp(request.param)
     steps = STEPS[request.param]

@@ -16,6 +16,7 @@ from tests.helpers.runs import (
     train_metrics,
     wait_for_step,
 )
+from tests.helpers.selection import quick, slow
 
 FATES = {
     "killed": (signal.SIGKILL, 15.0),
@@ -23,8 +24,8 @@ FATES = {
 }
 
 
-@pytest.mark.parametrize("fate", FATES)
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.parametrize("fate", quick(FATES, "killed"))
+@pytest.mark.parametrize("rank", [slow(0), 1])
 def test_the_others_end_and_name_the_rank(corpus, tmp_path, fate, rank):
     number, seconds = FATES[fate]
     more = ["--parallel.collective-timeout-seconds", 8]

@@ -6,9 +6,10 @@ import pytest
 
 from megatron_dlm.telemetry.writers import read_metrics
 from tests.helpers.runs import arguments_for, finish, finish_ranks, start, tensor_files, train_metrics
+from tests.helpers.selection import slow
 
 
-@pytest.mark.parametrize("name", [pytest.param("run.json", marks=pytest.mark.slow), "__0_0.distcp"])
+@pytest.mark.parametrize("name", [slow("run.json"), "__0_0.distcp"])
 def test_a_damaged_checkpoint_is_named_and_gone_behind_only_on_request(corpus, tmp_path, uninterrupted, name):
     directory = tmp_path / "run"
     shutil.copytree(

@@ -127,6 +127,7 @@ def test_a_signal_to_one_of_two_ranks_stops_both(corpus, tmp_path):
     assert (directory / "checkpoints" / f"step-{stopped:08d}").is_dir()
 
 
+@pytest.mark.slow
 def test_sigterm_to_torchrun_saves(corpus, tmp_path):
     """torchrun sends the signal to every process of its workers' groups, helpers of a save included."""
     directory = tmp_path / "run"

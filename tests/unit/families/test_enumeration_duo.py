@@ -16,9 +16,10 @@ from tests.helpers.enumeration import (
     seeded_joint,
     with_mask_column,
 )
+from tests.helpers.selection import slow
 
 # Without and with the mask token among the states of the noise; it is never predicted.
-STATES = pytest.mark.parametrize("states", [TOKENS, pytest.param(TOKENS + 1, marks=pytest.mark.slow)])
+STATES = pytest.mark.parametrize("states", [TOKENS, slow(TOKENS + 1)])
 
 
 def uniform_rate(alpha, dalpha, states):
@@ -184,6 +185,7 @@ def model_likelihood(denoiser, joint, states):
     return {z: law[index[z]] for z in sequences}
 
 
+@pytest.mark.slow
 @STATES
 def test_duo_bounds_the_likelihood_of_its_reverse_chain(states):
     joint = seeded_joint(2)

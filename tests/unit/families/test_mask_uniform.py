@@ -18,6 +18,7 @@ from megatron_dlm.platform.vocab_parallel import VocabShard
 from megatron_dlm.sampling.replacing import posterior_shares
 from megatron_dlm.sampling.step_grid import times
 from tests.helpers.sampler_laws import LENGTH, MASK, VOCABULARY, Laws, ancestral_plans, p_value, toy
+from tests.helpers.selection import slow
 
 SIZE = VOCABULARY.size
 TOKENS = [v for v in range(SIZE) if v != MASK]
@@ -288,7 +289,7 @@ def test_samples_have_the_chain_s_law(share, record_property):
     assert found > 1e-3 > wrong
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3])
+@pytest.mark.parametrize("share", [slow(0.0), 0.3])
 def test_an_export_s_likelihood_is_the_objective_s(share):
     """Token costs at given noise are the objective's, and noisy copies average to the enumerated bound."""
     config = MaskUniformConfig(uniform_share=share)

@@ -15,6 +15,7 @@ from megatron_dlm.families.duo.objective import DuoConfig
 from megatron_dlm.families.esolm.objective import EsoLMConfig
 from megatron_dlm.families.mdlm.objective import MDLMConfig
 from tests.helpers.sampler_laws import LENGTH, MASK, TOKENS, VOCABULARY, Laws, ancestral_plans, p_value, toy
+from tests.helpers.selection import slow
 from tools.bench.naive_sampling import NAIVE
 
 SAMPLES = 50_000
@@ -24,7 +25,7 @@ SMALLEST_P = 1e-4
 MDLM, DUO, ESOLM, AR = MDLMConfig(), DuoConfig(), EsoLMConfig(), ARConfig()
 HALF = EsoLMConfig(alpha_0=0.5, batch_split=0.5)
 STATES = list(range(VOCABULARY.size))
-ALL_STEPS = [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)]
+ALL_STEPS = [slow(1), 2, slow(4)]
 
 
 @pytest.fixture
@@ -111,7 +112,7 @@ def test_mdlm_nucleus_and_temperature(follows):
     assert follows(samples, law)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("steps", [1, 2, slow(3)])
 def test_mdlm_confidence(steps, follows):
     law = Laws(toy(MDLM)).confidence(steps)
     assert follows(draw(MDLM, sampler="confidence", num_steps=steps), law)
@@ -138,8 +139,9 @@ def _plans_of(alphas, positions):
         yield float(probability), [group for group in groups if group]
 
 
-@pytest.mark.parametrize("family", ["mdlm", "esolm"])
-@pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize(
+    ("family", "steps"), [slow("mdlm", 1), ("mdlm", 3), slow("esolm", 1), slow("esolm", 3)]
+)
 def test_block(family, steps, follows):
     """All columns in one random order: with 3 steps every permutation, with 1 the text's own order."""
     objective = {"mdlm": MDLM, "esolm": ESOLM}[family]
@@ -150,7 +152,7 @@ def test_block(family, steps, follows):
     assert follows(samples, Laws(toy(objective)).by_plan(plans, family))
 
 
-@pytest.mark.parametrize("family", [pytest.param("mdlm", marks=pytest.mark.slow), "esolm"])
+@pytest.mark.parametrize("family", [slow("mdlm"), "esolm"])
 def test_block_autoregressive(family, follows):
     """Segments of 1 token, all in one group: one by one; and one segment: left to right."""
     objective = {"mdlm": MDLM, "esolm": ESOLM}[family]
@@ -160,7 +162,7 @@ def test_block_autoregressive(family, follows):
         assert follows(samples, law)
 
 
-@pytest.mark.parametrize("family", ["ar", "mdlm", "esolm"])
+@pytest.mark.parametrize("family", [slow("ar"), "mdlm", "esolm"])
 def test_left_to_right(family, follows):
     objective = {"ar": AR, "mdlm": MDLM, "esolm": ESOLM}[family]
     given = (0,) if family == "ar" else ()
@@ -180,7 +182,7 @@ def test_esolm_ancestral(objective, steps, follows):
 
 
 @pytest.mark.parametrize("steps", ALL_STEPS)
-@pytest.mark.parametrize("greedy", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("greedy", [slow(False), True])
 def test_duo_ancestral(steps, greedy, follows):
     law = Laws(toy(DUO)).uniform(grid(steps), states=STATES, greedy_tail=greedy)
     samples = draw(DUO, sampler="ancestral", num_steps=steps, greedy_tail=greedy)

@@ -16,6 +16,7 @@ from megatron_dlm.models.context_parallel import own_share
 from megatron_dlm.models.visibility import MaskForms, visibility, visible_pairs, with_one_mask, with_table
 from tests.helpers.batches import context
 from tests.helpers.masked_batches import MASKS, VOCABULARY, batch_of, inputs_of
+from tests.helpers.selection import slow
 
 
 def expanded(mask):
@@ -147,9 +148,7 @@ def test_lists_of_blocks_follow_each_other(name):
         assert torch.equal(memory, expected.reshape(-1))
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param("block diffusion", marks=pytest.mark.slow), "sequential, documents"]
-)
+@pytest.mark.parametrize("name", [slow("block diffusion"), "sequential, documents"])
 def test_flex_attention_computes_what_dense_attention_does(name):
     """Ten batches with other masks, compiled once; forward alone, which is what a CPU has."""
     import torch._dynamo
