@@ -13,6 +13,7 @@ import pytest
 from megatron_dlm.data.shards.manifest import shard_path
 from megatron_dlm.data.tokenizers.tokenizer import load_tokenizer
 from tests.helpers import megatron_index
+from tests.helpers.hang import HANG_SECONDS
 from tests.helpers.indexing import wait_for
 from tests.helpers.mpi import find_mpirun
 from tests.helpers.paths import ROOT
@@ -56,7 +57,7 @@ def start(arguments):
 
 
 def finish(process):
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 0, output
 
 

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from tests.helpers.hang import HANG_SECONDS
 from tests.helpers.paths import ROOT
 
 
@@ -13,7 +14,11 @@ from tests.helpers.paths import ROOT
 def test_kills_lose_nothing():
     words = ["tools/chaos.py", "--kills", "3", "--steps", "8", "--families", "duo"]
     finished = subprocess.run(
-        [sys.executable, "-W", "ignore", *words], cwd=ROOT, capture_output=True, text=True, timeout=240
+        [sys.executable, "-W", "ignore", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECONDS,
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
     summary = finished.stdout.splitlines()[-1]

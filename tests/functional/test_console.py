@@ -15,6 +15,7 @@ import time
 import pytest
 
 from megatron_dlm.telemetry.writers import read_metrics
+from tests.helpers.hang import HANG_SECONDS
 from tests.helpers.mpi import find_mpirun
 from tests.helpers.paths import ROOT
 from tests.helpers.processes import CPU, TRAINER
@@ -136,7 +137,7 @@ def test_a_terminal_that_goes_away_ends_nothing(corpus, tmp_path):
     while b"step 1/" not in seen:
         seen += os.read(leader, 100)
     os.close(leader)
-    assert process.wait(timeout=120) == 0
+    assert process.wait(timeout=HANG_SECONDS) == 0
     assert max(entry["step"] for entry in read_metrics(directory)) == 40
 
 
@@ -149,7 +150,7 @@ def test_a_run_whose_output_is_lost_saves_as_usual(corpus, tmp_path, streams):
     directory = tmp_path / "run"
     words = shlex.join(map(str, ["examples/torchrun/train.sh", *arguments_for(corpus, directory)[1:]]))
     environment = os.environ | CPU | {"PYTHON": sys.executable}
-    subprocess.run(["bash", "-c", f"{words} {streams}"], cwd=ROOT, env=environment, timeout=200)
+    subprocess.run(["bash", "-c", f"{words} {streams}"], cwd=ROOT, env=environment, timeout=HANG_SECONDS)
     assert (directory / "checkpoints" / f"step-{STEPS:08d}" / "manifest.json").is_file()
 
 
@@ -193,7 +194,7 @@ def test_a_read_only_directory_is_one_line(corpus, tmp_path):
         directory.chmod(0o500)
         command = ["bash", "-c", words]
     finished = subprocess.run(
-        command, cwd=ROOT, env=os.environ | CPU, capture_output=True, text=True, timeout=120
+        command, cwd=ROOT, env=os.environ | CPU, capture_output=True, text=True, timeout=HANG_SECONDS
     )
     if "unshare" in finished.stderr or "mount:" in finished.stderr:
         pytest.skip(finished.stderr.strip())
@@ -273,7 +274,7 @@ def test_under_mpirun_lines_are_plain(corpus, tmp_path):
     environment |= {"PATH": os.path.dirname(find_mpirun()) + ":" + os.environ["PATH"]}
     finished = subprocess.run(
         ["examples/mpi/train.sh", *map(str, arguments_for(corpus, tmp_path / "run")[1:])],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200,
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=HANG_SECONDS,
     )  # fmt: skip
     assert finished.returncode == 0, finished.stderr
     assert "\x1b" not in finished.stdout
@@ -296,7 +297,7 @@ def lonely(corpus, directory, *more, rank=0):
     return start_interpreter(*TRAINER, *arguments_for(corpus, directory, *more), **environment)
 
 
-def wait_for_line(process, text, seconds=60):
+def wait_for_line(process, text, seconds=HANG_SECONDS):
     """Read what a process prints up to a line with `text`."""
     seen, deadline = "", time.monotonic() + seconds
     while text not in seen and time.monotonic() < deadline:

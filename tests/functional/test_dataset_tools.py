@@ -17,6 +17,7 @@ from megatron_dlm.data.shards.manifest import shard_path
 from megatron_dlm.data.shards.shard import Shard
 from megatron_dlm.data.tokenizers.tokenizer import load_tokenizer
 from tests.helpers import megatron_index, processes
+from tests.helpers.hang import HANG_SECONDS
 from tests.helpers.mpi import find_mpirun
 from tests.helpers.paths import ROOT
 from tests.helpers.selection import slow
@@ -234,7 +235,9 @@ def test_mpi_ranks_share_one_job(corpus, tmp_path, ranks):
         shared,
         "--mpi",
     ]
-    finished = subprocess.run([*map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    finished = subprocess.run(
+        [*map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=HANG_SECONDS
+    )
     assert finished.returncode == 0, finished.stderr
     assert digests(shared) == digests(alone)
     assert finished.stdout.count("5,000 documents") == 1
@@ -244,7 +247,7 @@ def test_mpi_ranks_share_one_job(corpus, tmp_path, ranks):
     words[words.index(text)] = bad
     environment = {name: value for name, value in os.environ.items() if not name.startswith("OMPI")}
     finished = subprocess.run(
-        [*map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment
+        [*map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=HANG_SECONDS, env=environment
     )
     assert finished.returncode == 2 and "bad.jsonl:5001: not JSON" in finished.stderr, finished.stderr
     assert digests(shared) == digests(alone)

@@ -94,7 +94,7 @@ def test_slurm_runs_tasks_in_a_container():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_the_cpu_image_s_commands_make_a_working_installation(tmp_path):
     """Its files and its RUN instruction that installs, in a clean virtual environment."""
     path = DOCKER / "Dockerfile.cpu"

@@ -129,7 +129,7 @@ def run_all(commands, room):
     return ran
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_the_commands_of_readme(room):
     ran = run_all(commands_of(ROOT / "README.md"), room)
     assert len(ran) > 15

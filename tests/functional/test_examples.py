@@ -14,6 +14,7 @@ from megatron_dlm.families.registry import OBJECTIVES
 from megatron_dlm.run.config import load_recipe
 from megatron_dlm.run.validation import check_run
 from megatron_dlm.telemetry.writers import read_metrics
+from tests.helpers.hang import HANG_SECONDS
 from tests.helpers.mpi import find_mpirun
 from tests.helpers.paths import ROOT
 from tests.helpers.runs import arguments_for, finish, train_metrics, wait_for_step
@@ -54,7 +55,12 @@ def launch(launcher, *arguments, check=True, **environment):
     script = ROOT / "examples" / launcher / "train.sh"
     env = os.environ | CPU_ONLY | {"PYTHON": sys.executable, **environment}
     finished = subprocess.run(
-        [str(script), *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, env=env, timeout=240
+        [str(script), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=env,
+        timeout=HANG_SECONDS,
     )
     if check and finished.returncode:
         pytest.fail(f"{finished.stdout}\n{finished.stderr}")

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from megatron_dlm.conversion.to_hugging_face import new_folder
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.telemetry.writers import read_metrics
+from tests.helpers.hang import HANG_SECONDS
 from tests.helpers.paths import ROOT
 from tests.helpers.processes import TRAINER, run
 from tests.helpers.runs import arguments_for, finish, finish_ranks, start_interpreter
@@ -67,7 +68,7 @@ def verify(folder, python=sys.executable, **environment):
     words = [str(python), "-I", "-B", str(folder / "verify_megatron_dlm.py")]
     environment = os.environ | {"HF_MODULES_CACHE": str(folder.parent / "modules")} | environment
     return subprocess.run(
-        words, capture_output=True, text=True, cwd=folder.parent, env=environment, timeout=240
+        words, capture_output=True, text=True, cwd=folder.parent, env=environment, timeout=HANG_SECONDS
     )
 
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from tests.helpers.hang import HANG_SECONDS
 from tests.helpers.paths import ROOT
 from tests.helpers.runs import arguments_for, finish_ranks
 from tests.helpers.selection import slow
@@ -230,7 +231,12 @@ def test_a_data_set_that_is_not_in_the_cache_is_one_line(model, tmp_path):
     words = ["-m", "megatron_dlm", "evaluate", "harness", str(model), "--tasks", "arc_easy"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
     finished = subprocess.run(
-        [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200
+        [sys.executable, *words],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECONDS,
     )
     last = finished.stderr.splitlines()[-1]
     assert finished.returncode == 2 and "Traceback" not in finished.stderr, finished.stderr

@@ -53,7 +53,7 @@ def test_a_frozen_rank_0_that_keeps_the_store_ends_the_others_too(corpus, tmp_pa
     wait_for_step(ranks[0], tmp_path, 3)
     ranks[0].send_signal(signal.SIGSTOP)
     try:
-        code, output = finish(ranks[1], seconds=60)
+        code, output = finish(ranks[1])
     finally:
         ranks[0].kill()
         ranks[0].communicate()

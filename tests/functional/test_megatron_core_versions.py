@@ -72,7 +72,7 @@ def test_the_newer_line_trains_and_reshards_as_the_older(newer):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("order", ["newer first", "older first"])
 def test_either_goes_on_from_a_checkpoint_of_the_other(newer, corpus, tmp_path, order):
     pythons = [newer, sys.executable] if order == "newer first" else [sys.executable, newer]

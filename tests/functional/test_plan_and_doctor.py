@@ -9,6 +9,7 @@ import pytest
 
 from megatron_dlm.families.registry import OBJECTIVES
 from megatron_dlm.platform.codec import encode
+from tests.helpers.hang import HANG_SECONDS
 from tests.helpers.paths import ROOT
 from tests.helpers.runs import finish, start_ranks
 from tools import tiny
@@ -93,7 +94,9 @@ def test_the_doctor_of_a_recipe(ended, recipe):
 def test_the_launcher_has_the_doctor_look_first(recipe):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GPUS_PER_NODE": "2", "PYTHON": sys.executable}
     words = ["examples/torchrun/train.sh", "--check", str(recipe), "--parallel.device", "cpu"]
-    finished = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=240)
+    finished = subprocess.run(
+        words, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=HANG_SECONDS
+    )
     assert finished.returncode == 0, finished.stderr
     report, _, rest = finished.stdout.partition(" failed\n")
     assert "2 x CPU" in report and report.endswith("notes, 0") and "step 4" in rest
@@ -102,7 +105,7 @@ def test_the_launcher_has_the_doctor_look_first(recipe):
 def test_ranks_without_a_device_meet_the_others_and_are_named(recipe):
     own = [["--parallel.device", "cpu"], ["--parallel.device", "cuda"]]
     ranks = start_ranks(["doctor", recipe], 2, own)
-    (first, said), (second, _) = (finish(rank, seconds=60) for rank in ranks)
+    (first, said), (second, _) = (finish(rank) for rank in ranks)
     assert (first, second) == (1, 1), said
     assert "device (rank 1, " in said and "none that can be used on rank 1 on" in said, said
     assert "ok     versions" in said and "all-reduce" not in said, said

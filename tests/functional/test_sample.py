@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 
+from tests.helpers.hang import HANG_SECONDS
 from tests.helpers.paths import ROOT
 from tests.helpers.runs import arguments_for, finish_ranks
 
@@ -113,7 +114,7 @@ def test_a_trace_is_one_file_that_needs_nothing_else(trace):
 def browse(page, place, *options):
     words = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000"]
     finished = subprocess.run(
-        [*words, *options, f"file://{page}#{place}"], capture_output=True, text=True, timeout=120
+        [*words, *options, f"file://{page}#{place}"], capture_output=True, text=True, timeout=HANG_SECONDS
     )
     assert finished.returncode == 0, finished.stderr
     return finished.stdout

@@ -11,6 +11,7 @@ import pytest
 from megatron_dlm.scaling.collect import read_results
 from megatron_dlm.scaling.lr_sweep import best_rates
 from megatron_dlm.scaling.pictures import draw_rates
+from tests.helpers.hang import HANG_SECONDS
 from tests.helpers.paths import ROOT
 from tests.helpers.scaling_results import results_of_sweep
 
@@ -47,7 +48,7 @@ def test_a_browser_shows_it(report, tmp_path):
         [BROWSER, *words, f"--screenshot={screenshot}", (report / "report.html").as_uri()],
         check=True,
         capture_output=True,
-        timeout=120,
+        timeout=HANG_SECONDS,
     )
     from matplotlib.image import imread
 

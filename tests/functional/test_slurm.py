@@ -39,7 +39,7 @@ def last_step(directory):
 
 
 def wait_for_step(slurm, directory, step):
-    slurm.wait_until(lambda: last_step(directory) >= step, f"step {step}", seconds=120)
+    slurm.wait_until(lambda: last_step(directory) >= step, f"step {step}")
 
 
 def start_again(slurm, job):
@@ -83,7 +83,7 @@ def newest_tensors(directory):
 def assert_as_uninterrupted(corpus, directory, whole):
     """The run in `directory` equals one under torchrun, in all bits."""
     arguments = arguments_for(corpus, whole, steps=last_step(directory))
-    code, output = finish(start(arguments, processes=2), seconds=200)
+    code, output = finish(start(arguments, processes=2))
     assert code == 0, output
     assert train_metrics(directory) == train_metrics(whole)
     assert newest_tensors(directory) == newest_tensors(whole)
@@ -105,7 +105,7 @@ def test_the_time_limit_saves_and_requeues_and_nothing_is_lost(slurm, submit, co
     job = submit(NEVER, "--time", 2, "--signal", "USR1@60")
     wait_for_step(slurm, directory, 3)
     assert nodes_and_restarts(slurm) == {("n1", None), ("n2", None)}
-    slurm.wait_for_job(job, seconds=120, JobState="PENDING", Restarts="1")
+    slurm.wait_for_job(job, JobState="PENDING", Restarts="1")
     stopped = last_step(directory)
     assert set(re.findall(r"srun: error: .* exit code (\d+)", output.read_text())) == {"3"}
     assert (directory / "checkpoints" / f"step-{stopped:08d}").is_dir()
@@ -131,7 +131,7 @@ def test_a_lost_node_requeues_and_nothing_is_lost(slurm, submit, corpus, tmp_pat
     start_again(slurm, job)
     wait_for_step(slurm, directory, reached + 1)
     assert nodes_and_restarts(slurm) == {("n1", "1"), ("n2", "1")}
-    slurm.wait_for_job(job, seconds=120, JobState="COMPLETED", ExitCode="0:0", Restarts="1")
+    slurm.wait_for_job(job, JobState="COMPLETED", ExitCode="0:0", Restarts="1")
     reported = steps_reported(output)
     assert sorted(set(reported)) == list(range(1, STEPS + 1))
     assert len(reported) - STEPS <= 1
@@ -144,7 +144,7 @@ def test_a_killed_rank_requeues(slurm, submit, tmp_path):
     job = submit(NEVER)
     wait_for_step(slurm, directory, 3)
     kill_ranks_on(slurm, "n2")
-    slurm.wait_for_job(job, seconds=120, JobState="PENDING", Restarts="1")
+    slurm.wait_for_job(job, JobState="PENDING", Restarts="1")
     newest = max((directory / "checkpoints").glob("step-????????"))
     step = int(newest.name.removeprefix("step-"))
     assert f"the job starts again: killed by signal 9; starts again from step {step}" in output.read_text()

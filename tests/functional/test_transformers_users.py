@@ -11,6 +11,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from megatron_dlm.families.registry import OBJECTIVES
+from tests.helpers.hang import HANG_SECONDS
 from tests.helpers.paths import ROOT
 from tests.helpers.runs import arguments_for
 from tests.helpers.transformers_environments import PEFT, environment_with
@@ -47,7 +48,7 @@ def use(folder, out, python=sys.executable):
         cwd=out,
         stdin=subprocess.DEVNULL,
         env=environment,
-        timeout=400,
+        timeout=HANG_SECONDS,
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
     return finished.stdout
@@ -95,7 +96,7 @@ def test_a_tokenizer_without_a_mask_token_gets_it_in_the_export(command, corpus,
 
 
 @SLOW
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("version", PEFT)
 @pytest.mark.parametrize("family", OBJECTIVES)
 def test_every_family_in_every_version(exported, command, tmp_path, family, version, record_property):

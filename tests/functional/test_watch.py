@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+from tests.helpers.hang import HANG_SECONDS
 from tests.helpers.processes import TRAINER
 
 
@@ -41,7 +42,7 @@ def test_a_terminal_follows_until_the_run_has_ended(tmp_path):
     screen = pyte.Screen(100, 30)
     stream = pyte.ByteStream(screen)
 
-    def until(text, seconds=60):
+    def until(text, seconds=HANG_SECONDS):
         deadline = time.monotonic() + seconds
         while text not in "".join(screen.display):
             assert time.monotonic() < deadline, "\n".join(screen.display)

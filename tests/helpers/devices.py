@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 
 from tests.helpers.distributed import _collect, place_of
+from tests.helpers.hang import HANG_SECONDS
 from tools.ports import free_port
 
 HAS_CUDA = torch.cuda.is_available()
@@ -17,7 +18,7 @@ DEVICE = "cuda" if HAS_CUDA else "cpu"
 GPUS = torch.cuda.device_count() if HAS_CUDA else 0
 
 
-def run_on_devices(body, world_size, layouts, timeout=100):
+def run_on_devices(body, world_size, layouts, timeout=HANG_SECONDS):
     """Bodies on ranks that have a GPU each, or share one, or have none, over NCCL or gloo.
 
     The same processes run all layouts one after the other, so that imports are paid for once.

@@ -12,11 +12,12 @@ import pytest
 
 from megatron_dlm.platform.launch import ProcessEnvironment
 from megatron_dlm.platform.parallel_config import ParallelConfig
+from tests.helpers.hang import HANG_SECONDS
 from tests.helpers.processes import context
 from tools.ports import free_port
 
 
-def run_distributed(body, world_size, *arguments, parallel=None, timeout=150):
+def run_distributed(body, world_size, *arguments, parallel=None, timeout=HANG_SECONDS):
     """`body(state, *arguments)` on every rank.
 
     Args:

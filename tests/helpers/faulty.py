@@ -5,10 +5,11 @@ import shutil
 import signal
 import time
 
+from tests.helpers.hang import HANG_SECONDS
 from tests.helpers.processes import context
 
 
-def train_in_child(config, fault=None, *arguments, timeout=120):
+def train_in_child(config, fault=None, *arguments, timeout=HANG_SECONDS):
     """`train(config)` after `fault(*arguments)`; exit code, negative for a signal, and standard error."""
     config.directory.mkdir(parents=True, exist_ok=True)
     process = context.Process(target=_train, args=(config, fault, arguments))

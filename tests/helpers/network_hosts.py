@@ -8,6 +8,7 @@ from contextlib import suppress
 
 import psutil
 
+from tests.helpers.hang import HANG_SECONDS
 from tests.helpers.paths import ROOT
 from tests.helpers.processes import CPU
 
@@ -25,7 +26,7 @@ class OnHost:
     def __init__(self, process, log):
         self.process, self.pid, self._log, self._read = process, process.pid, log, 0
 
-    def read_until(self, text, seconds=120):
+    def read_until(self, text, seconds=HANG_SECONDS):
         """Output since the last call, up to the first line with `text`; AssertionError where none comes."""
         deadline = time.monotonic() + seconds
         while True:
@@ -41,7 +42,7 @@ class OnHost:
             )
             time.sleep(0.05)
 
-    def finish(self, seconds=120):
+    def finish(self, seconds=HANG_SECONDS):
         """Exit code, and output since the last call of `read_until`."""
         try:
             code = self.process.wait(seconds)

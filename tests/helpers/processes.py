@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.hang import HANG_SECONDS
 from tests.helpers.paths import ROOT
 
 context = multiprocessing.get_context("forkserver")
@@ -101,7 +102,7 @@ def _run(words, environment, output, errors):
         runpy.run_path(words[0], run_name="__main__")
 
 
-def run(*words, check=True, timeout=240, **environment):
+def run(*words, check=True, timeout=HANG_SECONDS, **environment):
     """Run a program to its end.
 
     Args:

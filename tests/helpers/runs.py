@@ -9,6 +9,7 @@ import psutil
 import pytest
 
 from megatron_dlm.telemetry.writers import read_metrics
+from tests.helpers.hang import HANG_SECONDS
 from tests.helpers.paths import ROOT
 from tests.helpers.processes import CPU, TRAINER, Program
 from tools.ports import free_port
@@ -83,7 +84,7 @@ def rank_process(launcher, rank):
     raise AssertionError(f"rank {rank} is not there")
 
 
-def wait_for_step(process, directory, step, seconds=120):
+def wait_for_step(process, directory, step, seconds=HANG_SECONDS):
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and process.poll() is None:
         if max((entry["step"] for entry in read_metrics(directory)), default=0) >= step:
@@ -93,7 +94,7 @@ def wait_for_step(process, directory, step, seconds=120):
     pytest.fail(f"step {step} was not reached; exit code {process.returncode}\n{output}")
 
 
-def finish(process, seconds=120):
+def finish(process, seconds=HANG_SECONDS):
     output, _ = process.communicate(timeout=seconds)
     return process.returncode, output
 

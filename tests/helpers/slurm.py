@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 
+from tests.helpers.hang import HANG_SECONDS
 from tools.ports import free_port
 
 PACKAGES = (
@@ -83,7 +84,7 @@ def _fetch(root):
 
 def _run_or_miss(command, **options):
     try:
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=120, **options)
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=HANG_SECONDS, **options)
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         raise SlurmMissingError(f"no Slurm on PATH, none to be had: {command[0]}: {said.strip()}") from error
@@ -172,7 +173,7 @@ class Slurm:
             env=self._environment | environment,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=HANG_SECONDS,
         )
         assert finished.returncode == 0 or not check, f"{command}: {finished.stderr}"
         return finished.stdout
@@ -193,13 +194,13 @@ class Slurm:
         words = self.run("scontrol", "show", "job", number, "--oneliner").split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait_for_job(self, number, seconds=60, **fields):
+    def wait_for_job(self, number, seconds=HANG_SECONDS, **fields):
         """Return when all `fields` have these values."""
         self.wait_until(
             lambda: fields.items() <= self.job(number).items(), f"job {number}: {fields}", seconds
         )
 
-    def wait_until(self, reached, what, seconds=30):
+    def wait_until(self, reached, what, seconds=HANG_SECONDS):
         """Return when `reached()` is true; fail where it takes longer."""
         deadline = time.monotonic() + seconds
         while not reached():

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from megatron_dlm.cli import process
+from tests.helpers.hang import HANG_SECONDS
 from tests.helpers.paths import ROOT
 
 START = "import sys\nfrom megatron_dlm.cli import process\nprocess.prepare_process()\n"
@@ -18,7 +19,7 @@ LATIN = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
 def python(code, **options):
     environment = os.environ | options.pop("environment", {})
     command = [sys.executable, "-c", START + code]
-    return subprocess.run(command, cwd=ROOT, env=environment, timeout=60, **options)
+    return subprocess.run(command, cwd=ROOT, env=environment, timeout=HANG_SECONDS, **options)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +113,7 @@ print(subprocess.run([sys.executable, "-c", inner], capture_output=True, text=Tr
 def test_an_interpreter_that_ignores_the_environment_starts_again_once(flag):
     command = [sys.executable, flag, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{START}print(1)"]
     finished = subprocess.run(
-        command, env=os.environ | LATIN, capture_output=True, text=True, timeout=60, check=True
+        command, env=os.environ | LATIN, capture_output=True, text=True, timeout=HANG_SECONDS, check=True
     )
     assert finished.stdout == "1\n"
 
@@ -124,7 +125,7 @@ def test_a_result_that_was_not_printed_is_an_error(tmp_path, verb, code):
     with open("/dev/full", "w") as full:
         finished = subprocess.run(
             [sys.executable, "-m", "megatron_dlm", *words],
-            cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60,
+            cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=HANG_SECONDS,
         )  # fmt: skip
     assert finished.returncode == code
     assert ("standard output: No space left on device" in finished.stderr) == bool(code)

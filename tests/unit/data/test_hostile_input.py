@@ -16,6 +16,7 @@ from megatron_dlm.data.shards.shard import Shard
 from megatron_dlm.data.tokenizers import encoders
 from megatron_dlm.data.tokenizers.tokenizer import load_tokenizer
 from megatron_dlm.interfaces import InputError
+from tests.helpers.hang import HANG_SECONDS
 from tests.helpers.paths import ROOT
 from tools import tiny
 
@@ -118,7 +119,9 @@ def test_a_line_of_100_mb_is_a_reject_in_little_memory(corpus, tmp_path):
     )
     words = [sys.executable, "-c", code, "index", "--input", path, "--output", tmp_path / "shard"]
     words += ["--tokenizer", corpus.tokenizer, "--max-rejects", 1, "--workers", 1]
-    finished = subprocess.run([*map(str, words)], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    finished = subprocess.run(
+        [*map(str, words)], capture_output=True, text=True, cwd=ROOT, timeout=HANG_SECONDS
+    )
     assert finished.returncode == 0, finished.stderr
     assert texts_of(corpus, tmp_path / "shard") == ["before", "behind"]
     reject = json.loads((tmp_path / "shard.rejects.jsonl").read_text())

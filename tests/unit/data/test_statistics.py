@@ -9,6 +9,7 @@ import pytest
 from megatron_dlm.data.preprocessing.index import IndexConfig, build_shards
 from megatron_dlm.data.shards.shard import Shard
 from megatron_dlm.data.shards.statistics import statistics_of
+from tests.helpers.hang import HANG_SECONDS
 from tools import tiny
 
 FIRST = [*tiny.sentences(50, seed=1), *tiny.sentences(3, seed=1), "the model"]
@@ -53,7 +54,7 @@ def test_every_length_has_a_bin(prefixes, length):
 
 def run(*arguments):
     command = [sys.executable, "-m", "megatron_dlm", "index", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS)
 
 
 def test_the_command_prints_and_draws(prefixes, corpus, tmp_path):

@@ -12,6 +12,7 @@ import torch
 
 from megatron_dlm.data.loading.prefetch import Prefetcher
 from megatron_dlm.interfaces import InputError, TrainingError
+from tests.helpers.hang import HANG_SECONDS
 from tests.helpers.paths import ROOT
 
 
@@ -86,7 +87,7 @@ def test_workers_end_with_a_program_that_never_closes_them():
         "print(source.get(3)['values'].tolist())\n"
     )
     finished = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=30
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=HANG_SECONDS
     )
     assert finished.returncode == 0 and finished.stdout == "[9, 9, 9]\n", finished.stderr
 

@@ -21,6 +21,7 @@ from megatron_dlm.data.shards.shard import Shard
 from megatron_dlm.data.tokenizers.tokenizer import load_tokenizer
 from megatron_dlm.interfaces import InputError
 from tests.helpers import megatron_index
+from tests.helpers.hang import HANG_SECONDS
 from tests.helpers.indexing import digests, wait_for
 from tests.helpers.paths import ROOT
 from tools import tiny
@@ -292,7 +293,7 @@ def test_killed_at_any_moment_and_started_again(corpus, tmp_path, large):
         if kills >= 5 and finished_units:
             break
     process = start(config, "--backend", "library")
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 0, output
     assert kills >= 1 and finished_units >= 1
     assert digests(config.output) == expected and leftovers(config) == []
@@ -303,12 +304,12 @@ def test_jobs_that_share_the_work(corpus, tmp_path, large, order):
     text, expected = large
     config = config_for(corpus, tmp_path, text, unit_bytes=500_000)
     processes = [start(config, "--shard", f"{index}/3") for index in order]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    outputs = [process.communicate(timeout=HANG_SECONDS)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], outputs
     assert digests(config.output) == expected and leftovers(config) == []
     assert sum("documents" in output and "tokens (" in output for output in outputs) == 1
     # One that comes late has nothing to do.
-    output = start(config, "--shard", "0/3").communicate(timeout=60)[0]
+    output = start(config, "--shard", "0/3").communicate(timeout=HANG_SECONDS)[0]
     assert "no more to do" in output and digests(config.output) == expected
 
 
@@ -333,9 +334,9 @@ def test_a_worker_that_dies_is_an_error_and_no_hang(corpus, tmp_path, large):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     psutil.Process(process.pid).children()[0].kill()
-    output, _ = process.communicate(timeout=20)
+    output, _ = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 1 and "a worker process ended with exit code -9" in output, output
-    output, _ = start(config).communicate(timeout=60)
+    output, _ = start(config).communicate(timeout=HANG_SECONDS)
     assert digests(config.output) == large[1], output
 
 
