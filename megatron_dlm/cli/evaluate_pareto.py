@@ -14,6 +14,7 @@ import tyro
 
 from megatron_dlm.cli.arguments import bad_values, parse
 from megatron_dlm.interfaces import InputError
+from megatron_dlm.platform.files import write_csv
 from megatron_dlm.sampling.settings import SamplerName, SamplingConfig
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def _measure_missing(config: ParetoConfig, rows: list[dict[str, str]]) -> set[tu
                 if not any(all(row[key] == str(keys[key]) for key in KEYS) for row in rows):
                     rows.append(_measure(keys, loaded, judge))
                     if loaded.peers.is_first:
-                        _write(config.output / TABLE, rows)
+                        write_csv(config.output / TABLE, (*KEYS, *MEASURED), rows)
                 if loaded.peers.is_first:
                     print(f"{path}: {number}/{len(wanted)} combinations", file=sys.stderr, flush=True)
     return groups
@@ -232,15 +233,6 @@ def _read(path: Path) -> list[dict[str, str]]:
         if None in row or any(map(math.isnan, numbers)):
             raise InputError(f"output: {path}:{number}: not a row of this command; take another directory")
     return rows
-
-
-def _write(path: Path, rows: list[dict[str, str]]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, (*KEYS, *MEASURED))
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.replace(path)
 
 
 def _report(

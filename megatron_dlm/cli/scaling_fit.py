@@ -186,27 +186,19 @@ def _joint(fit: ScalingFit) -> Table:
 def _biases(fit: ScalingFit) -> Table:
     from rich.table import Table
 
-    from megatron_dlm.scaling.estimates import estimate
-    from megatron_dlm.scaling.joint_optimum import joint_optimum, parabola_bias
-
     table = Table(
         *("family", "FLOPs", "N*", "nats/token", "parabola's N* / form's", "parabola's loss less form's"),
         title="optima of the joint form, and what a parabola finds on its surface without noise",
     )
     for family in fit.families:
-        if (joint := family.joint) is None:
-            continue
-        for part in family.points.by_budget():
-            budget = float(part.budget_flops[0])
-            parameters, _, losses = joint_optimum(joint.projection, joint.cost, budget)
-            ratio, difference = parabola_bias(joint.law, joint.cost, part)
+        for optimum in () if family.joint is None else family.joint.optima:
             table.add_row(
                 family.points.family,
-                f"{budget:g}",
-                with_interval(estimate(parameters)),
-                with_interval(estimate(losses), ".4f"),
-                f"{ratio:.3f}",
-                f"{difference:+.4f}",
+                f"{optimum.budget_flops:g}",
+                with_interval(optimum.estimates["parameters"]),
+                with_interval(optimum.estimates["nats_per_token"], ".4f"),
+                f"{optimum.parabola_parameters_ratio:.3f}",
+                f"{optimum.parabola_nats_difference:+.4f}",
             )
     return table
 

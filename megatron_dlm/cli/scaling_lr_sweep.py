@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
-
-import tyro
+from typing import TYPE_CHECKING
 
 from megatron_dlm.cli.arguments import parse
 from megatron_dlm.cli.scaling_fit import with_interval
-from megatron_dlm.cli.scaling_plan import bases_of
+from megatron_dlm.cli.scaling_grid import GridArguments
 from megatron_dlm.cli.scaling_run import RunGridConfig, train_missing
 from megatron_dlm.interfaces import InputError
 
@@ -22,40 +19,24 @@ PICTURE = "lr.png"
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepConfig:
+class SweepConfig(GridArguments):
     """Train sizes at several learning rates, and find the best rate of each.
 
     Plans the runs, trains those that are missing and draws the loss against the rate. The same command goes
     on with a sweep that was stopped.
     """
 
-    recipes: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Recipes, one for each family: files, or NAME=FILE for a variant with a name of its own."""
-    output: Path
-    """Directory of the sweep."""
     budget: float
     """FLOPs of each run."""
-    sizes: tuple[str, ...]
-    """Sizes: published ones, such as 113M, or LAYERSxHIDDENxHEADS, such as 4x128x2."""
     lrs: tuple[float, ...]
     """Peak learning rates, three at least; the lowest rate of a run keeps its share of the peak."""
-    count: Literal["published", "actual"] = "published"
-    """FLOPs that a budget counts, as of `megatron-dlm scaling plan`."""
-    vocabulary_size: int | None = None
-    """Number of token ids, including the mask token; None: of the recipe's shards if they are here, otherwise
-    the paper's 32,001."""
-    warmup_fraction: float = 0.01
-    """Share of the steps that warm up."""
-    least_warmup_steps: int = 100
-    """Fewest steps of warm-up."""
     jobs: int = 1
     """Runs at a time."""
     replicates: int = 1000
     """Number of replicates for intervals."""
 
     def __post_init__(self) -> None:
-        if not self.recipes or not self.sizes:
-            raise InputError("recipes and sizes: one of each at least")
+        super().__post_init__()
         if len(set(self.lrs)) < 3 or not all(0 < rate < 1 for rate in self.lrs):
             raise InputError(f"lrs: {' '.join(map(str, self.lrs))} are not three different rates in (0, 1)")
         if self.jobs < 1:
@@ -68,14 +49,14 @@ def run(arguments: list[str]) -> int:
     """Parse, plan, train, draw; returns the exit code."""
     config = parse(SweepConfig, arguments, verb="scaling lr-sweep")
     from megatron_dlm.scaling.collect import read_results
-    from megatron_dlm.scaling.grid import Rules, size_named
+    from megatron_dlm.scaling.grid_runs import Rules
     from megatron_dlm.scaling.lr_sweep import best_rates, plan_sweep
     from megatron_dlm.scaling.pictures import draw_rates
     from megatron_dlm.scaling.run_list import POINTS, RUN_LIST, read_run_list, write_run_list
 
     grid = plan_sweep(
-        bases_of(config.recipes, config.vocabulary_size),
-        [size_named(name) for name in config.sizes],
+        config.bases(),
+        config.named_sizes(),
         config.budget,
         config.lrs,
         directory=config.output,

@@ -2,58 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
-
-import tyro
+from typing import TYPE_CHECKING
 
 from megatron_dlm.cli.arguments import parse
-from megatron_dlm.cli.plan import DEFAULT_GPU, vocabulary_of
+from megatron_dlm.cli.plan import DEFAULT_GPU
+from megatron_dlm.cli.scaling_grid import GridArguments, check_once
 from megatron_dlm.interfaces import InputError
 
 if TYPE_CHECKING:
-    from megatron_dlm.scaling.grid import Base
     from megatron_dlm.scaling.guess import Guess
     from megatron_dlm.scaling.run_list import PlannedRun
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanConfig:
+class PlanConfig(GridArguments):
     """Plan a grid of runs: families x sizes x budgets.
 
     Writes runs.json, which people may edit and `megatron-dlm scaling run` starts; commands.txt for
     examples/slurm/array.sh; and torchrun.sh, all runs one after another. Nothing is started.
     """
 
-    recipes: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Recipes, one for each family: files, or NAME=FILE for a variant with a name of its own, such as
-    mdlm-elbo=recipes/elbo.py."""
-    output: Path
-    """Directory of the grid; it must not hold runs.json yet."""
     budgets: tuple[float, ...]
     """FLOPs of a run, for example 6e18 1e19 3e19."""
-    sizes: tuple[str, ...]
-    """Sizes to choose from: published ones, such as 113M, or LAYERSxHIDDENxHEADS, such as 4x128x2."""
     sizes_per_budget: int | None = None
     """Number of sizes at each budget, those nearest to the guess of the best one; None: all."""
     seeds: tuple[int, ...] = (1,)
     """Random seeds; each run is there once for each."""
-    count: Literal["published", "actual"] = "published"
-    """FLOPs that a budget counts. published: as the paper counts them, without the attention's products;
-    actual: all matrix products, the head on rows with a loss."""
-    vocabulary_size: int | None = None
-    """Number of token ids, including the mask token; None: of the recipe's shards if they are here, otherwise
-    the paper's 32,001."""
     guess: Path | None = None
     """fit.json whose laws guess the best size at a budget; None: the published points' laws."""
     guess_factor: float = 1.0
     """Factor of the guess, for example 0.5 for text whose best models are smaller."""
-    warmup_fraction: float = 0.01
-    """Share of the steps that warm up."""
-    least_warmup_steps: int = 100
-    """Fewest steps of warm-up."""
     wsd_decay_fraction: float | None = None
     """Train each size once, with a constant learning rate, and branch off a run for each smaller budget whose
     rate decays over this share of its steps, for example 0.2; None: a run from scratch with the recipe's
@@ -72,13 +52,9 @@ class PlanConfig:
     """Directory of a run whose measured FLOP/s a device the hours are for, in place of mfu."""
 
     def __post_init__(self) -> None:
-        for name in ("recipes", "budgets", "sizes", "seeds"):
-            if not getattr(self, name):
-                raise InputError(f"{name}: none given")
-        for name in ("budgets", "sizes", "seeds"):
-            values = getattr(self, name)
-            if len(set(values)) < len(values):
-                raise InputError(f"{name}: one is given twice: {' '.join(map(str, values))}")
+        super().__post_init__()
+        for name in ("budgets", "seeds"):
+            check_once(name, getattr(self, name))
         if not all(0 < budget < float("inf") for budget in self.budgets):
             raise InputError(f"budgets: {' '.join(map(str, self.budgets))} are not all above 0")
         if self.mfu is not None and not 0 < self.mfu <= 1:
@@ -89,14 +65,13 @@ class PlanConfig:
             raise InputError(f"wsd_decay_fraction: {self.wsd_decay_fraction} is outside (0, 1)")
         if self.wsd_decay_fraction is not None and self.batch_exponent:
             raise InputError("batch_exponent: runs that branch from one have its batch")
-        if not 0 <= self.warmup_fraction < 1:
-            raise InputError(f"warmup_fraction: {self.warmup_fraction} is outside [0, 1)")
 
 
 def run(arguments: list[str]) -> int:
     """Parse, plan, write, print; returns the exit code."""
     config = parse(PlanConfig, arguments, verb="scaling plan")
-    from megatron_dlm.scaling.grid import Rules, plan_grid, size_named
+    from megatron_dlm.scaling.grid import plan_grid
+    from megatron_dlm.scaling.grid_runs import Rules
     from megatron_dlm.scaling.run_list import COMMANDS, RUN_LIST, TORCHRUN_LIST, write_run_list
 
     if (config.output / RUN_LIST).exists():
@@ -104,8 +79,8 @@ def run(arguments: list[str]) -> int:
     speed = _device_flops_per_second(config)
     guess = _guess(config)
     grid = plan_grid(
-        bases_of(config.recipes, config.vocabulary_size),
-        [size_named(name) for name in config.sizes],
+        config.bases(),
+        config.named_sizes(),
         config.budgets,
         config.seeds,
         directory=config.output,
@@ -124,35 +99,6 @@ def run(arguments: list[str]) -> int:
     _print(config, grid.runs, speed)
     print(f"{config.output}: {RUN_LIST}, {COMMANDS}, {TORCHRUN_LIST}")
     return 0
-
-
-def bases_of(recipes: Sequence[str], vocabulary_size: int | None) -> list[Base]:
-    """Families of a grid.
-
-    Args:
-        recipes: files, or NAME=FILE.
-        vocabulary_size: number of token ids; None: of each recipe's shards.
-
-    Returns:
-        The families.
-
-    Raises:
-        InputError: a recipe cannot be read, or two families have one name.
-    """
-    from megatron_dlm.run.config import load_recipe
-    from megatron_dlm.scaling.grid import Base
-
-    bases: list[Base] = []
-    for word in recipes:
-        name, equals, file = word.partition("=")
-        path = Path(file if equals else word)
-        recipe = load_recipe(path)
-        size, _ = vocabulary_of(recipe, vocabulary_size)
-        bases.append(Base(name if equals else recipe.objective.name, path, recipe, size))
-    names = [base.name for base in bases]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise InputError(f"recipes: two are called {twice[0]}; name one NAME=FILE")
-    return bases
 
 
 def _guess(config: PlanConfig) -> Guess:

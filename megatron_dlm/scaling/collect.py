@@ -20,7 +20,7 @@ from megatron_dlm.models.flops.flops_paper import (
 )
 from megatron_dlm.models.sizes import parameter_count
 from megatron_dlm.platform.codec import decode
-from megatron_dlm.platform.files import commit
+from megatron_dlm.platform.files import write_csv
 from megatron_dlm.run.config import RunConfig
 from megatron_dlm.scaling.run_list import RUN_LIST, PlannedRun, read_run_list
 from megatron_dlm.telemetry.writers import FIRST_STEP, read_metrics
@@ -268,21 +268,6 @@ def _result_of(path: Path, number: int, row: dict[str, str]) -> Result:
         raise InputError(f"{path}: row {number}: {error}") from error
 
 
-def write_results(path: Path, results: Iterable[Result]) -> None:
-    """Write points.csv; readers see the old file or the new one.
-
-    Args:
-        path: the table.
-        results: its rows.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(result) for result in results)
-    commit(temporary, path)
-
-
 def add_results(path: Path, results: Iterable[Result], problems: Iterable[Problem] = ()) -> list[Result]:
     """Add results to points.csv; a run's new result, or its problem, takes the place of its old one.
 
@@ -297,5 +282,5 @@ def add_results(path: Path, results: Iterable[Result], problems: Iterable[Proble
     rows = {result.run: result for result in read_results(path)} | {result.run: result for result in results}
     for problem in problems:
         rows.pop(problem.run, None)
-    write_results(path, rows.values())
+    write_csv(path, COLUMNS, map(asdict, rows.values()))
     return list(rows.values())

@@ -21,7 +21,7 @@ from megatron_dlm.scaling.joint_fit import (
     fit_by_projection,
     replicate_projection,
 )
-from megatron_dlm.scaling.joint_optimum import TokenCost, joint_optimum, parabola_bias
+from megatron_dlm.scaling.joint_optimum import JointOptimum, TokenCost, joint_optima
 from megatron_dlm.scaling.points import Points
 
 
@@ -34,14 +34,10 @@ class JointFit:
     huber: JointLaw
     noise: float
     """Standard deviation of the projection's residuals in nats per token."""
-    cost: TokenCost
+    optima: tuple[JointOptimum, ...]
+    """The projection's, at each budget."""
     remark: str
     """Which coefficients the data do not determine; empty if they do."""
-
-    @property
-    def law(self) -> JointLaw:
-        """The projection without replicates."""
-        return JointLaw(*(number[0] for number in self.projection.numbers()))
 
 
 @dataclass(frozen=True)
@@ -131,7 +127,8 @@ def _fit_joint(points: Points, replicates: int, rng: np.random.Generator) -> Joi
     zero = [name for name, value in law.coefficients().items() if name in "EAB" and not value > 0]
     remark = f"the joint form's {' and '.join(zero)} is 0: the data do not determine it" if zero else ""
     replicated = replicate_projection(points, law, replicates, rng)
-    return JointFit(replicated, fit_by_huber(points), noise, TokenCost(points), remark)
+    optima = joint_optima(replicated, TokenCost(points), points)
+    return JointFit(replicated, fit_by_huber(points), noise, optima, remark)
 
 
 def write_fit(fit: ScalingFit, path: Path) -> None:
@@ -198,7 +195,7 @@ def _joint(family: FamilyFit) -> Iterable[dict[str, Any]]:
         **_with_intervals(joint_estimates(joint)),
         "noise_nats": joint.noise,
         "remark": joint.remark,
-        "optima": [_joint_optimum(joint, part) for part in family.points.by_budget()],
+        "optima": [_joint_optimum(optimum) for optimum in joint.optima],
     }
     yield {
         "family": family.points.family,
@@ -207,16 +204,12 @@ def _joint(family: FamilyFit) -> Iterable[dict[str, Any]]:
     }
 
 
-def _joint_optimum(joint: JointFit, part: Points) -> dict[str, Any]:
-    budget = float(part.budget_flops[0])
-    values = joint_optimum(joint.projection, joint.cost, budget)
-    found = {name: estimate(each) for name, each in zip(QUANTITIES, values, strict=True)}
-    vertex_ratio, loss_difference = parabola_bias(joint.law, joint.cost, part)
+def _joint_optimum(optimum: JointOptimum) -> dict[str, Any]:
     return {
-        "budget_flops": budget,
-        **_with_intervals(found),
-        "parabola_parameters_ratio": vertex_ratio,
-        "parabola_nats_difference": loss_difference,
+        "budget_flops": optimum.budget_flops,
+        **_with_intervals(optimum.estimates),
+        "parabola_parameters_ratio": optimum.parabola_parameters_ratio,
+        "parabola_nats_difference": optimum.parabola_nats_difference,
     }
 
 

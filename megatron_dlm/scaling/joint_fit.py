@@ -56,6 +56,10 @@ class JointLaw:
         found = (self.E, self.log_A, self.a, self.log_B, self.b)
         return found if self.log_R is None else (*found, self.log_R)
 
+    def of_the_data(self) -> JointLaw:
+        """The fit of the data without its replicates; numbers."""
+        return JointLaw(*(number[0] for number in self.numbers()))
+
     def coefficients(self) -> dict[str, Floats]:
         """The coefficients by name."""
         found = {"E": self.E, "A": np.exp(self.log_A), "a": self.a, "B": np.exp(self.log_B), "b": self.b}

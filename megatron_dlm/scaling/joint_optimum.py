@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from megatron_dlm.scaling.isoflop import fit_isoflop
+from megatron_dlm.scaling.estimates import Estimate, estimate
+from megatron_dlm.scaling.isoflop import QUANTITIES, fit_isoflop
 from megatron_dlm.scaling.joint_fit import JointLaw
 from megatron_dlm.scaling.points import Floats, Points
 
@@ -84,3 +85,36 @@ def parabola_bias(law: JointLaw, cost: TokenCost, points: Points) -> tuple[float
         float(vertex.parameters_S[0] / parameters),
         float(vertex.nats_per_token_S[0] - loss),
     )
+
+
+@dataclass(frozen=True)
+class JointOptimum:
+    """The joint form's optimum at a budget."""
+
+    budget_flops: float
+    estimates: dict[str, Estimate]
+    """N, D and nats per token, by the names of `isoflop.QUANTITIES`."""
+    parabola_parameters_ratio: float
+    """N that a parabola finds on the form's surface without noise, over the form's; NaN: it finds none."""
+    parabola_nats_difference: float
+    """Its loss less the form's, in nats per token."""
+
+
+def joint_optima(projection: JointLaw, cost: TokenCost, points: Points) -> tuple[JointOptimum, ...]:
+    """The joint form's optimum at each budget of its points.
+
+    Args:
+        projection: coefficients with replicates, arrays [1 + replicates].
+        cost: FLOPs of a token.
+        points: points of all budgets.
+
+    Returns:
+        The optima, smallest budget first.
+    """
+    law, found = projection.of_the_data(), []
+    for part in points.by_budget():
+        budget = float(part.budget_flops[0])
+        values = joint_optimum(projection, cost, budget)
+        estimates = {name: estimate(each) for name, each in zip(QUANTITIES, values, strict=True)}
+        found.append(JointOptimum(budget, estimates, *parabola_bias(law, cost, part)))
+    return tuple(found)

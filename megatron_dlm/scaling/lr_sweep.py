@@ -10,7 +10,8 @@ import numpy as np
 
 from megatron_dlm.scaling.collect import Result
 from megatron_dlm.scaling.estimates import Estimate
-from megatron_dlm.scaling.grid import Base, Rules, Size, as_run, configured
+from megatron_dlm.scaling.grid_runs import Base, Rules, as_run, configured
+from megatron_dlm.scaling.grid_sizes import Size
 from megatron_dlm.scaling.isoflop import IsoflopFit, fit_isoflop, fit_power_law
 from megatron_dlm.scaling.points import Points
 from megatron_dlm.scaling.run_list import RunList

@@ -187,7 +187,9 @@ def _residuals(fit: ScalingFit, published: Sequence[Points]) -> Any:
             drawn = True
         if joint is not None:
             points = family.points
-            fitted = joint.law.losses(points.parameters, points.tokens, points.unique_tokens)
+            fitted = joint.projection.of_the_data().losses(
+                points.parameters, points.tokens, points.unique_tokens
+            )
             axes[1].plot(points.parameters, points.nats_per_token - fitted, MARKERS[index % 7], **style)
             drawn = True
     for panel, title in zip(axes, ("parabolas", "joint form, projection"), strict=True):
@@ -211,7 +213,9 @@ def _contours(fit: ScalingFit, published: Sequence[Points]) -> Any:
         sizes, tokens = _around(points.parameters), _around(points.tokens)
         grid_n, grid_d = np.meshgrid(sizes, tokens)
         unique = np.full_like(grid_d, float(points.unique_tokens.max()))
-        contours = panel.contour(grid_n, grid_d, joint.law.losses(grid_n, grid_d, unique), 14, cmap="cividis")
+        contours = panel.contour(
+            grid_n, grid_d, joint.projection.of_the_data().losses(grid_n, grid_d, unique), 14, cmap="cividis"
+        )
         panel.clabel(contours, fontsize=7)
         panel.plot(points.parameters, points.tokens, ".", color="black", ms=4)
         low = estimate(joint.projection.E)

@@ -12,7 +12,9 @@ from megatron_dlm.families.ar.objective import ARConfig
 from megatron_dlm.families.mdlm.objective import MDLMConfig
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.run.presets import isoflop_run, tiny_run
-from megatron_dlm.scaling.grid import Base, Rules, parameters_of, plan_grid, size_named, sizes_at
+from megatron_dlm.scaling.grid import plan_grid, sizes_at
+from megatron_dlm.scaling.grid_runs import Base, Rules
+from megatron_dlm.scaling.grid_sizes import size_named
 from megatron_dlm.scaling.guess import published_guess
 from tests.helpers.paths import ROOT
 
@@ -64,10 +66,10 @@ def test_as_many_sizes_as_asked_lie_around_the_guess(paper_base):
     sizes = [size_named(name) for name in PAPER]
     for guess in (100e6, 150e6, 200e6):
         found = sizes_at(paper_base, sizes, 6e18, guess, 6)
-        counts = [parameters_of(paper_base, size) for size in found]
+        counts = [paper_base.parameters(size) for size in found]
         assert len(found) == 6 and counts == sorted(counts)
         assert sum(count < guess for count in counts) >= 2 and sum(count > guess for count in counts) >= 2
-        others = {parameters_of(paper_base, size) for size in sizes} - set(counts)
+        others = {paper_base.parameters(size) for size in sizes} - set(counts)
         assert not any(counts[0] < other < counts[-1] for other in others)
 
 
@@ -92,7 +94,7 @@ def test_rates_and_batches_follow_their_rules(tiny_base):
     runs = plan(
         tiny_base, sizes, budgets, 100_000, lr_exponent=-0.5, batch_exponent=0.5, least_warmup_steps=5
     )
-    own = parameters_of(tiny_base, size_named("4x224x4"))
+    own = tiny_base.parameters(size_named("4x224x4"))
     for run in runs:
         config = recipe_run(["examples/mdlm/tiny.py", *run.options], verb="train")
         expected = 1e-3 * (run.parameters / own) ** -0.5
