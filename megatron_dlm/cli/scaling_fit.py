@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,18 +44,35 @@ class FitConfig:
     """Number of replicates for intervals."""
     seed: int = 0
     """Random seed of the replicates."""
+    effect: float = 0.1
+    """Share of the FLOPs that runs in pairs should tell; where their interval is wider, the number of seeds
+    that it would take is printed."""
 
     def __post_init__(self) -> None:
         if self.replicates < 100:
             raise InputError(f"replicates: {self.replicates} is below 100")
+        check_effect(self.effect)
         check_new_file("output", self.output)
+
+
+def check_effect(effect: float) -> None:
+    """Refuse a share that is none.
+
+    Args:
+        effect: share of the FLOPs.
+
+    Raises:
+        InputError: it is outside (0, 1).
+    """
+    if not 0 < effect < 1:
+        raise InputError(f"effect: {effect} is outside (0, 1)")
 
 
 def run(arguments: list[str]) -> int:
     """Parse, fit, print, write; returns the exit code."""
     config = parse(FitConfig, arguments, verb="scaling fit")
     fit = fit_table(config.table, config.reference, replicates=config.replicates, seed=config.seed)
-    print_fit(fit)
+    print_fit(fit, config.effect)
     if config.output is not None:
         from megatron_dlm.scaling.fit import write_fit
 
@@ -90,11 +108,12 @@ def fit_table(table: Path, reference: str | None, *, replicates: int, seed: int)
     return fit_all(table, families, replicates=replicates, seed=seed)
 
 
-def print_fit(fit: ScalingFit) -> None:
+def print_fit(fit: ScalingFit, effect: float) -> None:
     """Print the fits as tables, and below them what could not be fitted.
 
     Args:
         fit: the fits.
+        effect: share of the FLOPs that runs in pairs should tell.
     """
     from rich.console import Console
 
@@ -103,15 +122,23 @@ def print_fit(fit: ScalingFit) -> None:
     console = Console(width=max(132, Console().width))
     print(f"{fit.source}: {sum(len(each.points) for each in fit.families)} points")
     print(f"intervals: 95%, {METHOD}; {fit.replicates:,} replicates")
-    for table in tables_of(fit):
+    for table in tables_of(fit, effect):
         console.print(table)
     for remark in fit.remarks:
         print(f"note: {remark}", file=sys.stderr)
 
 
-def tables_of(fit: ScalingFit) -> list[Table]:
-    """Optima, laws, joint forms and FLOPs ratios as tables; those without rows are left out."""
-    found = [_optima(fit), _laws(fit), _joint(fit), _biases(fit), _ratios(fit)]
+def tables_of(fit: ScalingFit, effect: float) -> list[Table]:
+    """Optima, laws, joint forms and FLOPs ratios as tables; those without rows are left out.
+
+    Args:
+        fit: the fits.
+        effect: share of the FLOPs that runs in pairs should tell.
+
+    Returns:
+        The tables.
+    """
+    found = [_optima(fit), _laws(fit), _joint(fit), _biases(fit), _ratios(fit), _paired(fit, effect)]
     return [table for table in found if table.row_count]
 
 
@@ -219,5 +246,27 @@ def _ratios(fit: ScalingFit) -> Table:
             f"{each.reference_flops:.3g}",
             with_interval(each.ratio, ".3g"),
             each.remark,
+        )
+    return table
+
+
+def _paired(fit: ScalingFit, effect: float) -> Table:
+    from rich.table import Table
+
+    table = Table(
+        *("family", "reference", "FLOPs", "pairs", "nats/token more", "FLOPs ratio", f"tells {effect:.0%}"),
+        title="FLOPs at equal loss, from runs that share size, budget, seed and data",
+    )
+    for each in fit.paired:
+        seeds = each.seeds_to_resolve(effect)
+        told = "yes" if each.resolves(effect) else f"no; {seeds:.0f} seeds would"
+        table.add_row(
+            each.family,
+            each.reference,
+            "all" if each.budget_flops is None else f"{each.budget_flops:g}",
+            str(each.num_pairs),
+            with_interval(each.nats_difference, "+.4f"),
+            with_interval(each.ratio, ".3f"),
+            told if math.isfinite(seeds) else "no",
         )
     return table

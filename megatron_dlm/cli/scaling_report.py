@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from megatron_dlm.cli.arguments import parse
-from megatron_dlm.cli.scaling_fit import fit_table, tables_of
+from megatron_dlm.cli.scaling_fit import check_effect, fit_table, tables_of
 from megatron_dlm.interfaces import InputError
 
 if TYPE_CHECKING:
@@ -45,10 +45,13 @@ class ReportConfig:
     """Number of replicates for intervals."""
     seed: int = 0
     """Random seed of the replicates."""
+    effect: float = 0.1
+    """Share of the FLOPs that runs in pairs should tell."""
 
     def __post_init__(self) -> None:
         if self.replicates < 100:
             raise InputError(f"replicates: {self.replicates} is below 100")
+        check_effect(self.effect)
         if self.output.exists() and not self.output.is_dir():
             raise InputError(f"output: {self.output} is not a directory")
 
@@ -64,12 +67,12 @@ def run(arguments: list[str]) -> int:
     config.output.mkdir(parents=True, exist_ok=True)
     pictures = draw_all(fit, config.output, published_points() if config.published else ())
     write_fit(fit, config.output / "fit.json")
-    (config.output / PAGE).write_text(_page(fit, config.title, pictures), encoding="utf-8")
+    (config.output / PAGE).write_text(_page(fit, config, pictures), encoding="utf-8")
     print(f"{config.output}: {PAGE}, fit.json, {', '.join(path.name for path in pictures.values())}")
     return 0
 
 
-def _page(fit: ScalingFit, title: str, pictures: dict[str, Path]) -> str:
+def _page(fit: ScalingFit, config: ReportConfig, pictures: dict[str, Path]) -> str:
     from megatron_dlm.scaling.estimates import METHOD
 
     points = sum(len(family.points) for family in fit.families)
@@ -79,10 +82,10 @@ def _page(fit: ScalingFit, title: str, pictures: dict[str, Path]) -> str:
         data = base64.b64encode(path.read_bytes()).decode()
         parts.append(f"<h2>{html.escape(name)}</h2>")
         parts.append(f'<img alt="{html.escape(name)}" src="data:image/png;base64,{data}">')
-    parts += [_as_html(table) for table in tables_of(fit)]
+    parts += [_as_html(table) for table in tables_of(fit, config.effect)]
     template = (Path(__file__).parents[1] / "scaling" / "report_page.html").read_text(encoding="utf-8")
     return Template(template).substitute(
-        title=html.escape(title), summary=html.escape(summary), body="\n".join(parts)
+        title=html.escape(config.title), summary=html.escape(summary), body="\n".join(parts)
     )
 
 

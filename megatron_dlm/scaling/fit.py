@@ -22,6 +22,7 @@ from megatron_dlm.scaling.joint_fit import (
     replicate_projection,
 )
 from megatron_dlm.scaling.joint_optimum import JointOptimum, TokenCost, joint_optima
+from megatron_dlm.scaling.paired_ratio import PairedRatio, all_paired_ratios
 from megatron_dlm.scaling.points import Points
 
 
@@ -62,6 +63,7 @@ class ScalingFit:
     seed: int
     families: tuple[FamilyFit, ...]
     ratios: tuple[FlopsRatio, ...]
+    paired: tuple[PairedRatio, ...]
 
     @property
     def remarks(self) -> list[str]:
@@ -92,7 +94,9 @@ def fit_all(source: Path, families: Sequence[Points], *, replicates: int, seed: 
         raise InputError(f"{source}: nothing can be fitted: {'; '.join(r for f in fits for r in f.remarks)}")
     able = [fit.isoflop for fit in fits if fit.laws]
     ratios = [ratio for other in able[1:] for ratio in flops_ratios(other, able[0])]
-    return ScalingFit(source, replicates, seed, fits, tuple(ratios))
+    pairs = [(fit.points, fit.isoflop) for fit in fits]
+    paired = all_paired_ratios(pairs, replicates, np.random.default_rng([seed, len(fits)]))
+    return ScalingFit(source, replicates, seed, fits, tuple(ratios), tuple(paired))
 
 
 def _fit_family(points: Points, replicates: int, rng: np.random.Generator) -> FamilyFit:
@@ -147,6 +151,7 @@ def write_fit(fit: ScalingFit, path: Path) -> None:
         "laws": [row for family in fit.families for row in _laws(family)],
         "joint": [row for family in fit.families for row in _joint(family)],
         "ratios": [_ratio(ratio) for ratio in fit.ratios],
+        "paired_ratios": [_paired(ratio) for ratio in fit.paired],
         "remarks": fit.remarks,
     }
     write_json(path, _without_nan(record))
@@ -224,6 +229,16 @@ def _ratio(ratio: FlopsRatio) -> dict[str, Any]:
         "intervals": {"ratio": ratio.ratio.interval},
         "extrapolated": bool(ratio.remark),
         "remark": ratio.remark,
+    }
+
+
+def _paired(ratio: PairedRatio) -> dict[str, Any]:
+    return {
+        "family": ratio.family,
+        "reference": ratio.reference,
+        "budget_flops": ratio.budget_flops,
+        "num_pairs": ratio.num_pairs,
+        **_with_intervals({"nats_difference": ratio.nats_difference, "ratio": ratio.ratio}),
     }
 
 

@@ -94,6 +94,7 @@ def best_rates(results: Sequence[Result], *, replicates: int, seed: int) -> list
             tokens=tokens,
             nats_per_token=np.array([result.nats_per_token for result in own]),
             unique_tokens=tokens,
+            seeds=np.array([float(result.seed) for result in own]),
         )
         found.append(BestRates(family, fit_isoflop(points, replicates, np.random.default_rng(seed))))
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +24,8 @@ COLUMNS = {
 }
 """Columns that a table must have, each under one of these names; the second are those of the digitised points
 of arXiv:2602.15014."""
-UNIQUE_TOKENS, DATA = "unique_tokens", "train_sha256"
-"""Columns that a table may have: tokens of the training data, and their hash."""
+UNIQUE_TOKENS, SEED, DATA = "unique_tokens", "seed", "train_sha256"
+"""Columns that a table may have: tokens of the training data, random seed, and the data's hash."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class Points:
     nats_per_token: Floats
     unique_tokens: Floats
     """Tokens of the training data; equal to `tokens` or more where nothing is read twice."""
+    seeds: Floats
+    """Random seeds; NaN where the table does not say."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -48,20 +50,13 @@ class Points:
     def at_budget(self, budget_flops: float) -> Points:
         """The points of one budget."""
         (indices,) = np.nonzero(self.budget_flops == budget_flops)
-        return Points(
-            self.family,
-            tuple(self.rows[index] for index in indices),
-            *(
-                column[indices]
-                for column in (
-                    self.budget_flops,
-                    self.parameters,
-                    self.tokens,
-                    self.nats_per_token,
-                    self.unique_tokens,
-                )
-            ),
-        )
+        return self.take(indices)
+
+    def take(self, indices: NDArray[np.intp]) -> Points:
+        """Some of the points, by their places."""
+        names = [each.name for each in fields(self) if each.name not in ("family", "rows")]
+        columns = {name: getattr(self, name)[indices] for name in names}
+        return Points(self.family, tuple(self.rows[index] for index in indices), **columns)
 
     def by_budget(self) -> Iterator[Points]:
         """The points of each budget, smallest budget first."""
@@ -99,12 +94,13 @@ def read_points(path: Path) -> list[Points]:
     _refuse_mixed_data(path, rows)
     families: dict[str, list[tuple[float, ...]]] = {}
     for number, row in enumerate(rows, start=2):
-        values = [_positive(path, number, row, names[name]) for name in (*COLUMNS,) if name != "family"]
-        unique = _positive(path, number, row, UNIQUE_TOKENS) if row.get(UNIQUE_TOKENS) else math.inf
+        values = [_number(path, number, row, names[name]) for name in (*COLUMNS,) if name != "family"]
+        unique = _number(path, number, row, UNIQUE_TOKENS) if row.get(UNIQUE_TOKENS) else math.inf
+        seed = _number(path, number, row, SEED, positive=False) if row.get(SEED) else math.nan
         family = (row[names["family"]] or "").strip()
         if not family:
             raise InputError(f"{path}: row {number}: family is empty")
-        families.setdefault(family, []).append((number, *values, unique))
+        families.setdefault(family, []).append((number, *values, unique, seed))
     return [_as_points(family, table) for family, table in families.items()]
 
 
@@ -124,14 +120,18 @@ def _names(path: Path, found: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def _positive(path: Path, number: int, row: Mapping[str, str | None], name: str) -> float:
+def _number(
+    path: Path, number: int, row: Mapping[str, str | None], name: str, *, positive: bool = True
+) -> float:
     text = row[name]
     try:
         value = float(text or "")
     except ValueError:
         value = math.nan
-    if not 0 < value < math.inf:
-        raise InputError(f"{path}: row {number}: {name}: {text!r} is not a number above 0")
+    if not math.isfinite(value) or (positive and value <= 0):
+        raise InputError(
+            f"{path}: row {number}: {name}: {text!r} is not a number{' above 0' if positive else ''}"
+        )
     return value
 
 

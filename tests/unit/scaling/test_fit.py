@@ -1,5 +1,6 @@
 """fit.json, and what the command prints and refuses."""
 
+import csv
 import json
 import math
 
@@ -7,7 +8,7 @@ import pytest
 
 from megatron_dlm.cli.scaling_fit import run
 from megatron_dlm.interfaces import InputError
-from megatron_dlm.scaling.points import PUBLISHED
+from megatron_dlm.scaling.points import PUBLISHED, published_points
 
 FAMILIES = ["ar", "mdlm", "duo", "esolm"]
 
@@ -61,6 +62,7 @@ def test_equal_seeds_give_equal_intervals_and_others_do_not(tmp_path):
         (["published", "--replicates", "99"], "replicates: 99 is below 100"),
         (["published", "--output", "nowhere/fit.json"], "output: nowhere: no such directory"),
         (["published", "--reference", "gpt"], "reference: 'gpt' is not one of ar, mdlm, duo, esolm"),
+        (["published", "--effect", "1"], r"effect: 1.0 is outside \(0, 1\)"),
         (["none.csv"], "No such file"),
     ],
 )
@@ -74,3 +76,25 @@ def test_the_published_points_go_by_their_name_and_by_their_file(capsys):
     by_name = capsys.readouterr().out
     run([str(PUBLISHED), "--replicates", "100"])
     assert capsys.readouterr().out.splitlines()[1:] == by_name.splitlines()[1:]
+
+
+def test_runs_of_equal_seeds_are_compared_in_pairs(tmp_path, capsys):
+    table, record = tmp_path / "points.csv", tmp_path / "fit.json"
+    points = [point for family in published_points() for point in rows_of(family) if family.family != "ar"]
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, points[0])
+        writer.writeheader()
+        writer.writerows(points)
+    run([str(table), "--output", str(record), "--replicates", "100", "--effect", "0.5"])
+    assert "tells 50%" in capsys.readouterr().out
+    found = json.loads(record.read_text())["paired_ratios"]
+    names = [(each["family"], each["reference"]) for each in found]
+    assert set(names) == {("duo", "mdlm"), ("esolm", "mdlm"), ("esolm", "duo")} and len(names) == 3 * 6
+    assert all(each["ratio"] > 1 and each["nats_difference"] > 0 for each in found)
+
+
+def rows_of(points):
+    """Rows of a table, of one seed."""
+    columns = ("budget_flops", "parameters", "tokens", "nats_per_token")
+    values = zip(*(getattr(points, name) for name in columns), strict=True)
+    return [{"family": points.family, "seed": 1, **dict(zip(columns, each, strict=True))} for each in values]
