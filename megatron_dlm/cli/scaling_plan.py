@@ -27,7 +27,8 @@ class PlanConfig(GridArguments):
     budgets: tuple[float, ...]
     """FLOPs of a run, for example 6e18 1e19 3e19."""
     sizes_per_budget: int | None = None
-    """Number of sizes at each budget, those nearest to the guess of the best one; None: all."""
+    """Number of sizes at each budget, those nearest to the guess of the best one; 1: the nearest alone, for
+    more seeds of the optima of a fit; None: all."""
     seeds: tuple[int, ...] = (1,)
     """Random seeds; each run is there once for each."""
     guess: Path | None = None
@@ -57,6 +58,8 @@ class PlanConfig(GridArguments):
             check_once(name, getattr(self, name))
         if not all(0 < budget < float("inf") for budget in self.budgets):
             raise InputError(f"budgets: {' '.join(map(str, self.budgets))} are not all above 0")
+        if self.sizes_per_budget is not None and self.sizes_per_budget < 1:
+            raise InputError(f"sizes_per_budget: {self.sizes_per_budget} is below 1")
         if self.mfu is not None and not 0 < self.mfu <= 1:
             raise InputError(f"mfu: {self.mfu} is outside (0, 1]")
         if not self.guess_factor > 0:

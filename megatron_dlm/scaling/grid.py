@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -79,7 +80,8 @@ def sizes_at(base: Base, sizes: Sequence[Size], budget: float, guess: float, cou
         sizes: sizes to choose from.
         budget: FLOPs.
         guess: expected best number of parameters.
-        count: sizes nearest to the guess that are taken, as many below as above where there are; None: all.
+        count: sizes nearest to the guess that are taken, as many below as above where there are; 1: the
+            nearest alone, for more seeds of an optimum; None: all.
 
     Returns:
         The sizes.
@@ -87,7 +89,9 @@ def sizes_at(base: Base, sizes: Sequence[Size], budget: float, guess: float, cou
     Raises:
         InputError: fewer than two of them are below or above the guess.
     """
-    by_size = sorted(sizes, key=lambda size: base.parameters(size))
+    by_size = sorted(sizes, key=base.parameters)
+    if count == 1:
+        return [min(by_size, key=lambda size: abs(math.log(base.parameters(size) / guess)))]
     below = [size for size in by_size if base.parameters(size) < guess]
     above = [size for size in by_size if base.parameters(size) >= guess]
     if count is not None:

@@ -1,6 +1,7 @@
 """Grids: sizes around a guess, steps that a budget pays for, and branches of one long run."""
 
 import csv
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,6 +72,15 @@ def test_as_many_sizes_as_asked_lie_around_the_guess(paper_base):
         assert sum(count < guess for count in counts) >= 2 and sum(count > guess for count in counts) >= 2
         others = {paper_base.parameters(size) for size in sizes} - set(counts)
         assert not any(counts[0] < other < counts[-1] for other in others)
+
+
+@pytest.mark.parametrize("guess", [20e6, 120e6, 290e6])
+def test_more_seeds_of_an_optimum_take_the_nearest_size(paper_base, guess):
+    """On whichever side of the guess it is, and where no other is."""
+    sizes = [size_named(name) for name in PAPER]
+    (found,) = sizes_at(paper_base, sizes, 6e18, guess, 1)
+    distances = {size.name: abs(math.log(paper_base.parameters(size) / guess)) for size in sizes}
+    assert distances[found.name] == min(distances.values())
 
 
 @pytest.mark.parametrize("guess", [50e6, 290e6])
