@@ -24,11 +24,22 @@ if [[ ! -f $work/data/held-out.idx ]]; then
         "${dlm[@]}" index --input "$work/text/$part.jsonl" --tokenizer "$work/tokenizer" --output "$work/data/$part"
     done
 fi
+objectives=($here/ar.py $here/mdlm.py "mdlm-elbo=$here/mdlm_elbo.py" $here/duo.py $here/esolm.py)
+grid=(--count actual --budgets 1e12 3e12 9e12 27e12 --least-warmup-steps 50
+    --sizes 1x16x1 2x24x1 2x32x1 3x48x2 4x64x2 4x96x3 6x96x3 6x128x4)
+# A grid of all sizes around a guess, then two more seeds of the size that is best by the first grid's fit.
 if [[ ! -f $work/grid/runs.json ]]; then
-    "${dlm[@]}" scaling plan $here/ar.py $here/mdlm.py mdlm-elbo=$here/mdlm_elbo.py $here/duo.py $here/esolm.py \
-        --output "$work/grid" --count actual --budgets 1e12 3e12 9e12 27e12 \
-        --sizes 2x32x1 3x48x2 4x64x2 4x96x3 6x96x3 6x128x4 8x160x5 8x192x6 \
-        --sizes-per-budget 5 --least-warmup-steps 50
+    "${dlm[@]}" scaling plan "${objectives[@]}" --output "$work/grid" "${grid[@]}" --sizes-per-budget 5 \
+        --guess $here/guess.json
 fi
 "${dlm[@]}" scaling run "$work/grid" --jobs "$jobs"
-"${dlm[@]}" scaling report "$work/grid/points.csv" --output "$work/report" --title "Small-scale study"
+if [[ ! -f $work/seeds/runs.json ]]; then
+    "${dlm[@]}" scaling fit "$work/grid/points.csv" --output "$work/first-fit.json"
+    "${dlm[@]}" scaling plan "${objectives[@]}" --output "$work/seeds" "${grid[@]}" --sizes-per-budget 1 \
+        --guess "$work/first-fit.json" --seeds 2 3
+fi
+"${dlm[@]}" scaling run "$work/seeds" --jobs "$jobs"
+"${dlm[@]}" scaling collect "$work/grid" "$work/seeds" --output "$work/points.csv"
+"${dlm[@]}" scaling report "$work/points.csv" --output "$work/report" --title "Small-scale study"
+"$python" $here/arithmetic.py "$work/arithmetic"
+"$python" $here/best_models.py "$work"

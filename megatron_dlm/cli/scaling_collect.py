@@ -27,7 +27,8 @@ class CollectConfig:
     """
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Directories of grids (with runs.json), of runs, or of anything that holds runs."""
+    """Directories of grids (with runs.json), of runs, or of anything that holds runs. Runs of a grid that are
+    not here any more are taken from its points.csv."""
     output: Path
     """CSV file; rows of the same runs are replaced, others stay."""
 

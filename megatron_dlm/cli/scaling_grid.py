@@ -39,8 +39,9 @@ class GridArguments:
     """Fewest steps of warm-up."""
 
     def __post_init__(self) -> None:
-        for name in ("recipes", "sizes"):
-            check_once(name, getattr(self, name))
+        if not self.recipes:
+            raise InputError("recipes: none given")
+        check_once("sizes", self.sizes)
         if not 0 <= self.warmup_fraction < 1:
             raise InputError(f"warmup_fraction: {self.warmup_fraction} is outside [0, 1)")
 

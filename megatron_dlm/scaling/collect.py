@@ -22,7 +22,7 @@ from megatron_dlm.models.sizes import parameter_count
 from megatron_dlm.platform.codec import decode
 from megatron_dlm.platform.files import write_csv
 from megatron_dlm.run.config import RunConfig
-from megatron_dlm.scaling.run_list import RUN_LIST, PlannedRun, read_run_list
+from megatron_dlm.scaling.run_list import POINTS, RUN_LIST, PlannedRun, read_run_list
 from megatron_dlm.telemetry.writers import FIRST_STEP, read_metrics
 
 
@@ -75,6 +75,8 @@ class FoundRun:
 
     directory: Path
     planned: PlannedRun | None = None
+    known: Result | None = None
+    """Its row in the grid's own points.csv."""
 
     @property
     def name(self) -> str:
@@ -99,7 +101,9 @@ def find_runs(places: Sequence[Path]) -> list[FoundRun]:
         if not place.is_dir():
             raise InputError(f"runs: {place}: no such directory")
         if (place / RUN_LIST).is_file():
-            here = [FoundRun(run.directory, run) for run in read_run_list(place).runs]
+            known = {result.run: result for result in read_results(place / POINTS)}
+            runs = read_run_list(place).runs
+            here = [FoundRun(run.directory, run, known.get(run.name)) for run in runs]
         else:
             here = [FoundRun(path.parent) for path in sorted(place.rglob(RUN_RECORD)) if _is_run(path.parent)]
         if not here:
@@ -118,7 +122,7 @@ def collect(runs: Iterable[FoundRun]) -> tuple[list[Result], list[Problem]]:
     """Results of the runs that can be compared, and what is wrong with the others.
 
     Args:
-        runs: from `find_runs`.
+        runs: from `find_runs`; one of a grid that is not here any more has its row in the grid's points.csv.
 
     Returns:
         Results in the order of the runs; unfinished and diverged runs, those of another validation or other
@@ -173,7 +177,7 @@ def _read(run: FoundRun) -> Result | str:
         config = decode(RunConfig, record["config"], f"{run.directory / RUN_RECORD}: config")
         entries = read_metrics(run.directory)
     except FileNotFoundError:
-        return "not started"
+        return run.known or "not started"
     except (OSError, ValueError, KeyError, TypeError, InputError) as error:
         return f"{RUN_RECORD} or metrics cannot be read: {error}"
     steps = [entry for entry in entries if entry["kind"] == "train"]

@@ -101,6 +101,8 @@ def test_a_grid_is_planned_killed_resumed_and_collected(command, recipes, tmp_pa
     for run in runs:
         os.rename(run.directory, run.directory.with_name(f"gone-{run.directory.name}"))
     assert "10 of 10 runs are done" in command("scaling", "run", grid).stdout
+    assert "10 rows" in command("scaling", "collect", grid, "--output", tmp_path / "again.csv").stdout
+    assert read_results(tmp_path / "again.csv") == [by_name[run.name] for run in runs]
     fit = command("scaling", "fit", grid / "points.csv", "--output", tmp_path / "fit.json").stdout
     assert "IsoFLOP optima" in fit
     assert {row["family"] for row in json.loads((tmp_path / "fit.json").read_text())["optima"]} == {"mdlm"}

@@ -1,6 +1,9 @@
 """The small-scale study's text has each document once, and its recipes differ in their objective only."""
 
+import itertools
 import json
+import re
+import runpy
 import subprocess
 import sys
 import zipfile
@@ -64,3 +67,24 @@ def test_the_script_names_files_that_exist():
         assert f"$here/{name}" in script and (STUDY / name).is_file(), name
     pinned = [line for line in (STUDY / "packages.txt").read_text().splitlines() if not line.startswith("#")]
     assert pinned == sorted(pinned) and all("==" in line for line in pinned)
+
+
+def test_arithmetic_is_right_and_no_numbers_are_in_two_files(tmp_path):
+    arithmetic = runpy.run_path(str(STUDY / "arithmetic.py"))
+    subprocess.run(
+        [sys.executable, str(STUDY / "arithmetic.py"), str(tmp_path)], check=True, capture_output=True
+    )
+    ways, questions = {}, {}
+    for name, count in arithmetic["COUNTS"].items():
+        rows = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        assert len(rows) == count and len({row["question"] for row in rows}) == count
+        assert all(arithmetic["is_right"](row["answer"]) for row in rows)
+        questions[name] = {row["question"] for row in rows}
+        ways[name] = {tuple(re.findall(r"<<(.*?)=", row["answer"])) for row in rows}
+        # Every kind is there: sums, differences, products, and both in turn.
+        signs = {tuple(re.findall(r"[-+*]", "".join(way))) for way in ways[name]}
+        assert signs == {("+",), ("-",), ("*",), ("*", "+")}
+    for one, other in itertools.combinations(ways, 2):
+        assert not ways[one] & ways[other] and not questions[one] & questions[other]
+    assert not arithmetic["is_right"]("3 + 4 = <<3+4=8>>8\n#### 8")
+    assert not arithmetic["is_right"]("3 + 4 = <<3+4=7>>7\n#### 8")
