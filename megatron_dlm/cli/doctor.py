@@ -85,13 +85,13 @@ def _look_together(
     import torch.distributed as dist
 
     from megatron_dlm.doctor.job import look_at_job
-    from megatron_dlm.platform.peers import all_tell
+    from megatron_dlm.platform.peers import all_gather_objects
     from megatron_dlm.platform.rendezvous import start_process_group
 
     # Not NCCL, which processes without a GPU cannot start: the others would wait for them.
     start_process_group(environment, backend="gloo", timeout_seconds=layout.collective_timeout_seconds)
     together = look_at_job(environment, device, directory, quick=quick)
-    everywhere = all_tell((socket.gethostname(), own))
+    everywhere = all_gather_objects((socket.gethostname(), own))
     dist.barrier()
     dist.destroy_process_group()
     known = {(finding.topic, finding.name, finding.status) for finding in everywhere[0][1]}

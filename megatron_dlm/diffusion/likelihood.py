@@ -6,17 +6,17 @@ Shape legend: B sequences, L tokens, V ids.
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from megatron_dlm.diffusion.draws import Draws, FreeDraws, SeededDraws
 from megatron_dlm.diffusion.noise_schedules import alpha_and_slope
+from megatron_dlm.diffusion.texts import Texts
 
 IGNORED = -100
 """Label of tokens that are given, as in PyTorch's cross-entropy."""
@@ -205,185 +205,3 @@ class DiffusionLikelihood(FamilyLikelihood):
 def cross_entropy_nats(logits_BLV: Tensor, clean_BL: Tensor) -> Tensor:
     """Cross-entropy of each position, float64 [B, L]."""
     return functional.cross_entropy(logits_BLV.transpose(1, 2), clean_BL, reduction="none").double()
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Clean sequences to score, padding moved to their ends."""
-
-    ids_BL: Tensor
-    """int64 [B, L]."""
-    scored_BL: Tensor
-    """bool [B, L], True at tokens that are noised and scored; other tokens are given."""
-    real_BL: Tensor | None
-    """bool [B, L], False at padding; None: there is none. An `attention_mask` for the model."""
-
-    @classmethod
-    def of(
-        cls, ids_BL: Tensor, config: Any, attention_mask: Tensor | None, scored_BL: Tensor | None = None
-    ) -> Texts:
-        """Check sequences and move their padding to the end.
-
-        Args:
-            ids_BL: int64 [B, L] clean tokens.
-            config: configuration of the exported model.
-            attention_mask: [B, L], 0 at padding; None: no padding.
-            scored_BL: bool [B, L]; None: all tokens are scored.
-
-        Returns:
-            The texts.
-
-        Raises:
-            ValueError: another shape or dtype, ids outside the vocabulary, the mask token,
-                a text of padding alone, or padding inside a text.
-        """
-        if ids_BL.dim() != 2 or ids_BL.dtype not in (torch.int64, torch.int32) or not ids_BL.numel():
-            raise ValueError(f"input_ids: {ids_BL.dtype} {tuple(ids_BL.shape)} instead of int64 [B, L]")
-        scored_BL = torch.ones_like(ids_BL, dtype=torch.bool) if scored_BL is None else scored_BL
-        real_BL = None
-        if attention_mask is not None:
-            if attention_mask.shape != ids_BL.shape:
-                raise ValueError(
-                    f"attention_mask: {tuple(attention_mask.shape)} instead of {tuple(ids_BL.shape)}"
-                )
-            real_BL = attention_mask.bool()
-            first_B1 = real_BL.int().argmax(1, keepdim=True)
-            length_B1 = real_BL.sum(1, keepdim=True)
-            places = torch.arange(ids_BL.shape[1], device=ids_BL.device)
-            is_one_piece = real_BL == ((places >= first_B1) & (places < first_B1 + length_B1))
-            for row in (~(is_one_piece.all(1) & (length_B1[:, 0] > 0))).nonzero()[:, 0].tolist():
-                raise ValueError(f"attention_mask: row {row} is all padding, or has padding inside its text")
-            order_BL = (places + first_B1) % ids_BL.shape[1]
-            longest = int(length_B1.max())
-            ids_BL, scored_BL, real_BL = (
-                x.gather(1, order_BL)[:, :longest] for x in (ids_BL, scored_BL, real_BL)
-            )
-            scored_BL = scored_BL & real_BL
-            ids_BL = torch.where(real_BL, ids_BL, config.eos_token_id)
-            real_BL = None if bool(real_BL.all()) else real_BL
-        if bool(((ids_BL < 0) | (ids_BL >= config.vocab_size)).any()):
-            raise ValueError(f"input_ids: a token is outside [0, {config.vocab_size})")
-        if bool((scored_BL & (ids_BL == config.mask_token_id)).any()):
-            raise ValueError(f"input_ids: contains the mask token {config.mask_token_id}")
-        return cls(ids_BL.long(), scored_BL, real_BL)
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each text."""
-        if self.real_BL is None:
-            return [self.ids_BL.shape[1]] * len(self.ids_BL)
-        lengths: list[int] = self.real_BL.sum(1).tolist()
-        return lengths
-
-
-class Draws(ABC):
-    """Random draws for the noisy copies of texts."""
-
-    def __init__(self, texts: Texts, time_epsilon: float) -> None:
-        """Keep the shape.
-
-        Args:
-            texts: sequences to draw for.
-            time_epsilon: smallest diffusion time.
-        """
-        self.texts = texts
-        self.time_epsilon = time_epsilon
-
-    @abstractmethod
-    def uniform(self, size: int = 1) -> Tensor:
-        """Uniform draws in [0, 1), one for every `size` tokens.
-
-        Args:
-            size: tokens that share a draw.
-
-        Returns:
-            float64 [B, L], constant over each piece of `size` tokens.
-        """
-
-    def integers(self, count: int) -> Tensor:
-        """Uniform integers in [0, count), int64 [B, L]."""
-        return (self.uniform() * count).long().clamp(max=count - 1)
-
-    @abstractmethod
-    def times(self, index: int, size: int | None = None) -> Tensor:
-        """Diffusion times of one copy, in [time_epsilon, 1].
-
-        Args:
-            index: index of the copy.
-            size: tokens that share a time; None: all tokens of a text.
-
-        Returns:
-            float64 [B, 1], or [B, L] where `size` is given.
-        """
-
-
-class SeededDraws(Draws):
-    """Draws that depend on a text's tokens and the seed alone; made on the CPU, the same for every device."""
-
-    def __init__(
-        self,
-        texts: Texts,
-        seed: int,
-        num_samples: int,
-        time_epsilon: float,
-        t_grid: Sequence[float] | None,
-    ) -> None:
-        """Seed a generator for each text.
-
-        Args:
-            texts: sequences to draw for.
-            seed: random seed.
-            num_samples: noisy copies of each sequence, each of which has its stratum of the times.
-            time_epsilon: smallest diffusion time.
-            t_grid: diffusion times to use instead of random ones.
-        """
-        super().__init__(texts, time_epsilon)
-        self._lengths = texts.lengths
-        self._generators = [
-            torch.Generator().manual_seed(_seed_of(ids[:length], seed))
-            for ids, length in zip(texts.ids_BL.tolist(), self._lengths, strict=True)
-        ]
-        self._num_samples = num_samples
-        self._t_grid = t_grid
-
-    def uniform(self, size: int = 1) -> Tensor:
-        """Draws of each text's own generator; 0 at padding."""
-        drawn_BL = torch.zeros(self.texts.ids_BL.shape, dtype=torch.float64)
-        for row, length, generator in zip(drawn_BL, self._lengths, self._generators, strict=True):
-            pieces = torch.rand(-(-length // size), generator=generator, dtype=torch.float64)
-            row[:length] = pieces.repeat_interleave(size)[:length]
-        return drawn_BL.to(self.texts.ids_BL.device)
-
-    def times(self, index: int, size: int | None = None) -> Tensor:
-        """Times of the copy's stratum, or the time of `t_grid` if one was given."""
-        length = self.texts.ids_BL.shape[1]
-        strata = self.uniform(length if size is None else size)
-        if size is None:
-            strata = strata[:, :1]
-        if self._t_grid is not None:
-            return torch.full_like(strata, float(self._t_grid[index]))
-        return self.time_epsilon + (1 - self.time_epsilon) * (strata + index) / self._num_samples
-
-
-class FreeDraws(Draws):
-    """Draws from torch's random state, for training; times are stratified over the batch."""
-
-    def uniform(self, size: int = 1) -> Tensor:
-        """Draws on the CPU, moved to the texts' device."""
-        count, length = self.texts.ids_BL.shape
-        pieces = torch.rand(count, -(-length // size), dtype=torch.float64)
-        return pieces.repeat_interleave(size, dim=1)[:, :length].to(self.texts.ids_BL.device)
-
-    def times(self, index: int, size: int | None = None) -> Tensor:
-        """Times of which each text, or piece of it, has one in a stratum of its own."""
-        count, length = self.texts.ids_BL.shape
-        drawn = self.uniform(length if size is None else size)
-        if size is None:
-            drawn = drawn[:, :1]
-        strata = torch.randperm(count).to(drawn.device)[:, None]
-        return self.time_epsilon + (1 - self.time_epsilon) * (drawn + strata) / count
-
-
-def _seed_of(ids: Sequence[int], seed: int) -> int:
-    digest = hashlib.sha256(f"{seed}/{list(ids)}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron_dlm.doctor.finding import Finding
 from megatron_dlm.doctor.machine import existing_parent
 from megatron_dlm.platform.launch import ProcessEnvironment
-from megatron_dlm.platform.peers import all_tell
+from megatron_dlm.platform.peers import all_gather_objects
 from megatron_dlm.platform.versions import deciding_versions
 
 TOPIC = "job"
@@ -44,7 +44,7 @@ def look_at_job(
     Returns:
         Findings, equal on all ranks.
     """
-    hosts: list[str] = all_tell(socket.gethostname())
+    hosts: list[str] = all_gather_objects(socket.gethostname())
     findings = [_places(environment, hosts), _devices(device, hosts), _versions(hosts)]
     findings += [_clocks(hosts), _storage(directory, hosts)]
     if quick or device is None or findings[1].status == "failed":
@@ -70,7 +70,7 @@ def _places(environment: ProcessEnvironment, hosts: list[str]) -> Finding:
 
 
 def _devices(device: torch.device | None, hosts: list[str]) -> Finding:
-    names = all_tell(_name_of(device))
+    names = all_gather_objects(_name_of(device))
     if NO_DEVICE in names:
         without = [rank for rank, name in enumerate(names) if name == NO_DEVICE]
         value = f"none that can be used on {_named(hosts, without)}"
@@ -89,7 +89,7 @@ def _name_of(device: torch.device | None) -> str:
 
 
 def _versions(hosts: list[str]) -> Finding:
-    everywhere = all_tell(deciding_versions())
+    everywhere = all_gather_objects(deciding_versions())
     first = everywhere[0]
     for name, wanted in first.items():
         odd = [rank for rank, versions in enumerate(everywhere) if versions[name] != wanted]
@@ -120,7 +120,7 @@ def _clocks(hosts: list[str]) -> Finding:
         if skews and abs(min(skews)[1]) > abs(worst):
             # The quickest exchange tells most.
             worst, worst_rank = min(skews)[1], other
-    worst, worst_rank = all_tell((worst, worst_rank))[0]
+    worst, worst_rank = all_gather_objects((worst, worst_rank))[0]
     value = f"within {abs(worst) * 1e3:.1f} ms of rank 0's"
     if abs(worst) > LARGEST_SKEW_SECONDS:
         value = f"{worst:+.1f} s on {_named(hosts, [worst_rank])}"
@@ -133,7 +133,7 @@ def _clocks(hosts: list[str]) -> Finding:
 def _storage(directory: Path, hosts: list[str]) -> Finding:
     """Whether all ranks see what rank 0 writes where the run's directory is or will be."""
     place = existing_parent(directory)
-    mark = place / f".doctor-{all_tell(uuid.uuid4().hex)[0]}"
+    mark = place / f".doctor-{all_gather_objects(uuid.uuid4().hex)[0]}"
     error = ""
     if dist.get_rank() == 0:
         try:
@@ -145,7 +145,7 @@ def _storage(directory: Path, hosts: list[str]) -> Finding:
     deadline = time.monotonic() + 5.0
     while not (seen := mark.exists()) and time.monotonic() < deadline and not error:
         time.sleep(0.1)
-    all_seen, errors = all_tell(seen), all_tell(error)
+    all_seen, errors = all_gather_objects(seen), all_gather_objects(error)
     if dist.get_rank() == 0:
         mark.unlink(missing_ok=True)
     if errors[0]:
@@ -170,7 +170,7 @@ def _all_reduce(device: torch.device, group: Any) -> Finding:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         took.append(time.perf_counter() - start)
-    seconds = max(all_tell(statistics.median(took[1:])))
+    seconds = max(all_gather_objects(statistics.median(took[1:])))
     # What each rank's link carries, as nccl-tests counts.
     speed = 2 * (count - 1) / count * size / seconds / 1e9
     return Finding(TOPIC, "all-reduce", "ok", f"{speed:,.2f} GB/s bus bandwidth at {size >> 20} MiB")
@@ -197,7 +197,7 @@ def _point_to_point(device: torch.device, hosts: list[str], group: Any) -> Findi
             took.append(time.perf_counter() - start)
         if has_partner and sender != rank:
             mine[sender] = size / statistics.median(took[1:]) / 1e9
-    speeds = {pair: speed for found in all_tell(mine) for pair, speed in found.items()}
+    speeds = {pair: speed for found in all_gather_objects(mine) for pair, speed in found.items()}
     slowest, median = min(speeds, key=lambda pair: speeds[pair]), statistics.median(speeds.values())
     value = f"median {median:,.2f} GB/s, slowest {speeds[slowest]:,.2f} from rank {slowest} to {slowest + 1}"
     if speeds[slowest] < SLOW_PAIR * median:

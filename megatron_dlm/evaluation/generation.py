@@ -76,7 +76,7 @@ def sample_all(
 
     for first in range(0, len(starts), batch_size * peers.world_size):
         own = first + batch_size * peers.rank
-        for generated in peers.all_tell(sample_batch(own) if own < len(starts) else None):
+        for generated in peers.all_gather_objects(sample_batch(own) if own < len(starts) else None):
             if generated is not None:
                 yield generated
 

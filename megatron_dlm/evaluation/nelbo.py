@@ -233,7 +233,7 @@ def exported_copies(score: ExportedBounds, vocabulary: Vocabulary, peers: Peers 
             places = microbatch.sample_indices - context.batch_start
             bounds[places] += score(microbatch.inputs, microbatch.targets, objective)
         # Each process has zeros for what others score.
-        return np.sum(peers.all_tell(bounds), axis=0)
+        return np.sum(peers.all_gather_objects(bounds), axis=0)
 
     return run
 

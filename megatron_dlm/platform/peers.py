@@ -20,7 +20,7 @@ WAIT_SECONDS = 1800.0
 """Longest time that a process waits for the others, each of which has a batch of requests to answer."""
 
 
-def all_tell(value: T) -> list[T]:
+def all_gather_objects(value: T) -> list[T]:
     """Give each rank of the default process group the values of all; all ranks call it.
 
     Args:
@@ -48,7 +48,7 @@ class Peers:
         """Whether this process prints and writes for all."""
         return self.rank == 0
 
-    def all_tell(self, value: T) -> list[T]:
+    def all_gather_objects(self, value: T) -> list[T]:
         """Every process' value, in rank order; all processes call it.
 
         Args:
@@ -57,7 +57,7 @@ class Peers:
         Returns:
             The values, on every process.
         """
-        return [value] if self.world_size == 1 else all_tell(value)
+        return [value] if self.world_size == 1 else all_gather_objects(value)
 
     def share(self, items: Sequence[T], answer: Callable[[Sequence[T]], Sequence[R]]) -> list[R]:
         """Let each process answer an equal part of the items, some at a time; all processes call it.
@@ -75,7 +75,7 @@ class Peers:
         for first in range(0, len(items), ITEMS_AT_ONCE * self.world_size):
             # In rounds: a process that is done earlier would wait for too long for the others.
             some = items[first : first + ITEMS_AT_ONCE * self.world_size]
-            parts = self.all_tell(answer(some[self.rank :: self.world_size]))
+            parts = self.all_gather_objects(answer(some[self.rank :: self.world_size]))
             answers += [parts[i % self.world_size][i // self.world_size] for i in range(len(some))]
         return answers
 
@@ -97,7 +97,7 @@ class Peers:
                 outcome = [action(), None]
             except InputError as error:
                 outcome = [None, str(error)]
-        result, refused = self.all_tell(outcome)[0]
+        result, refused = self.all_gather_objects(outcome)[0]
         if refused is not None:
             raise InputError(refused)
         return result

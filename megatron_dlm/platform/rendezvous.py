@@ -111,7 +111,7 @@ def wait_for_the_end(environment: ProcessEnvironment, timeout_seconds: float) ->
         timeout_seconds: how long to wait for rank 0 to be there.
 
     Returns:
-        What rank 0 gave to `tell_of_the_end`.
+        What rank 0 gave to `report_end`.
 
     Raises:
         LostRankError: rank 0 has ended without a word, or did not come in time.
@@ -130,7 +130,7 @@ def wait_for_the_end(environment: ProcessEnvironment, timeout_seconds: float) ->
     return is_done
 
 
-def tell_of_the_end(*, is_done: bool, idle_ranks: int) -> None:
+def report_end(*, is_done: bool, idle_ranks: int) -> None:
     """Tell idle processes that the job has ended, and wait until they know; rank 0 calls it.
 
     Args:

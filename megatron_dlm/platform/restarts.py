@@ -10,7 +10,7 @@ PROGRESS_FILE = "MEGATRON_DLM_PROGRESS_FILE"
 """Environment variable with a file whose presence tells our torchrun of a checkpoint since the last start."""
 
 
-def tell_of_progress() -> None:
+def report_progress() -> None:
     """Say that a checkpoint is complete; processes without such a launcher say nothing."""
     path = os.environ.get(PROGRESS_FILE)
     if path is not None:

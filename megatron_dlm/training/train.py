@@ -10,7 +10,7 @@ from megatron_dlm.platform.failure_report import naming_the_rank_at_fault
 from megatron_dlm.platform.gpu import record_memory
 from megatron_dlm.platform.launch import detect_environment
 from megatron_dlm.platform.parallel import ParallelState, on_first_rank, start_parallel, stop_parallel
-from megatron_dlm.platform.rendezvous import tell_of_the_end, wait_for_the_end
+from megatron_dlm.platform.rendezvous import report_end, wait_for_the_end
 from megatron_dlm.run.config import RunConfig
 from megatron_dlm.run.datasets import RunData, open_data
 from megatron_dlm.run.run_file import refuse_foreign_directory, write_run_file
@@ -73,7 +73,7 @@ def train(config: RunConfig) -> bool:
         is_done = train_from(start, config, data, parallel, signals)
         signals.run_has_ended = True
         if working.idle and parallel.rank == 0:
-            tell_of_the_end(is_done=is_done, idle_ranks=working.idle)
+            report_end(is_done=is_done, idle_ranks=working.idle)
         # Not after an error: the other ranks may never arrive.
         stop_parallel()
     return is_done

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from megatron_dlm.diffusion.likelihood import FamilyLikelihood, Texts
+from megatron_dlm.diffusion.likelihood import FamilyLikelihood
+from megatron_dlm.diffusion.texts import Texts
 
 
 class Likelihood(FamilyLikelihood):

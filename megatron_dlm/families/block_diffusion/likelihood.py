@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_dlm.diffusion.likelihood import DiffusionLikelihood, Draws, Texts
+from megatron_dlm.diffusion.draws import Draws
+from megatron_dlm.diffusion.likelihood import DiffusionLikelihood
 from megatron_dlm.diffusion.noisy_then_clean import noisy_then_clean_mask
+from megatron_dlm.diffusion.texts import Texts
 
 
 class Likelihood(DiffusionLikelihood):

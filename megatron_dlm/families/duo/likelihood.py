@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from megatron_dlm.diffusion.divergence_likelihood import DivergenceLikelihood
-from megatron_dlm.diffusion.likelihood import Draws, Texts
+from megatron_dlm.diffusion.draws import Draws
+from megatron_dlm.diffusion.texts import Texts
 from megatron_dlm.diffusion.uniform_divergence_rows import UniformRows
 from megatron_dlm.diffusion.uniform_states import UniformStates
 

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from megatron_dlm.diffusion.divergence_likelihood import DivergenceLikelihood
-from megatron_dlm.diffusion.likelihood import Draws, Texts, cross_entropy_nats
+from megatron_dlm.diffusion.draws import Draws
+from megatron_dlm.diffusion.likelihood import cross_entropy_nats
+from megatron_dlm.diffusion.texts import Texts
 from megatron_dlm.families.mask_uniform.noise import MaskUniformNoise
 from megatron_dlm.families.mask_uniform.rows import MixtureRows
 

@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_dlm.diffusion.likelihood import DiffusionLikelihood, Draws, Texts
+from megatron_dlm.diffusion.draws import Draws
+from megatron_dlm.diffusion.likelihood import DiffusionLikelihood
+from megatron_dlm.diffusion.texts import Texts
 
 
 class Likelihood(DiffusionLikelihood):

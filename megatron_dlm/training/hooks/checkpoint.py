@@ -18,7 +18,7 @@ from megatron_dlm.checkpointing.manager import PendingSave
 from megatron_dlm.interfaces import SaveError
 from megatron_dlm.platform.codec import encode
 from megatron_dlm.platform.parallel import ParallelState
-from megatron_dlm.platform.restarts import tell_of_progress
+from megatron_dlm.platform.restarts import report_progress
 from megatron_dlm.training.loop import Hook
 from megatron_dlm.training.progress import StepReport, TrainingProgress
 from megatron_dlm.training.session import Session
@@ -113,7 +113,7 @@ class CheckpointHook(Hook):
             pending.finish()
             self.saved_step = pending.step
             self._failures = 0
-            tell_of_progress()
+            report_progress()
             if session.parallel.rank == 0:
                 logger.info(f"saved {self._root.final(pending.step)} in {pending.seconds():.1f} s")
                 self._remove_superfluous(session.config.checkpoint)
