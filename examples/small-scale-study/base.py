@@ -28,10 +28,7 @@ def recipe() -> RunConfig:
             validation="runs/small-scale-study/data/held-out",
             seq_length=128,
         ),
-        # All rows at once: 128 rows of 512 ids, the default, are too little work for one product.
-        training=TrainingConfig(
-            num_steps=1000, global_batch_size=32, micro_batch_size=32, head_rows_per_chunk=4096
-        ),
+        training=TrainingConfig(num_steps=1000, global_batch_size=32, micro_batch_size=32),
         schedule=LrScheduleConfig(lr=4e-3, min_lr=4e-4, warmup_steps=50, decay_steps=1000),
         # Once before the first step and once after the last, on the same 131,072 tokens and noise.
         evaluation=EvaluationConfig(every=1_000_000, num_batches=16, batch_size=64),

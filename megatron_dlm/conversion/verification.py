@@ -55,7 +55,7 @@ def write_check(
     targets: Targets,
     directory: Path,
     dtype: ExportDtype,
-    rows_per_chunk: int,
+    rows_per_chunk: int | None,
     tokenizer: LoadedTokenizer,
 ) -> float:
     """Write a noisy batch, its NELBO and some of its logits, and a trace of greedy sampling.
@@ -67,7 +67,7 @@ def write_check(
         targets: targets of the noisy batch.
         directory: directory of the export.
         dtype: precision of the exported weights.
-        rows_per_chunk: most rows whose logits are in memory at once.
+        rows_per_chunk: most rows whose logits are in memory at once; None: what suits the device.
         tokenizer: tokenizer that the data was indexed with.
 
     Returns:

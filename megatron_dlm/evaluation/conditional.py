@@ -96,7 +96,7 @@ class ConditionalScorer:
         objective: ObjectiveConfig,
         vocabulary: Vocabulary,
         config: ConditionalConfig,
-        rows_per_chunk: int = 1024,
+        rows_per_chunk: int | None = None,
     ) -> None:
         """Prepare.
 
@@ -105,7 +105,7 @@ class ConditionalScorer:
             objective: configuration of the model's family.
             vocabulary: token ids of the model.
             config: number of noisy copies.
-            rows_per_chunk: most rows whose logits are in memory at once.
+            rows_per_chunk: most rows whose logits are in memory at once; None: what suits the device.
 
         Raises:
             InputError: `num_times` noisy copies cannot be divided by the family.

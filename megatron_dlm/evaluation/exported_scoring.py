@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from megatron_dlm.families.base import Objective
 from megatron_dlm.interfaces import AttentionPattern, ModelInputs, Targets, Vocabulary
+from megatron_dlm.models.head_chunks import rows_per_chunk
 from megatron_dlm.models.visibility import visibility
 from megatron_dlm.platform.vocab_parallel import VocabShard
 
@@ -21,7 +22,11 @@ class ExportedBounds:
     """Scores noisy sequences with one exported model."""
 
     def __init__(
-        self, model: Any, vocabulary: Vocabulary, attention: AttentionPattern, rows_per_chunk: int
+        self,
+        model: Any,
+        vocabulary: Vocabulary,
+        attention: AttentionPattern,
+        asked_rows_per_chunk: int | None,
     ) -> None:
         """Prepare.
 
@@ -29,12 +34,12 @@ class ExportedBounds:
             model: exported model, in evaluation mode.
             vocabulary: token ids of the model.
             attention: attention pattern of the model's family.
-            rows_per_chunk: most rows whose logits are in memory at once.
+            asked_rows_per_chunk: most rows whose logits are in memory at once; None: what suits the device.
         """
         self._model = model
         self._vocab = VocabShard.of_rank(vocabulary, 0, None, 1)
         self._attention = attention
-        self._rows_per_chunk = rows_per_chunk
+        self._rows_per_chunk = rows_per_chunk(asked_rows_per_chunk, vocabulary.size, model.device.type)
 
     @torch.no_grad()
     def __call__(self, inputs: ModelInputs, targets: Targets, objective: Objective) -> NDArray[np.float64]:

@@ -56,7 +56,11 @@ class PipelineRunner:
     """
 
     def __init__(
-        self, chunks: list[Any], objective: Objective, parallel: ParallelState, head_rows_per_chunk: int
+        self,
+        chunks: list[Any],
+        objective: Objective,
+        parallel: ParallelState,
+        head_rows_per_chunk: int | None,
     ) -> None:
         """`chunks`: what this process holds of the model, wrapped for data parallelism or not."""
         self._chunks = chunks
@@ -136,7 +140,7 @@ class PipelineRunner:
 
         def loss_of(hidden_states: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             with allocating(
-                f"the logits of {self._rows_per_chunk:,} rows",
+                "the logits of a chunk of rows",
                 "lower training.head_rows_per_chunk or training.micro_batch_size",
             ):
                 losses = self._denoiser.head(

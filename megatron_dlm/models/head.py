@@ -20,6 +20,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from megatron_dlm.interfaces import HeadRows, RowTargets
+from megatron_dlm.models.head_chunks import rows_per_chunk
 from megatron_dlm.models.heads_linear import allow_padding
 from megatron_dlm.platform.vocab_parallel import VocabShard
 
@@ -75,7 +76,7 @@ class Head(nn.Module):
         return _logits(hidden_RD.to(self.weight.dtype), self.weight, self.bias, dtype)
 
     def forward(
-        self, hidden_sbD: Tensor, rows: HeadRows, row_loss: RowLoss, rows_per_chunk: int
+        self, hidden_sbD: Tensor, rows: HeadRows, row_loss: RowLoss, asked_rows_per_chunk: int | None
     ) -> HeadLosses:
         """Losses of one microbatch.
 
@@ -83,7 +84,7 @@ class Head(nn.Module):
             hidden_sbD: [s, b, D] output of the final layer.
             rows: of the microbatch.
             row_loss: losses and logit gradients of a chunk.
-            rows_per_chunk: most rows whose logits exist at a time.
+            asked_rows_per_chunk: most rows whose logits exist at a time; None: what suits the device.
 
         Returns:
             The sums and the losses of the rows.
@@ -99,7 +100,7 @@ class Head(nn.Module):
             self.vocab,
             rows.targets,
             row_loss,
-            rows_per_chunk,
+            rows_per_chunk(asked_rows_per_chunk, self.weight.shape[0], hidden_RD.device.type),
             wants_gradient,
         )
         bound = torch.dot(losses_R.double(), rows.targets.bound_weight_R)
@@ -146,7 +147,7 @@ class _ChunkedLoss(torch.autograd.Function):
         vocab: VocabShard,
         targets: RowTargets,
         row_loss: RowLoss,
-        rows_per_chunk: int,
+        chunk_size: int,
         wants_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         num_rows = hidden_RD.shape[0]
@@ -157,10 +158,10 @@ class _ChunkedLoss(torch.autograd.Function):
             dweight = torch.zeros_like(weight, dtype=dtype)
             dbias = torch.zeros_like(bias, dtype=dtype)
         # One buffer for all chunks: fresh pages cost more than what is computed on them.
-        chunk_rows = min(num_rows, rows_per_chunk) + ROW_MULTIPLE
+        chunk_rows = min(num_rows, chunk_size) + ROW_MULTIPLE
         logits_dtype = weight.dtype if vocab.fused else dtype
         buffer_RVp = weight.new_empty(chunk_rows, weight.shape[0]) if weight.dtype == logits_dtype else None
-        for start, stop in _chunk_bounds(num_rows, rows_per_chunk):
+        for start, stop in _chunk_bounds(num_rows, chunk_size):
             chunk_RD = _pad_rows(hidden_RD[start:stop])
             chunk_targets = targets.part(slice(start, stop)).each(_pad_rows)
             chunk_losses_R, dlogits_RVp = row_loss(
@@ -200,9 +201,9 @@ class _ChunkedLoss(torch.autograd.Function):
         return dhidden_RD, dweight.mul_(grad), dbias.mul_(grad), None, None, None, None, None
 
 
-def _chunk_bounds(num_rows: int, rows_per_chunk: int) -> list[tuple[int, int]]:
-    """Nearly equal chunks of at most `rows_per_chunk` rows; no rows, no chunks."""
-    num_chunks = -(-num_rows // rows_per_chunk)
+def _chunk_bounds(num_rows: int, chunk_size: int) -> list[tuple[int, int]]:
+    """Nearly equal chunks of at most `chunk_size` rows; no rows, no chunks."""
+    num_chunks = -(-num_rows // chunk_size)
     edges = [num_rows * i // num_chunks for i in range(num_chunks + 1)] if num_chunks else [0]
     return list(itertools.pairwise(edges))
 

@@ -217,7 +217,7 @@ class _StageMemory(Stage):
             added += FP32 * self.T * self.d
         # Rows and their gradients.
         added += 2 * size * self.R * self.d
-        rows = min(self.R, self.config.training.head_rows_per_chunk)
+        rows = min(self.R, self.head_rows)
         logits, weight = rows * self.Vp, self.Vp * self.d
         # The weight's gradient is summed in fp32, over chunks whose products have the weight's dtype.
         added += FP32 * weight

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from megatron_dlm.models.head_chunks import rows_per_chunk
 from megatron_dlm.models.sizes import (
     final_layer_parameters,
     layer_matrices,
@@ -49,6 +50,7 @@ class Stage:
         self.a = self.heads * model.head_dim
         multiple = parallel.vocabulary_multiple(device)
         self.Vp = padded_vocabulary_size(vocabulary_size, self.tensor, multiple) // self.tensor
+        self.head_rows = rows_per_chunk(config.training.head_rows_per_chunk, self.Vp, device)
         self.dtype_bytes = FP32 if config.training.precision == "fp32" else BF16
         self.is_fp8 = config.training.precision == "fp8" and self.fused
         self.is_first, self.is_last = stage == 0, stage == self.stages - 1

@@ -153,7 +153,7 @@ class _Pass:
 
     def _head(self, rate: float) -> float:
         s = self.stage
-        chunks = math.ceil(s.R / s.config.training.head_rows_per_chunk)
+        chunks = math.ceil(s.R / s.head_rows)
         moved = LOGIT_BYTES * s.R * s.Vp + chunks * ACCUMULATION_BYTES * s.Vp * s.d
         return 6 * s.R * s.Vp * s.d / rate + moved / self.bytes_per_second
 

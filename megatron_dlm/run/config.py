@@ -74,9 +74,9 @@ class TrainingConfig:
     check_replicas_every: int = 1000
     """Steps between bitwise comparisons of all weights over data parallel ranks, to find memory faults; 0:
     never. Nothing is compared with parallel.fully_sharded."""
-    head_rows_per_chunk: int = 128
-    """Rows (token positions) whose logits exist at a time. 128 fit a CPU's cache; use 1,024 or more on
-    GPUs."""
+    head_rows_per_chunk: int | None = None
+    """Rows (token positions) whose logits exist at a time. None: as many as take 16 MiB in float32 on a CPU
+    (128 at 32,001 ids), 256 MiB on a GPU."""
     kernels: Kernels = "auto"
     """Implementation of losses, norms, gates, GELU and rotary embeddings. auto: Triton on CUDA, PyTorch on a
     CPU; torch; triton: on a CPU in Triton's interpreter (TRITON_INTERPRET=1), slow, for tests."""
@@ -89,8 +89,9 @@ class TrainingConfig:
             "head_rows_per_chunk",
             "max_skipped_steps",
         ):
-            if getattr(self, name) < 1:
-                raise InputError(f"training.{name}: {getattr(self, name)} is below 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"training.{name}: {value} is below 1")
         self._check_ramp()
         if not self.spike_sigmas >= 0:
             raise InputError(f"training.spike_sigmas: {self.spike_sigmas} is not 0 or above")

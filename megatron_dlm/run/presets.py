@@ -15,7 +15,6 @@ from megatron_dlm.models.sizes import PAPER_1_7B, paper_model
 from megatron_dlm.run.config import EvaluationConfig, RunConfig, TrainingConfig
 from megatron_dlm.run.lr_schedule import LrScheduleConfig
 
-GPU_HEAD_ROWS = 2048
 GSM8K_TRAINING_PROBLEMS = 7473
 GPU_LOADER_WORKERS = 2
 """Loader workers of each rank on GPUs; a CPU run has no core to spare for them."""
@@ -56,7 +55,6 @@ def isoflop_run(size: str, objective: ObjectiveConfig, *, budget_flops: float) -
             global_batch_size=256,
             micro_batch_size=32,
             precision="bf16",
-            head_rows_per_chunk=GPU_HEAD_ROWS,
         ),
         schedule=LrScheduleConfig(lr=2e-4, min_lr=2e-5),
         evaluation=EvaluationConfig(every=10_000, num_batches=16, batch_size=256),
@@ -182,7 +180,6 @@ def _large_run(
             global_batch_size=1024,
             micro_batch_size=2,
             precision="bf16",
-            head_rows_per_chunk=GPU_HEAD_ROWS,
         ),
         schedule=schedule,
         evaluation=EvaluationConfig(every=50_000, num_batches=8, batch_size=1024),

@@ -75,7 +75,7 @@ def test_the_best_rate_of_a_sweep_and_its_power_are_found(tmp_path):
 
 @pytest.mark.slow
 def test_a_sweep_is_one_command_that_goes_on(command, corpus, tmp_path):
-    recipe = tmp_path / "mdlm.py"
+    recipe, train, validation = tmp_path / "mdlm.py", str(corpus.train), str(corpus.validation)
     recipe.write_text(
         "from dataclasses import replace\n"
         "from megatron_dlm.data.loading.data_config import DataConfig\n"
@@ -83,7 +83,7 @@ def test_a_sweep_is_one_command_that_goes_on(command, corpus, tmp_path):
         "from megatron_dlm.run.config import EvaluationConfig\n"
         "from megatron_dlm.run.presets import tiny_run\n"
         "def recipe():\n"
-        f"    data = DataConfig(train=({corpus.train!r},), validation={corpus.validation!r}, seq_length=32)\n"
+        f"    data = DataConfig(train=({train!r},), validation={validation!r}, seq_length=32)\n"
         "    evaluation = EvaluationConfig(every=1000, num_batches=2, batch_size=8)\n"
         "    return replace(tiny_run(MDLMConfig(), num_steps=100), data=data, evaluation=evaluation)\n"
     )

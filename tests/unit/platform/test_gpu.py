@@ -270,7 +270,7 @@ PLACES = {
     ),
     "head": (
         ("megatron_dlm.models.head.Head", "forward"),
-        "the logits of 48 rows",
+        "the logits of a chunk of rows",
         "lower training.head_rows_per_chunk",
     ),
 }
