@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}
-"""Bytes of a chunk's logits in float32: 16 MiB stay in a CPU's cache; a GPU is fast from 256 MiB on."""
+CHUNK_BYTES = {"cpu": 1 << 23, "cuda": 1 << 28}
+"""Bytes of a chunk's logits in float32: 8 MiB stay in a CPU's cache; a GPU is fast from 256 MiB on."""
 LEAST_ROWS = 16
 
 

@@ -41,6 +41,14 @@ EXCEPTIONS = {
         "minutes of training, and GPUs may be fewer",
         ("runs/second", "runs/second --parallel.device cpu" + FEW),
     ),
+    "GPUS_PER_NODE=8 examples/torchrun/train.sh": (
+        "needs GPUs and a corpus", ("train.sh ", "train.sh --dry-run ")
+    ),
+    "NUM_NODES=1:2": (
+        "needs two nodes; test_elastic.py runs it", ("train.sh RECIPE", "train.sh --dry-run examples/mdlm/113m.py")
+    ),
+    "megatron-dlm watch": ("follows a run; test_watch.py runs it", "megatron-dlm watch --help"),
+    "tensorboard --logdir": ("serves until it is stopped", "tensorboard --version"),
     "sbatch": (
         "needs Slurm; test_slurm.py runs it where Slurm is installed",
         "examples/slurm/train.sh --dry-run examples/mdlm/1.7b.py",

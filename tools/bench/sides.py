@@ -20,6 +20,7 @@ from megatron_dlm.models.sizes import paper_model
 from megatron_dlm.platform.parallel import ParallelState
 from megatron_dlm.platform.parallel_config import ParallelConfig
 from megatron_dlm.platform.rng import NoiseSource
+from megatron_dlm.scaling.grid_sizes import size_named
 from megatron_dlm.training.optimizer import OptimizerConfig, set_learning_rate, step_if_finite
 
 LEARNING_RATE = 1e-4
@@ -41,7 +42,7 @@ class Shape:
     kernels: Any = "auto"
     transformer_impl: Any = "local"
     fp8: Fp8Config = Fp8Config()
-    rows_per_chunk: int = HEAD_ROWS_PER_CHUNK
+    rows_per_chunk: int | None = HEAD_ROWS_PER_CHUNK
     prepared: bool = False
     """Corrupt batches once and use them again, as if workers had them ready."""
     layout: ParallelConfig = ParallelConfig()
@@ -84,7 +85,7 @@ def build_denoiser(shape: Shape, parallel: ParallelState, recompute: Any = "none
     from megatron_dlm.models.denoiser_config import denoiser_config
     from megatron_dlm.models.weight_mapping import weight_places
 
-    model = paper_model(shape.size)
+    model = size_named(shape.size).model(paper_model("6M"))
     config = denoiser_config(
         model,
         shape.layout,

@@ -3,6 +3,7 @@
     python tools/bench/step.py [--sizes 6M 19M] [--families mdlm duo ar esolm] [--precision fp32]
     python tools/bench/step.py --scaling        cost against length, vocabulary and batch
     python tools/bench/step.py --padding        parallel.pad_vocabulary_to 128 against 1
+    python tools/bench/step.py --chunks         head chunks by their bytes against 128 rows
 
 A step is corruption, forward, backward and optimizer over one microbatch. The plain way has the same
 denoiser, full logits of all rows and losses under autograd; "floor" is the same step without any loss: the
@@ -33,6 +34,7 @@ import torch
 
 from megatron_dlm.families.registry import OBJECTIVES
 from megatron_dlm.models.flops.flops_actual import Work
+from megatron_dlm.models.head_chunks import rows_per_chunk
 from megatron_dlm.models.sizes import paper_model
 from megatron_dlm.platform.device_flops import matmul_flops_per_second
 from megatron_dlm.platform.launch import detect_environment
@@ -219,6 +221,25 @@ def padding(shapes: list[Shape], arguments: argparse.Namespace, parallel: Parall
     )
 
 
+def chunks(shapes: list[Shape], arguments: argparse.Namespace, parallel: ParallelState) -> None:
+    """Our step with chunks of the head as large as their bytes allow, and of 128 rows."""
+    rows = []
+    for shape in shapes:
+        for ids in (512, 2_048, 8_001, 32_001):
+            sized = replace(shape, vocabulary_size=ids)
+            by_bytes, tokens = rows_per_chunk(None, ids, "cpu"), shape.batch_size * shape.seq_length
+            steps = {
+                "by bytes": OurStep(replace(sized, rows_per_chunk=None), parallel),
+                "128 rows": OurStep(replace(sized, rows_per_chunk=128), parallel),
+            }
+            seconds = interleaved(steps, arguments.repeats)
+            speeds = [f"{tokens / seconds[side]:,.0f}" for side in steps]
+            ratio = seconds["128 rows"] / seconds["by bytes"]
+            rows.append([shape.size, shape.family, f"{ids:,}", f"{by_bytes:,}", *speeds, f"{ratio:.2f}x"])
+    columns = ["size", "family", "ids", "rows by bytes", "tokens/s", "tokens/s of 128 rows", "ratio"]
+    show("rows of the head whose logits exist at a time", columns, rows)
+
+
 def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """Print one table."""
     from rich.console import Console
@@ -235,7 +256,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--sizes", nargs="+", default=["6M", "19M"], help="published sizes")
+    parser.add_argument(
+        "--sizes", nargs="+", default=["6M", "19M"], help="published sizes, or LAYERSxHIDDENxHEADS"
+    )
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(OBJECTIVES))
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument(
@@ -251,6 +274,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--scaling", action="store_true", help="cost against length, vocabulary and batch")
     parser.add_argument("--padding", action="store_true", help="the vocabulary as it is and padded")
+    parser.add_argument("--chunks", action="store_true", help="head chunks by their bytes and of 128 rows")
     parser.add_argument("--memory-of", choices=SIDES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     os.environ.pop("WORLD_SIZE", None)
@@ -272,6 +296,8 @@ def main() -> None:
     ]
     if arguments.memory_of:
         print_memory(shapes[0], arguments.memory_of, parallel)
+    elif arguments.chunks:
+        chunks(shapes, arguments, parallel)
     elif arguments.padding:
         padding(shapes, arguments, parallel)
     elif arguments.scaling:

@@ -18,5 +18,4 @@ def test_a_vocabulary_beyond_all_bytes_has_a_few_rows():
 
 def test_what_is_asked_for_is_taken():
     assert rows_per_chunk(48, 512, "cpu") == rows_per_chunk(48, 512, "cuda") == 48
-    # As the measured defaults of both were.
-    assert (rows_per_chunk(None, 32_001, "cpu"), rows_per_chunk(None, 32_001, "cuda")) == (128, 2096)
+    assert (rows_per_chunk(None, 32_001, "cpu"), rows_per_chunk(None, 32_001, "cuda")) == (64, 2096)
