@@ -45,7 +45,8 @@ EXCEPTIONS = {
         "needs GPUs and a corpus", ("train.sh ", "train.sh --dry-run ")
     ),
     "NUM_NODES=1:2": (
-        "needs two nodes; test_elastic.py runs it", ("train.sh RECIPE", "train.sh --dry-run examples/mdlm/113m.py")
+        "needs two nodes; test_elastic.py runs it",
+        ("train.sh RECIPE", "train.sh --dry-run examples/mdlm/113m.py"),
     ),
     "megatron-dlm watch": ("follows a run; test_watch.py runs it", "megatron-dlm watch --help"),
     "tensorboard --logdir": ("serves until it is stopped", "tensorboard --version"),
