@@ -63,6 +63,17 @@ def test_step_benchmark_prints_what_padding_does():
 
 
 @pytest.mark.slow
+def test_step_benchmark_prints_what_the_head_s_chunks_do():
+    printed = run_bench("--families", "mdlm", "--chunks", "--sizes", "1x16x1")
+    rows = [line.replace(",", "").split("│") for line in printed.splitlines() if " mdlm " in line]
+    assert [int(row[3]) for row in rows] == [512, 2048, 8001, 32001]
+    for row in rows:
+        by_bytes, of_128, ratio = (float(cell.strip(" x")) for cell in row[5:8])
+        assert int(row[4]) * int(row[3]) * 4 <= 8 << 20
+        assert ratio == pytest.approx(by_bytes / of_128, rel=0.02, abs=0.01)
+
+
+@pytest.mark.slow
 def test_corruption_benchmark_prints_both_sides():
     printed = printed_by(
         "corruption.py",

@@ -15,6 +15,7 @@ from megatron_dlm.execution.microbatches import BatchAddress, corrupted_parts
 from megatron_dlm.families.registry import OBJECTIVES
 from megatron_dlm.interfaces import ModelInputs, Targets, TokenBatch, Vocabulary, on_device
 from megatron_dlm.kernels.choice import wants_triton
+from megatron_dlm.models.config import ModelConfig
 from megatron_dlm.models.precision.fp8 import Fp8Config
 from megatron_dlm.models.sizes import paper_model
 from megatron_dlm.platform.parallel import ParallelState
@@ -25,6 +26,11 @@ from megatron_dlm.training.optimizer import OptimizerConfig, set_learning_rate, 
 
 LEARNING_RATE = 1e-4
 HEAD_ROWS_PER_CHUNK = 128
+
+
+def model_named(size: str) -> ModelConfig:
+    """A published size, or LAYERSxHIDDENxHEADS with the published sizes' conditioning."""
+    return size_named(size).model(paper_model("6M"))
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ def build_denoiser(shape: Shape, parallel: ParallelState, recompute: Any = "none
     from megatron_dlm.models.denoiser_config import denoiser_config
     from megatron_dlm.models.weight_mapping import weight_places
 
-    model = size_named(shape.size).model(paper_model("6M"))
+    model = model_named(shape.size)
     config = denoiser_config(
         model,
         shape.layout,

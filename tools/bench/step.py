@@ -35,12 +35,11 @@ import torch
 from megatron_dlm.families.registry import OBJECTIVES
 from megatron_dlm.models.flops.flops_actual import Work
 from megatron_dlm.models.head_chunks import rows_per_chunk
-from megatron_dlm.models.sizes import paper_model
 from megatron_dlm.platform.device_flops import matmul_flops_per_second
 from megatron_dlm.platform.launch import detect_environment
 from megatron_dlm.platform.parallel import ParallelState, start_parallel, stop_parallel
 from megatron_dlm.platform.parallel_config import CUDA_VOCABULARY_MULTIPLE, ParallelConfig
-from tools.bench.sides import BUILDERS, OurStep, Shape, body_steps
+from tools.bench.sides import BUILDERS, OurStep, Shape, body_steps, model_named
 
 FAMILIES = ("mdlm", "duo", "ar", "esolm")
 SIDES = ("ours", "naive", "floor")
@@ -157,7 +156,7 @@ def compare_bodies(shapes: list[Shape], arguments: argparse.Namespace, parallel:
         )
         tokens, pairs = shape.batch_size * shape.seq_length, shape.batch_size * shape.seq_length**2
         work = Work(body_rows=tokens, attention_pairs=pairs, sequences=shape.batch_size)
-        speed = work.training_flops(paper_model(size), shape.vocabulary_size) / seconds["ours"]
+        speed = work.training_flops(model_named(size), shape.vocabulary_size) / seconds["ours"]
         rows.append(
             [
                 size,
