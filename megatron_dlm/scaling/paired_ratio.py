@@ -40,7 +40,7 @@ class PairedRatio:
         if self.ratio.interval is None:
             return math.inf
         low, high = self.ratio.interval
-        return math.log(high / low)
+        return math.log(high) - math.log(low) if low > 0 else math.inf
 
     def resolves(self, effect: float) -> bool:
         """Whether the interval is narrower than a saving of a share of the FLOPs.
@@ -121,8 +121,9 @@ def paired_ratios(
     table_Sn = replicate(differences, design @ (inverse @ differences), freedom, replicates, rng)
     at_best_bS = (table_Sn @ inverse.T).T[: len(budgets)]
     losses_bS, slopes_bS = _optimum_losses(reference_fit.usable, np.log(budgets))
-    # The reference's loss is L at C, and L + d at C / ratio.
-    log_ratios_bS = np.log1p(at_best_bS / losses_bS) / -slopes_bS
+    # The reference's loss is L at C, and L + d at C / ratio; where it does not fall, no FLOPs make up for d.
+    falling_bS = np.where(slopes_bS < 0, -slopes_bS, math.nan)
+    log_ratios_bS = np.log1p(at_best_bS / losses_bS) / falling_bS
     counts = np.bincount(rows)
     sizes = np.array([len({size for place, size, _ in shared if place == budget}) for budget in budgets])
 

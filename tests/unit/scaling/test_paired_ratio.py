@@ -92,6 +92,14 @@ def test_what_it_would_take_to_tell_an_effect():
     assert not unknown.resolves(0.999) and unknown.seeds_to_resolve(0.1) == math.inf
 
 
+def test_no_flops_make_up_for_a_loss_where_losses_do_not_fall():
+    family, reference = pair()
+    rise = 2 * np.log(reference.budget_flops / 6e18)
+    found = found_ratios(with_noise(family, rise), with_noise(reference, rise), rng())
+    assert len(found) == 6 and all(math.isnan(each.ratio.value) for each in found)
+    assert all(each.width == math.inf and not each.resolves(0.5) for each in found)
+
+
 def test_runs_that_share_nothing_are_in_no_pair():
     family, reference = pair()
     others = {
