@@ -75,8 +75,8 @@ class TrainingConfig:
     """Steps between bitwise comparisons of all weights over data parallel ranks, to find memory faults; 0:
     never. Nothing is compared with parallel.fully_sharded."""
     head_rows_per_chunk: int | None = None
-    """Rows (token positions) whose logits exist at a time. None: as many as take 8 MiB in float32 on a CPU
-    (64 at 32,001 ids), 256 MiB on a GPU."""
+    """Rows (token positions) whose logits exist at a time. None: as many as take 2 MiB in float32 on a CPU,
+    256 MiB on a GPU, and 128 at least."""
     kernels: Kernels = "auto"
     """Implementation of losses, norms, gates, GELU and rotary embeddings. auto: Triton on CUDA, PyTorch on a
     CPU; torch; triton: on a CPU in Triton's interpreter (TRITON_INTERPRET=1), slow, for tests."""
