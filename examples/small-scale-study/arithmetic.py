@@ -20,7 +20,7 @@ from pathlib import Path
 
 COUNTS = {"train": 20_000, "held-out": 500, "test": 500}
 SHARES = {"test": 1, "held-out": 1, "train": 18}
-"""Of 20 ways to put numbers together."""
+"""How many of 20 ways of putting numbers together go to each file."""
 NAMES = ("Anna", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hana", "Ivo", "June")
 THINGS = ("apples", "books", "coins", "eggs", "keys", "pens", "shells", "stamps")
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}

@@ -30,39 +30,16 @@ def main() -> None:
     best = {family: planned[best_of(results, family).run] for family in FAMILIES}
     for run in best.values():
         megatron_dlm("train", *run.words)
-    judged = [str(best[family].directory) for family in ("mdlm", "duo")]
-    megatron_dlm(
-        *(
-            "evaluate",
-            "pareto",
-            *judged,
-            "--judge",
-            str(best["ar"].directory),
-            "--output",
-            str(work / "sampling"),
-        ),
-        *("--num-steps", *FEW_STEPS, "--num-samples", "256", "--batch-sizes", "64"),
-    )
+    judged = [best[family].directory for family in ("mdlm", "duo")]
+    options = ["--num-steps", *FEW_STEPS, "--num-samples", 256, "--batch-sizes", 64]
+    places = ["--judge", best["ar"].directory, "--output", work / "sampling"]
+    megatron_dlm("evaluate", "pareto", *judged, *places, *options)
     problems = work / "arithmetic"
     for part in ("train", "held-out"):
-        if not (problems / "data" / f"{part}.idx").exists():
-            megatron_dlm(
-                *(
-                    "index",
-                    "--input",
-                    str(problems / f"{part}.jsonl"),
-                    "--output",
-                    str(problems / "data" / part),
-                ),
-                *(
-                    "--tokenizer",
-                    str(work / "tokenizer"),
-                    "--prompt-key",
-                    "question",
-                    "--json-keys",
-                    "answer",
-                ),
-            )
+        output = problems / "data" / part
+        if not output.with_suffix(".idx").exists():
+            options = ["--tokenizer", work / "tokenizer", "--prompt-key", "question", "--json-keys", "answer"]
+            megatron_dlm("index", "--input", problems / f"{part}.jsonl", "--output", output, *options)
     for family, run in best.items():
         fine_tune_and_score(family, run, problems)
 
@@ -85,24 +62,21 @@ def fine_tune_and_score(family: str, run: PlannedRun, problems: Path) -> None:
         run: the run whose weights it starts from.
         problems: directory of the problems.
     """
-    directory = problems / family
-    data = problems / "data"
+    directory, data = problems / family, problems / "data"
+    start = ["--directory", directory, "--checkpoint.initialize-from", run.directory]
+    texts = ["--data.train", data / "train", "--data.validation", data / "held-out"]
+    steps = ["--training.num-steps", FINE_TUNING_STEPS, "--schedule.decay-steps", FINE_TUNING_STEPS]
+    rates = ["--schedule.warmup-steps", 50, "--schedule.lr", 2e-3, "--schedule.min-lr", 2e-4]
+    megatron_dlm("train", *run.words, *start, *texts, *steps, *rates)
+    problem_file, answers = problems / "test.jsonl", directory / "answers"
     megatron_dlm(
-        *("train", *run.words, "--directory", str(directory)),
-        *("--checkpoint.initialize-from", str(run.directory)),
-        *("--data.train", str(data / "train"), "--data.validation", str(data / "held-out")),
-        *("--training.num-steps", str(FINE_TUNING_STEPS), "--schedule.decay-steps", str(FINE_TUNING_STEPS)),
-        *("--schedule.warmup-steps", "50", "--schedule.lr", "2e-3", "--schedule.min-lr", "2e-4"),
-    )
-    megatron_dlm(
-        *("evaluate", "gsm8k", str(directory), "--data", str(problems / "test.jsonl")),
-        *("--output", str(directory / "answers"), "--batch-size", "64"),
+        "evaluate", "gsm8k", directory, "--data", problem_file, "--output", answers, "--batch-size", 64
     )
 
 
-def megatron_dlm(*words: str) -> None:
+def megatron_dlm(*words: object) -> None:
     """Run a command of the package; its errors end this program."""
-    code = subprocess.run([sys.executable, "-m", "megatron_dlm", *words]).returncode
+    code = subprocess.run([sys.executable, "-m", "megatron_dlm", *map(str, words)]).returncode
     if code:
         sys.exit(code)
 

@@ -24,20 +24,12 @@ PUBLISHED_TABLE = "published"
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitConfig:
-    """Scaling laws of a table of trained models.
-
-    At each budget of a family, a parabola of the loss in the logarithm of the number of parameters N gives
-    the best size (IsoFLOP); power laws of the budget C go through these optima. The joint form
-    E + A / N^a + B / D^b (D: training tokens) is fitted by variable projection and by Chinchilla's Huber
-    loss. Intervals are 95%, from replicates of the data.
-    """
+class FitArguments:
+    """A table and how it is fitted."""
 
     table: Annotated[Path, tyro.conf.Positional]
     """CSV file of `megatron-dlm scaling collect`, or with columns family, budget_flops, parameters, tokens
     and nats_per_token; `published`: the points of arXiv:2602.15014."""
-    output: Path | None = None
-    """JSON file to write all fits to; None: they are only printed."""
     reference: str | None = None
     """Family that the others are compared with; None: the first of the table."""
     replicates: int = 1000
@@ -51,27 +43,32 @@ class FitConfig:
     def __post_init__(self) -> None:
         if self.replicates < 100:
             raise InputError(f"replicates: {self.replicates} is below 100")
-        check_effect(self.effect)
-        check_new_file("output", self.output)
+        if not 0 < self.effect < 1:
+            raise InputError(f"effect: {self.effect} is outside (0, 1)")
 
 
-def check_effect(effect: float) -> None:
-    """Refuse a share that is none.
+@dataclass(frozen=True, kw_only=True)
+class FitConfig(FitArguments):
+    """Scaling laws of a table of trained models.
 
-    Args:
-        effect: share of the FLOPs.
-
-    Raises:
-        InputError: it is outside (0, 1).
+    At each budget of a family, a parabola of the loss in the logarithm of the number of parameters N gives
+    the best size (IsoFLOP); power laws of the budget C go through these optima. The joint form
+    E + A / N^a + B / D^b (D: training tokens) is fitted by variable projection and by Chinchilla's Huber
+    loss. Intervals are 95%, from replicates of the data.
     """
-    if not 0 < effect < 1:
-        raise InputError(f"effect: {effect} is outside (0, 1)")
+
+    output: Path | None = None
+    """JSON file to write all fits to; None: they are only printed."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_new_file("output", self.output)
 
 
 def run(arguments: list[str]) -> int:
     """Parse, fit, print, write; returns the exit code."""
     config = parse(FitConfig, arguments, verb="scaling fit")
-    fit = fit_table(config.table, config.reference, replicates=config.replicates, seed=config.seed)
+    fit = fit_table(config)
     print_fit(fit, config.effect)
     if config.output is not None:
         from megatron_dlm.scaling.fit import write_fit
@@ -81,14 +78,11 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def fit_table(table: Path, reference: str | None, *, replicates: int, seed: int) -> ScalingFit:
+def fit_table(config: FitArguments) -> ScalingFit:
     """Fit all families of a table.
 
     Args:
-        table: CSV file.
-        reference: family that the others are compared with; None: the first.
-        replicates: number of replicates for intervals.
-        seed: random seed of the replicates.
+        config: the table and how it is fitted.
 
     Returns:
         The fits, the reference's first.
@@ -99,13 +93,14 @@ def fit_table(table: Path, reference: str | None, *, replicates: int, seed: int)
     from megatron_dlm.scaling.fit import fit_all
     from megatron_dlm.scaling.points import PUBLISHED, read_points
 
+    table, reference = config.table, config.reference
     families = read_points(PUBLISHED if str(table) == PUBLISHED_TABLE and not table.exists() else table)
     names = [points.family for points in families]
     if reference is not None and reference not in names:
         raise InputError(f"reference: {reference!r} is not one of {', '.join(names)}")
     first = reference or names[0]
     families.sort(key=lambda points: points.family != first)
-    return fit_all(table, families, replicates=replicates, seed=seed)
+    return fit_all(table, families, replicates=config.replicates, seed=config.seed)
 
 
 def print_fit(fit: ScalingFit, effect: float) -> None:

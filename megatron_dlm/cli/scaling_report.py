@@ -7,12 +7,10 @@ import html
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING, Annotated
-
-import tyro
+from typing import TYPE_CHECKING
 
 from megatron_dlm.cli.arguments import parse
-from megatron_dlm.cli.scaling_fit import check_effect, fit_table, tables_of
+from megatron_dlm.cli.scaling_fit import FitArguments, fit_table, tables_of
 from megatron_dlm.interfaces import InputError
 
 if TYPE_CHECKING:
@@ -24,34 +22,22 @@ PAGE = "report.html"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportConfig:
+class ReportConfig(FitArguments):
     """Draw the scaling laws of a table of trained models.
 
     Writes report.html, one page that needs no other file, fit.json and the pictures: IsoFLOP curves with
     their vertices, optima and FLOPs ratios against the budget, residuals, and the joint form.
     """
 
-    table: Annotated[Path, tyro.conf.Positional]
-    """CSV file, as of `megatron-dlm scaling fit`."""
     output: Path
     """Directory for the page and the pictures."""
     title: str = "Scaling laws"
     """Title of the page."""
-    reference: str | None = None
-    """Family that the others are compared with; None: the first of the table."""
     published: bool = False
     """Lay the points of arXiv:2602.15014 under those of the same families, in grey."""
-    replicates: int = 1000
-    """Number of replicates for intervals."""
-    seed: int = 0
-    """Random seed of the replicates."""
-    effect: float = 0.1
-    """Share of the FLOPs that runs in pairs should tell."""
 
     def __post_init__(self) -> None:
-        if self.replicates < 100:
-            raise InputError(f"replicates: {self.replicates} is below 100")
-        check_effect(self.effect)
+        super().__post_init__()
         if self.output.exists() and not self.output.is_dir():
             raise InputError(f"output: {self.output} is not a directory")
 
@@ -63,7 +49,7 @@ def run(arguments: list[str]) -> int:
     from megatron_dlm.scaling.pictures import draw_all
     from megatron_dlm.scaling.points import published_points
 
-    fit = fit_table(config.table, config.reference, replicates=config.replicates, seed=config.seed)
+    fit = fit_table(config)
     config.output.mkdir(parents=True, exist_ok=True)
     pictures = draw_all(fit, config.output, published_points() if config.published else ())
     write_fit(fit, config.output / "fit.json")

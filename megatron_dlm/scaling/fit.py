@@ -225,8 +225,7 @@ def _ratio(ratio: FlopsRatio) -> dict[str, Any]:
         "budget_flops": ratio.budget_flops,
         "nats_per_token": ratio.nats_per_token,
         "reference_flops": ratio.reference_flops,
-        "ratio": ratio.ratio.value,
-        "intervals": {"ratio": ratio.ratio.interval},
+        **_with_intervals({"ratio": ratio.ratio}),
         "extrapolated": bool(ratio.remark),
         "remark": ratio.remark,
     }
