@@ -156,7 +156,7 @@ def try_collectives(state):
 
     calls = {
         "all_reduce": lambda: dist.all_reduce(*tensors(1)),
-        "broadcast": lambda: dist.broadcast(*tensors(1), 0),
+        "broadcast": lambda: dist.broadcast(*tensors(1), src=0),
         "coalesced all_reduce": lambda: dist.all_reduce_coalesced(tensors(2)),
     }
     for name, call in calls.items():

@@ -209,7 +209,7 @@ def chain_law(laws, share, grid):
                 if torch.isinf(inverse):
                     rows.append(np.eye(SIZE)[z[place]])
                     continue
-                shares = posterior_shares(torch.tensor(p[z[place]]), *levels, inverse)
+                shares = posterior_shares(torch.tensor(p[z[place]]), *levels, inverse_probability=inverse)
                 stays, predicted, random = (float(share) for share in shares)
                 rows.append(stays * np.eye(SIZE)[z[place]] + predicted * p + random * pi)
             for values in itertools.product(range(SIZE), repeat=LENGTH):

@@ -177,7 +177,7 @@ def test_modulated_norm(dtype, length, batch, width, used, few_programs):
     values += [random(batch, width, seed=3), random(batch, width, seed=4)]
     found = compare(
         lambda x, *rest: (x, norm_twin(x, *rest)),
-        lambda *leaves: modulated_norm(*leaves, 1e-5, dtype),
+        lambda *leaves: modulated_norm(*leaves, epsilon=1e-5, dtype=dtype),
         values,
         [stream] * 4,
         dtype,
@@ -195,7 +195,7 @@ def test_gated_residual(dtype, length, batch, width, biased, few_programs):
     values = [random(length, batch, width, seed=1), random(batch, width, seed=2)]
     values += [random(length, batch, width, seed=3).to(dtype), random(width, seed=4).to(dtype)]
     count = 4 if biased else 3
-    kernel = gated_residual if biased else lambda *leaves: gated_residual(*leaves, None)
+    kernel = gated_residual if biased else lambda *leaves: gated_residual(*leaves, bias=None)
     compare(gate_twin, kernel, values[:count], [stream, stream, dtype, dtype][:count], dtype)
 
 
@@ -214,7 +214,7 @@ def test_gated_residual_and_norm_in_one(dtype, length, batch, width, used, few_p
     values += [random(batch, width, seed=5), random(batch, width, seed=6)]
     compare(
         twin,
-        lambda *leaves: gated_residual_norm(*leaves, 1e-5, dtype),
+        lambda *leaves: gated_residual_norm(*leaves, epsilon=1e-5, dtype=dtype),
         values,
         [stream, stream, dtype, *[stream] * 3],
         dtype,
@@ -234,10 +234,10 @@ def test_parts_of_a_modulation_are_read_where_they_lie(few_programs):
         _, _, gate, shift, scale, _ = modulation.chunk(6, dim=-1)
         parts = [part.contiguous() if copied else part for part in (gate, shift, scale)]
         out, y = residual_norm.gated_residual_norm(
-            stream, parts[0], branch, weight, *parts[1:], 1e-5, torch.float32
+            stream, parts[0], branch, weight, *parts[1:], epsilon=1e-5, dtype=torch.float32
         )
         gradients.append(torch.autograd.grad((out * y).sum(), modulation)[0])
-        again = residual_norm.normed_again(out, weight, *parts[1:], 1e-5, torch.float32)
+        again = residual_norm.normed_again(out, weight, *parts[1:], epsilon=1e-5, dtype=torch.float32)
         assert torch.equal(again, y)
     assert torch.equal(*gradients)
 

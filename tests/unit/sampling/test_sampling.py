@@ -77,9 +77,8 @@ def test_posterior_is_bayes_rule(mask_in_noise):
     expected = prior * forward[:, noisy]
     expected = expected / expected.sum()
     p = torch.nn.functional.one_hot(torch.tensor(clean), size).double()
-    shares = posterior_shares(
-        p[noisy], *(torch.tensor(a, dtype=torch.float64) for a in (alpha_t, alpha_s)), count
-    )
+    levels = (torch.tensor(a, dtype=torch.float64) for a in (alpha_t, alpha_s))
+    shares = posterior_shares(p[noisy], *levels, inverse_probability=count)
     assert sum(shares) == pytest.approx(1, abs=1e-15)
     found = shares.predicted * p + shares.noise * states / count
     found[noisy] += shares.stays
@@ -90,7 +89,7 @@ def test_a_prediction_can_only_add_to_what_stays():
     p = torch.linspace(0, 1, 11, dtype=torch.float64)
     for alpha_t, alpha_s in ((0.001, 0.2), (0.5, 0.51), (0.9, 1.0)):
         levels = (torch.tensor(a, dtype=torch.float64) for a in (alpha_t, alpha_s))
-        assert (posterior_shares(p, *levels, 7).stays.diff() > 0).all()
+        assert (posterior_shares(p, *levels, inverse_probability=7).stays.diff() > 0).all()
 
 
 def test_plans_cover_every_position_once():

@@ -42,7 +42,7 @@ def found_ratios(family, reference, generator):
 
 
 def test_without_noise_the_ratio_comes_back():
-    found = found_ratios(*pair(), rng())
+    found = found_ratios(*pair(), generator=rng())
     assert [each.budget_flops for each in found] == [6e18, 1e19, 3e19, 6e19, 1e20, None]
     # A parabola on the joint form's surface is not exact.
     assert [each.ratio.value for each in found] == pytest.approx([RATIO] * 6, rel=0.01)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megatron_dlm.cli.scaling_fit import fit_table
+from megatron_dlm.cli.scaling_fit import FitArguments, fit_table
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.scaling.points import read_points
 
@@ -57,7 +57,8 @@ def test_a_missing_file_is_refused(tmp_path):
 
 
 def fitted(tmp_path, rows, reference=None):
-    return fit_table(table(tmp_path, rows), reference, replicates=100, seed=0)
+    arguments = FitArguments(table=table(tmp_path, rows), reference=reference, replicates=100, seed=0)
+    return fit_table(arguments)
 
 
 def test_a_reference_that_is_not_there_is_refused(tmp_path):
