@@ -28,8 +28,8 @@ def recipe() -> RunConfig:
             validation="runs/small-scale-study/data/held-out",
             seq_length=128,
         ),
-        training=TrainingConfig(num_steps=1000, global_batch_size=32, micro_batch_size=32),
-        schedule=LrScheduleConfig(lr=4e-3, min_lr=4e-4, warmup_steps=50, decay_steps=1000),
+        training=TrainingConfig(num_steps=1000, global_batch_size=16, micro_batch_size=16, recompute="none"),
+        schedule=LrScheduleConfig(lr=3e-3, min_lr=3e-4, warmup_steps=50, decay_steps=1000),
         # Once before the first step and once after the last, on the same 131,072 tokens and noise.
         evaluation=EvaluationConfig(every=1_000_000, num_batches=16, batch_size=64),
         checkpoint=CheckpointConfig(save_every=500, keep_last=1),

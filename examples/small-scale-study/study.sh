@@ -26,7 +26,7 @@ if [[ ! -f $work/data/held-out.idx ]]; then
 fi
 objectives=($here/ar.py $here/mdlm.py "mdlm-elbo=$here/mdlm_elbo.py" $here/duo.py $here/esolm.py)
 grid=(--count actual --budgets 1e12 3e12 9e12 27e12 --least-warmup-steps 50
-    --sizes 1x16x1 2x24x1 2x32x1 3x48x2 4x64x2 4x96x3 6x96x3 6x128x4)
+    --sizes 1x16x1 2x24x1 3x32x1 3x48x2 4x64x2 5x80x2 6x96x3 6x128x4)
 # A grid of all sizes around a guess, then two more seeds of the size that is best by the first grid's fit.
 if [[ ! -f $work/grid/runs.json ]]; then
     "${dlm[@]}" scaling plan "${objectives[@]}" --output "$work/grid" "${grid[@]}" --sizes-per-budget 5 \

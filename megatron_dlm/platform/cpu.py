@@ -106,6 +106,10 @@ _REPLACEMENTS: dict[str, Any] = {
 }
 
 
+_REWRITTEN = frozenset({torch.Tensor.pin_memory, torch.Tensor.cuda, torch.Tensor.type})
+"""Functions whose calls are rewritten even without keyword arguments."""
+
+
 class _CudaToCpu(TorchFunctionMode):
     """Rewrites device arguments that name CUDA in any torch call, and mends the gradient norm."""
 
@@ -116,6 +120,9 @@ class _CudaToCpu(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        # A step of a small model makes thousands of calls: most need nothing.
+        if not kwargs and func not in _REWRITTEN:
+            return func(*args)
         kwargs = dict(kwargs or {})
         if "device" in kwargs:
             kwargs["device"] = _to_cpu(kwargs["device"])

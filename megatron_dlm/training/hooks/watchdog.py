@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import faulthandler
+import math
 import signal
+import time
 
 from megatron_dlm.training.loop import Hook
 from megatron_dlm.training.progress import StepReport, TrainingProgress
@@ -12,6 +14,9 @@ from megatron_dlm.training.session import Session
 
 class WatchdogHook(Hook):
     """Prints all thread stacks and ends the process if a step takes too long; SIGUSR2 only prints them."""
+
+    def __init__(self) -> None:
+        self._started = -math.inf
 
     def on_start(self, session: Session, progress: TrainingProgress) -> None:
         """Begin to watch."""
@@ -33,8 +38,15 @@ class WatchdogHook(Hook):
         self._watch(session)
 
     def _watch(self, session: Session) -> None:
+        timeout = session.config.training.step_timeout_seconds
+        # Each call starts a thread, which costs small models part of their step: within a hundredth of the
+        # timeout, the timer that runs will do.
+        now = time.monotonic()
+        if now - self._started < timeout / 100:
+            return
+        self._started = now
         # A thread in C: it also wakes where Python hangs.
-        faulthandler.dump_traceback_later(session.config.training.step_timeout_seconds, exit=True)
+        faulthandler.dump_traceback_later(timeout, exit=True)
 
 
 def stop_watching() -> None:
