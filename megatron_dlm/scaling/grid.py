@@ -80,8 +80,8 @@ def sizes_at(base: Base, sizes: Sequence[Size], budget: float, guess: float, cou
         sizes: sizes to choose from.
         budget: FLOPs.
         guess: expected best number of parameters.
-        count: sizes nearest to the guess that are taken, as many below as above where there are; 1: the
-            nearest alone, for more seeds of an optimum; None: all.
+        count: number of sizes in a row that are taken, so that the farthest is as near to the guess by its
+            ratio as it can be; 1: the nearest alone, for more seeds of an optimum; None: all.
 
     Returns:
         The sizes.
@@ -90,21 +90,19 @@ def sizes_at(base: Base, sizes: Sequence[Size], budget: float, guess: float, cou
         InputError: fewer than two of them are below or above the guess.
     """
     by_size = sorted(sizes, key=base.parameters)
-    if count == 1:
-        return [min(by_size, key=lambda size: abs(math.log(base.parameters(size) / guess)))]
-    below = [size for size in by_size if base.parameters(size) < guess]
-    above = [size for size in by_size if base.parameters(size) >= guess]
-    if count is not None:
-        low = min(len(below), max(count // 2, count - len(above)))
-        below = below[len(below) - low :]
-        above = above[: count - low]
-    if min(len(below), len(above)) < LEAST_ON_A_SIDE:
+    count = len(by_size) if count is None else min(count, len(by_size))
+    fewest = 0 if count == 1 else LEAST_ON_A_SIDE
+    below = sum(base.parameters(size) < guess for size in by_size)
+    starts = range(max(0, below + fewest - count), min(below - fewest, len(by_size) - count) + 1)
+    rows = [by_size[start : start + count] for start in starts]
+    if not rows:
         raise InputError(
-            f"sizes: {base.name} at {budget:g} FLOPs has {len(below)} sizes below the guess of {guess:.3g} "
-            f"parameters and {len(above)} above; a parabola needs {LEAST_ON_A_SIDE} on each side. "
+            f"sizes: {base.name} at {budget:g} FLOPs has {below} sizes below the guess of {guess:.3g} "
+            f"parameters and {len(by_size) - below} above; of {count}, a parabola needs {LEAST_ON_A_SIDE} on "
+            f"each side. "
             f"The sizes: {', '.join(f'{size.name} ({base.parameters(size):,})' for size in by_size)}"
         )
-    return [*below, *above]
+    return min(rows, key=lambda row: max(abs(math.log(base.parameters(size) / guess)) for size in row))
 
 
 def _planned(

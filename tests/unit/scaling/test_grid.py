@@ -63,15 +63,21 @@ def test_runs_have_the_published_steps(paper_base, budget):
         assert run.parameters == pytest.approx(by_tokens[run.tokens], rel=1e-4)
 
 
-def test_as_many_sizes_as_asked_lie_around_the_guess(paper_base):
+@pytest.mark.parametrize("guess", [100e6, 131e6, 150e6, 200e6])
+@pytest.mark.parametrize("count", [4, 5, 6])
+def test_as_many_sizes_as_asked_lie_around_the_guess(paper_base, guess, count):
+    """No other row of sizes with two on each side ends nearer to the guess."""
     sizes = [size_named(name) for name in PAPER]
-    for guess in (100e6, 150e6, 200e6):
-        found = sizes_at(paper_base, sizes, 6e18, guess, 6)
-        counts = [paper_base.parameters(size) for size in found]
-        assert len(found) == 6 and counts == sorted(counts)
-        assert sum(count < guess for count in counts) >= 2 and sum(count > guess for count in counts) >= 2
-        others = {paper_base.parameters(size) for size in sizes} - set(counts)
-        assert not any(counts[0] < other < counts[-1] for other in others)
+    found = [paper_base.parameters(size) for size in sizes_at(paper_base, sizes, 6e18, guess, count)]
+    counts = sorted(paper_base.parameters(size) for size in sizes)
+    rows = [counts[start : start + count] for start in range(len(counts) - count + 1)]
+    assert found in rows
+
+    def reach(row):
+        return max(row[-1] / guess, guess / row[0])
+
+    allowed = [row for row in rows if row[1] < guess <= row[-2]]
+    assert found in allowed and reach(found) == min(map(reach, allowed))
 
 
 @pytest.mark.parametrize("guess", [20e6, 120e6, 290e6])
