@@ -20,7 +20,9 @@ NORM_PIECE = 1 << 18
 
 
 def install() -> None:
-    """Redirect `torch.cuda` to the CPU for the rest of the process; a second call changes nothing.
+    """Redirect `torch.cuda` to the CPU for the rest of the process, and import megatron-core.
+
+    A second call changes nothing.
 
     Raises:
         RuntimeError: megatron-core was imported first, so it has seen GPU extras this call would hide.
@@ -35,6 +37,24 @@ def install() -> None:
     # Recomputation asks for the state by this name.
     torch.cuda.random.get_rng_state = _REPLACEMENTS["get_rng_state"]
     _CudaToCpu().__enter__()
+    _import_megatron_core()
+
+
+def _import_megatron_core() -> None:
+    # megatron-core passes small functions to torch.compile when it is imported. Here they stay as they are:
+    # they would need a C++ compiler, and torch's own takes half as long to import as all of megatron-core.
+    # wandb, which its inference imports where it is installed, takes a second more.
+    compile_function, has_wandb = torch.compile, "wandb" in sys.modules
+    torch.compile = lambda function: function  # type: ignore[assignment]
+    if not has_wandb:
+        sys.modules["wandb"] = None  # type: ignore[assignment]
+    try:
+        from megatron.core.jit import disable_jit_fuser
+    finally:
+        torch.compile = compile_function
+        if not has_wandb:
+            del sys.modules["wandb"]
+    disable_jit_fuser()
 
 
 def _hide_gpu_extras() -> None:

@@ -14,7 +14,10 @@ from tests.helpers.paths import ROOT
 from tests.helpers.processes import CPU
 from tools import tiny
 
-FEW = " --training.num-steps 4 --evaluation.num-batches 1 --evaluation.batch-size 8"
+FEW = (
+    " --training.num-steps 4 --evaluation.num-batches 1 --evaluation.batch-size 8"
+    " --model.num-layers 2 --model.hidden-size 64 --model.num-attention-heads 2 --model.ffn-hidden-size 256"
+)
 EXCEPTIONS = {
     "examples/quickstart.sh": ("six minutes; test_examples.py runs it", "bash -n examples/quickstart.sh"),
     "tests/run.sh": ("this is one of its tests", "bash -n tests/run.sh"),
