@@ -2,14 +2,25 @@
 # The paper's claims at small scale: makes the text, plans a grid of runs for five objectives, trains what is missing,
 # fits and draws. Hours on two processors, in pieces: stopped or killed, the same command goes on.
 #
-#   examples/small-scale-study/study.sh [--jobs N]     N runs at a time, a processor each (default 2)
+#   examples/small-scale-study/study.sh [--jobs N] [--done POINTS.csv]
+#     --jobs: runs at a time, a processor each (default 2)
+#     --done: points.csv of a grid that was begun elsewhere; its runs are not trained again
 # Everything lies in runs/small-scale-study/. docs/small-scale-study.md has the results.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 jobs=2
-if [[ ${1:-} == --jobs ]]; then
-    jobs=$2
-fi
+finished=
+while (($#)); do
+    case $1 in
+        --jobs) jobs=${2:?--jobs: a number is missing} ;;
+        --done) finished=$(realpath "${2:?--done: a file is missing}") ;;
+        *)
+            echo "$1: neither --jobs nor --done" >&2
+            exit 2
+            ;;
+    esac
+    shift 2
+done
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 python=${PYTHON:-python}
 here=examples/small-scale-study
 work=runs/small-scale-study
@@ -31,6 +42,7 @@ grid=(--count actual --budgets 1e12 3e12 9e12 27e12 --least-warmup-steps 50
 if [[ ! -f $work/grid/runs.json ]]; then
     "${dlm[@]}" scaling plan "${objectives[@]}" --output "$work/grid" "${grid[@]}" --sizes-per-budget 5 \
         --guess $here/guess.json
+    [[ -z $finished ]] || cp "$finished" "$work/grid/points.csv"
 fi
 "${dlm[@]}" scaling run "$work/grid" --jobs "$jobs"
 if [[ ! -f $work/seeds/runs.json ]]; then
