@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -296,7 +297,8 @@ def load_recipe(path: Path) -> RunConfig:
         The configuration, before overrides.
 
     Raises:
-        InputError: missing file, other suffix, no such function, or a record with wrong fields.
+        InputError: missing file, other suffix, no such function, a function that fails, or a record with
+            wrong fields.
     """
     if not path.is_file():
         raise InputError(f"recipe: {path}: no such file")
@@ -307,13 +309,27 @@ def load_recipe(path: Path) -> RunConfig:
     spec = importlib.util.spec_from_file_location("megatron_dlm_recipe", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not callable(getattr(module, "recipe", None)):
-        raise InputError(f"recipe: {path}: has no function recipe() -> RunConfig")
-    config = module.recipe()
+    try:
+        spec.loader.exec_module(module)
+        if not callable(getattr(module, "recipe", None)):
+            raise InputError(f"recipe: {path}: has no function recipe() -> RunConfig")
+        config = module.recipe()
+    except InputError:
+        raise
+    except Exception as error:
+        where = f"{path}{_line_of(error, spec.origin)}"
+        raise InputError(f"recipe: {where}: {type(error).__name__}: {error}") from error
     if not isinstance(config, RunConfig):
         raise InputError(f"recipe: {path}: recipe() returned {type(config).__name__}, not a RunConfig")
     return config
+
+
+def _line_of(error: Exception, file: str | None) -> str:
+    """Where in a file an error came up, as a part of a message; empty if it is not known."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    if isinstance(error, SyntaxError) and error.filename == file:
+        lines.append(error.lineno)
+    return f", line {lines[-1]}" if lines else ""
 
 
 def _load_record(path: Path) -> RunConfig:
