@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_dlm.scaling.estimates import estimate
+from megatron_dlm.scaling.estimates import Estimate, estimate
 from megatron_dlm.scaling.fit import FamilyFit, ScalingFit
 from megatron_dlm.scaling.isoflop import Optima
 from megatron_dlm.scaling.lr_sweep import BestRates
@@ -36,6 +36,7 @@ def draw_all(fit: ScalingFit, directory: Path, published: Sequence[Points] = ())
         "IsoFLOP curves": (_isoflop, "isoflop.png"),
         "Optima against the budget": (_optima, "optima.png"),
         "FLOPs ratios at equal loss": (_ratios, "ratios.png"),
+        "FLOPs ratios of pairs of runs": (_paired_ratios, "paired-ratios.png"),
         "Residuals": (_residuals, "residuals.png"),
         "Joint form": (_contours, "joint.png"),
     }
@@ -156,22 +157,63 @@ def _ratios(fit: ScalingFit, published: Sequence[Points]) -> Any:
         budgets = [ratio.budget_flops for ratio in own]
         panel.plot(budgets, [ratio.ratio.value for ratio in own], color=_color(index), label=family)
         for ratio in own:
-            low, high = ratio.ratio.interval or (ratio.ratio.value, ratio.ratio.value)
-            panel.errorbar(
-                ratio.budget_flops,
-                ratio.ratio.value,
-                [[max(0.0, ratio.ratio.value - low)], [max(0.0, high - ratio.ratio.value)]],
-                fmt=MARKERS[index % 7],
-                color=_color(index),
-                capsize=3,
-                mfc="white" if ratio.remark else None,
-            )
-    panel.axhline(1, color="0.5", linestyle="--")
-    panel.set(xscale="log", yscale="log", xlabel="FLOPs of the family")
-    panel.set_ylabel(f"times the FLOPs of {fit.ratios[0].reference} at equal loss")
-    panel.grid(alpha=0.3, which="both")
+            _with_interval(panel, ratio.budget_flops, ratio.ratio, index, hollow=bool(ratio.remark))
+    _label_ratios(panel, fit.ratios[0].reference)
     panel.legend(fontsize=8, title="hollow: extrapolated", title_fontsize=8)
     return figure
+
+
+def _paired_ratios(fit: ScalingFit, published: Sequence[Points]) -> Any:
+    """FLOPs ratios of runs in pairs over budgets, a panel for each reference; a band for all budgets."""
+    known = [ratio for ratio in fit.paired if np.isfinite(ratio.ratio.value)]
+    references = list(dict.fromkeys(ratio.reference for ratio in known))
+    if not references:
+        return None
+    figure, panels = _panels(len(references))
+    colors = {name: index for index, name in enumerate(dict.fromkeys(ratio.family for ratio in known), 1)}
+    for panel, reference in zip(panels, references, strict=True):
+        for ratio in (each for each in known if each.reference == reference):
+            index = colors[ratio.family]
+            if ratio.budget_flops is not None:
+                _with_interval(panel, ratio.budget_flops, ratio.ratio, index)
+                continue
+            panel.axhline(ratio.ratio.value, color=_color(index), label=ratio.family)
+            panel.axhspan(*_bounds(ratio.ratio), color=_color(index), alpha=0.15)
+        _label_ratios(panel, reference)
+        panel.legend(fontsize=8, title="line: all budgets", title_fontsize=8)
+    return figure
+
+
+def _with_interval(panel: Any, budget: float, ratio: Estimate, index: int, *, hollow: bool = False) -> None:
+    low, high = _bounds(ratio)
+    panel.errorbar(
+        budget,
+        ratio.value,
+        [[max(0.0, ratio.value - low)], [max(0.0, high - ratio.value)]],
+        fmt=MARKERS[index % 7],
+        color=_color(index),
+        capsize=3,
+        mfc="white" if hollow else None,
+    )
+
+
+def _bounds(ratio: Estimate) -> tuple[float, float]:
+    """The interval, or the value alone where there is none or it has no end."""
+    if ratio.interval is None or not np.isfinite(ratio.interval).all():
+        return ratio.value, ratio.value
+    return ratio.interval
+
+
+def _label_ratios(panel: Any, reference: str) -> None:
+    from matplotlib.ticker import LogFormatter
+
+    panel.axhline(1, color="0.5", linestyle="--")
+    panel.set(xscale="log", yscale="log", xlabel="FLOPs of the family")
+    # 20 and not 2 x 10^1.
+    panel.yaxis.set_major_formatter(LogFormatter())
+    panel.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+    panel.set_ylabel(f"times the FLOPs of {reference} at equal loss")
+    panel.grid(alpha=0.3, which="both")
 
 
 def _residuals(fit: ScalingFit, published: Sequence[Points]) -> Any:

@@ -11,6 +11,7 @@ from megatron_dlm.scaling.fit import fit_all
 from megatron_dlm.scaling.flops_ratio import flops_ratios
 from megatron_dlm.scaling.isoflop import fit_isoflop
 from megatron_dlm.scaling.paired_ratio import PairedRatio, paired_ratios
+from megatron_dlm.scaling.pictures import draw_all
 from megatron_dlm.scaling.points import published_points
 from tests.helpers.paths import ROOT
 from tests.helpers.scaling_grids import joint
@@ -112,3 +113,13 @@ def test_runs_that_share_nothing_are_in_no_pair():
     # The digitised points do not say their seeds.
     table = ROOT / "megatron_dlm" / "scaling" / "published_points.csv"
     assert fit_all(table, published_points(), replicates=100, seed=0).paired == ()
+
+
+def test_pairs_are_drawn_and_those_without_a_ratio_are_left_out(tmp_path):
+    family, reference = pair(seeds=(1, 2))
+    rise = 2 * np.log(reference.budget_flops / 6e18)
+    for change, drawn in ((0.0, True), (rise, False)):
+        points = [with_noise(reference, change), with_noise(family, change)]
+        pictures = draw_all(fit_all("table", points, replicates=100, seed=0), tmp_path)
+        assert ("FLOPs ratios of pairs of runs" in pictures) == drawn
+    assert (tmp_path / "paired-ratios.png").stat().st_size > 10_000
