@@ -217,7 +217,8 @@ def test_the_gpu_benchmark_goes_on_where_it_stopped(tmp_path):
     output = tmp_path / "gpu.jsonl"
     words = ["--families", "duo", "--isoflop-budgets", "1.5e12", "--isoflop-sizes", "tiny"]
     words += ["--time-limit", "2000", "--options", *OPTIONS]
-    first, lines = run_gpu_bench(output, *words)
+    # Eighteen processes, one after another.
+    first, lines = run_gpu_bench(output, *words, seconds=4 * HANG_SECONDS)
     assert list(lines) == [
         *("device", "ours tiny duo bf16 x1", "ours tiny duo fp8 x1", "head tiny", "sampling duo", "text"),
         *(f"option {option}, {side}" for option in OPTIONS for side in ("with", "without")),
