@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+from tests.helpers.hang import HANG_SECONDS
 from tests.helpers.processes import CPU
 
 STARTED = """
@@ -26,7 +27,7 @@ def test_neither_a_compiler_nor_wandb_is_imported():
         env=os.environ | CPU,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=HANG_SECONDS,
     )
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.split() == []
