@@ -4,7 +4,7 @@
 #
 #   examples/small-scale-study/study.sh [--jobs N] [--done POINTS.csv]
 #     --jobs: runs at a time, a processor each (default 2)
-#     --done: points.csv of a grid that was begun elsewhere; its runs are not trained again
+#     --done: points.csv of a grid that was begun elsewhere, taken when this one is planned; its runs are not trained again
 # Everything lies in runs/small-scale-study/. docs/small-scale-study.md has the results.
 set -euo pipefail
 jobs=2

@@ -90,8 +90,8 @@ def sizes_at(base: Base, sizes: Sequence[Size], budget: float, guess: float, cou
         InputError: fewer than two of them are below or above the guess.
     """
     by_size = sorted(sizes, key=base.parameters)
-    count = len(by_size) if count is None else min(count, len(by_size))
     fewest = 0 if count == 1 else LEAST_ON_A_SIDE
+    count = len(by_size) if count is None else min(count, len(by_size))
     below = sum(base.parameters(size) < guess for size in by_size)
     starts = range(max(0, below + fewest - count), min(below - fewest, len(by_size) - count) + 1)
     rows = [by_size[start : start + count] for start in starts]

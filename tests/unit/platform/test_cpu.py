@@ -21,7 +21,6 @@ print(*sorted({"torch._inductor", "wandb"} & sys.modules.keys()))
 
 def test_neither_a_compiler_nor_wandb_is_imported():
     """Each takes as long as much of the rest, in every process of every command."""
-
     finished = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", STARTED],
         env=os.environ | CPU,

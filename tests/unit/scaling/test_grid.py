@@ -97,6 +97,13 @@ def test_fewer_than_two_sizes_on_a_side_are_refused(paper_base, guess):
         plan(paper_base, PAPER, [6e18], guess)
 
 
+@pytest.mark.parametrize("count", [None, 2])
+def test_a_single_size_is_no_parabola_unless_it_is_asked_for(paper_base, count):
+    with pytest.raises(InputError, match="a parabola needs 2 on each side"):
+        sizes_at(paper_base, [size_named("113M")], 6e18, 120e6, count)
+    assert len(sizes_at(paper_base, [size_named("113M")], 6e18, 120e6, 1)) == 1
+
+
 def test_the_published_laws_guess_the_published_optima():
     guess = published_guess()
     assert guess("ar", 3e19) == pytest.approx(458.9e6, rel=0.1)
