@@ -48,10 +48,10 @@ def boxes_and_more(name: str, things: str, first: int, second: int, third: int) 
     """A product, then a sum."""
     question = (
         f"{name} has {first} boxes with {second} {things} each and finds {third} more. "
-        f"How many {things} does {name} have?"
+        f"How many {things} are there?"
     )
-    steps = f"The boxes hold {_step(first, '*', second)} {things}. "
-    steps += f"{name} has {_step(first * second, '+', third)} {things}."
+    # A text has 128 tokens: the recipes' length.
+    steps = f"{_step(first, '*', second)} {things}. {_step(first * second, '+', third)} {things}."
     return question, _solution(steps, first * second + third)
 
 

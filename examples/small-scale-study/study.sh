@@ -36,8 +36,9 @@ if [[ ! -f $work/data/held-out.idx ]]; then
     done
 fi
 objectives=($here/ar.py $here/mdlm.py "mdlm-elbo=$here/mdlm_elbo.py" $here/duo.py $here/esolm.py)
-grid=(--count actual --budgets 1e12 3e12 9e12 27e12 --least-warmup-steps 50
-    --sizes 1x16x1 2x24x1 3x32x1 3x48x2 4x64x2 5x80x2 6x96x3 6x128x4)
+rules=(--count actual --least-warmup-steps 50)
+budgets=(--budgets 1e12 3e12 9e12 27e12)
+grid=("${rules[@]}" "${budgets[@]}" --sizes 1x16x1 2x24x1 3x32x1 3x48x2 4x64x2 5x80x2 6x96x3 6x128x4)
 # A grid of all sizes around a guess, then two more seeds of the size that is best by the first grid's fit.
 if [[ ! -f $work/grid/runs.json ]]; then
     "${dlm[@]}" scaling plan "${objectives[@]}" --output "$work/grid" "${grid[@]}" --sizes-per-budget 5 \
@@ -53,5 +54,13 @@ fi
 "${dlm[@]}" scaling run "$work/seeds" --jobs "$jobs"
 "${dlm[@]}" scaling collect "$work/grid" "$work/seeds" --output "$work/points.csv"
 "${dlm[@]}" scaling report "$work/points.csv" --output "$work/report" --title "Small-scale study"
+# The size that the grid has at every budget, from one run with branches; and the recipes' rate against others.
+if [[ ! -f $work/branches/runs.json ]]; then
+    "${dlm[@]}" scaling plan $here/ar.py $here/mdlm.py --output "$work/branches" "${rules[@]}" "${budgets[@]}" \
+        --sizes 3x48x2 --sizes-per-budget 1 --wsd-decay-fraction 0.2
+fi
+"${dlm[@]}" scaling run "$work/branches" --jobs "$jobs"
+"${dlm[@]}" scaling lr-sweep $here/ar.py $here/mdlm.py --output "$work/rates" "${rules[@]}" --budget 1e12 \
+    --sizes 2x24x1 3x32x1 3x48x2 --lrs 7.5e-4 1.5e-3 3e-3 6e-3 1.2e-2 --jobs "$jobs"
 "$python" $here/arithmetic.py "$work/arithmetic"
 "$python" $here/best_models.py "$work"

@@ -1,13 +1,17 @@
-"""The small-scale study's text has each document once, and its recipes differ in their objective only."""
+"""The small-scale study: each document once, recipes that differ in the objective only, its last commands."""
 
+import csv
 import itertools
 import json
+import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -88,3 +92,53 @@ def test_arithmetic_is_right_and_no_numbers_are_in_two_files(tmp_path):
         assert not ways[one] & ways[other] and not questions[one] & questions[other]
     assert not arithmetic["is_right"]("3 + 4 = <<3+4=8>>8\n#### 8")
     assert not arithmetic["is_right"]("3 + 4 = <<3+4=7>>7\n#### 8")
+
+
+@pytest.mark.slow
+def test_the_best_models_are_sampled_fine_tuned_and_scored(tmp_path):
+    def ended(*words):
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        told = subprocess.run(
+            [sys.executable, *map(str, words)], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert told.returncode == 0, told.stdout + told.stderr
+        return told.stdout
+
+    work = Path("runs/small-scale-study")
+    here, text, data = tmp_path / work, work / "text", work / "data"
+    ended(STUDY / "arithmetic.py", work / "arithmetic")
+    for directory in (text, data):
+        (tmp_path / directory).mkdir()
+    for part in ("train", "held-out"):
+        problems = [
+            json.loads(line) for line in (here / "arithmetic" / f"{part}.jsonl").read_text().splitlines()
+        ]
+        rows = [json.dumps({"text": f"{row['question']} {row['answer']}"}) for row in problems]
+        (tmp_path / text / f"{part}.jsonl").write_text("\n".join(rows) + "\n")
+    dlm = ("-m", "megatron_dlm")
+    ended(
+        *dlm,
+        "tokenizer",
+        "train",
+        "--vocab-size",
+        512,
+        *("--input", text / "held-out.jsonl", "--output", work / "tokenizer"),
+    )
+    for part in ("train", "held-out"):
+        places = ("--input", text / f"{part}.jsonl", "--output", data / part)
+        ended(*dlm, "index", *places, "--tokenizer", work / "tokenizer")
+    recipes = [STUDY / f"{name}.py" for name in ("ar", "mdlm", "duo", "esolm")]
+    size = ("--sizes", "1x16x1", "--sizes-per-budget", "1", "--budgets", "5e9", "--least-warmup-steps", "5")
+    ended(*dlm, "scaling", "plan", *recipes, "--output", work / "grid", *size)
+    ended(*dlm, "scaling", "run", work / "grid")
+    shutil.copy(here / "grid" / "points.csv", here / "points.csv")
+    few = ("--num-samples", 2, "--fine-tuning-steps", 4, "--problems", 2)
+    assert ended(STUDY / "best_models.py", work, *few).endswith("scores.csv\n")
+    with (here / "arithmetic" / "scores.csv").open() as file:
+        scores = {row["family"]: row for row in csv.DictReader(file)}
+    assert list(scores) == ["ar", "mdlm", "duo", "esolm"]
+    for row in scores.values():
+        assert row["problems"] == "2" and 0 <= float(row["low"]) <= float(row["high"]) <= 1
+        assert 0 < float(row["fine_tuned_nats_per_token"]) < 8
+    with (here / "sampling" / "pareto.csv").open() as file:
+        assert [row["num_steps"] for row in csv.DictReader(file)] == 2 * ["4", "8", "16", "32", "64", "128"]

@@ -8,7 +8,7 @@ import time
 import psutil
 import pytest
 
-from megatron_dlm.telemetry.writers import read_metrics
+from megatron_dlm.telemetry.writers import METRICS_FILE, read_metrics
 from tests.helpers.hang import HANG_SECONDS
 from tests.helpers.paths import ROOT
 from tests.helpers.processes import CPU, TRAINER, Program
@@ -85,11 +85,20 @@ def rank_process(launcher, rank):
 
 
 def wait_for_step(process, directory, step, seconds=HANG_SECONDS):
+    """Wait until a run has reached a step; it hangs when it writes no metrics for `seconds`."""
+    path, size = directory / METRICS_FILE, 0
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and process.poll() is None:
-        if max((entry["step"] for entry in read_metrics(directory)), default=0) >= step:
-            return
+        # A long run's metrics are read again only when there are more.
+        if path.exists() and (now := path.stat().st_size) != size:
+            size, deadline = now, time.monotonic() + seconds
+            if max((entry["step"] for entry in read_metrics(directory)), default=0) >= step:
+                return
         time.sleep(0.02)
+    if process.poll() is None:
+        parent = psutil.Process(process.pid)
+        for hanging in (*parent.children(recursive=True), parent):
+            hanging.kill()
     output, _ = process.communicate(timeout=10)
     pytest.fail(f"step {step} was not reached; exit code {process.returncode}\n{output}")
 
