@@ -15,14 +15,14 @@ import tyro
 from megatron_dlm.cli.arguments import bad_values, parse
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.platform.files import write_csv
-from megatron_dlm.sampling.settings import SamplerName, SamplingConfig
+from megatron_dlm.sampling.settings import RemaskingRule, SamplerName, SamplingConfig
 
 if TYPE_CHECKING:
     from megatron_dlm.evaluation.judge import Judge
     from megatron_dlm.evaluation.loaded_model import LoadedModel
 
 TABLE, PICTURE = "pareto.csv", "pareto.png"
-SETTINGS = ("family", "sampler", "num_steps", "batch_size", "temperature", "top_p")
+SETTINGS = ("family", "sampler", "variant", "num_steps", "batch_size", "temperature", "top_p")
 COMPARABLE = ("judge", "length", "samples", "seed", "dtype", "device")
 """What rows must have in common to be on one frontier."""
 KEYS = ("model", "weights_sha256", *SETTINGS, *COMPARABLE)
@@ -59,6 +59,14 @@ class ParetoConfig:
     top_ps: tuple[float, ...] = (1.0,)
     """Top-p (nucleus sampling) values: probability mass of the most likely tokens that are kept; 1 keeps
     all."""
+    kappas: tuple[float, ...] = (0.5,)
+    """Shares of the reverse process in a step, for sampler psi."""
+    remasking: tuple[RemaskingRule, ...] = ("cap",)
+    """Rules of sampler remasking."""
+    remasking_strengths: tuple[float, ...] = (0.02,)
+    """Strengths of remasking, for each rule."""
+    thresholds: tuple[float, ...] = ()
+    """Probabilities above which sampler confidence keeps a token, each in place of a number of steps."""
     num_samples: int = 64
     """Number of texts to sample for each combination."""
     length: int | None = None
@@ -87,7 +95,8 @@ class ParetoConfig:
             raise InputError(f"length: {self.length} is below 2")
         if self.output.exists() and not self.output.is_dir():
             raise InputError(f"output: {self.output} is not a directory")
-        for name in ("models", "num_steps", "batch_sizes", "temperatures", "top_ps"):
+        listed = ("models", "num_steps", "batch_sizes", "temperatures", "top_ps", "kappas")
+        for name in (*listed, "remasking", "remasking_strengths"):
             if not getattr(self, name):
                 raise InputError(f"{name}: none given")
 
@@ -119,13 +128,13 @@ def _measure_missing(config: ParetoConfig, rows: list[dict[str, str]]) -> set[tu
         judge = open_judge(config.judge, config.dtype, loaded.network.device)
         with bad_values():
             wanted = _combinations(config, path, loaded)
-            groups |= {_comparable(keys) for keys in wanted}
+            groups |= {_comparable(keys) for keys, _ in wanted}
             if len(groups) > 1:
                 raise InputError(f"length: {path} was trained at another length than the others; give one")
             config.output.mkdir(parents=True, exist_ok=True)
-            for number, keys in enumerate(wanted, start=1):
+            for number, (keys, settings) in enumerate(wanted, start=1):
                 if not any(all(row[key] == str(keys[key]) for key in KEYS) for row in rows):
-                    rows.append(_measure(keys, loaded, judge))
+                    rows.append(_measure(keys, settings, loaded, judge))
                     if loaded.peers.is_first:
                         write_csv(config.output / TABLE, (*KEYS, *MEASURED), rows)
                 if loaded.peers.is_first:
@@ -137,19 +146,30 @@ def _comparable(row: dict[str, Any]) -> tuple[str, ...]:
     return tuple(str(row[name]) for name in COMPARABLE)
 
 
-def _settings(sampler: SamplerName, steps: int | None, temperature: float, top_p: float) -> SamplingConfig:
-    in_segments = sampler == "block-autoregressive"
-    return SamplingConfig(
-        sampler=sampler,
-        num_steps=None if in_segments else steps,
-        segment_length=steps if in_segments else None,
-        temperature=temperature,
-        top_p=top_p,
-    )
+def _variants(config: ParetoConfig, sampler: SamplerName) -> list[tuple[str, dict[str, Any]]]:
+    """Names of a sampler's own settings, and these: steps and what else it takes."""
+    if sampler == "left-to-right":
+        return [("", {})]
+    if sampler == "block-autoregressive":
+        return [("", {"segment_length": steps}) for steps in config.num_steps]
+    own: list[tuple[str, dict[str, Any]]] = [("", {})]
+    if sampler == "psi":
+        own = [(f"kappa {kappa:g}", {"kappa": kappa}) for kappa in config.kappas]
+    if sampler == "remasking":
+        own = [
+            (f"{rule} {strength:g}", {"remasking": rule, "remasking_strength": strength})
+            for rule, strength in itertools.product(config.remasking, config.remasking_strengths)
+        ]
+    found = [(name, more | {"num_steps": steps}) for name, more in own for steps in config.num_steps]
+    if sampler == "confidence":
+        found += [(f"threshold {threshold:g}", {"threshold": threshold}) for threshold in config.thresholds]
+    return found
 
 
-def _combinations(config: ParetoConfig, path: Path, loaded: LoadedModel) -> list[dict[str, Any]]:
-    """Key columns of one model's table rows; raises for an impossible combination before any measurement."""
+def _combinations(
+    config: ParetoConfig, path: Path, loaded: LoadedModel
+) -> list[tuple[dict[str, Any], SamplingConfig]]:
+    """Key columns of one model's table rows, and settings; raises for an impossible one before any is run."""
     import torch
 
     from megatron_dlm.sampling.schedules import check_division
@@ -174,25 +194,29 @@ def _combinations(config: ParetoConfig, path: Path, loaded: LoadedModel) -> list
     }
     # Written as they are sampled.
     batch_sizes = tuple(dict.fromkeys(min(size, config.num_samples) for size in config.batch_sizes))
-    found: list[dict[str, Any]] = []
+    found: list[tuple[dict[str, Any], SamplingConfig]] = []
     for sampler in chosen:
-        steps = (None,) if sampler == "left-to-right" else config.num_steps
-        for values in itertools.product(steps, batch_sizes, config.temperatures, config.top_ps):
-            num_steps, batch_size, temperature, top_p = values
-            settings = _settings(sampler, num_steps, temperature, top_p).resolved(family)
+        shared = itertools.product(batch_sizes, config.temperatures, config.top_ps)
+        for (variant, own), values in itertools.product(_variants(config, sampler), list(shared)):
+            batch_size, temperature, top_p = values
+            settings = SamplingConfig(sampler=sampler, temperature=temperature, top_p=top_p, **own)
+            settings = settings.resolved(family)
             check_division(settings, length - len(family.empty_prompt))
-            keys = common | {"sampler": sampler, "num_steps": num_steps or "", "batch_size": batch_size}
-            found.append({key: (keys | {"temperature": temperature, "top_p": top_p})[key] for key in KEYS})
+            keys = common | {"sampler": sampler, "variant": variant, "batch_size": batch_size}
+            keys |= {"num_steps": own.get("num_steps", own.get("segment_length", ""))}
+            keys |= {"temperature": temperature, "top_p": top_p}
+            found.append(({key: keys[key] for key in KEYS}, settings))
     return found
 
 
-def _measure(keys: dict[str, Any], loaded: LoadedModel, judge: Judge) -> dict[str, str]:
+def _measure(
+    keys: dict[str, Any], settings: SamplingConfig, loaded: LoadedModel, judge: Judge
+) -> dict[str, str]:
     """Measure one combination; returns its row of the table."""
     from megatron_dlm.evaluation.generation import sample_all
     from megatron_dlm.evaluation.sample_quality import unigram_entropy
     from megatron_dlm.sampling.start import start_from
 
-    settings = _settings(keys["sampler"], keys["num_steps"] or None, keys["temperature"], keys["top_p"])
     starts = [start_from([[]], keys["length"], loaded.family)] * keys["samples"]
     samples: list[list[int]] = []
     tokens, seconds = 0, 0.0
@@ -255,6 +279,7 @@ def _report(
     Console(width=130).print(table)
     series: dict[str, list[tuple[float, float]]] = {}
     for row, point in zip(rows, points, strict=True):
-        series.setdefault(f"{row['family']}, {row['sampler']}", []).append(point)
+        name = ", ".join(filter(None, (row["family"], row["sampler"], row["variant"])))
+        series.setdefault(name, []).append(point)
     plot_pareto(series, published, config.output / PICTURE, frontier=[points[index] for index in best])
     print(f"{config.output}: {TABLE}, {PICTURE}; {len(rows)} combinations, {len(best)} on the frontier")

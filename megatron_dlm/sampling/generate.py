@@ -52,6 +52,8 @@ def sample(
     ids_BL, given_BL = (tensor.to(network.device, copy=True) for tensor in (start.ids_BL, start.given_BL))
     if not len(ids_BL) or bool(given_BL.all()):
         return ids_BL
+    if config.guidance_scale != 1 and not bool(given_BL.any(1).all()):
+        raise ValueError("guidance_scale: a text without a prompt has nothing to guide it")
     noise = SampleNoise(
         seed, range(len(ids_BL)) if samples is None else samples, ids_BL.shape[1], network.device
     )

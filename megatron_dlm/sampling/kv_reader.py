@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_dlm.sampling.decoding_plan import Plan
+from megatron_dlm.sampling.guidance import Guidance
 from megatron_dlm.sampling.network import Network
 from megatron_dlm.sampling.step_grid import noise_level
 
@@ -48,6 +49,7 @@ class WholeText:
         alpha_of: Callable[[Tensor, int], Tensor] | None = None,
         window: Callable[[int], int] | None = None,
         visible_of: Callable[[int, torch.device], Tensor] | None = None,
+        guidance: Guidance | None = None,
     ) -> None:
         """Prepare.
 
@@ -58,8 +60,11 @@ class WholeText:
             window: function from the step to the number of tokens, from the left, that are read; None: all.
             visible_of: function (length, device) -> bool [L, L] attention mask, True where a row attends to a
                 column; None: the network's own pattern.
+            guidance: read each text without its prompt too; hidden states are then [R, 2 D], those without it
+                behind the others.
         """
         self._network = network
+        self._guidance = guidance
         self._alpha_of = alpha_of
         self._window = window
         self._visible_of = visible_of
@@ -71,11 +76,18 @@ class WholeText:
         if self._window is not None:
             length = min(length, self._window(step))
         seen_BL, wanted = ids_BL[called, :length], wanted_BL[called, :length]
-        sigma_B = None if self._alpha_of is None else noise_level(self._alpha_of(seen_BL, step))
-        visible_LL = None if self._visible_of is None else self._visible_of(length, ids_BL.device)
-        hidden_RD = self._network.hidden(seen_BL, wanted, sigma_B, visible_LL)
+        hidden_RD = self._hidden(seen_BL, wanted, step)
+        if self._guidance is not None:
+            other_RD = self._hidden(self._guidance.without_prompt(seen_BL, called), wanted, step)
+            hidden_RD = torch.cat((hidden_RD, other_RD), dim=-1)
         rows, positions = wanted.nonzero().unbind(1)
         return hidden_RD, called[rows], positions
+
+    def _hidden(self, seen_BL: Tensor, wanted_BL: Tensor, step: int) -> Tensor:
+        sigma_B = None if self._alpha_of is None else noise_level(self._alpha_of(seen_BL, step))
+        length = seen_BL.shape[1]
+        visible_LL = None if self._visible_of is None else self._visible_of(length, seen_BL.device)
+        return self._network.hidden(seen_BL, wanted_BL, sigma_B, visible_LL)
 
     def drop(self, ended_B: Tensor) -> None:
         """Do nothing: this reader keeps no state."""

@@ -1,8 +1,9 @@
 """Ancestral sampling where noise replaces tokens by draws (arXiv:2506.10892): each may change in each step.
 
-The exact posterior is a mixture of three: the token stays, is drawn from the prediction, or from the noise.
-Whether it stays is decided by one number, and below a bound that needs no prediction, so in a step of many
-the head runs on the few positions that may change; the law is that of drawing from the whole posterior.
+Psi-samplers (arXiv:2602.21185) are a mixture of it and of fresh noise on the prediction. The exact posterior
+is a mixture of three: the token stays, is drawn from the prediction, or from the noise. Whether it stays is
+decided by one number, and below a bound that needs no prediction, so in a step of many the head runs on the
+few positions that may change; the law is that of drawing from the whole posterior.
 Shape legend: B sequences, L tokens, R positions that may change, V ids.
 """
 
@@ -61,6 +62,26 @@ def posterior_shares(
     )
 
 
+def mixed_with_fresh(shares: Shares, alpha_s: Tensor, kappa: float) -> Shares:
+    """A step of a Psi-sampler (arXiv:2602.21185): the posterior, or noise of time s on the prediction.
+
+    Args:
+        shares: the posterior's weights.
+        alpha_s: alpha at time s.
+        kappa: probability of the posterior; 1 leaves it as it is.
+
+    Returns:
+        Three weights in the shape of the posterior's.
+    """
+    if kappa == 1:
+        return shares
+    return Shares(
+        stays=kappa * shares.stays,
+        predicted=kappa * shares.predicted + (1 - kappa) * alpha_s,
+        noise=kappa * shares.noise + (1 - kappa) * (1 - alpha_s),
+    )
+
+
 class NoiseDraws(Protocol):
     """The noise that replaces tokens."""
 
@@ -83,6 +104,7 @@ class ReplacingSampler:
         sharpen: Sharpening,
         noise: SampleNoise,
         on_step: OnStep | None,
+        kappa: float = 1.0,
     ) -> None:
         """Prepare.
 
@@ -94,8 +116,10 @@ class ReplacingSampler:
             sharpen: temperature and nucleus (top-p) of the prediction.
             noise: source of all random draws.
             on_step: callback after each step; None: no callback.
+            kappa: share of the posterior in a step; the rest is fresh noise on the prediction.
         """
         self._network = network
+        self._kappa = kappa
         self._alpha = alpha
         self._draws = draws
         self._vocab_size = vocab_size
@@ -159,10 +183,13 @@ class ReplacingSampler:
         alpha_t, alpha_s = torch.tensor(alphas, dtype=torch.float64, device=ids_BL.device)
         mixture_BL, token_BL = self._noise.uniform("mixture", number), self._noise.uniform("token", number)
         # A prediction can only add to what stays.
-        surely = posterior_shares(alpha_t.new_zeros(()), alpha_t, alpha_s, 1).stays
+        surely = self._kappa * posterior_shares(alpha_t.new_zeros(()), alpha_t, alpha_s, 1).stays
         may_change_BL = open_BL & ((mixture_BL >= surely) | greedy)
-        # A token that no noise gives is none.
-        may_change_BL &= torch.isfinite(torch.as_tensor(self._draws.inverse_probability(ids_BL)))
+        # A token that no noise gives is clean: it is its own prediction, which fresh noise may replace.
+        is_noise_BL = torch.isfinite(torch.as_tensor(self._draws.inverse_probability(ids_BL)))
+        stays = self._kappa + (1 - self._kappa) * alpha_s
+        renewed_BL = open_BL & ~is_noise_BL & (mixture_BL >= stays)
+        may_change_BL &= is_noise_BL
         may_change_B = may_change_BL.any(1)
         for end in end_B[may_change_B].unique().tolist():
             called = (may_change_B & (end_B == end)).nonzero()[:, 0]
@@ -179,11 +206,14 @@ class ReplacingSampler:
                 p = self._sharpen(logits)
                 now, mixture = ids_BL[where], mixture_BL[where]
                 inverse = self._draws.inverse_probability(now)
-                shares = posterior_shares(p.gather(1, now[:, None])[:, 0], alpha_t, alpha_s, inverse)
+                posterior = posterior_shares(p.gather(1, now[:, None])[:, 0], alpha_t, alpha_s, inverse)
+                shares = mixed_with_fresh(posterior, alpha_s, self._kappa)
                 random = self._draws.draw(token_BL[where])
                 is_predicted = mixture < shares.stays + shares.predicted
                 changed = torch.where(is_predicted, draw(p, token_BL[where]), random)
                 ids_BL[where] = torch.where(mixture < shares.stays, now, changed)
+        if self._kappa < 1:
+            ids_BL.copy_(torch.where(renewed_BL, self._draws.draw(token_BL), ids_BL))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,6 +222,7 @@ class ReplacingFamilySampler(FamilySampler):
 
     samplers: ClassVar = {
         "ancestral": ("num_steps", "block_length", "greedy_tail"),
+        "psi": ("num_steps", "block_length", "kappa", "greedy_tail"),
         "left-to-right": ("greedy_tail",),
     }
 
@@ -212,7 +243,10 @@ class ReplacingFamilySampler(FamilySampler):
         """Start from noise and denoise; "left-to-right" takes one step from noise to data per token."""
         one_by_one = config.sampler == "left-to-right"
         sharpen = Sharpening(config.temperature, config.top_p)
-        ReplacingSampler(network, self.alpha, self.draws, self.vocab_size, sharpen, noise, on_step).run(
+        kappa = 1.0 if config.kappa is None else config.kappa
+        ReplacingSampler(
+            network, self.alpha, self.draws, self.vocab_size, sharpen, noise, on_step, kappa
+        ).run(
             ids_BL,
             given_BL,
             [1.0, 0.0] if one_by_one else times(config.num_steps or 0),

@@ -7,14 +7,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
-SamplerName = Literal["ancestral", "confidence", "block", "block-autoregressive", "left-to-right"]
-_SETTINGS = ("num_steps", "block_length", "segment_length", "num_groups")
+SamplerName = Literal[
+    "ancestral", "psi", "remasking", "confidence", "block", "block-autoregressive", "left-to-right"
+]
+RemaskingRule = Literal["cap", "rescale", "confidence", "loop"]
+_COUNTS = ("num_steps", "block_length", "segment_length", "num_groups")
+_SETTINGS = (*_COUNTS, "threshold", "kappa", "remasking", "remasking_strength", "remasking_loop")
 """Settings that only some samplers accept."""
-_DEFAULTS: dict[str, dict[str, int]] = {
+_DEFAULTS: dict[str, dict[str, object]] = {
     "ancestral": {"num_steps": 64},
+    "psi": {"num_steps": 64},
+    "remasking": {"num_steps": 64, "remasking": "cap"},
     "confidence": {"num_steps": 64},
     "block-autoregressive": {"num_groups": 1},
 }
+_NEEDED = {
+    "block": "num_steps",
+    "block-autoregressive": "segment_length",
+    "psi": "kappa",
+    "remasking": "remasking_strength",
+}
+"""Setting without which a sampler cannot run."""
+DEFAULT_LOOP = (0.55, 0.05, 0.9)
 SMALLEST_TEMPERATURE = 1e-4
 """Smallest temperature above 0; smaller ones would overflow the logits, use 0 for greedy sampling."""
 
@@ -36,38 +50,77 @@ class SamplingConfig:
     """How tokens are sampled."""
 
     sampler: SamplerName | None = None
-    """ancestral: the reverse process; confidence: unmask the most probable tokens first, remask the others;
-    block: unmask tokens num_steps apart together; block-autoregressive: segments of a group in parallel, one
-    group after another; left-to-right: one token at a time. None: the family's default."""
+    """ancestral: the reverse process; psi: the same, mixed with fresh noise on the prediction (Psi-samplers,
+    arXiv:2602.21185); remasking: the reverse process, which also masks sampled tokens again (ReMDM,
+    arXiv:2503.00307); confidence: unmask the most probable tokens first, remask the others; block: unmask
+    tokens num_steps apart together; block-autoregressive: segments of a group in parallel, one group after
+    another; left-to-right: one token at a time. None: the family's default."""
     num_steps: int | None = None
-    """Denoising steps, per block if there are blocks; default 64 for ancestral and confidence, required for
-    block."""
+    """Denoising steps, per block if there are blocks; default 64 for ancestral, psi, remasking and
+    confidence, required for block."""
     block_length: int | None = None
-    """Tokens per block for ancestral and confidence, which sample blocks from left to right; None: all tokens
-    are one block."""
+    """Tokens per block for samplers that can go through blocks from left to right, such as ancestral and
+    confidence; None: all tokens are one block."""
     segment_length: int | None = None
     """Tokens per segment for block-autoregressive, which requires it."""
     num_groups: int | None = None
     """Groups of segments for block-autoregressive; default 1."""
+    threshold: float | None = None
+    """For confidence, in place of num_steps: keep every token whose probability is above it, and the most
+    probable one in any case; in (0, 1], 1 is one token a step."""
+    kappa: float | None = None
+    """Share of the reverse process in a step of psi, in [0, 1], required there; the rest draws the step
+    afresh: the predicted clean text with the noise of the step's end. 1 is ancestral."""
+    remasking: RemaskingRule | None = None
+    """How likely remasking masks a sampled token again, at most sigma_max = min(1, (1 - alpha_s) / alpha_t).
+    cap: min(remasking_strength, sigma_max); rescale: remasking_strength x sigma_max; confidence: as rescale,
+    shared out over the sampled tokens, more to those whose probability was small when they were drawn; loop:
+    as cap, in the window of remasking_loop alone. Default cap."""
+    remasking_strength: float | None = None
+    """Strength of remasking, in [0, 1], required there; 0 is ancestral."""
+    remasking_loop: tuple[float, float, float] | None = None
+    """For remasking loop: time at which remasking begins, time at which it ends, and the noise schedule's
+    alpha, which stays the same between the two; default 0.55 0.05 0.9."""
     temperature: float = 1.0
     """Sampling temperature, which divides the logits; 0 takes the most likely token (greedy)."""
     top_p: float = 1.0
     """Nucleus sampling: probability mass of the most likely tokens that are kept, in (0, 1]; 1 keeps all."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance by the prompt, for masked families: factor of the difference that the prompt
+    makes to the logits, at the cost of a second network call without it; 1 is no guidance."""
     greedy_tail: bool = False
-    """For samplers of uniform noise: take the most likely tokens in the last step instead of drawing."""
+    """For samplers of uniform noise, psi and remasking: take the most likely tokens in the last step instead
+    of drawing."""
     stop_at_eos: bool = False
     """End a text at its first sampled <eos> and fill the rest with <eos>; an ended sequence is no longer
     computed."""
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "block_length", "segment_length", "num_groups"):
+        for name in _COUNTS:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: {value} is below 1")
+        for name in ("kappa", "remasking_strength"):
+            share = getattr(self, name)
+            if share is not None and not 0 <= share <= 1:
+                raise ValueError(f"{name}: {share} is outside [0, 1]")
+        if self.threshold is not None and not 0 < self.threshold <= 1:
+            raise ValueError(f"threshold: {self.threshold} is outside (0, 1]")
+        if self.threshold is not None and self.num_steps is not None:
+            raise ValueError("num_steps: with a threshold, the number of steps follows from the text")
+        if self.remasking_loop is not None:
+            begins, ends, alpha = self.remasking_loop
+            if not (0 < ends < begins < 1 and 0 < alpha < 1):
+                raise ValueError(
+                    f"remasking_loop: {begins:g} {ends:g} {alpha:g} are not a time in (0, 1), an earlier "
+                    "one, and an alpha in (0, 1)"
+                )
         if self.temperature != 0 and not SMALLEST_TEMPERATURE <= self.temperature < math.inf:
             raise ValueError(
                 f"temperature: {self.temperature} is not 0 and not in [{SMALLEST_TEMPERATURE}, inf)"
             )
+        if not 0 <= self.guidance_scale < math.inf:
+            raise ValueError(f"guidance_scale: {self.guidance_scale} is not in [0, inf)")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: {self.top_p} is outside (0, 1]")
 
@@ -91,11 +144,15 @@ class SamplingConfig:
             if getattr(self, name) is not None and name not in offered[sampler]:
                 raise ValueError(f"{name}: not used by sampler {sampler} of {family.name}")
         if self.greedy_tail and "greedy_tail" not in offered[sampler]:
-            raise ValueError(f"greedy_tail: not used by {family.name}")
-        needed = {"block": "num_steps", "block-autoregressive": "segment_length"}.get(sampler)
+            raise ValueError(f"greedy_tail: not used by sampler {sampler} of {family.name}")
+        if self.guidance_scale != 1 and "guidance_scale" not in offered[sampler]:
+            raise ValueError(f"guidance_scale: not used by sampler {sampler} of {family.name}")
+        needed = _NEEDED.get(sampler)
         if needed and getattr(self, needed) is None:
             raise ValueError(f"{needed}: sampler {sampler} needs it")
-        defaults = {
-            name: value for name, value in _DEFAULTS.get(sampler, {}).items() if getattr(self, name) is None
-        }
+        if self.remasking_loop is not None and self.remasking != "loop":
+            raise ValueError("remasking_loop: only used by remasking loop")
+        own: dict[str, object] = {"remasking_loop": DEFAULT_LOOP} if self.remasking == "loop" else {}
+        own |= {} if self.threshold is not None else _DEFAULTS.get(sampler, {})
+        defaults = {name: value for name, value in own.items() if getattr(self, name) is None}
         return replace(self, sampler=sampler, **defaults)  # type: ignore[arg-type]

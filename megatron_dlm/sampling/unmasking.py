@@ -12,8 +12,8 @@ from megatron_dlm.sampling.categorical import Sharpening, draw, logit_chunks
 from megatron_dlm.sampling.decoding_plan import Plan
 from megatron_dlm.sampling.eos import finish_ended
 from megatron_dlm.sampling.family_sampler import OnStep
+from megatron_dlm.sampling.guidance import Head
 from megatron_dlm.sampling.kv_reader import Reader
-from megatron_dlm.sampling.network import Network
 from megatron_dlm.sampling.noise import SampleNoise
 from megatron_dlm.sampling.step_grid import blocks_of
 
@@ -26,7 +26,7 @@ class Unmasking:
 
     def __init__(
         self,
-        network: Network,
+        head: Head,
         vocab_size: int,
         reader: Reader,
         sharpen: Sharpening,
@@ -37,7 +37,7 @@ class Unmasking:
         """Prepare.
 
         Args:
-            network: trained network, whose head turns hidden states into logits.
+            head: turns the reader's hidden states into logits.
             vocab_size: number of ids that the head has logits for.
             reader: runs the network on the tokens to unmask.
             sharpen: temperature and nucleus (top-p).
@@ -45,7 +45,7 @@ class Unmasking:
             eos_token_id: id of <eos>, which ends a text; None: texts do not end early.
             on_step: callback after each step; None: no callback.
         """
-        self._network = network
+        self._head = head
         self._vocab_size = vocab_size
         self._reader = reader
         self._sharpen = sharpen
@@ -68,7 +68,7 @@ class Unmasking:
             wanted_BL = (step_at_BL == step) & ~known_BL
             if wanted_BL.any():
                 hidden_RD, rows_R, positions_R = self._reader(ids_BL, wanted_BL, step)
-                for part, logits in logit_chunks(self._network.head, hidden_RD, self._vocab_size):
+                for part, logits in logit_chunks(self._head, hidden_RD, self._vocab_size):
                     where = rows_R[part], positions_R[part]
                     ids_BL[where] = draw(self._sharpen(logits), uniform_BL[where])
                 known_BL |= wanted_BL
@@ -109,13 +109,45 @@ class Unmasking:
                 self._stop(ids_BL, known_BL, given_BL)
             self._tell(step, ids_BL)
 
+    def above_threshold(
+        self, ids_BL: Tensor, given_BL: Tensor, threshold: float, block_length: int | None
+    ) -> None:
+        """Predict all masked tokens of the block in each step and keep those above a probability.
+
+        The most probable one is kept in any case, and a sequence goes on to its next block when its own is
+        full ("confidence-aware parallel decoding", arXiv:2505.22618).
+
+        Args:
+            ids_BL: int64 [B, L], the mask token where not given; filled in place.
+            given_BL: bool [B, L], True where a token is given and kept.
+            threshold: probability in (0, 1]; 1 keeps one token in each step.
+            block_length: unknown tokens per block; None: all tokens are one block.
+        """
+        known_BL, length = given_BL.clone(), ids_BL.shape[1]
+        block_BL = ((~given_BL).cumsum(1) - 1) // (block_length or length)
+        one_B = torch.ones(len(ids_BL), dtype=torch.int64, device=ids_BL.device)
+        for step in range(int((~given_BL).sum(1).max())):
+            current_B = torch.where(known_BL, length, block_BL).amin(1)
+            wanted_BL = ~known_BL & (block_BL == current_B[:, None])
+            if not wanted_BL.any():
+                break
+            self._keep_best(ids_BL, known_BL, wanted_BL, one_B, step, threshold)
+            self._stop(ids_BL, known_BL, given_BL)
+            self._tell(step, ids_BL)
+
     def _keep_best(
-        self, ids_BL: Tensor, known_BL: Tensor, wanted_BL: Tensor, count_B: Tensor, step: int
+        self,
+        ids_BL: Tensor,
+        known_BL: Tensor,
+        wanted_BL: Tensor,
+        count_B: Tensor,
+        step: int,
+        threshold: float = 1.0,
     ) -> None:
         uniform_BL = self._noise.uniform("token", step)
         drawn_BL, confidence_BL = ids_BL.clone(), torch.full_like(uniform_BL, -1.0)
         hidden_RD, rows_R, positions_R = self._reader(ids_BL, wanted_BL, step)
-        for part, logits in logit_chunks(self._network.head, hidden_RD, self._vocab_size):
+        for part, logits in logit_chunks(self._head, hidden_RD, self._vocab_size):
             where = rows_R[part], positions_R[part]
             drawn = draw(self._sharpen(logits), uniform_BL[where])
             drawn_BL[where] = drawn
@@ -124,7 +156,7 @@ class Unmasking:
         # In a text of masks all predictions are alike but for rounding; then the leftmost comes first.
         confidence_BL = (confidence_BL / CONFIDENCE_STEP).round()
         rank_BL = confidence_BL.sort(dim=1, descending=True, stable=True).indices.argsort(1)
-        kept_BL = wanted_BL & (rank_BL < count_B[:, None])
+        kept_BL = wanted_BL & ((rank_BL < count_B[:, None]) | (confidence_BL * CONFIDENCE_STEP > threshold))
         ids_BL.copy_(torch.where(kept_BL, drawn_BL, ids_BL))
         known_BL |= kept_BL
 

@@ -136,8 +136,62 @@ class Laws:
             law = after
         return law
 
-    def uniform(self, times, *, states, greedy_tail=False, wrong=False):
-        """Duo's chain; `wrong` leaves alpha_t / alpha_s out of what stays."""
+    def remasking(self, steps, *, by_confidence=False, greedy_tail=False):
+        """Masked chain of steps (alpha_t, alpha_s, sigma); its state: tokens and their probabilities."""
+        law = {((MASK,) * LENGTH, (0.0,) * LENGTH): 1.0}
+        for index, (alpha_t, alpha_s, sigma) in enumerate(steps):
+            after = {}
+            for (state, sure), probability in law.items():
+                predictions = self.predict(state)
+                sampled = [p for p in range(LENGTH) if state[p] != MASK]
+                total = sum(math.exp(-sure[p]) for p in sampled)
+                cells = []
+                for p in range(LENGTH):
+                    own = sigma * math.exp(-sure[p]) / total if by_confidence and p in sampled else sigma
+                    if p in sampled:
+                        cells.append([(state[p], sure[p], 1 - own), (MASK, 0.0, own)])
+                        continue
+                    stays = (1 - alpha_s - (0.0 if by_confidence else sigma) * alpha_t) / (1 - alpha_t)
+                    drawn = predictions[p]
+                    if greedy_tail and index == len(steps) - 1:
+                        drawn = np.eye(VOCABULARY.size)[drawn.argmax()]
+                    cells.append([(MASK, 0.0, stays)])
+                    cells[-1] += [(v, predictions[p][v], (1 - stays) * drawn[v]) for v in TOKENS]
+                for values in itertools.product(*cells):
+                    p = probability * math.prod(value[2] for value in values)
+                    if p > 0:
+                        key = tuple(value[0] for value in values), tuple(value[1] for value in values)
+                        after[key] = after.get(key, 0.0) + p
+            law = after
+        tokens = {}
+        for (state, _), p in law.items():
+            tokens[state] = tokens.get(state, 0.0) + p
+        return tokens
+
+    def above_threshold(self, threshold, given=()):
+        """Law of keeping each token above a probability and the surest one, from left to right if equal."""
+        start, law = (*given, *[MASK] * (LENGTH - len(given))), {}
+        states = {start: 1.0}
+        while states:
+            state, probability = states.popitem()
+            masked = [p for p in range(LENGTH) if state[p] == MASK]
+            if not masked:
+                law[state] = law.get(state, 0.0) + probability
+                continue
+            predictions = self.predict(state)
+            for values in itertools.product(TOKENS, repeat=len(masked)):
+                drawn = dict(zip(masked, values, strict=True))
+                sure = {q: round(predictions[q][v] * 2**16) for q, v in drawn.items()}
+                surest = min(masked, key=lambda q: (-sure[q], q))
+                kept = [q for q in masked if q == surest or sure[q] > threshold * 2**16]
+                new = tuple(drawn[q] if q in kept else state[q] for q in range(LENGTH))
+                p = probability * math.prod(predictions[q][v] for q, v in drawn.items())
+                states[new] = states.get(new, 0.0) + p
+        return law
+
+    def uniform(self, times, *, states, greedy_tail=False, wrong=False, kappa=1.0):
+        """Duo's chain; `wrong` leaves alpha_t / alpha_s out of what stays; `kappa` as in a Psi-sampler."""
+        prior = np.array([1.0 / len(states) if v in states else 0.0 for v in range(VOCABULARY.size)])
         law = {z: len(states) ** -LENGTH for z in itertools.product(states, repeat=LENGTH)}
         for index, (t, s) in enumerate(itertools.pairwise(times)):
             last = index == len(times) - 2
@@ -149,7 +203,8 @@ class Laws:
                     rows = [np.eye(VOCABULARY.size)[p.argmax()] for p in predictions]
                 else:
                     rows = [
-                        posterior(z[i], predictions[i], alpha_t, alpha_s, states, wrong)
+                        kappa * posterior(z[i], predictions[i], alpha_t, alpha_s, states, wrong)
+                        + (1 - kappa) * (alpha_s * predictions[i] + (1 - alpha_s) * prior)
                         for i in range(LENGTH)
                     ]
                 for values in itertools.product(range(VOCABULARY.size), repeat=LENGTH):

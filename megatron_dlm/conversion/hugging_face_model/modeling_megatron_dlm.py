@@ -297,7 +297,8 @@ class MegatronDlmModel(PreTrainedModel):
             on_step: called after each step with the step and int64 [B, max_length], the tokens so far; for
                 prompts of one length.
             **settings: fields of `SamplingConfig`: sampler, num_steps, block_length, segment_length,
-                num_groups, temperature, top_p, greedy_tail, stop_at_eos.
+                num_groups, threshold, kappa, remasking, remasking_strength, remasking_loop, temperature,
+                top_p, guidance_scale, greedy_tail, stop_at_eos.
 
         Returns:
             int64 [B * num_return_sequences, max_length] token ids: padding and prompt as in `input_ids`, and

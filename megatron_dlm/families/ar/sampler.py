@@ -12,7 +12,6 @@ from megatron_dlm.sampling.decoding_plan import Plan
 from megatron_dlm.sampling.kv_reader import BehindCache, Reader
 from megatron_dlm.sampling.masked_sampler import MaskedSampler
 from megatron_dlm.sampling.network import Network
-from megatron_dlm.sampling.settings import SamplingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +38,6 @@ class Sampler(MaskedSampler):
         if bool((places.diff(dim=1) > 0).any()):
             raise ValueError(f"prompt: {self.name} continues a text and cannot fill in gaps")
 
-    def reader(self, network: Network, config: SamplingConfig, order: Plan) -> Reader:
+    def cached_reader(self, network: Network, order: Plan) -> Reader:
         """Reader with a key-value cache, which feeds known tokens and no masks."""
         return BehindCache(network, order, feeds_masks=False)

@@ -13,7 +13,6 @@ from megatron_dlm.sampling.decoding_plan import Plan
 from megatron_dlm.sampling.kv_reader import BehindCache, Reader
 from megatron_dlm.sampling.masked_sampler import MaskedSampler
 from megatron_dlm.sampling.network import Network
-from megatron_dlm.sampling.settings import SamplingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +35,6 @@ class Sampler(MaskedSampler):
         """Alpha at the steps' edges, up to alpha_0; the sequential part fills in the tokens still masked."""
         return [self.alpha(t) for t in np.linspace(1.0, 0.0, num_steps + 1).tolist()]
 
-    def reader(self, network: Network, config: SamplingConfig, order: Plan) -> Reader:
+    def cached_reader(self, network: Network, order: Plan) -> Reader:
         """Reader with a key-value cache, which feeds the mask tokens to unmask."""
         return BehindCache(network, order, feeds_masks=True)

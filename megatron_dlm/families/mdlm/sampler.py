@@ -1,4 +1,4 @@
-"""MDLM's samplers: the reverse process, the most confident tokens first, and plans in blocks."""
+"""MDLM's samplers: the reverse process, also with remasking, the surest tokens first, and plans in blocks."""
 
 from __future__ import annotations
 
@@ -17,11 +17,16 @@ class Sampler(MaskedSampler):
     """Samplers whose network reads the whole text at every denoising step."""
 
     samplers: ClassVar = {
-        "ancestral": ("num_steps", "block_length"),
-        "confidence": ("num_steps", "block_length"),
-        "block": ("num_steps",),
-        "block-autoregressive": ("segment_length", "num_groups"),
-        "left-to-right": (),
+        "ancestral": ("num_steps", "block_length", "guidance_scale"),
+        "psi": ("num_steps", "kappa", "greedy_tail", "guidance_scale"),
+        "remasking": (
+            *("num_steps", "remasking", "remasking_strength", "remasking_loop"),
+            *("greedy_tail", "guidance_scale"),
+        ),
+        "confidence": ("num_steps", "threshold", "block_length", "guidance_scale"),
+        "block": ("num_steps", "guidance_scale"),
+        "block-autoregressive": ("segment_length", "num_groups", "guidance_scale"),
+        "left-to-right": ("guidance_scale",),
     }
 
     time_conditioning: bool = False
@@ -31,9 +36,9 @@ class Sampler(MaskedSampler):
         """Give the network the step's noise level, or for samplers without one, the share of known tokens."""
         if not self.time_conditioning:
             return {}
-        if config.sampler != "ancestral":
+        if config.sampler not in ("ancestral", "psi", "remasking"):
             return {"alpha_of": self._share_known}
-        levels = self.alphas(config.num_steps or 0)
+        levels = self.levels(config)
 
         def alpha_of(ids_BL: Tensor, step: int) -> Tensor:
             return torch.full((len(ids_BL),), level_of_step(levels, step), dtype=torch.float64)

@@ -118,6 +118,50 @@ def test_mdlm_confidence(steps, follows):
     assert follows(draw(MDLM, sampler="confidence", num_steps=steps), law)
 
 
+@pytest.mark.parametrize("threshold", [slow(0.3), 0.5, slow(1.0)])
+def test_mdlm_above_a_threshold(threshold, follows):
+    """Threshold 1 is one at a time: confidence with as many steps as tokens."""
+    laws = Laws(toy(MDLM))
+    law, one_by_one = laws.above_threshold(threshold), laws.confidence(LENGTH)
+    if threshold == 1:
+        assert law == pytest.approx(one_by_one)
+    samples = draw(MDLM, sampler="confidence", threshold=threshold)
+    assert follows(samples, law, one_by_one if threshold < 1 else None)
+
+
+class Guided(Laws):
+    """Predictions pushed away from those without the first token, as Hugging Face's guidance_scale does."""
+
+    SCALE = 2.5
+
+    def predict(self, ids, positions=None, sigma=None):
+        own = super().predict(ids, positions, sigma)
+        other = super().predict((MASK, *ids[1:]), positions, sigma)
+        guided = []
+        for p, q in zip(own, other, strict=True):
+            raw = np.array([q[v] * (p[v] / q[v]) ** self.SCALE if v != MASK else 0.0 for v in range(len(p))])
+            guided.append(raw / raw.sum())
+        return guided
+
+
+@pytest.mark.parametrize("sampler", ["left-to-right", slow("confidence"), slow("ancestral")])
+def test_mdlm_guided_by_its_prompt(sampler, follows):
+    laws, plain = Guided(toy(MDLM)), Laws(toy(MDLM))
+    more = {"confidence": {"threshold": 1.0}, "ancestral": {"num_steps": 2}}.get(sampler, {})
+
+    def law(laws):
+        if sampler == "confidence":
+            return laws.above_threshold(1.0, (0,))
+        plans = {
+            "left-to-right": [(1.0, [[1], [2]])],
+            "ancestral": list(_plans_of(absorbing_alphas(2), [1, 2])),
+        }
+        return laws.by_plan(plans[sampler], "mdlm", (0,))
+
+    samples = draw(MDLM, (0,), sampler=sampler, guidance_scale=Guided.SCALE, **more)
+    assert follows(samples, law(laws), law(plain))
+
+
 @pytest.mark.slow
 def test_mdlm_in_blocks(follows):
     """Blocks of 2 and 1 tokens, each by 2 steps."""
@@ -188,6 +232,68 @@ def test_duo_ancestral(steps, greedy, follows):
     samples = draw(DUO, sampler="ancestral", num_steps=steps, greedy_tail=greedy)
     wrong = Laws(toy(DUO)).uniform(grid(steps), states=STATES, greedy_tail=greedy, wrong=True)
     assert follows(samples, law, wrong)
+
+
+@pytest.mark.parametrize("kappa", [slow(0.0), 0.3, slow(1.0)])
+@pytest.mark.parametrize("greedy", [False, slow(True)])
+def test_duo_psi(kappa, greedy, follows):
+    """kappa = 1 is ancestral, bit for bit; kappa = 0 draws each step afresh."""
+    laws = Laws(toy(DUO))
+    law = laws.uniform(grid(2), states=STATES, greedy_tail=greedy, kappa=kappa)
+    samples = draw(DUO, sampler="psi", num_steps=2, kappa=kappa, greedy_tail=greedy)
+    if kappa == 1:
+        assert (samples == draw(DUO, sampler="ancestral", num_steps=2, greedy_tail=greedy)).all()
+    wrong = None if greedy else laws.uniform(grid(2), states=STATES, kappa=1.0 if kappa < 1 else 0.6)
+    assert follows(samples, law, wrong)
+
+
+def remasking_of(alphas, sigma_of):
+    """(alpha_t, alpha_s, sigma) of each step; `sigma_of` takes alpha_s and the largest sigma."""
+    pairs = itertools.pairwise(alphas)
+    return [(t, s, sigma_of(s, min(1.0, (1 - s) / t))) for t, s in pairs]
+
+
+@pytest.mark.parametrize("kappa", [slow(0.0), 0.3, slow(1.0)])
+@pytest.mark.parametrize("greedy", [False, slow(True)])
+def test_mdlm_psi(kappa, greedy, follows):
+    """kappa = 1 is ancestral."""
+    laws, alphas = Laws(toy(MDLM)), absorbing_alphas(3)
+    law = laws.remasking(remasking_of(alphas, lambda s, _: (1 - kappa) * (1 - s)), greedy_tail=greedy)
+    ancestral = laws.by_plan(ancestral_plans(alphas), "mdlm")
+    if kappa == 1 and not greedy:
+        assert law == pytest.approx(ancestral)
+    samples = draw(MDLM, sampler="psi", num_steps=3, kappa=kappa, greedy_tail=greedy)
+    assert follows(samples, law, ancestral if kappa < 1 else None)
+
+
+@pytest.mark.parametrize("rule", ["cap", slow("rescale"), "confidence"])
+@pytest.mark.parametrize("strength", [slow(0.0), 0.5])
+def test_mdlm_remasking(rule, strength, follows):
+    """Strength 0 is ancestral."""
+    laws, alphas = Laws(toy(MDLM)), absorbing_alphas(3)
+    ancestral = laws.by_plan(ancestral_plans(alphas), "mdlm")
+    steps = remasking_of(
+        alphas, lambda _, largest: min(strength, largest) if rule == "cap" else strength * largest
+    )
+    law = laws.remasking(steps, by_confidence=rule == "confidence")
+    if strength == 0:
+        assert law == pytest.approx(ancestral)
+    samples = draw(MDLM, sampler="remasking", num_steps=3, remasking=rule, remasking_strength=strength)
+    assert follows(samples, law, ancestral if strength else None)
+
+
+def test_mdlm_remasking_in_a_loop(follows):
+    """Of the edges at times 1, 2/3, 1/3 and 1e-5, the two in the middle are on the plateau."""
+    near_data = 1 - 0.6 * 1e-5 / 0.3
+    steps = [(0.0, 0.4, 0.0), (0.4, 0.4, 0.5), (0.4, near_data, 0.0), (near_data, 1.0, 0.0)]
+    laws = Laws(toy(MDLM))
+    wrong = laws.remasking([(t, s, 0.0) for t, s, _ in steps])
+    samples = draw(
+        MDLM,
+        **{"sampler": "remasking", "num_steps": 3, "remasking": "loop", "remasking_strength": 0.5},
+        remasking_loop=(0.7, 0.3, 0.4),
+    )
+    assert follows(samples, laws.remasking(steps), wrong)
 
 
 @pytest.mark.slow

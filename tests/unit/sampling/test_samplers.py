@@ -13,6 +13,8 @@ from tests.helpers.exported import FAMILIES, LENGTH, VOCABULARY, build
 
 SETTINGS = {
     "ancestral": {"num_steps": 5},
+    "psi": {"num_steps": 5, "kappa": 0.3},
+    "remasking": {"num_steps": 5, "remasking": "cap", "remasking_strength": 0.4},
     "confidence": {"num_steps": 3},
     "block": {"num_steps": 3},
     "block-autoregressive": {"segment_length": 3},
@@ -26,6 +28,12 @@ CASES = [
 CASES += [
     ("mdlm", {"sampler": "ancestral", "num_steps": 3, "block_length": 4}),
     ("mdlm", {"sampler": "confidence", "num_steps": 3, "block_length": 4}),
+    ("mdlm", {"sampler": "confidence", "threshold": 0.3, "block_length": 4}),
+    ("mdlm", {"sampler": "remasking", "num_steps": 5, "remasking": "confidence", "remasking_strength": 1.0}),
+    ("mdlm", {"sampler": "remasking", "num_steps": 9, "remasking": "loop", "remasking_strength": 0.4}),
+    ("mdlm", {"sampler": "ancestral", "num_steps": 5, "guidance_scale": 2.0}),
+    ("block-diffusion", {"sampler": "ancestral", "num_steps": 3, "guidance_scale": 2.0}),
+    ("duo", {"sampler": "psi", "num_steps": 3, "kappa": 0.3, "block_length": 4}),
     ("duo", {"sampler": "ancestral", "num_steps": 3, "block_length": 4, "greedy_tail": True}),
 ]
 EOS, MASK = VOCABULARY.eos_token_id, VOCABULARY.mask_token_id
@@ -90,7 +98,8 @@ def test_steps_are_shown_and_the_last_is_the_result(case):
     assert torch.equal(seen[-1][1], result) and len(seen) > 1
     if model.config.family != "duo":
         hidden = [int((ids == MASK).sum()) for _, ids in seen]
-        assert hidden == sorted(hidden, reverse=True) and hidden[-1] == 0
+        only_falls = settings["sampler"] not in ("psi", "remasking")
+        assert hidden[-1] == 0 and (not only_falls or hidden == sorted(hidden, reverse=True))
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "ar"])
@@ -181,7 +190,34 @@ def test_the_network_reads_sequences_that_change_and_the_head_runs_on_rows_that_
         ("mdlm", {"temperature": 1e-310}, "temperature: 1e-310 is not 0 and not in"),
         ("mdlm", {"temperature": float("inf")}, "temperature: inf is not 0 and not in"),
         ("mdlm", {"top_p": 0.0}, r"top_p: 0.0 is outside \(0, 1\]"),
-        ("mdlm", {"greedy_tail": True}, "greedy_tail: not used by mdlm"),
+        ("mdlm", {"greedy_tail": True}, "greedy_tail: not used by sampler ancestral of mdlm"),
+        ("mdlm", {"sampler": "psi"}, "kappa: sampler psi needs it"),
+        ("duo", {"sampler": "psi", "kappa": 1.5}, r"kappa: 1.5 is outside \[0, 1\]"),
+        ("duo", {"sampler": "remasking", "remasking_strength": 0.1}, "sampler: remasking is none of duo"),
+        ("esolm", {"sampler": "psi", "kappa": 0.5}, "sampler: psi is none of esolm"),
+        ("mdlm", {"sampler": "remasking"}, "remasking_strength: sampler remasking needs it"),
+        (
+            "mdlm",
+            {"sampler": "remasking", "remasking_strength": -0.1},
+            r"remasking_strength: -0.1 is outside \[0, 1\]",
+        ),
+        (
+            "mdlm",
+            {"sampler": "remasking", "remasking_strength": 0.1, "remasking_loop": (0.5, 0.1, 0.9)},
+            "remasking_loop: only used by remasking loop",
+        ),
+        (
+            "mdlm",
+            {"sampler": "remasking", "remasking": "loop", "remasking_loop": (0.1, 0.5, 0.9)},
+            "remasking_loop: 0.1 0.5 0.9 are not a time",
+        ),
+        ("mdlm", {"kappa": 0.5}, "kappa: not used by sampler ancestral of mdlm"),
+        ("mdlm", {"sampler": "confidence", "threshold": 0.0}, r"threshold: 0.0 is outside \(0, 1\]"),
+        ("mdlm", {"sampler": "confidence", "threshold": 0.5, "num_steps": 4}, "num_steps: with a threshold"),
+        ("mdlm", {"threshold": 0.5}, "threshold: not used by sampler ancestral of mdlm"),
+        ("mdlm", {"guidance_scale": 2.0}, "guidance_scale: a text without a prompt"),
+        ("mdlm", {"guidance_scale": -1.0}, r"guidance_scale: -1.0 is not in \[0, inf\)"),
+        ("duo", {"guidance_scale": 2.0}, "guidance_scale: not used by sampler ancestral of duo"),
         (
             "mdlm",
             {"sampler": "left-to-right", "num_steps": 4},
