@@ -136,6 +136,24 @@ def test_sampling_benchmark_prints_both_sides():
 
 
 @pytest.mark.slow
+def test_samplers_benchmark_counts_calls_and_rows():
+    printed = printed_by(
+        "samplers.py",
+        *"--size tiny --steps 4 --length 16 --batch-sizes 2".split(),
+        *"--vocabulary-size 67 --repeats 1 --threads 1".split(),
+    )
+    rows = [
+        [cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if "│ 2 " in line
+    ]
+    # Each of the 15 tokens of two texts is drawn once by ancestral sampling, and read twice under guidance.
+    counts = {(family, name): (int(calls), int(drawn)) for family, name, _, calls, drawn, *_ in rows}
+    assert len(counts) == 10
+    plain, guided = counts["mdlm", "ancestral"], counts["mdlm", "ancestral, guidance 2"]
+    assert plain[1] == 30 and guided == (2 * plain[0], 60)
+    assert counts["mdlm", "psi, kappa 0.5"][1] >= 30
+
+
+@pytest.mark.slow
 def test_an_export_takes_a_file_and_a_tensor_of_memory():
     printed = printed_by(
         "export.py",
