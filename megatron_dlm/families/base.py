@@ -44,6 +44,13 @@ class ObjectiveConfig:
     """Whether the family can treat each document of a packed sequence as if it were alone."""
     predicts_next_token: ClassVar[bool] = False
     """Whether each position predicts the next token from the tokens up to that position, without noise."""
+    can_change: ClassVar[tuple[str, ...]] = ()
+    """Fields that `schedules` may change: those that neither the model nor the row losses depend on."""
+
+    schedules: tuple[str, ...] = ()
+    """Fields that change during training, each as "FIELD STEP:VALUE ... STEP", for example "alpha_0 0:1
+    10000": numbers with a fraction change linearly, others at the steps; from the last step on, and in
+    evaluation, the field has its own value."""
 
     def check_sizes(self, batch_size: int, seq_length: int) -> None:
         """Refuse a global batch or length that the family cannot divide.
@@ -86,6 +93,11 @@ class ObjectiveConfig:
             KL divergence of the noise at t = 1 from the prior; 0 if the two are equal or there is no noise.
         """
         return 0.0
+
+    @property
+    def training_times(self) -> tuple[float, float] | None:
+        """Range from which training draws its diffusion times, where evaluation's is wider; else None."""
+        return None
 
     @property
     def has_times(self) -> bool:

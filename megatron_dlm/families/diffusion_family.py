@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +22,15 @@ MaskedLoss = Literal["low-variance", "elbo"]
 class DiffusionConfig(ObjectiveConfig):
     """Fields of every diffusion family."""
 
+    can_change: ClassVar[tuple[str, ...]] = ("time_epsilon", "largest_time")
+
     noise_schedule: Schedule = "log-linear"
     """Noise schedule alpha_t, the share of clean tokens at time t: log-linear 1 - 0.999 t, linear 1 - t,
     cosine 1 - cos(pi (1 - t) / 2)."""
     time_epsilon: float = 1e-3
     """Smallest diffusion time that is drawn, in [0, 1)."""
+    largest_time: float = 1.0
+    """Largest diffusion time that training draws, above time_epsilon; evaluation goes to 1."""
     time_order: TimeOrder = "scrambled"
     """How the strata of diffusion times are spread over the global batch. scrambled: any slice of the batch
     has times from all over [0, 1]; reference: in order, as in the paper's code."""
@@ -38,6 +42,11 @@ class DiffusionConfig(ObjectiveConfig):
     def __post_init__(self) -> None:
         if not 0 <= self.time_epsilon < 1:
             raise InputError(f"objective.time_epsilon: {self.time_epsilon} is outside [0, 1)")
+        if not self.time_epsilon < self.largest_time <= 1:
+            raise InputError(
+                f"objective.largest_time: {self.largest_time} is outside ({self.time_epsilon}, 1], from "
+                "time_epsilon to 1"
+            )
         if not 0 <= self.ssl_ratio <= 1:
             raise InputError(f"objective.ssl_ratio: {self.ssl_ratio} is outside [0, 1]")
         if self.ssl_multiple < 1:
@@ -64,6 +73,11 @@ class DiffusionConfig(ObjectiveConfig):
     def has_times(self) -> bool:
         """True: the NELBO of a diffusion family is an integral over the diffusion time."""
         return True
+
+    @property
+    def training_times(self) -> tuple[float, float] | None:
+        """From `time_epsilon` to `largest_time`; None: to 1."""
+        return None if self.largest_time == 1 else (self.time_epsilon, self.largest_time)
 
     @property
     def min_time(self) -> float:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from megatron_dlm.diffusion.context import CorruptionContext
+from megatron_dlm.families.schedules import training_objective
 from megatron_dlm.interfaces import TokenBatch, Vocabulary
 from megatron_dlm.models.config import ModelConfig
 from megatron_dlm.models.flops.flops_actual import Work, work_of
@@ -107,7 +108,7 @@ def sampled_passes(config: RunConfig, vocabulary_size: int) -> SampledPasses:
     context = CorruptionContext(
         noise=NoiseSource(training.seed), step=0, batch_start=0, global_batch_size=size, training=True
     )
-    objective, microbatches = config.objective.build(vocabulary), []
+    objective, microbatches = training_objective(config.objective, vocabulary), []
     for start in range(0, max(micro, min(size, SAMPLED) // micro * micro), micro):
         batch = TokenBatch(
             token_ids=torch.zeros(micro, length + 1, dtype=torch.int64),

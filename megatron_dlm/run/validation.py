@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from megatron_dlm.data.loading.dali import require_dali
 from megatron_dlm.families.registry import OBJECTIVES
+from megatron_dlm.families.schedules import objective_phases
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.kernels.choice import wants_triton
 from megatron_dlm.models.config import TransformerImpl
@@ -57,7 +58,8 @@ def check_run(config: RunConfig, world_size: int) -> None:
     micro = config.training.micro_batch_size
     batches = [("training.global_batch_size", size) for size in config.training.batch_sizes()]
     for name, size in [*batches, ("evaluation.batch_size", config.evaluation.batch_size)]:
-        config.objective.check_sizes(size, config.data.seq_length)
+        for phase in objective_phases(config.objective):
+            phase.check_sizes(size, config.data.seq_length)
         if size % (micro * data_size):
             raise InputError(
                 f"{name}: {size} is not a multiple of training.micro_batch_size {micro} "
@@ -83,7 +85,7 @@ def is_legal(config: RunConfig, processes: int) -> bool:
 def _check_fully_sharded(config: RunConfig) -> None:
     if config.training.precision == "fp8":
         raise InputError("training.precision: fp8, and parallel.fully_sharded needs fp32 or bf16")
-    if config.objective.has_parts:
+    if any(phase.has_parts for phase in objective_phases(config.objective)):
         raise InputError(
             "parallel.fully_sharded: needs equal numbers of forwards on all ranks, which an objective of two "
             "parts (objective.alpha_0 between 0 and 1) does not give"
@@ -96,7 +98,8 @@ def _check_passes_are_alike(config: RunConfig, needs: str) -> None:
     if stages > 1:
         raise InputError(f"{needs} parallel.pipeline_model_parallel_size 1, not {stages}")
     objective, seq_length = config.objective, config.data.seq_length
-    if objective.has_parts or objective.length_multiple(seq_length) != seq_length:
+    has_parts = any(phase.has_parts for phase in objective_phases(objective))
+    if has_parts or objective.length_multiple(seq_length) != seq_length:
         raise InputError(f"{needs} microbatches of one length, which {objective.name} here has not")
 
 

@@ -15,6 +15,7 @@ from megatron_dlm.data.loading.prefetch import Prefetcher
 from megatron_dlm.evaluation.validation import Likelihood, estimate_likelihood
 from megatron_dlm.execution.microbatches import BatchAddress, MicrobatchMaker, transfer
 from megatron_dlm.execution.pipeline_runner import BatchSums, PipelineRunner
+from megatron_dlm.families.schedules import objective_phases, training_objective
 from megatron_dlm.models.initialization import initialize
 from megatron_dlm.models.precision.fp8_emulation import follow_maxima
 from megatron_dlm.platform.gpu import STATE_CURES, allocating, peak_memory_bytes
@@ -78,7 +79,7 @@ class Session:
             )
         self._runner = PipelineRunner(
             self.chunks,
-            config.objective.build(data.vocabulary),
+            training_objective(config.objective, data.vocabulary),
             parallel,
             config.training.head_rows_per_chunk,
         )
@@ -106,6 +107,8 @@ class Session:
         config, parallel = self.config, self.parallel
         objective, size = self._runner.objective, config.training.micro_batch_size
         forms = self.denoiser.config.mask_forms
+        # Samples of a second part have no time of the first one's.
+        has_parts = any(phase.has_parts for phase in objective_phases(config.objective))
         self._make = MicrobatchMaker(
             samples,
             objective,
@@ -114,7 +117,7 @@ class Session:
             config.objective.attention,
             forms,
             parallel,
-            config.objective.time_bands,
+            None if has_parts else config.objective.time_bands,
         )
         loader = config.data.loader_for(parallel.device.type)
         self._batches = Prefetcher(

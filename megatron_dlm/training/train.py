@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from megatron_dlm.families.schedules import training_objective
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.platform.failure_report import naming_the_rank_at_fault
 from megatron_dlm.platform.gpu import record_memory
@@ -96,7 +97,7 @@ def check_start(config: RunConfig, processes: int) -> RunData:
     refuse_foreign_directory(config.directory)
     data = open_data(config.data)
     # Refuses what this vocabulary is too small for.
-    config.objective.build(data.vocabulary)
+    training_objective(config.objective, data.vocabulary)
     if data.has_prompts and config.parallel.cuda_graphs:
         raise InputError("parallel.cuda_graphs: True, and rows of prompts have masks of their own")
     if data.has_prompts:

@@ -5,7 +5,15 @@ import shutil
 import pytest
 
 from megatron_dlm.telemetry.writers import read_metrics
-from tests.helpers.runs import arguments_for, finish, finish_ranks, start, tensor_files, train_metrics
+from tests.helpers.runs import (
+    arguments_for,
+    finish,
+    finish_ranks,
+    start,
+    tensor_files,
+    train_metrics,
+    without_speed,
+)
 from tests.helpers.selection import slow
 
 
@@ -201,3 +209,27 @@ def test_a_start_that_is_no_checkpoint(corpus, tmp_path):
     code, output = finish(start(arguments_for(corpus, tmp_path / "run", *more)))
     assert code == 2 and "not a complete checkpoint" in output
     assert not (tmp_path / "run").exists()
+
+
+def test_a_changing_objective_goes_on_exactly_where_it_was(corpus, tmp_path):
+    words = ["--objective.schedules", "block_size 2:1 5:4 9", "largest_time 0:0.5 12"]
+
+    def run(directory, steps):
+        recipe = "examples/block-diffusion/tiny.py"
+        code, output = finish(start(arguments_for(corpus, directory, *words, recipe=recipe, steps=steps)))
+        assert code == 0, output
+
+    run(tmp_path / "whole", 14)
+    for steps in (6, 14):
+        run(tmp_path / "cut", steps)
+    whole, cut = train_metrics(tmp_path / "whole"), train_metrics(tmp_path / "cut")
+    assert [whole[step]["schedule/block_size"] for step in (1, 5, 6, 9, 10)] == [1, 1, 4, 4, 16]
+    assert whole[4]["schedule/largest_time"] == pytest.approx(0.625)
+    for step in range(7, 15):
+        assert without_speed(cut[step]) == without_speed(whole[step])
+    assert tensor_files(tmp_path / "cut") == tensor_files(tmp_path / "whole")
+    code, output = finish(
+        start(arguments_for(corpus, tmp_path / "wrong", "--objective.schedules", "block_size 0:5 9"))
+    )
+    assert code == 2 and "objective.schedules: 'block_size' does not change during training" in output
+    assert not (tmp_path / "wrong").exists()

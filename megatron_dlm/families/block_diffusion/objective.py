@@ -27,6 +27,7 @@ class BlockDiffusionConfig(DiffusionConfig):
     has_one_time: ClassVar[bool] = False
     # Its blocks begin with the sample, not with each document.
     takes_document_masks: ClassVar[bool] = False
+    can_change: ClassVar[tuple[str, ...]] = (*DiffusionConfig.can_change, "loss", "block_size")
 
     block_size: int = 16
     """Tokens per block. The sequence length gives MDLM; 1 gives a bound equal to the sequential

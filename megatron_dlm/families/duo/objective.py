@@ -39,6 +39,12 @@ class DuoConfig(DiffusionConfig):
 
     name: ClassVar[str] = "duo"
     attention: ClassVar[AttentionPattern] = AttentionPattern.BIDIRECTIONAL
+    can_change: ClassVar[tuple[str, ...]] = (
+        *DiffusionConfig.can_change,
+        "curriculum.temperature",
+        "curriculum.gamma_min",
+        "curriculum.gamma_max",
+    )
 
     time_conditioning: bool = True
     """Condition the network on the noise level. Must stay on: a token does not show whether it is noise."""

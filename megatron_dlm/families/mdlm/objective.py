@@ -24,6 +24,7 @@ class MDLMConfig(DiffusionConfig):
 
     name: ClassVar[str] = "mdlm"
     attention: ClassVar[AttentionPattern] = AttentionPattern.BIDIRECTIONAL
+    can_change: ClassVar[tuple[str, ...]] = (*DiffusionConfig.can_change, "loss")
 
     loss: MaskedLoss = "low-variance"
     """Training weight of a masked token. low-variance: 1 (arXiv:2602.15014 eq. 8); elbo: -alpha'/(1 - alpha),

@@ -7,6 +7,7 @@ import time
 import numpy as np
 from megatron.core.energy_monitor import EnergyMonitor
 
+from megatron_dlm.families.schedules import scheduled_values
 from megatron_dlm.platform.device_flops import matmul_flops_per_second
 from megatron_dlm.platform.gpu import waiting_for_gpu
 from megatron_dlm.platform.megatron import energy_monitor
@@ -87,6 +88,10 @@ class LoggingHook(Hook):
             "fingerprint": progress.fingerprint,
             "time": time.time(),
             **_by_time(window),
+            **{
+                f"schedule/{name}": value
+                for name, value in scheduled_values(session.config.objective, progress.step - 1).items()
+            },
             **{f"epochs/{name}": value for name, value in epochs.items()},
         }
 

@@ -1,0 +1,220 @@
+"""Fields of an objective that change during training: functions of the step alone, so a resume is exact."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from bisect import bisect_right
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, TypeVar, get_args, get_type_hints
+
+import numpy as np
+from torch import Tensor
+
+from megatron_dlm.diffusion.context import CorruptionContext
+from megatron_dlm.families.base import Objective, ObjectiveConfig
+from megatron_dlm.interfaces import InputError, ModelInputs, RowTargets, Targets, TokenBatch, Vocabulary
+from megatron_dlm.platform.vocab_parallel import VocabShard
+
+Config = TypeVar("Config", bound=ObjectiveConfig)
+CHECKED_STEPS = 100
+"""How many steps between the first and the last point are tried before a run starts, besides the points."""
+
+
+@dataclass(frozen=True)
+class FieldSchedule:
+    """Values of one field: linear between points if they are floats, else held until the next point."""
+
+    field: str
+    """Its name, with dots inside nested configurations."""
+    steps: tuple[int, ...]
+    """Rising; from the last one on the field has its own value."""
+    values: tuple[Any, ...]
+    """At each of the steps; the last one is the field's own value."""
+
+    def at(self, step: int) -> Any:
+        """The value after `step` optimizer steps."""
+        if isinstance(self.values[-1], float):
+            return float(np.interp(step, self.steps, self.values))
+        return self.values[max(0, bisect_right(self.steps, step) - 1)]
+
+
+@lru_cache(maxsize=16)
+def field_schedules(config: ObjectiveConfig) -> tuple[FieldSchedule, ...]:
+    """The schedules of an objective, read.
+
+    Args:
+        config: an objective with `schedules`.
+
+    Returns:
+        One for each field that changes.
+
+    Raises:
+        InputError: a schedule that cannot be read, or of a field that cannot change.
+    """
+    found = tuple(_read(text, config) for text in config.schedules)
+    names = [schedule.field for schedule in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"objective.schedules: {name} has two schedules")
+    return found
+
+
+def _read(text: str, config: ObjectiveConfig) -> FieldSchedule:
+    name, *points = text.split() or [""]
+    if name not in config.can_change:
+        offered = ", ".join(config.can_change) or "nothing"
+        raise InputError(
+            f"objective.schedules: {name!r} does not change during training; {config.name} changes {offered}"
+        )
+    words = [point.split(":") for point in points]
+    if len(points) < 2 or any(len(word) != 2 for word in words[:-1]) or len(words[-1]) != 1:
+        raise InputError(
+            f"objective.schedules: {text!r} is not FIELD STEP:VALUE ... STEP; from the last step on it "
+            "has its own value"
+        )
+    if not all(re.fullmatch(r"\d+", word[0]) for word in words):
+        raise InputError(f"objective.schedules: {text!r}: a step is no whole number")
+    steps = tuple(int(word[0]) for word in words)
+    if any(after <= before for before, after in itertools.pairwise(steps)):
+        raise InputError(f"objective.schedules: {text!r}: steps do not rise")
+    own = _get(config, name)
+    try:
+        values = tuple(type(own)(word[1]) for word in words[:-1])
+    except ValueError as error:
+        raise InputError(f"objective.schedules: {text!r}: {error}") from error
+    choices = get_args(get_type_hints(type(config)).get(name)) or values
+    if not set(values) <= set(choices):
+        raise InputError(f"objective.schedules: {text!r}: {name} is one of {', '.join(map(str, choices))}")
+    return FieldSchedule(name, steps, (*values, own))
+
+
+def _get(config: Any, name: str) -> Any:
+    for part in name.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def _with(config: Any, name: str, value: Any) -> Any:
+    first, _, rest = name.partition(".")
+    return replace(config, **{first: _with(getattr(config, first), rest, value) if rest else value})
+
+
+def objective_at(config: Config, step: int) -> Config:
+    """The objective that a training step has.
+
+    Args:
+        config: the run's objective.
+        step: optimizer steps done before.
+
+    Returns:
+        Without schedules; `config` itself if it has none.
+
+    Raises:
+        InputError: the values of this step are not allowed together.
+    """
+    if not config.schedules:
+        return config
+    values = {schedule.field: schedule.at(step) for schedule in field_schedules(config)}
+    # Fields that are checked together change together.
+    plain = {name: value for name, value in values.items() if "." not in name}
+    try:
+        found = replace(config, schedules=(), **plain)
+        for name in values.keys() - plain.keys():
+            found = _with(found, name, values[name])
+    except InputError as error:
+        raise InputError(f"objective.schedules: at step {step}: {error}") from error
+    return found
+
+
+def objective_phases(config: Config) -> list[Config]:
+    """Objectives that a run trains: at the points of its schedules and at steps between them.
+
+    Args:
+        config: the run's objective.
+
+    Returns:
+        Different ones, the last of which has the fields' own values.
+
+    Raises:
+        InputError: a schedule that cannot be read, or values that are not allowed.
+    """
+    points = {step for schedule in field_schedules(config) for step in schedule.steps}
+    if not points:
+        return [config]
+    between = np.linspace(0, max(points), CHECKED_STEPS).astype(int).tolist()
+    phases = [objective_at(config, step) for step in sorted({*points, *between})]
+    return [phase for index, phase in enumerate(phases) if phase not in phases[:index]]
+
+
+def scheduled_values(config: ObjectiveConfig, step: int) -> dict[str, float]:
+    """Values of the fields that change, as metrics.
+
+    Args:
+        config: the run's objective.
+        step: optimizer steps done before.
+
+    Returns:
+        Numbers by field; a word is 1 under FIELD=WORD.
+    """
+    values = {schedule.field: schedule.at(step) for schedule in field_schedules(config)}
+    return {
+        f"{name}={value}" if isinstance(value, str) else name: 1.0 if isinstance(value, str) else float(value)
+        for name, value in values.items()
+    }
+
+
+def training_objective(config: ObjectiveConfig, vocabulary: Vocabulary) -> Objective:
+    """The objective that a run trains and is validated with.
+
+    Args:
+        config: the run's objective.
+        vocabulary: token ids of the model.
+
+    Returns:
+        The family's own; with schedules or a range of training times, one that follows them.
+    """
+    if not config.schedules and config.training_times is None:
+        return config.build(vocabulary)
+    return ScheduledObjective(config, vocabulary)
+
+
+class ScheduledObjective(Objective):
+    """In training the objective of the step; in evaluation that of the fields' own values."""
+
+    def __init__(self, config: ObjectiveConfig, vocabulary: Vocabulary) -> None:
+        self._config, self._vocabulary = config, vocabulary
+        self._own = replace(config, schedules=()).build(vocabulary)
+        self._newest = config, self._own
+        objective_phases(config)
+
+    def _at(self, context: CorruptionContext) -> tuple[Objective, CorruptionContext]:
+        if not context.training:
+            return self._own, context
+        config = objective_at(self._config, context.step)
+        if self._newest[0] != config:
+            self._newest = config, replace(config, schedules=()).build(self._vocabulary)
+        if config.training_times is not None and context.time_range is None:
+            context = replace(context, time_range=config.training_times)
+        return self._newest[1], context
+
+    def split(self, batch: TokenBatch, context: CorruptionContext) -> list[TokenBatch]:
+        """Split the microbatch as the step's objective does."""
+        objective, context = self._at(context)
+        return objective.split(batch, context)
+
+    def corrupt(self, batch: TokenBatch, context: CorruptionContext) -> tuple[ModelInputs, Targets]:
+        """Corrupt the microbatch as the step's objective does."""
+        objective, context = self._at(context)
+        return objective.corrupt(batch, context)
+
+    def token_losses(self, logits_RVp: Tensor, targets: RowTargets, vocab: VocabShard) -> Tensor:
+        """Row losses, which no schedule changes."""
+        return self._own.token_losses(logits_RVp, targets, vocab)
+
+    def loss_and_dlogits(
+        self, logits_RVp: Tensor, targets: RowTargets, vocab: VocabShard
+    ) -> tuple[Tensor, Tensor]:
+        """Row losses and gradients, which no schedule changes."""
+        return self._own.loss_and_dlogits(logits_RVp, targets, vocab)

@@ -1,0 +1,132 @@
+"""Fields of an objective that change during training: their values, what is refused, what is drawn then."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_dlm.diffusion.context import CorruptionContext
+from megatron_dlm.families.ar.objective import ARConfig
+from megatron_dlm.families.block_diffusion.objective import BlockDiffusionConfig
+from megatron_dlm.families.duo.objective import DuoConfig
+from megatron_dlm.families.esolm.objective import EsoLMConfig
+from megatron_dlm.families.mdlm.objective import MDLMConfig
+from megatron_dlm.families.schedules import (
+    objective_at,
+    objective_phases,
+    scheduled_values,
+    training_objective,
+)
+from megatron_dlm.interfaces import InputError, TokenBatch, Vocabulary
+from megatron_dlm.platform.rng import NoiseSource
+
+VOCABULARY = Vocabulary(size=11, mask_token_id=4, eos_token_id=3, bos_token_id=0)
+ANNEALED = EsoLMConfig(
+    alpha_0=0.5, batch_split=0.25, schedules=("alpha_0 0:1.0 100", "batch_split 0:1.0 100")
+)
+GROWING = BlockDiffusionConfig(block_size=8, schedules=("block_size 10:1 20:4 30", "loss 0:low-variance 25"))
+SOFT = DuoConfig(schedules=("curriculum.temperature 0:0.1 100",))
+RANGE = MDLMConfig(largest_time=0.9, schedules=("time_epsilon 0:0.5 50", "largest_time 0:0.6 50"))
+CONFIGS = [ANNEALED, GROWING, SOFT, RANGE]
+
+
+def corrupted(objective, step, *, training=True):
+    batch = TokenBatch(
+        token_ids=torch.arange(8 * 9).reshape(8, 9) % 4, sample_indices=np.arange(8 * step, 8 * step + 8)
+    )
+    context = CorruptionContext(
+        noise=NoiseSource(3), batch_start=8 * step, global_batch_size=8, training=training, step=step
+    )
+    return [objective.corrupt(part, context) for part in objective.split(batch, context)]
+
+
+def test_fractions_change_linearly_and_all_else_at_the_steps():
+    assert [scheduled_values(ANNEALED, step) for step in (0, 50, 100, 101)] == [
+        {"alpha_0": 1.0, "batch_split": 1.0},
+        {"alpha_0": 0.75, "batch_split": 0.625},
+        *2 * [{"alpha_0": 0.5, "batch_split": 0.25}],
+    ]
+    sizes = [scheduled_values(GROWING, step)["block_size"] for step in (0, 10, 19, 20, 29, 30, 1000)]
+    assert sizes == [1, 1, 1, 4, 4, 8, 8]
+    words = [set(scheduled_values(GROWING, step)) - {"block_size"} for step in (24, 25)]
+    assert words == [{"loss=low-variance"}, {"loss=elbo"}]
+    assert objective_at(SOFT, 50).curriculum.temperature == pytest.approx(0.0505)
+    assert scheduled_values(MDLMConfig(), 7) == {}
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.name)
+@pytest.mark.parametrize("step", [0, 15, 24, 26, 99, 100, 1000])
+def test_a_step_is_corrupted_as_by_its_own_objective(config, step):
+    plain = objective_at(config, step)
+    assert plain.schedules == ()
+    found = corrupted(training_objective(config, VOCABULARY), step)
+    expected = corrupted(training_objective(plain, VOCABULARY), step)
+    assert len(found) == len(expected)
+    for (inputs, targets), (own_inputs, own_targets) in zip(found, expected, strict=True):
+        assert torch.equal(inputs.token_ids_BL, own_inputs.token_ids_BL)
+        assert torch.equal(inputs.sigma_B, own_inputs.sigma_B)
+        assert torch.equal(targets.weight_BL, own_targets.weight_BL)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.name)
+def test_evaluation_has_the_fields_own_values(config):
+    own = replace(config, schedules=(), **({"largest_time": 1.0} if config is RANGE else {}))
+    found = corrupted(training_objective(config, VOCABULARY), 0, training=False)
+    expected = corrupted(own.build(VOCABULARY), 0, training=False)
+    for (inputs, targets), (own_inputs, own_targets) in zip(found, expected, strict=True):
+        assert torch.equal(inputs.token_ids_BL, own_inputs.token_ids_BL)
+        assert torch.equal(targets.bound_weight_BL, own_targets.bound_weight_BL)
+
+
+@pytest.mark.parametrize(("step", "low", "high"), [(0, 0.5, 0.6), (25, 0.2505, 0.75), (50, 1e-3, 0.9)])
+def test_training_draws_times_from_its_range(step, low, high):
+    objective = training_objective(replace(RANGE, time_conditioning=True), VOCABULARY)
+    ((inputs, _),) = corrupted(objective, step)
+    times = (1 - (-inputs.sigma_B.double()).exp()) / 0.999
+    assert low - 1e-6 <= times.min() and times.max() <= high + 1e-6
+    # Eight strata of the range.
+    assert times.max() - times.min() > 0.7 * (high - low)
+
+
+def test_phases_are_what_a_run_trains():
+    phases = objective_phases(GROWING)
+    assert {(phase.block_size, phase.loss) for phase in phases} == {
+        *((1, "low-variance"), (4, "low-variance"), (4, "elbo"), (8, "elbo")),
+    }
+    assert len(objective_phases(ANNEALED)) == 100 and objective_phases(ANNEALED)[0].has_parts is False
+    assert objective_phases(MDLMConfig()) == [MDLMConfig()]
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (MDLMConfig(schedules=("noise_schedule 0:cosine 5",)), "'noise_schedule' does not change during"),
+        (
+            ARConfig(schedules=("alpha_0 0:1 5",)),
+            "'alpha_0' does not change during training; ar changes nothing",
+        ),
+        (MDLMConfig(schedules=("",)), "'' does not change"),
+        (MDLMConfig(schedules=("loss 0:elbo",)), "is not FIELD STEP:VALUE ... STEP"),
+        (MDLMConfig(schedules=("loss 0:elbo 5:elbo",)), "is not FIELD STEP:VALUE ... STEP"),
+        (MDLMConfig(schedules=("loss elbo 5",)), "is not FIELD STEP:VALUE ... STEP"),
+        (MDLMConfig(schedules=("loss -1:elbo 5",)), "a step is no whole number"),
+        (MDLMConfig(schedules=("loss 5:elbo 5",)), "steps do not rise"),
+        (MDLMConfig(schedules=("loss 0:elbo 5", "loss 0:elbo 6")), "loss has two schedules"),
+        (GROWING.__class__(schedules=("block_size 0:1.5 5",)), "block_size 0:1.5 5.*invalid literal for int"),
+        (GROWING.__class__(schedules=("block_size 0:0 5",)), "at step 0: objective.block_size: 0 is below 1"),
+        (EsoLMConfig(schedules=("alpha_0 0:1.5 5",)), "at step 0: objective.alpha_0: 1.5 is outside"),
+        (
+            EsoLMConfig(alpha_0=0.5, batch_split=0.5, schedules=("alpha_0 0:1 9",)),
+            "at step 0: objective.batch_split: 0.5 trains a part that alpha_0 1.0 has not",
+        ),
+        (
+            MDLMConfig(schedules=("largest_time 0:0.0001 9",)),
+            "at step 0: objective.largest_time: 0.0001 is out",
+        ),
+        (MDLMConfig(schedules=("loss 0:elbos 9",)), "loss 0:elbos 9': loss is one of low-variance, elbo"),
+    ],
+)
+def test_schedules_that_cannot_be_are_refused(config, words):
+    with pytest.raises(InputError, match=words):
+        training_objective(config, VOCABULARY)
