@@ -4,49 +4,70 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from megatron_dlm.checkpointing.layout import REFERENCE_SUFFIX
 from megatron_dlm.cli.arguments import parse
+from megatron_dlm.data.tokenizers.special_tokens import SpecialTokens
 from megatron_dlm.interfaces import InputError
+
+if TYPE_CHECKING:
+    from megatron_dlm.conversion.import_weights import Imported
+    from megatron_dlm.run.config import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImportConfig:
+class ImportConfig(SpecialTokens):
     """Import weights as a checkpoint that any parallel layout can load; no code stored with them is executed.
 
-    SOURCE is a folder that `megatron-dlm export` made, also one that transformers or peft has saved again, or
-    a Lightning .ckpt of the paper's code, which needs --recipe and --tokenizer. Training can start from
-    SOURCE, or from the imported checkpoint, with --checkpoint.initialize-from.
+    SOURCE is a folder that `megatron-dlm export` made, also one that transformers or peft has saved again;
+    a Lightning .ckpt of the paper's code, which needs --recipe and --tokenizer; or the folder of a published
+    model, safetensors or .bin files with the names of the paper's code, which needs --recipe. Training can
+    start from an exported folder, a .ckpt, or the imported checkpoint, with --checkpoint.initialize-from.
     """
 
     source: Annotated[Path, tyro.conf.Positional]
-    """Exported folder or .ckpt file."""
+    """Folder or .ckpt file."""
     output: Annotated[Path, tyro.conf.Positional]
     """Directory to create; the checkpoint is written to its subdirectory checkpoints/."""
     recipe: Path | None = None
-    """Recipe file that defines model, objective and training; required for a .ckpt file and for a folder
-    without megatron_dlm_run.json, not allowed for other folders."""
+    """Recipe file that defines model, objective and training; required for a .ckpt file, a published folder
+    and a folder without megatron_dlm_run.json, not allowed for other folders."""
     tokenizer: Path | None = None
-    """Directory of the tokenizer; required for a .ckpt file, not allowed for a folder."""
+    """Directory of the tokenizer; required for a .ckpt file, not allowed for an exported folder; None: the
+    published folder's own. Its special tokens may be named by --eos-token, --bos-token and --mask-token."""
 
 
 def run(arguments: list[str]) -> int:
     """Parse, import, report; returns the exit code."""
     config = parse(ImportConfig, arguments, verb="import")
-    from megatron_dlm.conversion.import_weights import import_weights, read_folder, read_reference
+    from megatron_dlm.conversion.import_weights import import_weights
     from megatron_dlm.run.config import load_recipe
 
-    if config.source.suffix == REFERENCE_SUFFIX:
-        if config.recipe is None or config.tokenizer is None:
-            raise InputError("recipe, tokenizer: a .ckpt says neither shape nor vocabulary; give both")
-        imported = read_reference(config.source, load_recipe(config.recipe), config.tokenizer)
-    else:
-        if config.tokenizer is not None:
-            raise InputError("tokenizer: an exported folder has its own")
-        imported = read_folder(config.source, None if config.recipe is None else load_recipe(config.recipe))
+    imported = _read(config, None if config.recipe is None else load_recipe(config.recipe))
     checkpoint = import_weights(imported, config.output)
     print(f"{checkpoint}: {imported.config.objective.name} weights, fp32")
     return 0
+
+
+def _read(config: ImportConfig, recipe: RunConfig | None) -> Imported:
+    from megatron_dlm.conversion.from_hugging_face import MODEL_TYPE, WeightFolder
+    from megatron_dlm.conversion.import_weights import read_folder, read_published, read_reference
+
+    named = config.named_tokens()
+    if config.source.suffix == REFERENCE_SUFFIX:
+        if recipe is None or config.tokenizer is None:
+            raise InputError("recipe, tokenizer: a .ckpt says neither shape nor vocabulary; give both")
+        return read_reference(config.source, recipe, config.tokenizer, named)
+    if WeightFolder(config.source).config.get("model_type") == MODEL_TYPE:
+        if config.tokenizer is not None or named != SpecialTokens():
+            raise InputError("tokenizer: an exported folder has its own, with its special tokens")
+        return read_folder(config.source, recipe)
+    if recipe is None:
+        raise InputError(
+            f"recipe: {config.source} is no folder of `megatron-dlm export`; a published one needs a recipe "
+            "with its family and shape"
+        )
+    return read_published(config.source, recipe, config.tokenizer, named)

@@ -28,27 +28,22 @@ PICKLE_STARTS = (b"PK", b"\x80")
 """First bytes of torch.save's archives and of plain pickles."""
 
 
-class ExportedFolder:
-    """An exported folder; everything except the weights is checked on opening."""
+class WeightFolder:
+    """A folder with config.json and weights in safetensors files."""
 
     def __init__(self, path: Path) -> None:
         """Open the folder.
 
         Args:
-            path: directory written by `megatron-dlm export`.
+            path: directory.
 
         Raises:
-            InputError: the folder does not exist, holds another architecture, has weights in pickles or
-                outside the folder, or has files that differ from its export report.
+            InputError: the folder has no readable config.json.
         """
         self.path = path
         if not (path / CONFIG).is_file():
             raise self._complaint(f"has no {CONFIG}")
         self.config = self._json(CONFIG)
-        if (found := self.config.get("model_type")) != MODEL_TYPE:
-            raise self._complaint(f"{CONFIG}: model_type {found!r} is not {MODEL_TYPE!r}")
-        self._files = self._weight_files()
-        self._refuse_altered()
 
     def _complaint(self, what: str) -> InputError:
         return InputError(f"{self.path}: {what}")
@@ -106,6 +101,74 @@ class ExportedFolder:
             what = "a pickle under another name; refused" if _is_pickle(file) else f"unreadable: {error}"
             raise self._complaint(f"{file.name}: {what}") from error
 
+    @property
+    def tokenizer_fingerprint(self) -> str | None:
+        """SHA-256 of the folder's tokenizer.json; None if the folder has no tokenizer."""
+        path = self.path / TOKENIZER_FILE
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+    def _checked(
+        self, files: Mapping[str, Path], stored: Mapping[str, str], model: ModelConfig, vocabulary: Vocabulary
+    ) -> FolderWeights:
+        """Tensors of safetensors files by public name; InputError unless they are those of the model.
+
+        Args:
+            files: file of each tensor, by its name in there.
+            stored: name in the files of each tensor, by its public name.
+            model: model configuration that gives the expected shapes.
+            vocabulary: vocabulary of the model.
+
+        Returns:
+            Tensors, read when asked for.
+        """
+        with ExitStack() as stack:
+            opened = {
+                file: stack.enter_context(safe_open(file, framework="pt")) for file in set(files.values())
+            }
+            held = {name: opened[files[own]].get_slice(own) for name, own in stored.items()}
+            found = {name: tuple(each.get_shape()) for name, each in held.items()}
+            self._refuse_misfits(found, stored, model, vocabulary)
+            for name, each in held.items():
+                if (dtype := each.get_dtype()) not in FLOATS:
+                    raise self._complaint(f"tensor {stored[name]} is {dtype}, not one of {', '.join(FLOATS)}")
+        return FolderWeights(files, stored)
+
+    def _refuse_misfits(
+        self,
+        found: Mapping[str, tuple[int, ...]],
+        stored: Mapping[str, str],
+        model: ModelConfig,
+        vocabulary: Vocabulary,
+    ) -> None:
+        """Refuse shapes, by public name, that are not those of the model; `stored`: their own names."""
+        shapes = public_shapes(model, vocabulary.size)
+        for name in sorted(shapes.keys() ^ found.keys()):
+            what = "lacks" if name in shapes else "has an unknown"
+            raise self._complaint(f"{what} tensor {stored.get(name, name)}")
+        for name, shape in shapes.items():
+            if found[name] != tuple(shape):
+                raise self._complaint(f"tensor {stored[name]} has shape {found[name]}, not {tuple(shape)}")
+
+
+class ExportedFolder(WeightFolder):
+    """An exported folder; everything except the weights is checked on opening."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the folder.
+
+        Args:
+            path: directory written by `megatron-dlm export`.
+
+        Raises:
+            InputError: the folder does not exist, holds another architecture, has weights in pickles or
+                outside the folder, or has files that differ from its export report.
+        """
+        super().__init__(path)
+        if (found := self.config.get("model_type")) != MODEL_TYPE:
+            raise self._complaint(f"{CONFIG}: model_type {found!r} is not {MODEL_TYPE!r}")
+        self._files = self._weight_files()
+        self._refuse_altered()
+
     def _refuse_altered(self) -> None:
         """Compare code and configuration with the report, if there is one."""
         self._refuse_unlike(lambda name: not name.endswith(WEIGHT_SUFFIX))
@@ -139,12 +202,6 @@ class ExportedFolder:
         """Record of the run that was exported."""
         return self._json(RUN)
 
-    @property
-    def tokenizer_fingerprint(self) -> str | None:
-        """SHA-256 of the folder's tokenizer.json; None if the folder has no tokenizer."""
-        path = self.path / TOKENIZER_FILE
-        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
-
     def refuse_other(self, model: ModelConfig, vocabulary: Vocabulary) -> None:
         """Refuse a folder whose model shape or vocabulary differs; the family may differ.
 
@@ -173,22 +230,8 @@ class ExportedFolder:
         Raises:
             InputError: tensors are missing, unknown, of another shape or not of floating-point numbers.
         """
-        shapes = public_shapes(model, vocabulary.size)
-        for name in sorted(shapes.keys() ^ self._files.keys()):
-            raise self._complaint(f"{'lacks' if name in shapes else 'has an unknown'} tensor {name}")
-        with ExitStack() as stack:
-            opened = {
-                file: stack.enter_context(safe_open(file, framework="pt"))
-                for file in set(self._files.values())
-            }
-            for name, shape in shapes.items():
-                held = opened[self._files[name]].get_slice(name)
-                found, dtype = tuple(held.get_shape()), held.get_dtype()
-                if found != tuple(shape):
-                    raise self._complaint(f"tensor {name} has shape {found}, not {tuple(shape)}")
-                if dtype not in FLOATS:
-                    raise self._complaint(f"tensor {name} is {dtype}, not one of {', '.join(FLOATS)}")
-        return FolderWeights(self._files)
+        own = {name: name for name in self._files}
+        return self._checked(self._files, own, model, vocabulary)
 
 
 def _is_pickle(file: Path) -> bool:
@@ -199,18 +242,20 @@ def _is_pickle(file: Path) -> bool:
 
 
 class FolderWeights(Mapping[str, Tensor]):
-    """Tensors of safetensors files by name, each read when asked for."""
+    """Tensors of safetensors files by public name, each read when asked for."""
 
-    def __init__(self, files: Mapping[str, Path]) -> None:
-        self._files = files
+    def __init__(self, files: Mapping[str, Path], stored: Mapping[str, str]) -> None:
+        """`files`: of each tensor, by its name in there; `stored`: that name, by the public one."""
+        self._files, self._stored = files, stored
 
     def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self._files[name], framework="pt") as tensors:
-            tensor: Tensor = tensors.get_tensor(name)
+        stored = self._stored[name]
+        with safe_open(self._files[stored], framework="pt") as tensors:
+            tensor: Tensor = tensors.get_tensor(stored)
         return tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
+        return iter(self._stored)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._stored)

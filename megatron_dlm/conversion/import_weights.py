@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dlm.checkpointing.layout import CHECKPOINTS, CheckpointRoot
+from megatron_dlm.data.tokenizers.special_tokens import AS_IN_ITS_FILES, SpecialTokens
 from megatron_dlm.interfaces import InputError, Vocabulary
 from megatron_dlm.platform.codec import encode
 from megatron_dlm.platform.files import check_new
@@ -60,13 +61,44 @@ def read_folder(path: Path, recipe: RunConfig | None = None) -> Imported:
     )
 
 
-def read_reference(path: Path, config: RunConfig, tokenizer: Path) -> Imported:
+def read_published(
+    path: Path, config: RunConfig, tokenizer: Path | None = None, named: SpecialTokens = AS_IN_ITS_FILES
+) -> Imported:
+    """A folder of a published model, whose tensors have the names of the paper's code.
+
+    Args:
+        path: folder with config.json and weights, as safetensors or torch.save files.
+        config: configuration with the model and objective of the weights.
+        tokenizer: directory of the model's tokenizer; None: the folder itself.
+        named: special tokens named by hand.
+
+    Returns:
+        Metadata and weights of the folder.
+
+    Raises:
+        InputError: the folder or its tokenizer cannot be used, or tensors do not fit the model.
+    """
+    from megatron_dlm.conversion.published_folder import PublishedFolder
+    from megatron_dlm.data.tokenizers.tokenizer import load_tokenizer
+
+    folder = PublishedFolder(path)
+    if tokenizer is None and folder.tokenizer_fingerprint is None:
+        raise InputError(f"tokenizer: {path} has no tokenizer.json; give the directory of its tokenizer")
+    loaded = load_tokenizer(tokenizer or path, named=named)
+    weights = folder.weights(config.model, loaded.vocabulary)
+    return Imported(config, loaded.vocabulary, loaded.fingerprint, "", 0, OutsideStart(path, weights))
+
+
+def read_reference(
+    path: Path, config: RunConfig, tokenizer: Path, named: SpecialTokens = AS_IN_ITS_FILES
+) -> Imported:
     """A checkpoint of the paper's code.
 
     Args:
         path: Lightning `.ckpt` file.
         config: configuration with the checkpoint's model and objective.
         tokenizer: directory of the model's tokenizer.
+        named: special tokens named by hand.
 
     Returns:
         Metadata and weights of the checkpoint.
@@ -77,7 +109,7 @@ def read_reference(path: Path, config: RunConfig, tokenizer: Path) -> Imported:
     from megatron_dlm.conversion.reference import read_reference_checkpoint
     from megatron_dlm.data.tokenizers.tokenizer import load_tokenizer
 
-    loaded = load_tokenizer(tokenizer)
+    loaded = load_tokenizer(tokenizer, named=named)
     state = read_reference_checkpoint(path, config.model, loaded.vocabulary)
     return Imported(config, loaded.vocabulary, loaded.fingerprint, "", 0, OutsideStart(path, state))
 

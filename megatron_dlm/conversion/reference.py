@@ -99,18 +99,15 @@ def read_reference_checkpoint(path: Path, model: ModelConfig, vocabulary: Vocabu
         InputError: the file is not a checkpoint, its pickle names an unknown class, or tensors are missing,
             unknown or of another shape.
     """
-    state = _load(path).get("state_dict")
+    state = load_tensors(path).get("state_dict")
     if not isinstance(state, dict):
         raise _complaint(path, "has no state_dict")
     for name, tensor in state.items():
         if not (isinstance(name, str) and isinstance(tensor, Tensor) and tensor.is_floating_point()):
             raise _complaint(path, f"state_dict entry {name!r} is not a floating-point tensor")
     found = {name.removeprefix(PREFIX): tensor for name, tensor in state.items() if name.startswith(PREFIX)}
-    frequencies, expected_frequencies = found.pop(ROTARY_BUFFER, None), _rotary_frequencies(model)
-    if frequencies is not None and not (
-        frequencies.shape == expected_frequencies.shape
-        and torch.allclose(frequencies.float(), expected_frequencies)
-    ):
+    frequencies = found.pop(ROTARY_BUFFER, None)
+    if frequencies is not None and not is_rotary_buffer(frequencies, model):
         raise _complaint(path, f"{ROTARY_BUFFER} is not that of head dimension {model.head_dim}")
     expected = public_shapes(model, vocabulary.size)
     for name in sorted(expected.keys() ^ found.keys()):
@@ -122,7 +119,18 @@ def read_reference_checkpoint(path: Path, model: ModelConfig, vocabulary: Vocabu
     return found
 
 
-def _load(path: Path) -> dict[str, Any]:
+def load_tensors(path: Path) -> dict[str, Any]:
+    """What torch.save wrote, with tensors as they are and all other objects as placeholders.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its dictionary; tensors are read when they are used.
+
+    Raises:
+        InputError: the file is no such archive, or its pickle names an unknown class.
+    """
     if not path.is_file():
         raise _complaint(path, "no such file")
     _refuse_programs(path)
@@ -177,6 +185,20 @@ def write_reference_checkpoint(state: dict[str, Tensor], path: Path, model: Mode
     with beside(path) as temporary:
         torch.save({"state_dict": named, "global_step": step, "epoch": 0, "ema": None}, temporary)
         commit(temporary, path)
+
+
+def is_rotary_buffer(frequencies: Tensor, model: ModelConfig) -> bool:
+    """Whether a buffer holds the rotary frequencies of a model.
+
+    Args:
+        frequencies: the buffer, of any shape.
+        model: shape of the model.
+
+    Returns:
+        True if it is [head dimension / 2] and equal but for rounding.
+    """
+    expected = _rotary_frequencies(model)
+    return frequencies.shape == expected.shape and torch.allclose(frequencies.float(), expected)
 
 
 def _rotary_frequencies(model: ModelConfig) -> Tensor:

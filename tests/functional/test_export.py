@@ -459,3 +459,25 @@ def test_no_shape_that_a_user_sees_has_the_padding(command, checkpoint_of, mdlm_
         assert f"  {name}  float32 [301, 32], with padding [512, 32]\n" in inspected
     shapes = {name: tensor.shape for name, tensor in weights_of(mdlm_export).items()}
     assert shapes["vocab_embed.embedding"] == shapes["output_layer.linear.weight"] == (301, 32)
+
+
+def test_a_published_folder_is_imported_by_its_names(command, corpus, checkpoint_of, tmp_path):
+    """Weights under the names of the paper in a .bin file, beside a tokenizer; exported as any other then."""
+    folder, recipe = tmp_path / "published", tmp_path / "run.json"
+    shutil.copytree(corpus.tokenizer, folder)
+    shutil.copyfile(checkpoint_of("mdlm") / "run.json", recipe)
+    command("export", checkpoint_of("mdlm"), tmp_path / "a.ckpt")
+    state = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
+    torch.save(state, folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(json.dumps({"model_type": "mdlm"}))
+    command("import", folder, tmp_path / "imported", "--recipe", recipe)
+    command("export", tmp_path / "imported", tmp_path / "b.ckpt")
+    again = torch.load(tmp_path / "b.ckpt", weights_only=True)["state_dict"]
+    assert again.keys() == state.keys() and all(torch.equal(again[name], state[name]) for name in state)
+    for more, words in (
+        ((), f"recipe: {folder} is no folder of `megatron-dlm export`"),
+        (("--recipe", recipe, "--mask-token", "nothing"), "mask_token"),
+    ):
+        finished = command("import", folder, tmp_path / "other", *more, check=False)
+        assert finished.returncode == 2 and words in finished.stderr, finished.stderr
+        assert not (tmp_path / "other").exists()
