@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,9 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 if not torch.cuda.is_available():
     # Read where Triton's kernels are defined; a run takes PyTorch on a CPU all the same.
     os.environ["TRITON_INTERPRET"] = "1"
+
+# What tests start inherits it, and a program that nohup started ignores this signal.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 TABLES = {
     "table: layout": (

@@ -87,8 +87,6 @@ def _run(words, environment, output, errors):
     os.chdir(ROOT)
     os.environ.clear()
     os.environ.update(environment)
-    # Ignored where the tests were started by nohup.
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     for number, path in ((1, output), (2, errors)):
         file = os.open(path, os.O_WRONLY | os.O_APPEND)
         os.dup2(file, number)
