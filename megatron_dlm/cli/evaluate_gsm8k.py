@@ -118,6 +118,8 @@ def _resume(config: Gsm8kConfig, sampling: SamplingConfig, loaded: LoadedModel) 
         "length": loaded.length(config.length),
         **{name: getattr(config, name) for name in ("template", "seed", "dtype")},
     }
+    # As they are read back: with lists in place of tuples.
+    settings = json.loads(json.dumps(settings))
     path, answers = config.output / SETTINGS, config.output / ANSWERS
     if config.output.exists() and not config.output.is_dir():
         raise InputError(f"output: {config.output} is not a directory")

@@ -154,15 +154,15 @@ def _variants(config: ParetoConfig, sampler: SamplerName) -> list[tuple[str, dic
         return [("", {"segment_length": steps}) for steps in config.num_steps]
     own: list[tuple[str, dict[str, Any]]] = [("", {})]
     if sampler == "psi":
-        own = [(f"kappa {kappa:g}", {"kappa": kappa}) for kappa in config.kappas]
+        own = [(f"kappa {kappa}", {"kappa": kappa}) for kappa in config.kappas]
     if sampler == "remasking":
         own = [
-            (f"{rule} {strength:g}", {"remasking": rule, "remasking_strength": strength})
+            (f"{rule} {strength}", {"remasking": rule, "remasking_strength": strength})
             for rule, strength in itertools.product(config.remasking, config.remasking_strengths)
         ]
     found = [(name, more | {"num_steps": steps}) for name, more in own for steps in config.num_steps]
     if sampler == "confidence":
-        found += [(f"threshold {threshold:g}", {"threshold": threshold}) for threshold in config.thresholds]
+        found += [(f"threshold {threshold}", {"threshold": threshold}) for threshold in config.thresholds]
     return found
 
 

@@ -62,8 +62,11 @@ def _read(config: ImportConfig, recipe: RunConfig | None) -> Imported:
             raise InputError("recipe, tokenizer: a .ckpt says neither shape nor vocabulary; give both")
         return read_reference(config.source, recipe, config.tokenizer, named)
     if WeightFolder(config.source).config.get("model_type") == MODEL_TYPE:
-        if config.tokenizer is not None or named != SpecialTokens():
-            raise InputError("tokenizer: an exported folder has its own, with its special tokens")
+        given = {name: value for name, value in vars(named).items() if value}
+        if config.tokenizer is not None:
+            given["tokenizer"] = str(config.tokenizer)
+        for name, value in given.items():
+            raise InputError(f"{name}: {value}, and an exported folder has its own tokenizer")
         return read_folder(config.source, recipe)
     if recipe is None:
         raise InputError(

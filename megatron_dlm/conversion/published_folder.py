@@ -7,7 +7,7 @@ names them; and the tokenizer lies beside them, as tokenizer.json. Family and sh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -52,7 +52,7 @@ class PublishedFolder(WeightFolder):
                 )
         if (self.path / INDEX).exists() or (self.path / SINGLE_FILE).exists():
             files = self._weight_files()
-            stored = {_public(name): name for name in files}
+            stored = self._by_public_name(files)
             if (buffer := stored.pop(ROTARY_BUFFER, None)) is not None:
                 with safe_open(files[buffer], framework="pt") as tensors:
                     self._refuse_other_rotary(tensors.get_tensor(buffer), model)
@@ -60,13 +60,14 @@ class PublishedFolder(WeightFolder):
         return self._of_bin_files(model, vocabulary)
 
     def _of_bin_files(self, model: ModelConfig, vocabulary: Vocabulary) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        stored: dict[str, str] = {}
+        tensors: dict[str, Tensor] = {}
         for file in self._bin_files():
             for name, tensor in load_tensors(file).items():
                 if not (isinstance(tensor, Tensor) and tensor.is_floating_point()):
                     raise self._complaint(f"{file.name}: {name} is not a floating-point tensor")
-                found[_public(str(name))], stored[_public(str(name))] = tensor, str(name)
+                tensors[str(name)] = tensor
+        stored = self._by_public_name(tensors)
+        found = {public: tensors[name] for public, name in stored.items()}
         if (buffer := found.pop(ROTARY_BUFFER, None)) is not None:
             self._refuse_other_rotary(buffer, model)
         shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
@@ -78,10 +79,17 @@ class PublishedFolder(WeightFolder):
             weights = self._json(BIN_INDEX).get("weight_map")
             if not isinstance(weights, dict):
                 raise self._complaint(f"{BIN_INDEX}: has no weight_map")
-            return [self._inside(name) for name in sorted(set(weights.values()))]
+            return sorted({self._inside(name) for name in weights.values()})
         if not (self.path / BIN_FILE).exists():
             raise self._complaint(f"has none of {SINGLE_FILE}, {INDEX}, {BIN_FILE} and {BIN_INDEX}")
         return [self._inside(BIN_FILE)]
+
+    def _by_public_name(self, names: Iterable[str]) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for name in sorted(names):
+            if (other := found.setdefault(_public(name), name)) != name:
+                raise self._complaint(f"tensors {name} and {other} are the same one")
+        return found
 
     def _refuse_other_rotary(self, buffer: torch.Tensor, model: ModelConfig) -> None:
         if not is_rotary_buffer(buffer, model):

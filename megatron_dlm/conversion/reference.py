@@ -151,7 +151,7 @@ def load_tensors(path: Path) -> dict[str, Any]:
 
 
 def _complaint(path: Path, what: str) -> InputError:
-    return InputError(f"checkpoint.initialize_from: {path}: {what}")
+    return InputError(f"{path}: {what}")
 
 
 def _refuse_programs(path: Path) -> None:

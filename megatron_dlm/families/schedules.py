@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from bisect import bisect_right
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -79,15 +80,17 @@ def _read(text: str, config: ObjectiveConfig) -> FieldSchedule:
     steps = tuple(int(word[0]) for word in words)
     if any(after <= before for before, after in itertools.pairwise(steps)):
         raise InputError(f"objective.schedules: {text!r}: steps do not rise")
-    own = _get(config, name)
+    declared = _type_of(config, name)
+    choices = get_args(declared)
     try:
-        values = tuple(type(own)(word[1]) for word in words[:-1])
+        kind = str if choices else declared
+        values = tuple(kind(word[1]) for word in words[:-1])
     except ValueError as error:
         raise InputError(f"objective.schedules: {text!r}: {error}") from error
-    choices = get_args(get_type_hints(type(config)).get(name)) or values
+    choices = choices or values
     if not set(values) <= set(choices):
         raise InputError(f"objective.schedules: {text!r}: {name} is one of {', '.join(map(str, choices))}")
-    return FieldSchedule(name, steps, (*values, own))
+    return FieldSchedule(name, steps, (*values, kind(_get(config, name))))
 
 
 def _get(config: Any, name: str) -> Any:
@@ -96,9 +99,22 @@ def _get(config: Any, name: str) -> Any:
     return config
 
 
-def _with(config: Any, name: str, value: Any) -> Any:
+def _replaced(config: Any, values: Mapping[str, Any]) -> Any:
+    """A configuration with other values by dotted name; fields that are checked together change together."""
+    own = {name: value for name, value in values.items() if "." not in name}
+    nested: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        first, _, rest = name.partition(".")
+        if rest:
+            nested.setdefault(first, {})[rest] = value
+    own |= {name: _replaced(getattr(config, name), inner) for name, inner in nested.items()}
+    return replace(config, **own)
+
+
+def _type_of(config: Any, name: str) -> Any:
+    """The declared type of a field, by dotted name."""
     first, _, rest = name.partition(".")
-    return replace(config, **{first: _with(getattr(config, first), rest, value) if rest else value})
+    return _type_of(getattr(config, first), rest) if rest else get_type_hints(type(config))[first]
 
 
 def objective_at(config: Config, step: int) -> Config:
@@ -117,35 +133,36 @@ def objective_at(config: Config, step: int) -> Config:
     if not config.schedules:
         return config
     values = {schedule.field: schedule.at(step) for schedule in field_schedules(config)}
-    # Fields that are checked together change together.
-    plain = {name: value for name, value in values.items() if "." not in name}
     try:
-        found = replace(config, schedules=(), **plain)
-        for name in values.keys() - plain.keys():
-            found = _with(found, name, values[name])
+        found: Config = _replaced(config, {"schedules": (), **values})
     except InputError as error:
         raise InputError(f"objective.schedules: at step {step}: {error}") from error
     return found
 
 
-def objective_phases(config: Config) -> list[Config]:
-    """Objectives that a run trains: at the points of its schedules and at steps between them.
+@lru_cache(maxsize=16)
+def objective_phases(config: Config) -> Mapping[int, Config]:
+    """Objectives that a run trains: at the points of its schedules, beside them, and at steps between.
 
     Args:
         config: the run's objective.
 
     Returns:
-        Different ones, the last of which has the fields' own values.
+        Different ones by the step at which each was tried first; the last has the fields' own values.
 
     Raises:
         InputError: a schedule that cannot be read, or values that are not allowed.
     """
     points = {step for schedule in field_schedules(config) for step in schedule.steps}
     if not points:
-        return [config]
+        return {0: config}
+    beside = {max(0, step + side) for step in points for side in (-1, 1)}
     between = np.linspace(0, max(points), CHECKED_STEPS).astype(int).tolist()
-    phases = [objective_at(config, step) for step in sorted({*points, *between})]
-    return [phase for index, phase in enumerate(phases) if phase not in phases[:index]]
+    phases: dict[int, Config] = {}
+    for step in sorted({0, *points, *beside, *between}):
+        if (phase := objective_at(config, step)) not in phases.values():
+            phases[step] = phase
+    return phases
 
 
 def scheduled_values(config: ObjectiveConfig, step: int) -> dict[str, float]:
@@ -187,15 +204,20 @@ class ScheduledObjective(Objective):
         self._config, self._vocabulary = config, vocabulary
         self._own = replace(config, schedules=()).build(vocabulary)
         self._newest = config, self._own
-        objective_phases(config)
+        # Some values are checked with the vocabulary.
+        for step, phase in objective_phases(config).items():
+            try:
+                phase.build(vocabulary)
+            except InputError as error:
+                raise InputError(f"objective.schedules: at step {step}: {error}") from error
 
     def _at(self, context: CorruptionContext) -> tuple[Objective, CorruptionContext]:
         if not context.training:
             return self._own, context
         config = objective_at(self._config, context.step)
         if self._newest[0] != config:
-            self._newest = config, replace(config, schedules=()).build(self._vocabulary)
-        if config.training_times is not None and context.time_range is None:
+            self._newest = config, config.build(self._vocabulary)
+        if config.training_times is not None:
             context = replace(context, time_range=config.training_times)
         return self._newest[1], context
 

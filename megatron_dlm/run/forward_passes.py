@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from megatron_dlm.diffusion.context import CorruptionContext
-from megatron_dlm.families.schedules import training_objective
+from megatron_dlm.families.base import ObjectiveConfig
+from megatron_dlm.families.schedules import objective_phases, training_objective
 from megatron_dlm.interfaces import TokenBatch, Vocabulary
 from megatron_dlm.models.config import ModelConfig
 from megatron_dlm.models.flops.flops_actual import Work, work_of
@@ -48,6 +49,8 @@ class SampledPasses:
 
     microbatches: tuple[tuple[ForwardPass, ...], ...]
     num_samples: int
+    of_other_steps: tuple[ForwardPass, ...] = ()
+    """Passes of steps at which a scheduled objective is another; they count for memory alone."""
 
     @property
     def all(self) -> Iterator[ForwardPass]:
@@ -57,7 +60,7 @@ class SampledPasses:
     @cached_property
     def largest(self) -> ForwardPass:
         """The pass that needs most memory."""
-        return max(self.all, key=lambda each: (each.tokens, each.work.head_rows))
+        return max((*self.all, *self.of_other_steps), key=lambda each: (each.tokens, each.work.head_rows))
 
     @cached_property
     def means(self) -> list[tuple[float, ForwardPass]]:
@@ -93,6 +96,9 @@ class SampledPasses:
 def sampled_passes(config: RunConfig, vocabulary_size: int) -> SampledPasses:
     """The forward passes of some microbatches of the first global batch.
 
+    An objective with schedules is taken as it is behind them; memory also as it begins and where it first has
+    two parts.
+
     Args:
         config: configuration of the run; the family must be chosen.
         vocabulary_size: number of token ids, including the mask token.
@@ -100,6 +106,16 @@ def sampled_passes(config: RunConfig, vocabulary_size: int) -> SampledPasses:
     Returns:
         The passes, drawn as training draws them.
     """
+    own = _passes(config, replace(config.objective, schedules=()), vocabulary_size)
+    if not config.objective.schedules:
+        return own
+    phases = list(objective_phases(config.objective).values())
+    others = [phases[0], *[phase for phase in phases if phase.has_parts][:1]]
+    found = [_passes(config, other, vocabulary_size) for other in others]
+    return replace(own, of_other_steps=tuple(chain.from_iterable(each.all for each in found)))
+
+
+def _passes(config: RunConfig, phase: ObjectiveConfig, vocabulary_size: int) -> SampledPasses:
     vocabulary = Vocabulary(
         size=vocabulary_size, mask_token_id=vocabulary_size - 1, eos_token_id=0, bos_token_id=0
     )
@@ -108,7 +124,7 @@ def sampled_passes(config: RunConfig, vocabulary_size: int) -> SampledPasses:
     context = CorruptionContext(
         noise=NoiseSource(training.seed), step=0, batch_start=0, global_batch_size=size, training=True
     )
-    objective, microbatches = training_objective(config.objective, vocabulary), []
+    objective, microbatches = training_objective(phase, vocabulary), []
     for start in range(0, max(micro, min(size, SAMPLED) // micro * micro), micro):
         batch = TokenBatch(
             token_ids=torch.zeros(micro, length + 1, dtype=torch.int64),

@@ -58,8 +58,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
     micro = config.training.micro_batch_size
     batches = [("training.global_batch_size", size) for size in config.training.batch_sizes()]
     for name, size in [*batches, ("evaluation.batch_size", config.evaluation.batch_size)]:
-        for phase in objective_phases(config.objective):
-            phase.check_sizes(size, config.data.seq_length)
+        _check_sizes(config, name, size)
         if size % (micro * data_size):
             raise InputError(
                 f"{name}: {size} is not a multiple of training.micro_batch_size {micro} "
@@ -71,6 +70,18 @@ def check_run(config: RunConfig, world_size: int) -> None:
                 f"{name}: {size} is {microbatches} microbatches, and interleaved chunks need as many as "
                 f"parallel.pipeline_model_parallel_size {stages}"
             )
+
+
+def _check_sizes(config: RunConfig, name: str, size: int) -> None:
+    """Refuse a global batch that the objective of evaluation, or of some training step, cannot divide."""
+    objective, seq_length = config.objective, config.data.seq_length
+    objective.check_sizes(size, seq_length)
+    if name.startswith("training"):
+        for step, phase in objective_phases(objective).items():
+            try:
+                phase.check_sizes(size, seq_length)
+            except InputError as error:
+                raise InputError(f"objective.schedules: at step {step}: {error}") from error
 
 
 def is_legal(config: RunConfig, processes: int) -> bool:
@@ -85,7 +96,7 @@ def is_legal(config: RunConfig, processes: int) -> bool:
 def _check_fully_sharded(config: RunConfig) -> None:
     if config.training.precision == "fp8":
         raise InputError("training.precision: fp8, and parallel.fully_sharded needs fp32 or bf16")
-    if any(phase.has_parts for phase in objective_phases(config.objective)):
+    if any(phase.has_parts for phase in objective_phases(config.objective).values()):
         raise InputError(
             "parallel.fully_sharded: needs equal numbers of forwards on all ranks, which an objective of two "
             "parts (objective.alpha_0 between 0 and 1) does not give"
@@ -98,7 +109,7 @@ def _check_passes_are_alike(config: RunConfig, needs: str) -> None:
     if stages > 1:
         raise InputError(f"{needs} parallel.pipeline_model_parallel_size 1, not {stages}")
     objective, seq_length = config.objective, config.data.seq_length
-    has_parts = any(phase.has_parts for phase in objective_phases(objective))
+    has_parts = any(phase.has_parts for phase in objective_phases(objective).values())
     if has_parts or objective.length_multiple(seq_length) != seq_length:
         raise InputError(f"{needs} microbatches of one length, which {objective.name} here has not")
 

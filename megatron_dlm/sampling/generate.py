@@ -53,7 +53,8 @@ def sample(
     if not len(ids_BL) or bool(given_BL.all()):
         return ids_BL
     if config.guidance_scale != 1 and not bool(given_BL.any(1).all()):
-        raise ValueError("guidance_scale: a text without a prompt has nothing to guide it")
+        row = int((~given_BL.any(1)).nonzero()[0])
+        raise ValueError(f"guidance_scale: {config.guidance_scale:g} needs prompts, and text {row} has none")
     noise = SampleNoise(
         seed, range(len(ids_BL)) if samples is None else samples, ids_BL.shape[1], network.device
     )

@@ -61,8 +61,10 @@ def remasking_steps(alphas: Sequence[float], config: SamplingConfig) -> list[Rem
             sigma = min(strength, largest)
         elif config.remasking == "loop":
             sigma = 0.0
-        else:
+        elif config.remasking in ("rescale", "confidence"):
             sigma = strength * largest
+        else:
+            raise ValueError(f"remasking: {config.remasking!r} has no rule")
         steps.append(RemaskingStep(alpha_t, alpha_s, sigma))
     return steps
 

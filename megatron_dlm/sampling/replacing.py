@@ -1,9 +1,9 @@
 """Ancestral sampling where noise replaces tokens by draws (arXiv:2506.10892): each may change in each step.
 
-Psi-samplers (arXiv:2602.21185) are a mixture of it and of fresh noise on the prediction. The exact posterior
-is a mixture of three: the token stays, is drawn from the prediction, or from the noise. Whether it stays is
-decided by one number, and below a bound that needs no prediction, so in a step of many the head runs on the
-few positions that may change; the law is that of drawing from the whole posterior.
+Psi-samplers (arXiv:2602.21185) are a mixture of it and of fresh noise on a predicted clean text. The exact
+posterior is a mixture of three: the token stays, is drawn from the prediction, or from the noise. Whether it
+stays is decided by one number, and below a bound that needs no prediction, so in a step of many the head runs
+on the few positions that may change; the law is that of drawing from the whole posterior.
 Shape legend: B sequences, L tokens, R positions that may change, V ids.
 """
 
@@ -62,22 +62,34 @@ def posterior_shares(
     )
 
 
-def mixed_with_fresh(shares: Shares, alpha_s: Tensor, kappa: float) -> Shares:
-    """A step of a Psi-sampler (arXiv:2602.21185): the posterior, or noise of time s on the prediction.
+def psi_shares(
+    p_noisy: Tensor,
+    alpha_t: Tensor,
+    alpha_s: Tensor,
+    inverse_probability: Tensor | int,
+    kappa: float,
+) -> Shares:
+    """A step of a Psi-sampler (arXiv:2602.21185): the posterior, or noise of time s on a clean text.
+
+    The clean text is drawn from q(z_0 | z_t, prediction), the posterior of a step to the data.
 
     Args:
-        shares: the posterior's weights.
-        alpha_s: alpha at time s.
-        kappa: probability of the posterior; 1 leaves it as it is.
+        p_noisy: float64 [...], predicted probability of the token z_t.
+        alpha_t: alpha at time t, broadcasts to p_noisy.
+        alpha_s: alpha at time s, at least alpha_t; 1 in the last step.
+        inverse_probability: 1 over the probability that the noise draws z_t.
+        kappa: probability of the posterior; 1 is ancestral sampling.
 
     Returns:
-        Three weights in the shape of the posterior's.
+        Three weights in the shape of p_noisy.
     """
+    shares = posterior_shares(p_noisy, alpha_t, alpha_s, inverse_probability)
     if kappa == 1:
         return shares
+    clean = posterior_shares(p_noisy, alpha_t, torch.ones_like(alpha_s), inverse_probability)
     return Shares(
-        stays=kappa * shares.stays,
-        predicted=kappa * shares.predicted + (1 - kappa) * alpha_s,
+        stays=kappa * shares.stays + (1 - kappa) * alpha_s * clean.stays,
+        predicted=kappa * shares.predicted + (1 - kappa) * alpha_s * clean.predicted,
         noise=kappa * shares.noise + (1 - kappa) * (1 - alpha_s),
     )
 
@@ -116,7 +128,7 @@ class ReplacingSampler:
             sharpen: temperature and nucleus (top-p) of the prediction.
             noise: source of all random draws.
             on_step: callback after each step; None: no callback.
-            kappa: share of the posterior in a step; the rest is fresh noise on the prediction.
+            kappa: share of the posterior in a step; the rest is fresh noise on a predicted clean text.
         """
         self._network = network
         self._kappa = kappa
@@ -185,7 +197,7 @@ class ReplacingSampler:
         # A prediction can only add to what stays.
         surely = self._kappa * posterior_shares(alpha_t.new_zeros(()), alpha_t, alpha_s, 1).stays
         may_change_BL = open_BL & ((mixture_BL >= surely) | greedy)
-        # A token that no noise gives is clean: it is its own prediction, which fresh noise may replace.
+        # A token that no noise gives is clean, also in q(z_0 | z_t); fresh noise may replace it.
         is_noise_BL = torch.isfinite(torch.as_tensor(self._draws.inverse_probability(ids_BL)))
         stays = self._kappa + (1 - self._kappa) * alpha_s
         renewed_BL = open_BL & ~is_noise_BL & (mixture_BL >= stays)
@@ -206,8 +218,8 @@ class ReplacingSampler:
                 p = self._sharpen(logits)
                 now, mixture = ids_BL[where], mixture_BL[where]
                 inverse = self._draws.inverse_probability(now)
-                posterior = posterior_shares(p.gather(1, now[:, None])[:, 0], alpha_t, alpha_s, inverse)
-                shares = mixed_with_fresh(posterior, alpha_s, self._kappa)
+                p_now = p.gather(1, now[:, None])[:, 0]
+                shares = psi_shares(p_now, alpha_t, alpha_s, inverse, self._kappa)
                 random = self._draws.draw(token_BL[where])
                 is_predicted = mixture < shares.stays + shares.predicted
                 changed = torch.where(is_predicted, draw(p, token_BL[where]), random)

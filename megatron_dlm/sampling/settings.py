@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 SamplerName = Literal[
     "ancestral", "psi", "remasking", "confidence", "block", "block-autoregressive", "left-to-right"
@@ -70,14 +70,14 @@ class SamplingConfig:
     probable one in any case; in (0, 1], 1 is one token a step."""
     kappa: float | None = None
     """Share of the reverse process in a step of psi, in [0, 1], required there; the rest draws the step
-    afresh: the predicted clean text with the noise of the step's end. 1 is ancestral."""
+    afresh: a clean text drawn from q(z_0 | z_t), with the noise of the step's end. 1 is ancestral."""
     remasking: RemaskingRule | None = None
     """How likely remasking masks a sampled token again, at most sigma_max = min(1, (1 - alpha_s) / alpha_t).
     cap: min(remasking_strength, sigma_max); rescale: remasking_strength x sigma_max; confidence: as rescale,
     shared out over the sampled tokens, more to those whose probability was small when they were drawn; loop:
     as cap, in the window of remasking_loop alone. Default cap."""
     remasking_strength: float | None = None
-    """Strength of remasking, in [0, 1], required there; 0 is ancestral."""
+    """Strength of remasking, in [0, 1], required there; 0 is ancestral, but for loop's steps."""
     remasking_loop: tuple[float, float, float] | None = None
     """For remasking loop: time at which remasking begins, time at which it ends, and the noise schedule's
     alpha, which stays the same between the two; default 0.55 0.05 0.9."""
@@ -86,20 +86,23 @@ class SamplingConfig:
     top_p: float = 1.0
     """Nucleus sampling: probability mass of the most likely tokens that are kept, in (0, 1]; 1 keeps all."""
     guidance_scale: float = 1.0
-    """Classifier-free guidance by the prompt, for masked families: factor of the difference that the prompt
-    makes to the logits, at the cost of a second network call without it; 1 is no guidance."""
+    """Classifier-free guidance by the prompt, for MDLM: factor of the difference that the prompt makes to the
+    logits, at the cost of a second network call without it; 1 is no guidance."""
     greedy_tail: bool = False
     """For samplers of uniform noise, psi and remasking: take the most likely tokens in the last step instead
     of drawing."""
     stop_at_eos: bool = False
-    """End a text at its first sampled <eos> and fill the rest with <eos>; an ended sequence is no longer
-    computed."""
+    """End a text at its first sampled <eos> and fill the rest with <eos>. Samplers that draw each token once
+    no longer compute an ended sequence; for the others a text ends with its block."""
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: {value} is below 1")
+        if self.remasking is not None and self.remasking not in get_args(RemaskingRule):
+            rules = ", ".join(get_args(RemaskingRule))
+            raise ValueError(f"remasking: {self.remasking!r} is none of {rules}")
         for name in ("kappa", "remasking_strength"):
             share = getattr(self, name)
             if share is not None and not 0 <= share <= 1:
@@ -107,7 +110,9 @@ class SamplingConfig:
         if self.threshold is not None and not 0 < self.threshold <= 1:
             raise ValueError(f"threshold: {self.threshold} is outside (0, 1]")
         if self.threshold is not None and self.num_steps is not None:
-            raise ValueError("num_steps: with a threshold, the number of steps follows from the text")
+            raise ValueError(
+                f"num_steps: {self.num_steps} with threshold {self.threshold}, from which the steps follow"
+            )
         if self.remasking_loop is not None:
             begins, ends, alpha = self.remasking_loop
             if not (0 < ends < begins < 1 and 0 < alpha < 1):
@@ -155,4 +160,12 @@ class SamplingConfig:
         own: dict[str, object] = {"remasking_loop": DEFAULT_LOOP} if self.remasking == "loop" else {}
         own |= {} if self.threshold is not None else _DEFAULTS.get(sampler, {})
         defaults = {name: value for name, value in own.items() if getattr(self, name) is None}
-        return replace(self, sampler=sampler, **defaults)  # type: ignore[arg-type]
+        found = replace(self, sampler=sampler, **defaults)  # type: ignore[arg-type]
+        if found.remasking_loop is not None:
+            begins, ends, alpha = found.remasking_loop
+            count = found.num_steps or 0
+            if sum(ends <= 1 - step / count <= begins for step in range(count)) < 2:
+                raise ValueError(
+                    f"remasking_loop: {begins:g} {ends:g} {alpha:g} has no whole step of num_steps {count}"
+                )
+        return found

@@ -90,7 +90,7 @@ class Unmasking:
             block_length: unknown tokens per block; None: all tokens are one block.
         """
         known_BL = given_BL.clone()
-        # The how-manieth unknown token of its sequence a position holds.
+        # Index among its sequence's unknown tokens.
         ordinal_BL = torch.where(given_BL, -1, (~given_BL).cumsum(1) - 1)
         unknown_B = (~given_BL).sum(1).tolist()
         num_blocks = max(len(blocks_of(unknown, block_length)) for unknown in unknown_B)

@@ -107,8 +107,9 @@ class Session:
         config, parallel = self.config, self.parallel
         objective, size = self._runner.objective, config.training.micro_batch_size
         forms = self.denoiser.config.mask_forms
-        # Samples of a second part have no time of the first one's.
-        has_parts = any(phase.has_parts for phase in objective_phases(config.objective))
+        # Samples of a second part have no time of the first one's, and bands are parts of all times.
+        phases = objective_phases(config.objective).values()
+        in_bands = not any(phase.has_parts or phase.training_times for phase in phases)
         self._make = MicrobatchMaker(
             samples,
             objective,
@@ -117,7 +118,7 @@ class Session:
             config.objective.attention,
             forms,
             parallel,
-            None if has_parts else config.objective.time_bands,
+            config.objective.time_bands if in_bands else None,
         )
         loader = config.data.loader_for(parallel.device.type)
         self._batches = Prefetcher(

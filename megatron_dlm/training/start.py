@@ -62,7 +62,11 @@ def find_start(config: RunConfig, data: RunData) -> RunRecord | OutsideStart | N
     if source.suffix == REFERENCE_SUFFIX:
         from megatron_dlm.conversion.reference import read_reference_checkpoint
 
-        return OutsideStart(source, read_reference_checkpoint(source, config.model, data.vocabulary))
+        try:
+            state = read_reference_checkpoint(source, config.model, data.vocabulary)
+        except InputError as error:
+            raise InputError(f"checkpoint.initialize_from: {error}") from error
+        return OutsideStart(source, state)
     if (source / EXPORT_CONFIG).is_file():
         return _exported_start(source, config, data)
     try:

@@ -202,11 +202,11 @@ class Laws:
                 if last and greedy_tail:
                     rows = [np.eye(VOCABULARY.size)[p.argmax()] for p in predictions]
                 else:
-                    rows = [
-                        kappa * posterior(z[i], predictions[i], alpha_t, alpha_s, states, wrong)
-                        + (1 - kappa) * (alpha_s * predictions[i] + (1 - alpha_s) * prior)
-                        for i in range(LENGTH)
-                    ]
+                    rows = []
+                    for token, prediction in zip(z, predictions, strict=True):
+                        reverse = posterior(token, prediction, alpha_t, alpha_s, states, wrong)
+                        clean = posterior(token, prediction, alpha_t, 1.0, states)
+                        rows.append(kappa * reverse + (1 - kappa) * (alpha_s * clean + (1 - alpha_s) * prior))
                 for values in itertools.product(range(VOCABULARY.size), repeat=LENGTH):
                     p = math.prod(row[v] for row, v in zip(rows, values, strict=True))
                     if p:

@@ -17,10 +17,7 @@ from megatron_dlm.sampling.settings import SamplingConfig
 class Sampler(MaskedSampler):
     """A token attends to its own block and the blocks before it, never to later blocks."""
 
-    samplers: ClassVar = {
-        "ancestral": ("num_steps", "guidance_scale"),
-        "left-to-right": ("guidance_scale",),
-    }
+    samplers: ClassVar = {"ancestral": ("num_steps",), "left-to-right": ()}
 
     block_size: int
     """Tokens per block."""

@@ -55,6 +55,14 @@ class DuoConfig(DiffusionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for text in self.schedules:
+            name, *points = text.split() or [""]
+            last = points[-1] if points else ""
+            if name.startswith("curriculum.") and last.isdigit() and int(last) > self.curriculum.steps:
+                raise InputError(
+                    f"objective.schedules: {text!r} changes behind curriculum.steps {self.curriculum.steps}, "
+                    "where there are no soft tokens"
+                )
         if not self.time_conditioning:
             raise InputError("objective.time_conditioning: False; Duo needs the noise level")
 

@@ -1,4 +1,4 @@
-"""MDLM's samplers: the reverse process, also with remasking, the surest tokens first, and plans in blocks."""
+"""MDLM's samplers: the reverse process, with remasking too, the most confident first, plans in blocks."""
 
 from __future__ import annotations
 

@@ -81,6 +81,11 @@ class GenerationHook(Hook):
             config.sampling.resolved(_Offered(name, sampler_of(name).samplers))
         except ValueError as error:
             raise InputError(f"generation.sampling.{error}") from error
+        if config.sampling.guidance_scale != 1:
+            scale = config.sampling.guidance_scale
+            raise InputError(
+                f"generation.sampling.guidance_scale: {scale:g}, and these texts have no prompts"
+            )
         if config.judge is not None and not is_judge(config.judge):
             raise InputError(f"generation.judge: {config.judge}: neither a model nor a Hugging Face folder")
         if config.gsm8k is not None:

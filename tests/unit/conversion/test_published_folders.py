@@ -138,3 +138,21 @@ def test_a_pickle_that_names_programs_is_refused(state, tmp_path):
     torch.save(state | {"x": Program()}, folder / "pytorch_model.bin")
     with pytest.raises(InputError, match=r"names (builtins|__builtin__).print; refused"):
         PublishedFolder(folder).weights(MODEL, VOCABULARY)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_two_names_of_one_tensor_are_refused(state, tmp_path, form):
+    folder = write_folder(
+        tmp_path / "model", state | {"model.output_layer.linear.bias": torch.ones(19)}, form, ""
+    )
+    words = r"tensors output_layer.linear.bias and model.output_layer.linear.bias are the same one"
+    with pytest.raises(InputError, match=words):
+        PublishedFolder(folder).weights(MODEL, VOCABULARY)
+
+
+@pytest.mark.parametrize("files", [{"a": 1, "b": "x"}, {"a": [1]}, {"a": "../x.bin"}, "x"])
+def test_a_damaged_index_is_one_line(state, tmp_path, files):
+    folder = write_folder(tmp_path / "model", state, "bin shards")
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
+    with pytest.raises(InputError, match=r"points at|has no weight_map"):
+        PublishedFolder(folder).weights(MODEL, VOCABULARY)

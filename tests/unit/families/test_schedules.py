@@ -9,6 +9,7 @@ import torch
 from megatron_dlm.diffusion.context import CorruptionContext
 from megatron_dlm.families.ar.objective import ARConfig
 from megatron_dlm.families.block_diffusion.objective import BlockDiffusionConfig
+from megatron_dlm.families.duo.curriculum import CurriculumConfig
 from megatron_dlm.families.duo.objective import DuoConfig
 from megatron_dlm.families.esolm.objective import EsoLMConfig
 from megatron_dlm.families.mdlm.objective import MDLMConfig
@@ -26,7 +27,14 @@ ANNEALED = EsoLMConfig(
     alpha_0=0.5, batch_split=0.25, schedules=("alpha_0 0:1.0 100", "batch_split 0:1.0 100")
 )
 GROWING = BlockDiffusionConfig(block_size=8, schedules=("block_size 10:1 20:4 30", "loss 0:low-variance 25"))
-SOFT = DuoConfig(schedules=("curriculum.temperature 0:0.1 100",))
+SOFT = DuoConfig(
+    curriculum=CurriculumConfig(steps=100, top_k=8),
+    schedules=(
+        "curriculum.temperature 0:0.1 100",
+        "curriculum.gamma_min 0:-1.5 50",
+        "curriculum.gamma_max 0:-1.0 50",
+    ),
+)
 RANGE = MDLMConfig(largest_time=0.9, schedules=("time_epsilon 0:0.5 50", "largest_time 0:0.6 50"))
 CONFIGS = [ANNEALED, GROWING, SOFT, RANGE]
 
@@ -67,6 +75,15 @@ def test_a_step_is_corrupted_as_by_its_own_objective(config, step):
         assert torch.equal(inputs.token_ids_BL, own_inputs.token_ids_BL)
         assert torch.equal(inputs.sigma_B, own_inputs.sigma_B)
         assert torch.equal(targets.weight_BL, own_targets.weight_BL)
+        assert (inputs.mixture is None) == (own_inputs.mixture is None) == (config is not SOFT or step >= 100)
+        if inputs.mixture is not None:
+            assert torch.equal(inputs.mixture.weights_BLk, own_inputs.mixture.weights_BLk)
+
+
+def test_soft_tokens_have_the_step_s_temperature():
+    found = [corrupted(training_objective(SOFT, VOCABULARY), step)[0][0].mixture for step in (0, 99)]
+    largest = [float(mixture.weights_BLk.max(-1).values.mean()) for mixture in found]
+    assert largest[0] < 0.9 and largest[1] > 0.99
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.name)
@@ -90,12 +107,14 @@ def test_training_draws_times_from_its_range(step, low, high):
 
 
 def test_phases_are_what_a_run_trains():
-    phases = objective_phases(GROWING)
+    phases = objective_phases(GROWING).values()
     assert {(phase.block_size, phase.loss) for phase in phases} == {
         *((1, "low-variance"), (4, "low-variance"), (4, "elbo"), (8, "elbo")),
     }
-    assert len(objective_phases(ANNEALED)) == 100 and objective_phases(ANNEALED)[0].has_parts is False
-    assert objective_phases(MDLMConfig()) == [MDLMConfig()]
+    assert len(objective_phases(ANNEALED)) > 90 and objective_phases(ANNEALED)[0].has_parts is False
+    # The steps beside each point too, where a ramp that divides no batch shows.
+    assert {0, 1, 99, 100} <= objective_phases(ANNEALED).keys()
+    assert objective_phases(MDLMConfig()) == {0: MDLMConfig()}
 
 
 @pytest.mark.parametrize(
@@ -124,9 +143,28 @@ def test_phases_are_what_a_run_trains():
             MDLMConfig(schedules=("largest_time 0:0.0001 9",)),
             "at step 0: objective.largest_time: 0.0001 is out",
         ),
+        (
+            DuoConfig(
+                curriculum=CurriculumConfig(steps=9, top_k=2), schedules=("curriculum.temperature 0:1.0 9",)
+            ),
+            r"at step 0: objective.curriculum.top_k: 2 drops .* at temperature 1.0",
+        ),
         (MDLMConfig(schedules=("loss 0:elbos 9",)), "loss 0:elbos 9': loss is one of low-variance, elbo"),
     ],
 )
 def test_schedules_that_cannot_be_are_refused(config, words):
     with pytest.raises(InputError, match=words):
         training_objective(config, VOCABULARY)
+
+
+def test_a_number_is_one_of_its_field_however_it_is_written():
+    """A whole number in a recipe does not make a fraction jump."""
+    config = MDLMConfig(time_epsilon=0, schedules=("time_epsilon 0:0.5 10",))
+    assert objective_at(config, 5).time_epsilon == 0.25
+
+
+def test_soft_tokens_do_not_change_where_there_are_none():
+    with pytest.raises(
+        InputError, match=r"changes behind curriculum.steps 0, where there are no soft tokens"
+    ):
+        DuoConfig(schedules=("curriculum.temperature 0:0.1 100",))

@@ -32,7 +32,6 @@ CASES += [
     ("mdlm", {"sampler": "remasking", "num_steps": 5, "remasking": "confidence", "remasking_strength": 1.0}),
     ("mdlm", {"sampler": "remasking", "num_steps": 9, "remasking": "loop", "remasking_strength": 0.4}),
     ("mdlm", {"sampler": "ancestral", "num_steps": 5, "guidance_scale": 2.0}),
-    ("block-diffusion", {"sampler": "ancestral", "num_steps": 3, "guidance_scale": 2.0}),
     ("duo", {"sampler": "psi", "num_steps": 3, "kappa": 0.3, "block_length": 4}),
     ("duo", {"sampler": "ancestral", "num_steps": 3, "block_length": 4, "greedy_tail": True}),
 ]
@@ -211,12 +210,31 @@ def test_the_network_reads_sequences_that_change_and_the_head_runs_on_rows_that_
             {"sampler": "remasking", "remasking": "loop", "remasking_loop": (0.1, 0.5, 0.9)},
             "remasking_loop: 0.1 0.5 0.9 are not a time",
         ),
+        (
+            "mdlm",
+            {"sampler": "remasking", "remasking": "cpa", "remasking_strength": 0.1},
+            "remasking: 'cpa' is none of cap, rescale, confidence, loop",
+        ),
+        (
+            "mdlm",
+            {"sampler": "remasking", "num_steps": 3, "remasking": "loop", "remasking_strength": 0.1},
+            "remasking_loop: 0.55 0.05 0.9 has no whole step of num_steps 3",
+        ),
         ("mdlm", {"kappa": 0.5}, "kappa: not used by sampler ancestral of mdlm"),
         ("mdlm", {"sampler": "confidence", "threshold": 0.0}, r"threshold: 0.0 is outside \(0, 1\]"),
-        ("mdlm", {"sampler": "confidence", "threshold": 0.5, "num_steps": 4}, "num_steps: with a threshold"),
+        (
+            "mdlm",
+            {"sampler": "confidence", "threshold": 0.5, "num_steps": 4},
+            "num_steps: 4 with threshold 0.5",
+        ),
         ("mdlm", {"threshold": 0.5}, "threshold: not used by sampler ancestral of mdlm"),
-        ("mdlm", {"guidance_scale": 2.0}, "guidance_scale: a text without a prompt"),
+        ("mdlm", {"guidance_scale": 2.0}, "guidance_scale: 2 needs prompts, and text 0 has none"),
         ("mdlm", {"guidance_scale": -1.0}, r"guidance_scale: -1.0 is not in \[0, inf\)"),
+        (
+            "block-diffusion",
+            {"guidance_scale": 2.0},
+            "guidance_scale: not used by sampler ancestral of block-",
+        ),
         ("duo", {"guidance_scale": 2.0}, "guidance_scale: not used by sampler ancestral of duo"),
         (
             "mdlm",

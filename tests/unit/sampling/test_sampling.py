@@ -1,5 +1,7 @@
 """Pieces of the samplers: draws have their law, posteriors are Bayes' rule, plans cover every position."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,7 @@ from megatron_dlm.sampling.decoding_plan import (
     reveal_shares,
 )
 from megatron_dlm.sampling.eos import finish_ended
-from megatron_dlm.sampling.replacing import posterior_shares
+from megatron_dlm.sampling.replacing import posterior_shares, psi_shares
 
 DRAWS = 40_000
 
@@ -83,6 +85,32 @@ def test_posterior_is_bayes_rule(mask_in_noise):
     found = shares.predicted * p + shares.noise * states / count
     found[noisy] += shares.stays
     assert torch.allclose(found, expected, atol=1e-14)
+
+
+@pytest.mark.parametrize("kappa", [1.0, 0.5, 0.0])
+def test_psi_of_the_exact_denoiser_comes_to_the_data(kappa):
+    """Two bits that are always equal: in many steps they agree, whatever the share of fresh noise."""
+    states = list(itertools.product((0, 1), repeat=2))
+    law = dict.fromkeys(states, 0.25)
+    alphas = [1 - step / 64 for step in range(64, -1, -1)]
+    for alphas_t in itertools.pairwise(alphas):
+        alpha_t, alpha_s = torch.tensor(alphas_t, dtype=torch.float64)
+        after = dict.fromkeys(states, 0.0)
+        for z, probability in law.items():
+            rows = []
+            for token, other in (z, z[::-1]):
+                # The clean bit given the other noisy one.
+                prediction = torch.full((2,), (1 - alpha_t) / 2).double()
+                prediction[other] = (1 + alpha_t) / 2
+                shares = psi_shares(prediction[token], alpha_t, alpha_s, 2, kappa)
+                row = shares.predicted * prediction + shares.noise / 2
+                row[token] += shares.stays
+                assert float(row.sum()) == pytest.approx(1)
+                rows.append(row)
+            for new in states:
+                after[new] += probability * float(rows[0][new[0]] * rows[1][new[1]])
+        law = after
+    assert law[0, 0] == pytest.approx(law[1, 1]) and law[0, 0] + law[1, 1] > 0.96
 
 
 def test_a_prediction_can_only_add_to_what_stays():
