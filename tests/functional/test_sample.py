@@ -75,7 +75,7 @@ def test_gaps_are_filled(command, models, tmp_path):
     [
         (["--sampler", "block", "--num-steps", 5], "num_steps: 5 does not divide 32 tokens"),
         (["--top-p", 1.5], "top_p: 1.5 is outside (0, 1]"),
-        (["--greedy-tail"], "greedy_tail: not used by mdlm"),
+        (["--greedy-tail"], "greedy_tail: not used by sampler ancestral of mdlm"),
         (["--prompt", "the model " * 20], "tokens exceed the length 32"),
         (["--prompts", "no.jsonl"], "prompts: no.jsonl"),
         (["--output", "no/where.jsonl"], "output: no: no such directory"),
