@@ -190,7 +190,10 @@ class Laws:
         return law
 
     def uniform(self, times, *, states, greedy_tail=False, wrong=False, kappa=1.0):
-        """Duo's chain; `wrong` leaves alpha_t / alpha_s out of what stays; `kappa` as in a Psi-sampler."""
+        """Duo's chain; `kappa` as in a Psi-sampler.
+
+        `wrong` leaves alpha_t / alpha_s out of what stays, and takes the prediction for q(z_0 | z_t).
+        """
         prior = np.array([1.0 / len(states) if v in states else 0.0 for v in range(VOCABULARY.size)])
         law = {z: len(states) ** -LENGTH for z in itertools.product(states, repeat=LENGTH)}
         for index, (t, s) in enumerate(itertools.pairwise(times)):
@@ -205,7 +208,7 @@ class Laws:
                     rows = []
                     for token, prediction in zip(z, predictions, strict=True):
                         reverse = posterior(token, prediction, alpha_t, alpha_s, states, wrong)
-                        clean = posterior(token, prediction, alpha_t, 1.0, states)
+                        clean = prediction if wrong else posterior(token, prediction, alpha_t, 1.0, states)
                         rows.append(kappa * reverse + (1 - kappa) * (alpha_s * clean + (1 - alpha_s) * prior))
                 for values in itertools.product(range(VOCABULARY.size), repeat=LENGTH):
                     p = math.prod(row[v] for row, v in zip(rows, values, strict=True))

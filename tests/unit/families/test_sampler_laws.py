@@ -243,7 +243,7 @@ def test_duo_psi(kappa, greedy, follows):
     samples = draw(DUO, sampler="psi", num_steps=2, kappa=kappa, greedy_tail=greedy)
     if kappa == 1:
         assert (samples == draw(DUO, sampler="ancestral", num_steps=2, greedy_tail=greedy)).all()
-    wrong = None if greedy else laws.uniform(grid(2), states=STATES, kappa=1.0 if kappa < 1 else 0.6)
+    wrong = laws.uniform(grid(2), states=STATES, greedy_tail=greedy, kappa=kappa, wrong=True)
     assert follows(samples, law, wrong)
 
 
