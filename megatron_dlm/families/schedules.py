@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import re
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -133,11 +134,18 @@ def objective_at(config: Config, step: int) -> Config:
     if not config.schedules:
         return config
     values = {schedule.field: schedule.at(step) for schedule in field_schedules(config)}
-    try:
+    with naming_step(step):
         found: Config = _replaced(config, {"schedules": (), **values})
+    return found
+
+
+@contextmanager
+def naming_step(step: int) -> Iterator[None]:
+    """Say of what is refused at which step of the schedules it is."""
+    try:
+        yield
     except InputError as error:
         raise InputError(f"objective.schedules: at step {step}: {error}") from error
-    return found
 
 
 @lru_cache(maxsize=16)
@@ -163,6 +171,11 @@ def objective_phases(config: Config) -> Mapping[int, Config]:
         if (phase := objective_at(config, step)) not in phases.values():
             phases[step] = phase
     return phases
+
+
+def has_parts_at_times(config: ObjectiveConfig) -> bool:
+    """Whether some step of a run trains an objective of two parts."""
+    return any(phase.has_parts for phase in objective_phases(config).values())
 
 
 def scheduled_values(config: ObjectiveConfig, step: int) -> dict[str, float]:
@@ -206,10 +219,8 @@ class ScheduledObjective(Objective):
         self._newest = config, self._own
         # Some values are checked with the vocabulary.
         for step, phase in objective_phases(config).items():
-            try:
+            with naming_step(step):
                 phase.build(vocabulary)
-            except InputError as error:
-                raise InputError(f"objective.schedules: at step {step}: {error}") from error
 
     def _at(self, context: CorruptionContext) -> tuple[Objective, CorruptionContext]:
         if not context.training:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from megatron_dlm.data.loading.dali import require_dali
 from megatron_dlm.families.registry import OBJECTIVES
-from megatron_dlm.families.schedules import objective_phases
+from megatron_dlm.families.schedules import has_parts_at_times, naming_step, objective_phases
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.kernels.choice import wants_triton
 from megatron_dlm.models.config import TransformerImpl
@@ -78,10 +78,8 @@ def _check_sizes(config: RunConfig, name: str, size: int) -> None:
     objective.check_sizes(size, seq_length)
     if name.startswith("training"):
         for step, phase in objective_phases(objective).items():
-            try:
+            with naming_step(step):
                 phase.check_sizes(size, seq_length)
-            except InputError as error:
-                raise InputError(f"objective.schedules: at step {step}: {error}") from error
 
 
 def is_legal(config: RunConfig, processes: int) -> bool:
@@ -96,7 +94,7 @@ def is_legal(config: RunConfig, processes: int) -> bool:
 def _check_fully_sharded(config: RunConfig) -> None:
     if config.training.precision == "fp8":
         raise InputError("training.precision: fp8, and parallel.fully_sharded needs fp32 or bf16")
-    if any(phase.has_parts for phase in objective_phases(config.objective).values()):
+    if has_parts_at_times(config.objective):
         raise InputError(
             "parallel.fully_sharded: needs equal numbers of forwards on all ranks, which an objective of two "
             "parts (objective.alpha_0 between 0 and 1) does not give"
@@ -109,8 +107,7 @@ def _check_passes_are_alike(config: RunConfig, needs: str) -> None:
     if stages > 1:
         raise InputError(f"{needs} parallel.pipeline_model_parallel_size 1, not {stages}")
     objective, seq_length = config.objective, config.data.seq_length
-    has_parts = any(phase.has_parts for phase in objective_phases(objective).values())
-    if has_parts or objective.length_multiple(seq_length) != seq_length:
+    if has_parts_at_times(objective) or objective.length_multiple(seq_length) != seq_length:
         raise InputError(f"{needs} microbatches of one length, which {objective.name} here has not")
 
 

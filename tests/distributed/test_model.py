@@ -1,6 +1,5 @@
 """The denoiser against numbers recorded from the paper's code, and the head against full logits."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +16,7 @@ from megatron_dlm.platform.parallel_config import ParallelConfig
 from megatron_dlm.platform.vocab_parallel import VocabShard
 from tests.helpers import weights
 from tests.helpers.distributed import run_distributed
+from tools.oracle.networks import recorded_shape
 
 NETWORKS = {
     "ar": (AttentionPattern.CAUSAL, False),
@@ -31,15 +31,7 @@ def recorded_networks(state, arrays, parallel_config):
     from megatron_dlm.models.denoiser import Denoiser
     from megatron_dlm.models.weight_mapping import weight_places
 
-    cfg = json.loads(str(arrays["cfg"]))
-    model = ModelConfig(
-        num_layers=cfg["blocks"],
-        hidden_size=cfg["hidden"],
-        num_attention_heads=cfg["heads"],
-        ffn_hidden_size=4 * cfg["hidden"],
-        conditioning_size=cfg["cond_dim"],
-    )
-    vocabulary = Vocabulary(size=cfg["vocab"], mask_token_id=cfg["mask"], eos_token_id=0, bos_token_id=1)
+    model, vocabulary = recorded_shape(arrays)
     found = {}
     for name, (pattern, conditioned) in NETWORKS.items():
         config = denoiser_config(model, parallel_config, "fp32", "none")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -10,10 +11,31 @@ import torch
 from megatron_dlm.diffusion.context import CorruptionContext
 from megatron_dlm.families.esolm.objective import EsoLMConfig
 from megatron_dlm.interfaces import AttentionPattern, ModelInputs, TokenBatch, Vocabulary
+from megatron_dlm.models.config import ModelConfig
 from megatron_dlm.platform.launch import detect_environment
 from megatron_dlm.platform.parallel import start_parallel, stop_parallel
 from megatron_dlm.platform.parallel_config import ParallelConfig
 from tools.oracle.noise import Array, RecordedNoise
+
+
+def recorded_shape(arrays: Mapping[str, Array]) -> tuple[ModelConfig, Vocabulary]:
+    """Shape and vocabulary of the recorded networks.
+
+    Args:
+        arrays: recorded arrays of the networks, by name.
+
+    Returns:
+        The model's configuration, and its vocabulary with ids 0 and 1 for <eos> and <bos>.
+    """
+    shape = json.loads(str(arrays["cfg"]))
+    model = ModelConfig(
+        num_layers=shape["blocks"],
+        hidden_size=shape["hidden"],
+        num_attention_heads=shape["heads"],
+        ffn_hidden_size=4 * shape["hidden"],
+        conditioning_size=shape["cond_dim"],
+    )
+    return model, Vocabulary(size=shape["vocab"], mask_token_id=shape["mask"], eos_token_id=0, bos_token_id=1)
 
 
 class Networks:
@@ -26,22 +48,11 @@ class Networks:
 
     @torch.no_grad()
     def _run(self, attention: AttentionPattern, inputs: ModelInputs) -> Array:
-        from megatron_dlm.models.config import ModelConfig
         from megatron_dlm.models.denoiser import Denoiser
         from megatron_dlm.models.denoiser_config import denoiser_config
         from megatron_dlm.models.weight_mapping import weight_places
 
-        shape = self._shape
-        model = ModelConfig(
-            num_layers=shape["blocks"],
-            hidden_size=shape["hidden"],
-            num_attention_heads=shape["heads"],
-            ffn_hidden_size=4 * shape["hidden"],
-            conditioning_size=shape["cond_dim"],
-        )
-        vocabulary = Vocabulary(
-            size=shape["vocab"], mask_token_id=shape["mask"], eos_token_id=0, bos_token_id=0
-        )
+        model, vocabulary = recorded_shape(self._arrays)
         config = denoiser_config(model, ParallelConfig(), "fp32", "none")
         denoiser = Denoiser(model, config, vocabulary, attention, self._state)
         for place in weight_places(denoiser, self._state):

@@ -17,6 +17,7 @@ from megatron_dlm.families.mdlm.objective import MDLMConfig
 from megatron_dlm.interfaces import InputError, Vocabulary
 from megatron_dlm.models.config import ModelConfig
 from tests.helpers.weights import random_state
+from tools.oracle.networks import recorded_shape
 
 MODEL = ModelConfig(
     num_layers=2, hidden_size=12, num_attention_heads=3, ffn_hidden_size=48, conditioning_size=8
@@ -65,15 +66,7 @@ def test_every_form_gives_every_bit(state, tmp_path, form, prefix):
 @torch.no_grad()
 def test_recorded_networks_give_their_logits(oracle, tmp_path, network, objective):
     arrays = {key[4:]: oracle[key] for key in oracle.files if key.startswith("net/")}
-    cfg = json.loads(str(arrays["cfg"]))
-    shape = ModelConfig(
-        num_layers=cfg["blocks"],
-        hidden_size=cfg["hidden"],
-        num_attention_heads=cfg["heads"],
-        ffn_hidden_size=4 * cfg["hidden"],
-        conditioning_size=cfg["cond_dim"],
-    )
-    vocabulary = Vocabulary(size=cfg["vocab"], mask_token_id=cfg["mask"], eos_token_id=0, bos_token_id=1)
+    shape, vocabulary = recorded_shape(arrays)
     weights = {key[2:]: torch.from_numpy(arrays[key]) for key in arrays if key.startswith("w/")}
     folder = PublishedFolder(write_folder(tmp_path / "model", weights, "bin shards"))
     fields = hugging_face_fields(shape, vocabulary, objective)
