@@ -38,7 +38,7 @@ def run(arguments: list[str]) -> int:
         return 0
     words = [word for word in arguments if word not in ("--quick", "--json")]
     words, processes = take_number(words, "--processes", "processes")
-    config = recipe_run(words, verb="doctor") if words else None
+    config = recipe_run(words, verb="doctor", usage=USAGE) if words else None
     findings, rank = _look(config, processes, quick="--quick" in arguments)
     from megatron_dlm.doctor.finding import can_run
 

@@ -60,7 +60,7 @@ def run(arguments: list[str]) -> int:
     words, precisions = take_option(words, "--precisions")
     words, picture = take_option(words, "--simulate")
     words, output = take_option(words, "--output")
-    config = recipe_run(words, verb="plan")
+    config = recipe_run(words, verb="plan", usage=USAGE)
     cluster = Cluster(gpu_named(gpu), nodes or 1, per_node)
     vocabulary_size, source = vocabulary_of(config, asked_vocabulary)
     planner = Planner(config, cluster, vocabulary_size)

@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     from megatron_dlm.run.config import RunConfig
 
 
-def recipe_run(arguments: Sequence[str], *, verb: str) -> RunConfig:
+def recipe_run(arguments: Sequence[str], *, verb: str, usage: str = "") -> RunConfig:
     """The run of `RECIPE [--model.size NAME] [--budget-flops N] [--branch-decay-at N] [--field VALUE ...]`.
 
     Args:
         arguments: command-line arguments, the recipe first.
         verb: name of the command, shown in the usage line.
+        usage: the command's own options, which `RECIPE --help` prints before the run's fields.
 
     Returns:
         The run's configuration.
@@ -31,6 +32,8 @@ def recipe_run(arguments: Sequence[str], *, verb: str) -> RunConfig:
 
     if arguments[0].startswith("-"):
         raise InputError(f"recipe: expected a file before {arguments[0]}; see megatron-dlm {verb} --help")
+    if {"-h", "--help"} & set(arguments):
+        print(usage)
     overrides, size = take_option(arguments[1:], "--model.size")
     overrides, budget = take_option(overrides, "--budget-flops")
     overrides, branch = take_number(overrides, "--branch-decay-at", "steps")

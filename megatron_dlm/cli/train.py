@@ -43,7 +43,7 @@ def run(arguments: list[str]) -> int:
     words, processes = take_number(arguments, "--dry-run", "processes")
     words, checked_processes = take_number(words, "--check", "processes")
     words, gpu, gpus_per_node = take_gpus(words)
-    config = recipe_run(words, verb="train")
+    config = recipe_run(words, verb="train", usage=USAGE)
     if processes is not None:
         _describe(config, processes, gpu, gpus_per_node)
         return 0

@@ -72,7 +72,9 @@ def test_averages_follow_the_weights(corpus, tmp_path, name, precision):
     )
 
 
-@pytest.mark.parametrize(("source", "target"), [("one", "one"), ("pp2dp2", "tp2pp2"), slow("tp2", "plain")])
+@pytest.mark.parametrize(
+    ("source", "target"), [("one", "one"), slow("pp2dp2", "tp2pp2"), slow("tp2", "plain")]
+)
 def test_averages_go_on_after_a_restart(corpus, tmp_path, source, target):
     whole = averaging(corpus, tmp_path / "whole", LAYOUTS[source][1])
     run_distributed(train_and_save, LAYOUTS[source][0], whole, 1, 4, parallel=whole.parallel)

@@ -41,7 +41,11 @@ RUNS = {
 def marks_of(name):
     # What workers are added to is run without them among the slow ones.
     marks = [needs_dali] if "DALI" in name else []
-    return [*marks, pytest.mark.slow] if name in ("pinned memory", "DALI", "loader workers") else marks
+    return (
+        [*marks, pytest.mark.slow]
+        if name in ("pinned memory", "DALI", "loader workers", "pinned memory and workers")
+        else marks
+    )
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=marks_of(name)) for name in RUNS])

@@ -198,7 +198,7 @@ def load_sharded(state, config):
     return plain(tensors), later
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["bf16", slow("fp32")])
 def test_fully_sharded_resumes_bit_for_bit(corpus, tmp_path, precision):
     parallel = fully_sharded()
     config = config_for(corpus, tmp_path, parallel, training__precision=precision)
@@ -216,7 +216,9 @@ ONE, TWO, THREE = (
 )
 
 
-@pytest.mark.parametrize(("first", "second"), [(ONE, TWO), slow(TWO, ONE), slow(TWO, THREE), (THREE, ONE)])
+@pytest.mark.parametrize(
+    ("first", "second"), [slow(ONE, TWO), slow(TWO, ONE), slow(TWO, THREE), (THREE, ONE)]
+)
 def test_any_layout_loads_what_another_saved(corpus, tmp_path, first, second):
     # Adam divides by the gradient's size: with a small epsilon it blows up its last bits.
     configs = [config_for(corpus, tmp_path, p, optimizer__epsilon=1e-2) for _, p in (first, second)]
@@ -320,7 +322,7 @@ def take_weights_alone(state, config, directory):
     return [torch.equal(local(first), local(second)) for first, second in pairs]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [slow("fp32"), "bf16"])
 def test_weights_alone_start_a_fully_sharded_run(corpus, tmp_path, precision):
     config = config_for(corpus, tmp_path, fully_sharded(), training__precision=precision)
     run_distributed(save_sharded, 1, replace(config, parallel=ParallelConfig()))

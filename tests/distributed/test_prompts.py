@@ -16,7 +16,6 @@ from tests.helpers import weights
 from tests.helpers.distributed import run_distributed
 from tests.helpers.layouts import all_families, assert_equal_runs, parallel_of, toy_model
 from tests.helpers.prompts import RECORDS, index, write
-from tests.helpers.selection import slow
 from tools import tiny
 
 LENGTH = 192
@@ -57,11 +56,12 @@ def one_process(corpus, prefix):
 
 LAYOUTS = [
     (2, 1, 1, 4, "sequence"),
-    slow((1, 2, 2, 2, "")),
-    slow((1, 1, 1, 4, "context 2")),
+    (1, 2, 2, 2, ""),
+    (1, 1, 1, 4, "context 2"),
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layout_equals_one_process(corpus, prefix, one_process, layout, record_property):
     tensor, pipeline, data, micro_batch_size, options = layout

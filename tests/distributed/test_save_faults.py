@@ -21,6 +21,7 @@ POINTS = [
     "after the rename",
     "while an old one is removed",
 ]
+PLACES = ["reading data", "an evaluation", "a save", "the wait for a writer"]
 MODES = {"synchronous": False, "asynchronous": True}
 
 
@@ -52,7 +53,7 @@ def whole(corpus, tmp_path_factory):
 
 
 @pytest.mark.parametrize("mode", quick(MODES, "asynchronous"))
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("point", quick(POINTS, *POINTS[1::2]))
 def test_a_kill_in_a_save_costs_that_save_at_most(corpus, tmp_path, whole, point, mode):
     config = config_for(corpus, tmp_path, async_save=MODES[mode])
     code, output = faulty.train_in_child(config, faulty.die_at, point, 3)
@@ -112,7 +113,7 @@ def test_a_jumping_clock_changes_nothing(corpus, tmp_path, whole):
     assert tensors(tmp_path) == tensors(whole)
 
 
-@pytest.mark.parametrize("place", ["reading data", "an evaluation", "a save", "the wait for a writer"])
+@pytest.mark.parametrize("place", quick(PLACES, *PLACES[2:]))
 def test_a_signal_at_any_moment_saves_and_loses_nothing(corpus, tmp_path, whole, place):
     config = config_for(corpus, tmp_path)
     config = replace(config, evaluation=replace(config.evaluation, every=3))

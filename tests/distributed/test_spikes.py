@@ -46,7 +46,8 @@ def make_spikes(kind, steps, fatal=None):
 
 
 @pytest.mark.parametrize(
-    ("kind", "log_every"), [("loss", 10), slow("loss", 1), slow("gradient norm", 10), ("gradient norm", 1)]
+    ("kind", "log_every"),
+    [("loss", 10), slow("loss", 1), slow("gradient norm", 10), slow("gradient norm", 1)],
 )
 def test_spikes_are_skipped_also_right_after_a_resume(corpus, tmp_path, kind, log_every):
     def config_for(name):

@@ -8,6 +8,7 @@ import torch
 from megatron_dlm.families.registry import OBJECTIVES
 from megatron_dlm.platform.parallel_config import ParallelConfig
 from tests.helpers.distributed import run_distributed
+from tests.helpers.selection import quick, slow
 from tests.helpers.sessions import build_random
 from tests.helpers.stand_in_gpu import StandInGpu, Wait
 from tools import tiny
@@ -42,7 +43,11 @@ def places_of_waits(state, config):
     return found[2:]
 
 
-@pytest.mark.parametrize(("name", "precision"), [*((name, "fp32") for name in OBJECTIVES), ("mdlm", "bf16")])
+CASES = [("mdlm", "fp32"), ("mdlm", "bf16"), ("esolm", "fp32")]
+CASES += [slow(name, "fp32") for name in OBJECTIVES if name not in ("mdlm", "esolm")]
+
+
+@pytest.mark.parametrize(("name", "precision"), CASES)
 def test_a_step_waits_twice(corpus, tmp_path, name, precision):
     config = config_of(corpus, tmp_path, OBJECTIVES[name](), training__precision=precision)
     for steps in run_distributed(places_of_waits, 1, config):
@@ -58,7 +63,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", quick(LAYOUTS, "distributed optimizer", "tensor parallel"))
 def test_ranks_wait_no_more(corpus, tmp_path, name):
     fields, expected = LAYOUTS[name]
     parallel = ParallelConfig(**fields)

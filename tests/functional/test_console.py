@@ -309,7 +309,8 @@ def wait_for_line(process, text, seconds=HANG_SECONDS):
     return seen
 
 
-@pytest.mark.parametrize("number", [slow(signal.SIGINT), signal.SIGTERM, slow(signal.SIGHUP)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_wait_for_other_ranks_is_told_and_ended_by_signals(corpus, tmp_path, number):
     process = lonely(corpus, tmp_path / "run", "--training.micro-batch-size", "2")
     wait_for_line(process, "warning: waiting for ranks 1, 2, 3 of 4 to come to 127.0.0.1:")

@@ -1,5 +1,8 @@
 """Every command in README and docs is run as it stands, in order, on small inputs at the text's paths."""
 
+import contextlib
+import importlib
+import itertools
 import json
 import os
 import re
@@ -141,6 +144,30 @@ def run_all(commands, room):
     return ran
 
 
+def words_of_the_package():
+    """Arguments of every documented `megatron-dlm` command, each once."""
+    commands = {command for page in PAGES for command in commands_of(page)}
+    split = (shlex.split(command) for command in sorted(commands) if command.startswith("megatron-dlm "))
+    return [
+        list(itertools.takewhile(lambda word: word not in ("|", ">", "&&", "&"), words[1:]))
+        for words in split
+    ]
+
+
+def test_documented_options_exist(monkeypatch, capsys):
+    """In the help of the verb that they are given to; --all also runs the commands."""
+    monkeypatch.chdir(ROOT)
+    unknown = []
+    for verb, *arguments in words_of_the_package():
+        options = {word.partition("=")[0] for word in arguments if word.startswith("--")}
+        with contextlib.suppress(SystemExit):
+            importlib.import_module(f"megatron_dlm.cli.{verb}").run([*arguments, "--help"])
+        told = capsys.readouterr()
+        unknown += [(verb, option) for option in options if option not in told.out]
+    assert not unknown, unknown
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_commands_of_readme(room):
     ran = run_all(commands_of(ROOT / "README.md"), room)

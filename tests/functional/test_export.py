@@ -232,6 +232,7 @@ def change_weights(folder, change, *, keep_report=False):
         (folder / "export_report.json").unlink()
 
 
+@pytest.mark.slow
 def test_the_comparison_finds_other_weights(broken):
     def disturb(state):
         state["blocks.0.adaLN_modulation.bias"] += 0.5

@@ -23,6 +23,7 @@ def whole_run(corpus, tmp_path_factory, command):
     return directory
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_with_the_maxima_it_had(corpus, tmp_path, command, whole_run):
     """Bit for bit: the histories of delayed scaling are in the checkpoint."""
     for steps in (4, STEPS):

@@ -24,6 +24,7 @@ def checkpoint(whole):
     return whole / "checkpoints" / f"step-{STEPS:08d}"
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one(command, corpus, whole, tmp_path):
     for steps in (8, STEPS):
         command(*arguments_for(corpus, tmp_path, recipe=RECIPE, steps=steps))

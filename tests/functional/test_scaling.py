@@ -68,6 +68,7 @@ def refusal(command, *words):
     return done.stderr
 
 
+@pytest.mark.slow
 def test_a_grid_is_planned_killed_resumed_and_collected(command, recipes, tmp_path):
     grid = tmp_path / "grid"
     told = plan(command, recipes, grid)

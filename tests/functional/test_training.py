@@ -69,6 +69,7 @@ def test_a_signal_saves_and_exits_with_3(corpus, tmp_path, uninterrupted, number
         assert train_metrics(directory) == train_metrics(uninterrupted[0])
 
 
+@pytest.mark.slow
 def test_nohup_outlives_its_terminal(corpus, tmp_path):
     """The launcher too: torchrun would forward the signal."""
     words = ["nohup", "examples/torchrun/train.sh", *arguments_for(corpus, tmp_path / "run")[1:]]

@@ -54,6 +54,7 @@ def use(folder, out, python=sys.executable):
     return finished.stdout
 
 
+@SLOW
 def test_an_autoregressive_export_is_a_causal_language_model(exported, command, tmp_path):
     assert "ar: all as expected" in use(exported("ar"), tmp_path / "out")
     comes_back(command, tmp_path / "out" / "again", tmp_path)

@@ -1,11 +1,11 @@
 """When a scheduler starts a job again."""
 
 import json
-import subprocess
 import sys
 
 import pytest
 
+from megatron_dlm.cli import requeue
 from megatron_dlm.cli.requeue import MOST_WITHOUT_PROGRESS, RECORD, decide
 from megatron_dlm.families.registry import OBJECTIVES
 from megatron_dlm.platform.codec import encode
@@ -46,14 +46,13 @@ def test_a_damaged_record_counts_as_none(tmp_path):
     assert decide(137, 40, tmp_path / RECORD).is_again
 
 
-def test_the_command_looks_at_the_run(tmp_path):
+def test_the_command_looks_at_the_run(tmp_path, monkeypatch, capsys):
     config = tiny.run_config(tiny.Corpus.at(tmp_path), tmp_path / "run", OBJECTIVES["mdlm"]())
     (tmp_path / "run").mkdir()
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps({"config": encode(config)}))
     codes = []
     for status in (*(["137"] * 4), "1"):
-        words = [sys.executable, "-m", "megatron_dlm.cli.requeue", status, str(recipe)]
-        ended = subprocess.run(words, capture_output=True, text=True)
-        codes.append(ended.returncode)
-    assert codes == [0, 0, 0, 1, 1] and "does not start again: exit code 1" in ended.stderr
+        monkeypatch.setattr(sys, "argv", ["requeue", status, str(recipe)])
+        codes.append(requeue.main())
+    assert codes == [0, 0, 0, 1, 1] and "does not start again: exit code 1" in capsys.readouterr().err

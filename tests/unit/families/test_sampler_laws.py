@@ -218,7 +218,7 @@ def test_left_to_right(family, follows):
 
 
 @pytest.mark.parametrize("steps", ALL_STEPS)
-@pytest.mark.parametrize("objective", [ESOLM, HALF], ids=["alpha_0=1", "alpha_0=0.5"])
+@pytest.mark.parametrize("objective", [slow(ESOLM, id="alpha_0=1"), pytest.param(HALF, id="alpha_0=0.5")])
 def test_esolm_ancestral(objective, steps, follows):
     alphas = [objective.alpha_0 * alpha(t) for t in np.linspace(1, 0, steps + 1)]
     law = Laws(toy(objective)).by_plan(ancestral_plans(alphas), "esolm")
@@ -266,7 +266,7 @@ def test_mdlm_psi(kappa, greedy, follows):
     assert follows(samples, law, ancestral if kappa < 1 else None)
 
 
-@pytest.mark.parametrize("rule", ["cap", slow("rescale"), "confidence"])
+@pytest.mark.parametrize("rule", ["cap", slow("rescale"), slow("confidence")])
 @pytest.mark.parametrize("strength", [slow(0.0), 0.5])
 def test_mdlm_remasking(rule, strength, follows):
     """Strength 0 is ancestral."""
@@ -282,6 +282,7 @@ def test_mdlm_remasking(rule, strength, follows):
     assert follows(samples, law, ancestral if strength else None)
 
 
+@pytest.mark.slow
 def test_mdlm_remasking_in_a_loop(follows):
     """Of the edges at times 1, 2/3, 1/3 and 1e-5, the two in the middle are on the plateau."""
     near_data = 1 - 0.6 * 1e-5 / 0.3
