@@ -15,6 +15,9 @@ from megatron_dlm.run.config import GenerationConfig
 from megatron_dlm.sampling.settings import SamplingConfig
 from megatron_dlm.sampling.start import start_from
 
+ANSWERING = SamplingConfig(sampler="left-to-right", stop_at_eos=True)
+"""How problems and records are answered."""
+
 
 @dataclass(frozen=True)
 class WrittenTexts:
@@ -22,13 +25,17 @@ class WrittenTexts:
 
     texts: tuple[str, ...]
     answers: tuple[dict[str, Any], ...]
-    """Answers to the problems, with the numbers that are expected and found."""
+    """Answers to problems and records, with what is expected."""
     metrics: dict[str, float]
     """Unigram entropy in nats, generative perplexity, exact match, tokens sampled."""
 
 
 def write_texts(
-    loaded: LoadedModel, config: GenerationConfig, judge: Judge | None, problems: Sequence[Problem]
+    loaded: LoadedModel,
+    config: GenerationConfig,
+    judge: Judge | None,
+    problems: Sequence[Problem],
+    records: Sequence[tuple[Sequence[int], Sequence[int]]] = (),
 ) -> WrittenTexts:
     """Sample, judge and answer; all of the model's peers call it.
 
@@ -37,6 +44,7 @@ def write_texts(
         config: how much is written, and how.
         judge: causal language model that scores the samples; None: none does.
         problems: problems to answer.
+        records: token ids of given text and of the response to it, of each record to answer.
 
     Returns:
         The same on every process.
@@ -68,6 +76,10 @@ def write_texts(
     answers = _answers(loaded, config, problems, length)
     if answers:
         metrics["gsm8k_exact_match"] = accuracy([line["correct"] for line in answers])[0]
+    if records:
+        responses = _responses(loaded, config, records)
+        metrics["exact_match"] = accuracy([line["correct"] for line in responses])[0]
+        answers += responses
     return WrittenTexts(tuple(texts), tuple(answers), metrics)
 
 
@@ -75,9 +87,41 @@ def _answers(
     loaded: LoadedModel, config: GenerationConfig, problems: Sequence[Problem], length: int
 ) -> list[dict[str, Any]]:
     """Answers left to right, as `evaluate gsm8k` has them."""
-    settings = SamplingConfig(sampler="left-to-right", stop_at_eos=True).resolved(loaded.family)
+    settings = ANSWERING.resolved(loaded.family)
     prompts = prompts_of([problem.question for problem in problems], length, loaded)
     batches = answer(
         problems, prompts, length, settings, loaded, batch_size=config.batch_size, seed=config.seed
     )
     return [line for lines, _ in batches for line in lines]
+
+
+def _responses(
+    loaded: LoadedModel, config: GenerationConfig, records: Sequence[tuple[Sequence[int], Sequence[int]]]
+) -> list[dict[str, Any]]:
+    """Answers to records, each within the length that the model was trained on."""
+    length, eos = loaded.length(None), loaded.vocabulary.eos_token_id
+    lines = []
+    for batch in sample_all(
+        loaded.network,
+        loaded.family,
+        ANSWERING.resolved(loaded.family),
+        [start_from([list(prompt)], length, loaded.family) for prompt, _ in records],
+        batch_size=config.batch_size,
+        seed=config.seed,
+        peers=loaded.peers,
+    ):
+        for place, ids, given in zip(
+            batch.places, batch.ids_BL.tolist(), batch.given_BL.tolist(), strict=True
+        ):
+            prompt, response = (list(part) for part in records[place])
+            ours = before_end(ids, given, eos)[len(prompt) :]
+            theirs = response[: response.index(eos)] if eos in response else response
+            line = {
+                "record": place,
+                "prompt": loaded.tokenizer.decode(prompt),
+                "expected": loaded.tokenizer.decode(theirs),
+                "response": loaded.tokenizer.decode(ours),
+                "correct": ours == theirs,
+            }
+            lines.append(line)
+    return lines

@@ -210,13 +210,24 @@ class GenerationConfig:
     none is logged."""
     gsm8k_problems: int = 32
     """Problems to answer, from the start of the file."""
+    records: int = 0
+    """Records of prompts and responses, or chats, to answer, from the start of the validation data. Logged is
+    how often an answer is the record's last response, token by token. 0: none."""
 
     def __post_init__(self) -> None:
-        for name, least in (("every", 0), ("num_samples", 1), ("batch_size", 1), ("gsm8k_problems", 1)):
+        for name, least in (
+            ("every", 0),
+            ("num_samples", 1),
+            ("batch_size", 1),
+            ("gsm8k_problems", 1),
+            ("records", 0),
+        ):
             if getattr(self, name) < least:
                 raise InputError(f"generation.{name}: {getattr(self, name)} is below {least}")
-        if not self.every and (self.judge is not None or self.gsm8k is not None):
-            raise InputError("generation.every: 0, and a judge or problems need texts every few steps")
+        if not self.every and (self.judge is not None or self.gsm8k is not None or self.records):
+            raise InputError(
+                "generation.every: 0, and a judge, problems or records need texts every few steps"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

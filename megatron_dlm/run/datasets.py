@@ -101,13 +101,13 @@ def _blended(shards: list[Shard], weights: list[float], config: DataConfig, *, p
             documents = split_documents(len(shard.document_lengths), config.split)[part]
         rows.append(_rows(shard, config, documents))
     blend = Blend.of([row.name for row in rows], weights)
-    has_prompts = any(shard.prompt_lengths is not None for shard in shards)
+    has_prompts = any(shard.turn_lengths is not None for shard in shards)
     return BlendedShards(blend, dict(zip(blend.names, rows, strict=True)), has_prompts)
 
 
 def _rows(shard: Shard, config: DataConfig, documents: tuple[int, int] | None) -> Rows:
     length = config.seq_length
-    if shard.prompt_lengths is not None:
+    if shard.turn_lengths is not None:
         return PromptRows(shard, length, drop_long=config.drop_long_records, documents=documents)
     return TokenBlocks(shard, length, document_mask=config.document_mask, documents=documents)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_dlm.data.loading.prompt_rows import PromptRows
 from megatron_dlm.models.sizes import parameter_count
 from megatron_dlm.platform.codec import encode
 from megatron_dlm.run.config import RunConfig
@@ -66,10 +67,13 @@ def describe_data(config: RunConfig, data: RunData, consumed_samples: int, step:
     shards = []
     for name, weight in zip(data.train.blend.names, data.train.blend.weights, strict=True):
         rows = data.train.rows[name]
-        tokens = rows.num_rows * config.data.seq_length
-        shards.append(
-            f"{rows.label} ({tokens:,} tokens, {ahead * weight / rows.num_rows:.3g} epochs to come)"
-        )
+        room = rows.num_rows * config.data.seq_length
+        size = f"{room:,} tokens"
+        if isinstance(rows, PromptRows):
+            size = (
+                f"{rows.num_tokens:,} tokens of records, which fill {rows.num_tokens / room:.0%} of the rows"
+            )
+        shards.append(f"{rows.label} ({size}, {ahead * weight / rows.num_rows:.3g} epochs to come)")
     validation = config.data.validation or "of the same shards"
     return f"{', '.join(shards)}; validation {validation}"
 

@@ -71,7 +71,7 @@ def run(corpus, kernels, recompute, parallel):
 @pytest.mark.parametrize(
     "parallel",
     [
-        pytest.param(ParallelConfig(), id="one process"),
+        pytest.param(ParallelConfig(), id="one process", marks=pytest.mark.slow),
         pytest.param(
             ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
             id="tensor and sequence parallel",

@@ -87,7 +87,7 @@ def test_layout_equals_one_process(corpus, one_process, layout, record_property)
 
 
 INTERLEAVED = [
-    (1, 2, 1, 2, "interleaved"),
+    slow((1, 2, 1, 2, "interleaved")),
     slow((2, 2, 1, 2, "interleaved, sequence")),
     slow((1, 2, 2, 2, "overlap, interleaved")),
     slow((1, 2, 2, 2, "overlap, gather, interleaved")),

@@ -10,7 +10,6 @@ from megatron_dlm.telemetry.writers import read_metrics
 from megatron_dlm.training.spike_detection import FEWEST, extended, spike_limit
 from tests.helpers import faulty
 from tests.helpers.runs import without_speed
-from tests.helpers.selection import slow
 from tools import tiny
 
 
@@ -45,9 +44,10 @@ def make_spikes(kind, steps, fatal=None):
     Session.run_batch = spiked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "log_every"),
-    [("loss", 10), slow("loss", 1), slow("gradient norm", 10), slow("gradient norm", 1)],
+    [("loss", 10), ("loss", 1), ("gradient norm", 10), ("gradient norm", 1)],
 )
 def test_spikes_are_skipped_also_right_after_a_resume(corpus, tmp_path, kind, log_every):
     def config_for(name):

@@ -116,6 +116,9 @@ def room(tmp_path):
     for name in ("qa.jsonl", "test.jsonl", "gsm8k/train.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in questions))
+    chat = {"messages": [{"role": "user", "content": "and?"}, {"role": "assistant", "content": "the next"}]}
+    (tmp_path / "chats.jsonl").write_text((json.dumps(chat) + "\n") * 9)
+    (tmp_path / "chat.jinja").write_text("{% for m in messages %}{{ m.content + '\\n' }}{% endfor %}")
     for name in ("SlimPajama-627B/train/chunk1", "SlimPajama-627B/validation/chunk1", "Nemotron-CC-v2"):
         directory = tmp_path / "downloads" / name
         directory.mkdir(parents=True)

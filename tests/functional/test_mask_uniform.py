@@ -42,6 +42,7 @@ def test_tensor_parallel_ranks_compute_what_one_does(corpus, whole, tmp_path):
     assert len(parallel) == 6 and parallel == pytest.approx(alone, rel=2e-5)
 
 
+@pytest.mark.slow
 def test_it_is_exported_scored_sampled_and_imported(command, checkpoint, tmp_path, read_json):
     folder = tmp_path / "folder"
     command("export", checkpoint, folder)

@@ -53,16 +53,56 @@ def test_texts_are_those_of_the_checkpoint_and_training_stays_as_it_is(command, 
     assert shown == [texts[1]]
 
 
+def test_held_out_chats_are_answered(command, corpus, tmp_path):
+    """A run that is told the same answer again and again, and is asked for it."""
+    template = tmp_path / "chat.jinja"
+    template.write_text("{% for m in messages %}{{ m.content + '\\n' }}{% endfor %}")
+    messages = [{"role": "user", "content": "and?"}, {"role": "assistant", "content": "the next"}]
+    more = [{"role": "user", "content": "what then?"}, {"role": "assistant", "content": "the model"}]
+    (tmp_path / "chats.jsonl").write_text(
+        "".join(json.dumps({"messages": turns}) + "\n" for turns in [messages + more, messages] * 20)
+    )
+    words = ["--input", tmp_path / "chats.jsonl", "--chat-key", "messages", "--chat-template", template]
+    command("index", *words, "--tokenizer", corpus.tokenizer, "--output", tmp_path / "chats")
+    data = ["--data.train", tmp_path / "chats", "--data.validation", tmp_path / "chats"]
+    options = [
+        *data,
+        "--schedule.lr",
+        0.02,
+        "--schedule.warmup-steps",
+        5,
+        "--checkpoint.save-every",
+        120,
+        "--schedule.decay-steps",
+        120,
+    ]
+    options += ["--generation.every", 120, "--generation.records", 3, "--generation.num-samples", 1]
+    said = command(
+        *arguments_for(corpus, tmp_path / "run", *options, recipe="examples/ar/tiny.py", steps=120)
+    )
+    assert "tokens of records, which fill" in said.stdout + said.stderr
+    (entry,) = [entry for entry in read_metrics(tmp_path / "run") if entry["kind"] == "texts"]
+    answers = lines_of(tmp_path / "run" / "texts" / "step-00000120.jsonl")[1:]
+    assert [line["expected"] for line in answers] == ["the model\n", "the next\n", "the model\n"]
+    assert all(line["correct"] == (line["response"] == line["expected"]) for line in answers)
+    assert entry["exact_match"] == sum(line["correct"] for line in answers) / 3 == 1
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
         (["--generation.every", 3], "generation.every: 3 is not a multiple of checkpoint.save_every 4"),
-        (["--generation.judge", "nowhere"], "generation.every: 0, and a judge or problems need texts"),
+        (
+            ["--generation.judge", "nowhere"],
+            "generation.every: 0, and a judge, problems or records need texts",
+        ),
         (
             ["--generation.every", 4, "--generation.judge", "nowhere"],
             "generation.judge: nowhere: neither a model",
         ),
         (["--generation.every", 4, "--generation.gsm8k", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--generation.records", 4], "a judge, problems or records need texts"),
+        (["--generation.every", 4, "--generation.records", 4], "have no prompts and responses"),
     ],
 )
 def test_what_cannot_be_written_ends_the_run_before_its_first_step(command, corpus, tmp_path, options, says):

@@ -60,6 +60,7 @@ def test_an_autoregressive_export_is_a_causal_language_model(exported, command, 
     comes_back(command, tmp_path / "out" / "again", tmp_path)
 
 
+@SLOW
 def test_a_tokenizer_without_a_mask_token_gets_it_in_the_export(command, corpus, tmp_path, read_json):
     """As the paper's, of 32,000 ids: the export has one more, and scores shards of the tokenizer before."""
     given = tmp_path / "tokenizer"

@@ -25,7 +25,7 @@ class PromptRows:
         documents: tuple[int, int] | None = None,
     ) -> None:
         """`drop_long`: skip records above `seq_length` tokens; `documents`: range to read; None: all."""
-        assert shard.prompt_lengths is not None
+        assert shard.turn_lengths is not None
         self.seq_length = seq_length
         self.label = shard.prefix.name
         first, last = documents or (0, len(shard.document_lengths))
@@ -43,7 +43,10 @@ class PromptRows:
         self._shard = shard
         self._starts = (ends - lengths)[kept]
         self._lengths = lengths[kept]
-        self._prompts = shard.prompt_lengths[kept]
+        firsts = shard.boundaries[:-1][np.diff(shard.boundaries) > 0]
+        self._turn_lengths = shard.turn_lengths
+        self._turns = np.append(firsts, len(shard.turn_lengths))[[kept, kept + 1]]
+        self.num_tokens = int(self._lengths.sum())
         self._rows = _packed(self._lengths, seq_length)
         self.num_rows = len(self._rows) - 1
         self.name = f"{shard.manifest.tokens_sha256}/{first}-{last}/{seq_length}/{len(kept)} records"
@@ -86,7 +89,7 @@ class PromptRows:
         return documents
 
     def read_loss_mask(self, row_indices: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which tokens of some rows belong to a response, including its <eos>.
+        """Which tokens of some rows belong to a response or an assistant turn, including its <eos>.
 
         Args:
             row_indices: int64 [B], each in [0, num_rows).
@@ -96,8 +99,26 @@ class PromptRows:
         """
         mask = np.zeros((len(row_indices), self.seq_length + 1), dtype=np.bool_)
         for row, _, record, start, end in self._records(row_indices):
-            mask[row, start + self._prompts[record] : end] = True
+            lengths = self._turn_lengths[slice(*self._turns[:, record])]
+            mask[row, start:end] = np.repeat(np.arange(len(lengths)) % 2 == 1, lengths)
         return mask
+
+    def last_turns(self, count: int) -> list[tuple[list[int], list[int]]]:
+        """The first records, cut before their last response or assistant turn.
+
+        Args:
+            count: maximum number of records.
+
+        Returns:
+            Token ids of what comes before that turn, and of the turn, for each record.
+        """
+        records = range(min(count, len(self._lengths)))
+        starts = self._starts[: len(records)]
+        found = self._shard.tokens.read(
+            [(int(start), int(start + self._lengths[r])) for start, r in zip(starts, records, strict=True)]
+        )
+        lasts = [int(self._turn_lengths[self._turns[1, record] - 1]) for record in records]
+        return [(ids[:-n].tolist(), ids[-n:].tolist()) for ids, n in zip(found, lasts, strict=True)]
 
     def _records(self, row_indices: NDArray[np.int64]) -> list[tuple[int, int, int, int, int]]:
         """Row, place in the row, index, first token and end of each record that lies in some rows."""

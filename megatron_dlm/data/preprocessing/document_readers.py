@@ -6,10 +6,11 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import orjson
 
+from megatron_dlm.data.preprocessing.chat_template import ChatTemplate
 from megatron_dlm.data.preprocessing.input_files import (
     Source,
     damage_errors,
@@ -51,26 +52,42 @@ class Batch:
     """Bytes of input read for the batch, decompressed."""
 
 
-def keys_read(keys: Sequence[str], prompt_key: str) -> tuple[str, ...]:
-    """All members or columns that a document is made of.
+@dataclass(frozen=True)
+class RecordFields:
+    """What is read of each record."""
 
-    Args:
-        keys: keys of the texts.
-        prompt_key: key of the prompt that precedes the text; empty: no prompt.
+    keys: tuple[str, ...]
+    """Members of each JSON object, or columns, in order; plain text has one."""
+    chat: ChatTemplate | None = None
+    """What turns the only member, a list of messages, into documents; None: members are texts."""
 
-    Returns:
-        The keys, the prompt's first.
-    """
-    return (prompt_key, *keys) if prompt_key else tuple(keys)
+    def documents(self, values: Sequence[object]) -> list[list[Text]]:
+        """Turn a record into documents.
+
+        Args:
+            values: members of the record under the keys.
+
+        Returns:
+            Documents, each a list of texts, one for each key.
+
+        Raises:
+            ValueError: a member is of another type, or no conversation.
+        """
+        if self.chat is not None:
+            return [[document] for document in self.chat.documents(*values)]
+        for key, value in zip(self.keys, values, strict=True):
+            if not _is_text(value):
+                raise ValueError(f"key {key!r} holds {type(value).__name__}, not a string")
+        return [list(cast(Sequence[Text], values))]
 
 
-def read_batches(source: Source, unit: Unit, keys: Sequence[str], max_line_bytes: int) -> Iterator[Batch]:
+def read_batches(source: Source, unit: Unit, fields: RecordFields, max_line_bytes: int) -> Iterator[Batch]:
     """The documents of a unit.
 
     Args:
         source: source that the unit belongs to.
         unit: unit to read.
-        keys: members of each JSON object, or columns, that hold text; plain text has one.
+        fields: what is read of each record.
         max_line_bytes: maximum bytes of a line, or of a plain-text document; a longer one is rejected.
 
     Yields:
@@ -82,13 +99,13 @@ def read_batches(source: Source, unit: Unit, keys: Sequence[str], max_line_bytes
     readers = {"jsonl": _json_lines, "text": _plain_text}
     try:
         if source.format == "parquet":
-            yield from _parquet_rows(source, unit, keys)
+            yield from _parquet_rows(source, unit, fields)
             return
         with open_raw(source) if source.divisible else open_decompressed(source) as file:
             if source.divisible:
                 file.seek(unit.start)
             lines = _lines(file, unit.end - unit.start if source.divisible else None, max_line_bytes)
-            yield from readers[source.format](lines, keys, max_line_bytes)
+            yield from readers[source.format](lines, fields, max_line_bytes)
     except damage_errors() as error:
         raise InputError(f"input: {source.path}: cut short or damaged: {error}") from error
     except OSError as error:
@@ -116,7 +133,7 @@ def _lines(file: IO[bytes], num_bytes: int | None, max_line_bytes: int) -> Itera
 
 
 def _json_lines(
-    lines: Iterator[tuple[bytes | None, int]], keys: Sequence[str], max_line_bytes: int
+    lines: Iterator[tuple[bytes | None, int]], fields: RecordFields, max_line_bytes: int
 ) -> Iterator[Batch]:
     batch = Batch()
     for number, (line, size) in enumerate(lines, start=1):
@@ -125,42 +142,40 @@ def _json_lines(
         if line is None:
             batch.rejects.append((number, f"a line above --max-line-bytes {max_line_bytes}"))
         elif line.strip():
-            texts, reason = _texts_of(line, keys)
-            if texts is None:
-                batch.rejects.append((number, reason))
+            try:
+                documents = _documents_of(line, fields)
+            except ValueError as error:
+                batch.rejects.append((number, str(error)))
             else:
-                batch.texts.append(texts)
-                batch.lines.append(number)
+                batch.texts += documents
+                batch.lines += [number] * len(documents)
         if batch.num_bytes >= BATCH_BYTES:
             yield batch
             batch = Batch()
     yield batch
 
 
-def _texts_of(line: bytes, keys: Sequence[str]) -> tuple[list[Text] | None, str]:
+def _documents_of(line: bytes, fields: RecordFields) -> list[list[Text]]:
+    """Documents of a line; a ValueError says why it has none."""
     try:
         record, slow = orjson.loads(line), False
     except orjson.JSONDecodeError:
         # What the slower parser takes all the same (NaN, lone surrogates in other members), or a reason.
         record, reason = _parse_slowly(line)
         if reason:
-            return None, reason
+            raise ValueError(reason)
         slow = True
     if isinstance(record, list):
-        return None, "a JSON array, not an object; `jq -c '.[]'` writes its elements as lines"
+        raise ValueError("a JSON array, not an object; `jq -c '.[]'` writes its elements as lines")
     if not isinstance(record, dict):
-        return None, "not a JSON object"
-    texts: list[Text] = []
-    for key in keys:
+        raise ValueError("not a JSON object")
+    for key in fields.keys:
         if key not in record:
-            return None, f"no key {key!r}"
-        text = record[key]
-        if not _is_text(text):
-            return None, f"key {key!r} holds {type(text).__name__}, not a string"
-        if slow and not _encodable(text):
-            return None, "contains a lone surrogate, which no UTF-8 text can"
-        texts.append(text)
-    return texts, ""
+            raise ValueError(f"no key {key!r}")
+    documents = fields.documents([record[key] for key in fields.keys])
+    if slow and not all(_encodable(text) for document in documents for text in document):
+        raise ValueError("contains a lone surrogate, which no UTF-8 text can")
+    return documents
 
 
 def _is_text(value: object) -> bool:
@@ -192,9 +207,11 @@ def _parse_slowly(line: bytes) -> tuple[Any, str]:
 
 
 def _plain_text(
-    lines: Iterator[tuple[bytes | None, int]], keys: Sequence[str], max_line_bytes: int
+    lines: Iterator[tuple[bytes | None, int]], fields: RecordFields, max_line_bytes: int
 ) -> Iterator[Batch]:
     """Documents between blank lines; each is its lines as they are."""
+    if fields.chat is not None:
+        raise InputError("chat_key: plain text has no messages; give JSON lines or Parquet")
     batch, block_bytes, start, reason = Batch(), 0, 1, ""
     block: list[bytes] = []
 
@@ -232,23 +249,24 @@ def _plain_text(
     yield batch
 
 
-def _parquet_rows(source: Source, unit: Unit, keys: Sequence[str]) -> Iterator[Batch]:
+def _parquet_rows(source: Source, unit: Unit, fields: RecordFields) -> Iterator[Batch]:
     with open_parquet(source) as file:
-        for key in keys:
+        for key in fields.keys:
             if key not in file.schema_arrow.names:
                 raise InputError(f"input: {source.path}: no column {key!r}")
         number = 0
         groups = list(range(unit.start, unit.end))
-        for rows in file.iter_batches(batch_size=512, row_groups=groups, columns=list(keys)):
+        for rows in file.iter_batches(batch_size=512, row_groups=groups, columns=list(fields.keys)):
             batch = Batch(num_lines=rows.num_rows, num_bytes=rows.nbytes)
-            for texts in zip(*(rows.column(key).to_pylist() for key in keys), strict=True):
+            for values in zip(*(rows.column(key).to_pylist() for key in fields.keys), strict=True):
                 number += 1
-                bad = next((text for text in texts if not _is_text(text)), "")
-                if isinstance(bad, str):
-                    batch.texts.append(list(texts))
-                    batch.lines.append(number)
+                try:
+                    documents = fields.documents(values)
+                except ValueError as error:
+                    batch.rejects.append((number, str(error)))
                 else:
-                    batch.rejects.append((number, f"holds {type(bad).__name__}, not a string"))
+                    batch.texts += documents
+                    batch.lines += [number] * len(documents)
             yield batch
 
 
@@ -268,7 +286,7 @@ def read_texts(inputs: Iterable[str | Path], key: str) -> Iterator[str]:
     sources = find_sources(inputs)
     for unit in plan_units(sources):
         source = sources[unit.source]
-        for batch in read_batches(source, unit, [key], LARGEST_LINE_BYTES):
+        for batch in read_batches(source, unit, RecordFields((key,)), LARGEST_LINE_BYTES):
             if batch.rejects:
                 line, reason = batch.rejects[0]
                 raise InputError(f"input: {source.path}:{lines_before(source, unit) + line}: {reason}")

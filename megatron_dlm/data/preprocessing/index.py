@@ -7,13 +7,13 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_dlm.data.preprocessing.chat_template import ChatTurns, load_chat_template
 from megatron_dlm.data.preprocessing.document_readers import (
     LARGEST_LINE_BYTES,
-    keys_read,
     read_batches,
     whole,
 )
@@ -61,8 +61,18 @@ class IndexConfig(SpecialTokens):
     prompt_key: str = ""
     """Key of each JSON line, or Parquet column, that holds a prompt, which training never noises or scores;
     json_keys must then name exactly one key, the response. Empty: documents have no prompt."""
+    chat_key: str = ""
+    """Key of each JSON line, or Parquet column, that holds a chat: a list of messages with role and content.
+    The tokenizer's chat template writes it, special tokens in it are encoded as such, and assistant turns
+    alone are noised and scored. Takes the place of json_keys; empty: documents are no chats."""
+    chat_template: Path | None = None
+    """Jinja file with a chat template. None: the tokenizer's."""
+    chat_turns: ChatTurns = "together"
+    """together: a chat is one document, and all its assistant turns are scored, earlier ones in sight of
+    later messages where attention is bidirectional; apart: a document for each assistant turn, with all
+    before it as the prompt."""
     append_eos: bool = True
-    """Append the tokenizer's <eos> token to every document."""
+    """Append the tokenizer's <eos> token to every document; to a chat, unless its last turn has it."""
     special_tokens_as_text: bool = True
     """Encode text that spells a special token, such as <eos>, as plain text; if off, it becomes the special
     token, as in Megatron-LM."""
@@ -105,12 +115,21 @@ class IndexConfig(SpecialTokens):
                 f"prompt_key: {self.prompt_key} needs json_keys to be one other name, of the response, not "
                 f"{' '.join(self.json_keys)}"
             )
+        if self.chat_key and (self.prompt_key or self.json_keys != ("text",)):
+            raise InputError(f"chat_key: {self.chat_key} takes the place of json_keys and prompt_key")
+        if not self.chat_key and (self.chat_template is not None or self.chat_turns != "together"):
+            raise InputError("chat_template, chat_turns: nothing is a chat without chat_key")
         if "\n" in str(self.output) or "\0" in str(self.output):
             raise InputError(f"output: {str(self.output)!r}: a path with a line break or NUL")
         if self.shard:
             self.shard_of()
             if self.mpi:
                 raise InputError("shard: with mpi, whose processes share the work already")
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Keys that each give a shard."""
+        return (self.chat_key,) if self.chat_key else self.json_keys
 
     @property
     def is_shared(self) -> bool:
@@ -126,10 +145,10 @@ class IndexConfig(SpecialTokens):
 
     def prefixes(self) -> list[Path]:
         """Paths of the shards without their suffixes, one for each key."""
-        if len(self.json_keys) == 1 and not self.megatron_names:
+        if len(self.keys) == 1 and not self.megatron_names:
             return [self.output]
         level = "_document" if self.megatron_names else ""
-        return [self.output.with_name(f"{self.output.name}_{key}{level}") for key in self.json_keys]
+        return [self.output.with_name(f"{self.output.name}_{key}{level}") for key in self.keys]
 
 
 def build_shards(config: IndexConfig, on_progress: Report) -> list[Manifest]:
@@ -154,7 +173,8 @@ def build_shards(config: IndexConfig, on_progress: Report) -> list[Manifest]:
             sources = find_sources(inputs)
             loaded = load_tokenizer(
                 config.tokenizer,
-                special_tokens_as_text=config.special_tokens_as_text,
+                # Those that a chat template writes are meant.
+                special_tokens_as_text=config.special_tokens_as_text and not config.chat_key,
                 named=config.named_tokens(),
             )
             units = plan_units(sources, config.unit_bytes or None)
@@ -202,38 +222,43 @@ def _rules(
 ) -> tuple[str, EncodingRules]:
     """Name of the encoder that suits a sample of the input, and how text becomes tokens."""
     texts: list[str] = []
-    keys = keys_read(config.json_keys, config.prompt_key)
+    rules = EncodingRules(
+        encode=loaded.encode,
+        vocabulary=loaded.vocabulary,
+        dtype=token_dtype(loaded.size),
+        keys=config.keys,
+        prompt_key=config.prompt_key,
+        chat=load_chat_template(config.tokenizer, config.chat_template, config.chat_turns)
+        if config.chat_key
+        else None,
+        append_eos=config.append_eos,
+        max_line_bytes=config.max_line_bytes,
+        max_rejects=config.max_rejects,
+    )
     batches = (
         batch
         for unit in units
-        for batch in read_batches(sources[unit.source], unit, keys, config.max_line_bytes)
+        for batch in read_batches(sources[unit.source], unit, rules.fields, config.max_line_bytes)
     )
     for batch in batches:
         texts += [whole(text) for document in batch.texts for text in document]
         if len(texts) >= SAMPLE_DOCUMENTS:
             break
     backend, encoder = choose_encoder(loaded, texts, config.backend)
-    return backend, EncodingRules(
-        encode=encoder,
-        vocabulary=loaded.vocabulary,
-        dtype=token_dtype(loaded.size),
-        keys=config.json_keys,
-        prompt_key=config.prompt_key,
-        append_eos=config.append_eos,
-        max_line_bytes=config.max_line_bytes,
-        max_rejects=config.max_rejects,
-    )
+    return backend, replace(rules, encode=encoder)
 
 
 def _plan(config: IndexConfig, loaded: LoadedTokenizer, job: Job) -> dict[str, Any]:
     """Everything that determines the bytes of the parts, as a JSON object."""
+    rules = job.rules
     return {
         "version": PLAN_VERSION,
         "tokenizer": loaded.fingerprint,
         "vocabulary": asdict(loaded.vocabulary),
         "special_tokens_as_text": config.special_tokens_as_text,
-        "json_keys": list(config.json_keys),
+        "json_keys": list(config.keys),
         "prompt_key": config.prompt_key,
+        "chat": [] if rules.chat is None else [rules.chat.fingerprint, rules.chat.turns],
         "append_eos": config.append_eos,
         "max_line_bytes": config.max_line_bytes,
         "sources": [[source.path, source.num_bytes, source.modified] for source in job.sources],

@@ -13,10 +13,11 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_dlm.data.preprocessing.chat_template import ChatTemplate
 from megatron_dlm.data.preprocessing.document_readers import (
     Batch,
+    RecordFields,
     Text,
-    keys_read,
     lines_before,
     read_batches,
     whole,
@@ -61,9 +62,22 @@ class EncodingRules:
     """Members or columns that each give a shard."""
     prompt_key: str
     """Key of the prompt, where a document is a prompt and a response, one sequence each; otherwise empty."""
+    chat: ChatTemplate | None
+    """What turns lists of messages into documents of given text and assistant turns in turn; None: they are
+    texts."""
     append_eos: bool
     max_line_bytes: int
     max_rejects: int
+
+    @property
+    def fields(self) -> RecordFields:
+        """What is read of each record; the prompt comes first."""
+        return RecordFields((self.prompt_key, *self.keys) if self.prompt_key else self.keys, self.chat)
+
+    @property
+    def alternates(self) -> bool:
+        """Whether the sequences of a document are given and scored in turn, the first one given."""
+        return bool(self.prompt_key) or self.chat is not None
 
 
 class Part:
@@ -168,9 +182,8 @@ def write_part(
     }
     rejects = part.rejects_path.open("w", encoding="utf-8")
     try:
-        keys = keys_read(rules.keys, rules.prompt_key)
-        for batch in read_batches(source, unit, keys, rules.max_line_bytes):
-            if rules.prompt_key:
+        for batch in read_batches(source, unit, rules.fields, rules.max_line_bytes):
+            if rules.alternates:
                 batch = _of_prompts_and_responses(batch, rules)
             counts = []
             for key in range(num_keys):
@@ -182,7 +195,7 @@ def write_part(
                 files[key, "tokens"].write(ids.astype(rules.dtype, copy=False).data)
                 files[key, "lengths"].write(lengths.astype("<i4").data)
                 files[key, "documents"].write(sequences.astype("<i4").data)
-                prompt_tokens = int(lengths[::2].sum()) if rules.prompt_key else 0
+                prompt_tokens = int(lengths[::2].sum()) if rules.alternates else 0
                 num_documents = int((sequences > 0).sum())
                 counts.append((num_documents, _text_bytes(texts, rules), len(ids), prompt_tokens))
             record = PartRecord(
@@ -212,11 +225,14 @@ def write_part(
 
 
 def _of_prompts_and_responses(batch: Batch, rules: EncodingRules) -> Batch:
-    """The batch with prompt and response as two sequences of one text; an empty one rejects the document."""
-    texts: list[list[Text]] = [[[whole(part) for part in document]] for document in batch.texts]
+    """The batch with prompts and responses as sequences of one text; an empty one rejects the document."""
+    texts = batch.texts
+    if rules.prompt_key:
+        texts = [[[whole(part) for part in document]] for document in texts]
     _, _, sequences = _encode([document[0] for document in texts], rules)
-    bad = [(batch.lines[i], "a prompt or response without tokens") for i in np.flatnonzero(sequences != 2)]
-    good = np.flatnonzero(sequences == 2).tolist()
+    is_good = sequences == [len(document[0]) for document in texts]
+    bad = [(batch.lines[i], "a prompt or response without tokens") for i in np.flatnonzero(~is_good)]
+    good = np.flatnonzero(is_good).tolist()
     return replace(
         batch,
         texts=[texts[i] for i in good],
@@ -256,6 +272,11 @@ def _encode(
     lengths, document_of = lengths[kept], document_of[kept]
     if rules.append_eos and len(lengths):
         last = np.append(document_of[1:] != document_of[:-1], True)
+        if rules.chat is not None:
+            # A template may end an assistant's turn with <eos>.
+            is_end = np.concatenate([[0], np.cumsum(ids == rules.vocabulary.eos_token_id)])
+            sequence_ends = np.cumsum(lengths)
+            last &= is_end[sequence_ends] == is_end[sequence_ends - lengths]
         ends = np.cumsum(lengths)[last]
         ids = np.insert(ids, ends, np.uint32(rules.vocabulary.eos_token_id))
         lengths = lengths + last
@@ -283,5 +304,5 @@ def _fault(
 
 
 def _text_bytes(texts: Sequence[Text], rules: EncodingRules) -> int:
-    scored = (text[1] if rules.prompt_key else whole(text) for text in texts)
+    scored = (whole(list(text[1::2])) if rules.alternates else whole(text) for text in texts)
     return sum(len(text.encode()) for text in scored)

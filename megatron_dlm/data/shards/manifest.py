@@ -52,6 +52,9 @@ class Manifest:
     """Member or column that held the text, or the responses."""
     prompt_key: str = ""
     """Member or column that held prompts: each document is a prompt and a response, one sequence each."""
+    chat_template_sha256: str = ""
+    """SHA-256 of the chat template, where each document is given text and assistant turns in turn, one
+    sequence each."""
     special_tokens_as_text: bool = True
     """Text that spells a special token was encoded as plain text."""
     plan_sha256: str = ""
@@ -63,11 +66,16 @@ class Manifest:
     num_prompt_tokens: int = 0
     """How many of `num_tokens` belong to prompts, which are never noised or scored."""
     num_text_bytes: int
-    """UTF-8 bytes of the scored text (documents or responses); converts nats per token to bits per byte."""
+    """UTF-8 bytes of the scored text (documents, responses or assistant turns); converts nats per token to bits per byte."""
     unigram_entropy_nats: float
     """Entropy of the frequencies of all tokens, prompts too: the loss of the best context-free model."""
     sources: tuple[SourceCount, ...]
     files: tuple[FileDigest, ...]
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether the sequences of each document are given and scored in turn, the first one given."""
+        return bool(self.prompt_key or self.chat_template_sha256)
 
     @property
     def tokens_sha256(self) -> str:

@@ -96,12 +96,14 @@ class Shard:
         index = read_index(idx_path, bin_path.stat().st_size)
         dtype, lengths, self.boundaries = index.dtype, index.lengths, index.boundaries
         self.document_lengths: NDArray[np.int64] = index.document_lengths()
-        self.prompt_lengths: NDArray[np.int32] | None = None
-        """Tokens of each document's prompt; None where documents have no prompts."""
-        if self.manifest.prompt_key:
-            if (np.diff(self.boundaries) != 2).any():
+        self.turn_lengths: NDArray[np.int32] | None = None
+        """Tokens of each sequence, given and scored in turn, int32 [sequences]; None where documents have no
+        prompts. `boundaries` says which are a document's."""
+        if self.manifest.has_prompts:
+            sequences = np.diff(self.boundaries)
+            if (sequences % 2).any() or (self.manifest.prompt_key and (sequences != 2).any()):
                 raise InputError(f"data: {prefix}: a document is not a prompt and a response")
-            self.prompt_lengths = lengths[::2]
+            self.turn_lengths = lengths
         if len(self.document_lengths) == 0:
             raise InputError(f"data: {prefix}: no documents")
         counts = (self.manifest.dtype, self.manifest.num_documents, self.manifest.num_tokens)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from megatron_dlm.data.loading.prompt_rows import PromptRows
 from megatron_dlm.families.registry import sampler_of
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.platform.gpu import allocating
@@ -52,6 +53,7 @@ class GenerationHook(Hook):
         self._telemetry = telemetry
         self._checkpoints = checkpoints
         self._problems: Sequence[Problem] = ()
+        self._records: Sequence[tuple[list[int], list[int]]] = ()
 
     def on_start(self, session: Session, progress: TrainingProgress) -> None:
         """Open what the texts need.
@@ -88,6 +90,13 @@ class GenerationHook(Hook):
             )
         if config.judge is not None and not is_judge(config.judge):
             raise InputError(f"generation.judge: {config.judge}: neither a model nor a Hugging Face folder")
+        if config.records:
+            rows = session.data.validation.rows.values()
+            self._records = [
+                r for own in rows if isinstance(own, PromptRows) for r in own.last_turns(config.records)
+            ]
+            if not self._records:
+                raise InputError("generation.records: the validation data have no prompts and responses")
         if config.gsm8k is not None:
             self._problems = read_problems(config.gsm8k)[: config.gsm8k_problems]
 
@@ -131,7 +140,7 @@ class GenerationHook(Hook):
         )
         judge = config.generation.judge
         opened = None if judge is None else open_judge(judge, dtype, parallel.device)
-        return write_texts(loaded, config.generation, opened, self._problems)
+        return write_texts(loaded, config.generation, opened, self._problems, self._records)
 
 
 @contextmanager

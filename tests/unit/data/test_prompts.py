@@ -46,9 +46,9 @@ def test_a_record_is_two_sequences_of_one_document(corpus, prefix):
         assert prompt == loaded.tokenizer.encode(record["question"], add_special_tokens=False).ids
         assert response[-1] == loaded.vocabulary.eos_token_id
         assert response[:-1] == loaded.tokenizer.encode(record["answer"], add_special_tokens=False).ids
-        assert shard.prompt_lengths[number] == len(prompt)
+        assert shard.turn_lengths[::2][number] == len(prompt)
     manifest = shard.manifest
-    assert manifest.num_prompt_tokens == shard.prompt_lengths.sum()
+    assert manifest.num_prompt_tokens == shard.turn_lengths[::2].sum()
     scored = manifest.num_tokens - manifest.num_prompt_tokens
     assert manifest.bytes_per_token == sum(len(r["answer"].encode()) for r in RECORDS) / scored
 
@@ -98,7 +98,7 @@ def test_rows_hold_every_record_whole_and_once(prefix):
         for place in places[:-1]:
             own = documents[row] == place
             record = len(found)
-            length, prompt = shard.document_lengths[record], shard.prompt_lengths[record]
+            length, prompt = shard.document_lengths[record], shard.turn_lengths[::2][record]
             assert tokens[row][own].tolist() == shard.tokens[ends[record] - length : ends[record]].tolist()
             assert masks[row][own].tolist() == [False] * prompt + [True] * (length - prompt)
             found.append(record)
@@ -117,7 +117,7 @@ def test_long_records_are_refused_or_left_out(prefix):
         PromptRows(shard, longest - 1)
     rows = PromptRows(shard, longest - 1, drop_long=True)
     kept = shard.document_lengths[shard.document_lengths < longest]
-    prompts = shard.prompt_lengths[shard.document_lengths < longest]
+    prompts = shard.turn_lengths[::2][shard.document_lengths < longest]
     assert rows.read_loss_mask(np.arange(rows.num_rows)).sum() == kept.sum() - prompts.sum()
     with pytest.raises(InputError, match="is below all records"):
         PromptRows(shard, 1, drop_long=True)
@@ -132,7 +132,7 @@ def test_a_split_and_a_blend_with_text(corpus, prefix):
     for part, shards in (("train", data.train), ("validation", data.validation)):
         (rows,) = shards.rows.values()
         scored[part] = rows.read_loss_mask(np.arange(rows.num_rows)).sum()
-    responses = shard.document_lengths - shard.prompt_lengths
+    responses = shard.document_lengths - shard.turn_lengths[::2]
     first = round(0.8 * len(RECORDS))
     assert list(scored.values()) == [responses[:first].sum(), responses[first:].sum()]
 

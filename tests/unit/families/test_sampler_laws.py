@@ -253,8 +253,9 @@ def remasking_of(alphas, sigma_of):
     return [(t, s, sigma_of(s, min(1.0, (1 - s) / t))) for t, s in pairs]
 
 
-@pytest.mark.parametrize("kappa", [slow(0.0), 0.3, slow(1.0)])
-@pytest.mark.parametrize("greedy", [False, slow(True)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kappa", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("greedy", [False, True])
 def test_mdlm_psi(kappa, greedy, follows):
     """kappa = 1 is ancestral."""
     laws, alphas = Laws(toy(MDLM)), absorbing_alphas(3)
@@ -266,8 +267,9 @@ def test_mdlm_psi(kappa, greedy, follows):
     assert follows(samples, law, ancestral if kappa < 1 else None)
 
 
-@pytest.mark.parametrize("rule", ["cap", slow("rescale"), slow("confidence")])
-@pytest.mark.parametrize("strength", [slow(0.0), 0.5])
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["cap", "rescale", "confidence"])
+@pytest.mark.parametrize("strength", [0.0, 0.5])
 def test_mdlm_remasking(rule, strength, follows):
     """Strength 0 is ancestral."""
     laws, alphas = Laws(toy(MDLM)), absorbing_alphas(3)

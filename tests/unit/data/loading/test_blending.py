@@ -65,6 +65,7 @@ def test_any_slice_of_positions_gives_the_same_samples():
     assert [s for start in range(0, 3000, 7) for s in samples(plan, start, min(3000, start + 7))] == whole
 
 
+@pytest.mark.slow
 def test_shards_have_no_period_in_the_batch():
     """Every place of a batch, and every power of two, sees the shards alike."""
     plan = [PlanSegment(0, Blend.of(["a", "b"], [1, 1]))]
