@@ -66,7 +66,8 @@ class Manifest:
     num_prompt_tokens: int = 0
     """How many of `num_tokens` belong to prompts, which are never noised or scored."""
     num_text_bytes: int
-    """UTF-8 bytes of the scored text (documents, responses or assistant turns); converts nats per token to bits per byte."""
+    """UTF-8 bytes of the scored text (documents, responses or assistant turns); converts nats per token to
+    bits per byte."""
     unigram_entropy_nats: float
     """Entropy of the frequencies of all tokens, prompts too: the loss of the best context-free model."""
     sources: tuple[SourceCount, ...]
