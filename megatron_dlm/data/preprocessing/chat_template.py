@@ -33,10 +33,10 @@ class ChatTemplate:
     turns: ChatTurns
 
     def documents(self, messages: object) -> list[list[str]]:
-        """Turn one record into documents of alternating sequences: given text, an assistant's turn, and so on.
+        """Turn one record into documents whose sequences are given text and assistant turns in turn.
 
         Args:
-            messages: list of objects with the texts `role` and `content`, and whatever else the template uses.
+            messages: list of objects with the texts `role` and `content`, and what else the template uses.
 
         Returns:
             One document with all assistant turns, or one for each of them. What follows the last assistant

@@ -161,10 +161,7 @@ def _documents_of(line: bytes, fields: RecordFields) -> list[list[Text]]:
         record, slow = orjson.loads(line), False
     except orjson.JSONDecodeError:
         # What the slower parser takes all the same (NaN, lone surrogates in other members), or a reason.
-        record, reason = _parse_slowly(line)
-        if reason:
-            raise ValueError(reason)
-        slow = True
+        record, slow = _parse_slowly(line), True
     if isinstance(record, list):
         raise ValueError("a JSON array, not an object; `jq -c '.[]'` writes its elements as lines")
     if not isinstance(record, dict):
@@ -192,18 +189,17 @@ def _encodable(text: Text) -> bool:
     return True
 
 
-def _parse_slowly(line: bytes) -> tuple[Any, str]:
+def _parse_slowly(line: bytes) -> Any:
+    """The JSON value of a line; a ValueError says why there is none."""
     try:
-        return json.loads(line.removeprefix(BYTE_ORDER_MARK).decode("utf-8")), ""
+        return json.loads(line.removeprefix(BYTE_ORDER_MARK).decode("utf-8"))
     except UnicodeDecodeError as error:
-        return None, f"not UTF-8: {error.reason}"
+        raise ValueError(f"not UTF-8: {error.reason}") from error
     except (ValueError, RecursionError) as error:
         if line.strip() in (b"{", b"["):
-            return (
-                None,
-                "JSON over several lines; `jq -c .` writes an object as one, `jq -c '.[]'` an array's",
-            )
-        return None, f"not JSON: {error}"
+            lines = "JSON over several lines; `jq -c .` writes an object as one, `jq -c '.[]'` an array's"
+            raise ValueError(lines) from error
+        raise ValueError(f"not JSON: {error}") from error
 
 
 def _plain_text(
