@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -76,34 +77,39 @@ def picture_of(runs: Sequence[WatchedRun], metric: str, width: int, height: int)
     plotext.clear_figure()
     plotext.theme("clear")
     plotext.plot_size(width, height)
-    has_points = False
-    for index, run in enumerate(runs):
+    has_points, names = False, _names(runs)
+    for index, (run, name) in enumerate(zip(runs, names, strict=True)):
         color = COLORS[index % len(COLORS)]
         for kind, marker in (("train", "braille"), ("validation", "o")):
             steps, values = run.points(kind, metric)
             has_points = has_points or bool(steps)
             if steps and kind == "train":
-                plotext.plot(steps, values, marker=marker, color=color, label=run.directory.name)
+                plotext.plot(steps, values, marker=marker, color=color, label=name)
             elif steps:
                 plotext.scatter(steps, values, marker=marker, color=color)
     plotext.title(metric)
     plotext.xlabel("step")
     curves = Text.from_ansi(plotext.build()) if has_points else Text("no metrics yet")
-    return Group(curves, _table(runs))
+    return Group(curves, _table(runs, names))
 
 
-def _table(runs: Sequence[WatchedRun]) -> Table:
+def _names(runs: Sequence[WatchedRun]) -> list[str]:
+    """What tells the runs from each other: their paths behind the last directory that all are in."""
+    shared = Path(os.path.commonpath([os.path.abspath(run.directory.parent) for run in runs]))
+    return [str(Path(os.path.abspath(run.directory)).relative_to(shared)) for run in runs]
+
+
+def _table(runs: Sequence[WatchedRun], names: Sequence[str]) -> Table:
     columns = ("step", "nats/token", "validation", "tokens/s", "ms/step, p95", "MFU", "GiB")
-    # A path's end is what differs, so it is not cut.
     table, now = Table(Column("run", overflow="fold"), *columns, Column("", no_wrap=True)), time.time()
-    for run in runs:
+    for run, name in zip(runs, names, strict=True):
         last, validation = run.last("train"), run.last("validation")
 
-        def shown(name: str, style: str, scale: float = 1.0, line: dict[str, Any] = last) -> str:
-            return format(scale * line[name], style) if name in line else "-"
+        def shown(metric: str, style: str, scale: float = 1.0, line: dict[str, Any] = last) -> str:
+            return format(scale * line[metric], style) if metric in line else "-"
 
         table.add_row(
-            str(run.directory),
+            name,
             f"{last.get('step', 0):,} of {'?' if run.num_steps is None else format(run.num_steps, ',')}",
             shown("nats_per_token", ".4f"),
             shown("nats_per_token", ".4f", line=validation),

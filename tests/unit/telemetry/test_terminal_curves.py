@@ -57,6 +57,14 @@ def test_runs_are_drawn_together_and_other_metrics_too(tmp_path, monkeypatch):
     assert all(name in legend and name in table for name in ("first", "second"))
 
 
+def test_runs_are_named_by_what_differs(tmp_path):
+    for parent in ("small", "large"):
+        (tmp_path / parent).mkdir()
+    text = shown(*(write_run(tmp_path / parent / "mdlm", 10, 20) for parent in ("small", "large")))
+    for part in (text.split("step", 1)[0], text.rsplit("tokens/s", 1)[1]):
+        assert "small/mdlm" in part and "large/mdlm" in part and tmp_path.name not in part
+
+
 def test_a_long_path_is_not_cut(tmp_path):
     text = shown(write_run(tmp_path / ("a" * 60 + "-end"), 10, 20))
     assert "-end" in text.rsplit("tokens/s", 1)[1]
