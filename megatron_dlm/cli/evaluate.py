@@ -1,11 +1,19 @@
-"""`megatron-dlm evaluate nll|gate|gsm8k|harness|pareto`: evaluation of a trained model."""
+"""`megatron-dlm evaluate nll|perplexity|gate|gsm8k|harness|pareto`: evaluation of a trained model."""
 
 from __future__ import annotations
 
-from megatron_dlm.cli import evaluate_gate, evaluate_gsm8k, evaluate_harness, evaluate_nll, evaluate_pareto
+from megatron_dlm.cli import (
+    evaluate_gate,
+    evaluate_gsm8k,
+    evaluate_harness,
+    evaluate_nll,
+    evaluate_pareto,
+    evaluate_perplexity,
+)
 from megatron_dlm.interfaces import InputError
 
 USAGE = """usage: megatron-dlm evaluate nll MODEL [--data SHARD | --text FILE ...]   bound on held-out data
+       megatron-dlm evaluate perplexity MODEL --text FILE ...              zero-shot, in sliding windows
        megatron-dlm evaluate gate A B                                      is B (its precision) as good as A
        megatron-dlm evaluate gsm8k MODEL --data FILE --output DIR          exact match on GSM8K
        megatron-dlm evaluate harness MODEL --tasks NAME ...                tasks of lm-evaluation-harness
@@ -21,6 +29,7 @@ ACTIONS = {
     "gsm8k": evaluate_gsm8k.run,
     "harness": evaluate_harness.run,
     "pareto": evaluate_pareto.run,
+    "perplexity": evaluate_perplexity.run,
 }
 
 

@@ -31,7 +31,7 @@ VERBS = {
     "train": "train a model, or continue a run",
     "watch": "curves and speed of runs in the terminal, while they train or afterwards",
     "checkpoint": "list, inspect, verify or prune the checkpoints of a run",
-    "evaluate": "likelihood bound (nll), gsm8k, lm-eval tasks (harness), quality against speed (pareto)",
+    "evaluate": "bound (nll), perplexity, gsm8k, lm-eval tasks (harness), quality against speed (pareto)",
     "scaling": "scaling laws: plan a grid of runs, train, collect, fit and draw it",
     "sample": "sample texts from a checkpoint or an exported folder",
     "export": "write a checkpoint as a Hugging Face folder, and compare it with the trained model",

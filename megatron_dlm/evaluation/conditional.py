@@ -34,6 +34,8 @@ class Choice:
     continuation: tuple[int, ...]
     weight: float = 1.0
     """Divisor of the nats for the normalised comparison, for example the number of characters."""
+    number: int = 0
+    """With the context this addresses the noise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,8 +191,9 @@ class ConditionalScorer:
 
     def _context(self, first: Choice, round_number: int, copies: int) -> CorruptionContext:
         # By what is asked, not by its place among the questions.
+        name = f"conditional/{first.context}" + (f"/{first.number}" if first.number else "")
         return CorruptionContext(
-            noise=NoiseSource(self._config.seed, f"conditional/{first.context}"),
+            noise=NoiseSource(self._config.seed, name),
             step=0,
             batch_start=round_number * copies,
             global_batch_size=copies,

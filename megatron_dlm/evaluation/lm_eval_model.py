@@ -26,6 +26,7 @@ from tqdm import tqdm
 from megatron_dlm.evaluation.conditional import Choice, ConditionalConfig, ConditionalScorer
 from megatron_dlm.evaluation.generation import are_greedy, before_end, sample_all
 from megatron_dlm.evaluation.loaded_model import LoadedModel, open_model
+from megatron_dlm.evaluation.perplexity import windows
 from megatron_dlm.interfaces import InputError
 from megatron_dlm.platform.peers import Peers
 from megatron_dlm.sampling.settings import SamplingConfig
@@ -225,23 +226,24 @@ class HarnessModel(LM):
             return self._score_windows(requests, disable_tqdm)
 
     def _score_windows(self, requests: list[Instance], disable_tqdm: bool) -> list[float]:
-        windows: list[list[Choice]] = []
+        parts: list[list[Choice]] = []
         owner: list[int] = []
         for index, request in enumerate(requests):
             tokens = self._loaded.tokenizer.ids_of(request.args[0])
-            size = self._length - 1
-            if len(tokens) > size:
+            found = windows(
+                tokens,
+                self._length,
+                None,
+                self._loaded.family.empty_prompt,
+                needs_context=self._loaded.config.objective.predicts_next_token,
+            )
+            if len(found) > 1:
                 self.notes[str(request.task_name)][IN_WINDOWS] += 1
-            for start in range(0, len(tokens), size):
-                part = tuple(tokens[start : start + size])
-                seen = self._loaded.family.empty_prompt
-                if start and self._loaded.config.objective.predicts_next_token:
-                    seen = (tokens[start - 1],)
-                windows.append([Choice(seen, part)])
-                owner.append(index)
+            parts += [[choice] for choice in found]
+            owner += [index] * len(found)
         totals = [0.0] * len(requests)
-        with self._bar(self._own_share(len(windows)), "windows", disable_tqdm) as bar:
-            answers = self._peers.share(windows, lambda some: self._scorer.score(some, bar.update))
+        with self._bar(self._own_share(len(parts)), "windows", disable_tqdm) as bar:
+            answers = self._peers.share(parts, lambda some: self._scorer.score(some, bar.update))
         for index, (scored,) in zip(owner, answers, strict=True):
             totals[index] -= scored.mean
         return totals
