@@ -80,8 +80,9 @@ def run(arguments: list[str]) -> int:
 
     print(
         f"{config.model}: perplexity {found.per_token:.2f} a token, {found.per_word:.2f} a word; "
-        f"{show_mean(found.protocol)} nats/token, {found.bits_per_byte:.4f} bits/byte; {found.texts:,} texts, "
-        f"{found.windows:,} windows, {found.tokens:,} tokens, {found.words:,} words, {found.copies} copies each"
+        f"{show_mean(found.protocol)} nats/token, {found.bits_per_byte:.4f} bits/byte; "
+        f"{found.texts:,} texts, {found.windows:,} windows, {found.tokens:,} tokens, {found.words:,} words, "
+        f"{found.copies} copies each"
     )
     if config.output is not None:
         from megatron_dlm.platform.files import write_json
