@@ -100,6 +100,11 @@ class ObjectiveConfig:
         return None
 
     @property
+    def training_lookahead(self) -> float:
+        """Share of a text to its right that a position sees in training; evaluation and samplers see all."""
+        return 1.0
+
+    @property
     def has_times(self) -> bool:
         """Whether the NELBO is an integral over the diffusion time, estimated from noisy copies."""
         return False

@@ -13,7 +13,7 @@ from megatron_dlm.diffusion.context import CorruptionContext
 from megatron_dlm.diffusion.noise_schedules import Schedule, alpha_and_slope
 from megatron_dlm.diffusion.time_sampling import TimeOrder, batch_strata
 from megatron_dlm.families.base import ObjectiveConfig
-from megatron_dlm.interfaces import InputError, TokenBatch, Vocabulary
+from megatron_dlm.interfaces import AttentionPattern, InputError, TokenBatch, Vocabulary
 
 MaskedLoss = Literal["low-variance", "elbo"]
 
@@ -96,6 +96,28 @@ class DiffusionConfig(ObjectiveConfig):
     def length_multiple(self, seq_length: int) -> int:
         """A truncated sample's length is a multiple of `ssl_multiple`, or `seq_length`."""
         return math.gcd(seq_length, self.ssl_multiple) if self.ssl_ratio else seq_length
+
+
+@dataclass(frozen=True, kw_only=True)
+class BidirectionalConfig(DiffusionConfig):
+    """Fields of the families whose positions see the whole text."""
+
+    attention: ClassVar[AttentionPattern] = AttentionPattern.BIDIRECTIONAL
+    can_change: ClassVar[tuple[str, ...]] = (*DiffusionConfig.can_change, "lookahead")
+
+    lookahead: float = 1.0
+    """Share of the text to its right that a position sees, from 0, AR's attention, to 1, all; below 1 by
+    `schedules` alone, for example "lookahead 0:0 2000" for a run that starts from an AR model's weights."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.lookahead <= 1:
+            raise InputError(f"objective.lookahead: {self.lookahead} is outside [0, 1]")
+
+    @property
+    def training_lookahead(self) -> float:
+        """The field's value."""
+        return self.lookahead
 
 
 def clean_tokens(

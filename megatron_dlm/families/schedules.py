@@ -12,8 +12,10 @@ from functools import lru_cache
 from typing import Any, TypeVar, get_args, get_type_hints
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from megatron_dlm.attention_mask import AttentionMask
 from megatron_dlm.diffusion.context import CorruptionContext
 from megatron_dlm.families.base import Objective, ObjectiveConfig
 from megatron_dlm.interfaces import InputError, ModelInputs, RowTargets, Targets, TokenBatch, Vocabulary
@@ -203,11 +205,19 @@ def training_objective(config: ObjectiveConfig, vocabulary: Vocabulary) -> Objec
         vocabulary: token ids of the model.
 
     Returns:
-        The family's own; with schedules or a range of training times, one that follows them.
+        The family's own; with schedules, a range of training times or a lookahead, one that follows them.
     """
-    if not config.schedules and config.training_times is None:
+    if not config.schedules and config.training_times is None and config.training_lookahead == 1:
         return config.build(vocabulary)
     return ScheduledObjective(config, vocabulary)
+
+
+def _seeing_ahead(inputs: ModelInputs, share: float) -> ModelInputs:
+    """Inputs whose positions see those before them, themselves, and a share of the text to their right."""
+    length = inputs.token_ids_BL.shape[1]
+    places = torch.arange(length, dtype=torch.int32)
+    mask = AttentionMask.of(reach=places + round(share * length), order=places)
+    return replace(inputs, attention_mask=mask)
 
 
 class ScheduledObjective(Objective):
@@ -240,7 +250,9 @@ class ScheduledObjective(Objective):
     def corrupt(self, batch: TokenBatch, context: CorruptionContext) -> tuple[ModelInputs, Targets]:
         """Corrupt the microbatch as the step's objective does."""
         objective, context = self._at(context)
-        return objective.corrupt(batch, context)
+        inputs, targets = objective.corrupt(batch, context)
+        lookahead = self._newest[0].training_lookahead if context.training else 1.0
+        return (inputs if lookahead == 1 else _seeing_ahead(inputs, lookahead)), targets
 
     def token_losses(self, logits_RVp: Tensor, targets: RowTargets, vocab: VocabShard) -> Tensor:
         """Row losses, which no schedule changes."""

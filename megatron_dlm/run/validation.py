@@ -48,6 +48,12 @@ def check_run(config: RunConfig, world_size: int) -> None:
         _check_fp8(config)
     if config.parallel.overlap_tensor_parallel:
         _check_tensor_overlap(config)
+    lookahead = config.objective.training_lookahead
+    if lookahead != 1:
+        raise InputError(
+            f"objective.lookahead: {lookahead:g}, and a trained model sees the whole text; a schedule may "
+            f'begin with it: --objective.schedules "lookahead 0:{lookahead:g} 2000"'
+        )
     if config.parallel.cuda_graphs:
         _check_cuda_graphs(config)
     if config.generation.every % config.checkpoint.save_every:
@@ -134,6 +140,8 @@ def _check_cuda_graphs(config: RunConfig) -> None:
         raise InputError(f"{needs} training.recompute none, not {training.recompute}")
     if config.data.document_mask:
         raise InputError(f"{needs} data.document_mask False: each microbatch has a mask of its own")
+    if any(phase.training_lookahead != 1 for phase in objective_phases(config.objective).values()):
+        raise InputError(f"{needs} no schedule of objective.lookahead, which changes the mask")
     if training.masked_attention == "flex":
         raise InputError(f"{needs} training.masked_attention auto or dense, not flex")
     if config.data.loader == "dali":

@@ -56,6 +56,17 @@ def write(path, text):
 
 
 BAD = {
+    "a trained model that sees half": (
+        ["train", "examples/mdlm/tiny.py", "--objective.lookahead", "0.5", "--dry-run", "2"],
+        "objective.lookahead: 0.5, and a trained model sees the whole text",
+    ),
+    "recorded layers of a changing mask": (
+        [
+            *("train", "examples/mdlm/tiny.py", "--objective.schedules", "lookahead 0:0 100"),
+            *("--parallel.cuda-graphs", "--training.recompute", "none", "--dry-run", "2"),
+        ],
+        "parallel.cuda_graphs: True needs no schedule of objective.lookahead",
+    ),
     "documents cut into blocks": (
         ["train", "examples/block-diffusion/tiny.py", "--data.document-mask", "--dry-run", "2"],
         "data.document_mask: block-diffusion cuts samples, not documents, into blocks",

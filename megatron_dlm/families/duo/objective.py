@@ -18,10 +18,9 @@ from megatron_dlm.diffusion.time_sampling import stratified_times
 from megatron_dlm.diffusion.uniform_divergence import uniform_divergence, uniform_divergence_and_dlogits
 from megatron_dlm.diffusion.uniform_states import UniformStates
 from megatron_dlm.families.base import Objective
-from megatron_dlm.families.diffusion_family import DiffusionConfig, clean_tokens
+from megatron_dlm.families.diffusion_family import BidirectionalConfig, clean_tokens
 from megatron_dlm.families.duo.curriculum import CurriculumConfig, GaussianCurriculum
 from megatron_dlm.interfaces import (
-    AttentionPattern,
     InputError,
     ModelInputs,
     RowTargets,
@@ -34,13 +33,12 @@ from megatron_dlm.platform.vocab_parallel import VocabShard
 
 
 @dataclass(frozen=True, kw_only=True)
-class DuoConfig(DiffusionConfig):
+class DuoConfig(BidirectionalConfig):
     """Uniform-state diffusion (Duo, arXiv:2506.10892)."""
 
     name: ClassVar[str] = "duo"
-    attention: ClassVar[AttentionPattern] = AttentionPattern.BIDIRECTIONAL
     can_change: ClassVar[tuple[str, ...]] = (
-        *DiffusionConfig.can_change,
+        *BidirectionalConfig.can_change,
         "curriculum.temperature",
         "curriculum.gamma_min",
         "curriculum.gamma_max",

@@ -22,11 +22,10 @@ from megatron_dlm.diffusion.noise_schedules import alpha_and_slope
 from megatron_dlm.diffusion.targets import weighted_targets
 from megatron_dlm.diffusion.time_sampling import stratified_times
 from megatron_dlm.families.base import Objective
-from megatron_dlm.families.diffusion_family import DiffusionConfig, clean_tokens
+from megatron_dlm.families.diffusion_family import BidirectionalConfig, clean_tokens
 from megatron_dlm.families.mask_uniform.noise import MaskUniformNoise
 from megatron_dlm.families.mask_uniform.rows import MixtureRows
 from megatron_dlm.interfaces import (
-    AttentionPattern,
     InputError,
     ModelInputs,
     RowTargets,
@@ -38,11 +37,10 @@ from megatron_dlm.platform.vocab_parallel import VocabShard
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskUniformConfig(DiffusionConfig):
+class MaskUniformConfig(BidirectionalConfig):
     """Diffusion with mask and uniform noise."""
 
     name: ClassVar[str] = "mask-uniform"
-    attention: ClassVar[AttentionPattern] = AttentionPattern.BIDIRECTIONAL
 
     uniform_share: float = 0.1
     """Probability that noise is a uniform draw over all ids instead of the mask: 0 is masked diffusion, 1

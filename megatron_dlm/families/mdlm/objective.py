@@ -14,17 +14,16 @@ from megatron_dlm.diffusion.noise_schedules import alpha_and_slope
 from megatron_dlm.diffusion.targets import masked_targets
 from megatron_dlm.diffusion.time_sampling import stratified_times
 from megatron_dlm.families.base import CrossEntropyObjective, Objective
-from megatron_dlm.families.diffusion_family import DiffusionConfig, MaskedLoss, clean_tokens
-from megatron_dlm.interfaces import AttentionPattern, ModelInputs, Targets, TokenBatch, Vocabulary
+from megatron_dlm.families.diffusion_family import BidirectionalConfig, MaskedLoss, clean_tokens
+from megatron_dlm.interfaces import ModelInputs, Targets, TokenBatch, Vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
-class MDLMConfig(DiffusionConfig):
+class MDLMConfig(BidirectionalConfig):
     """Masked diffusion (MDLM, arXiv:2406.07524)."""
 
     name: ClassVar[str] = "mdlm"
-    attention: ClassVar[AttentionPattern] = AttentionPattern.BIDIRECTIONAL
-    can_change: ClassVar[tuple[str, ...]] = (*DiffusionConfig.can_change, "loss")
+    can_change: ClassVar[tuple[str, ...]] = (*BidirectionalConfig.can_change, "loss")
 
     loss: MaskedLoss = "low-variance"
     """Training weight of a masked token. low-variance: 1 (arXiv:2602.15014 eq. 8); elbo: -alpha'/(1 - alpha),

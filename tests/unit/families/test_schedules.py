@@ -12,6 +12,7 @@ from megatron_dlm.families.block_diffusion.objective import BlockDiffusionConfig
 from megatron_dlm.families.duo.curriculum import CurriculumConfig
 from megatron_dlm.families.duo.objective import DuoConfig
 from megatron_dlm.families.esolm.objective import EsoLMConfig
+from megatron_dlm.families.mask_uniform.objective import MaskUniformConfig
 from megatron_dlm.families.mdlm.objective import MDLMConfig
 from megatron_dlm.families.schedules import (
     objective_at,
@@ -19,7 +20,8 @@ from megatron_dlm.families.schedules import (
     scheduled_values,
     training_objective,
 )
-from megatron_dlm.interfaces import InputError, TokenBatch, Vocabulary
+from megatron_dlm.interfaces import AttentionPattern, InputError, TokenBatch, Vocabulary
+from megatron_dlm.models.visibility import pattern_mask, visibility
 from megatron_dlm.platform.rng import NoiseSource
 
 VOCABULARY = Vocabulary(size=11, mask_token_id=4, eos_token_id=3, bos_token_id=0)
@@ -35,6 +37,10 @@ SOFT = DuoConfig(
         "curriculum.gamma_max 0:-1.0 50",
     ),
 )
+AHEAD = {
+    config.name: replace(config, schedules=("lookahead 0:0 100",))
+    for config in (MDLMConfig(), DuoConfig(), MaskUniformConfig())
+}
 RANGE = MDLMConfig(largest_time=0.9, schedules=("time_epsilon 0:0.5 50", "largest_time 0:0.6 50"))
 CONFIGS = [ANNEALED, GROWING, SOFT, RANGE]
 
@@ -104,6 +110,33 @@ def test_training_draws_times_from_its_range(step, low, high):
     assert low - 1e-6 <= times.min() and times.max() <= high + 1e-6
     # Eight strata of the range.
     assert times.max() - times.min() > 0.7 * (high - low)
+
+
+@pytest.mark.parametrize("name", AHEAD)
+@pytest.mark.parametrize("documents", [False, True])
+def test_the_text_to_the_right_comes_into_sight(name, documents):
+    config, length = AHEAD[name], 8
+    objective = training_objective(config, VOCABULARY)
+    causal = pattern_mask(AttentionPattern.CAUSAL, length).dense()[0, 0]
+    places = torch.arange(length)
+    for step, reach in ((0, 0), (25, 2), (50, 4)):
+        ((inputs, _),) = corrupted(objective, step)
+        if documents:
+            inputs = replace(inputs, document_ids_BL=(places // 3).expand_as(inputs.token_ids_BL))
+        seen = visibility(inputs, config.attention).dense()[0, 0]
+        expected = places[None] <= places[:, None] + reach
+        assert reach or torch.equal(expected, causal)
+        assert torch.equal(
+            seen, expected & (places[None] // 3 == places[:, None] // 3) if documents else expected
+        )
+    for step, training in ((100, True), (1000, True), (0, False)):
+        ((inputs, _),) = corrupted(objective, step, training=training)
+        assert inputs.attention_mask is None
+
+
+@pytest.mark.parametrize("config", [EsoLMConfig, BlockDiffusionConfig, ARConfig])
+def test_families_of_another_attention_have_no_lookahead(config):
+    assert "lookahead" not in config.can_change and not hasattr(config(), "lookahead")
 
 
 def test_phases_are_what_a_run_trains():
