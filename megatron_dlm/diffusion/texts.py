@@ -69,6 +69,12 @@ class Texts:
             raise ValueError(f"input_ids: contains the mask token {config.mask_token_id}")
         return cls(ids_BL.long(), scored_BL, real_BL)
 
+    def without_first(self) -> Texts:
+        """The texts with their first tokens given."""
+        scored_BL = self.scored_BL.clone()
+        scored_BL[:, 0] = False
+        return Texts(self.ids_BL, scored_BL, self.real_BL)
+
     @property
     def lengths(self) -> list[int]:
         """Tokens of each text."""

@@ -235,7 +235,7 @@ class HarnessModel(LM):
                 self._length,
                 None,
                 self._loaded.family.empty_prompt,
-                needs_context=self._loaded.config.objective.predicts_next_token,
+                needs_context=self._loaded.config.objective.needs_first_token,
             )
             if len(found) > 1:
                 self.notes[str(request.task_name)][IN_WINDOWS] += 1

@@ -134,7 +134,7 @@ def perplexity_of(
             length,
             stride,
             loaded.family.empty_prompt,
-            needs_context=objective.predicts_next_token,
+            needs_context=objective.needs_first_token,
         )
     ]
     if not choices:

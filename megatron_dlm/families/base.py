@@ -100,6 +100,11 @@ class ObjectiveConfig:
         return None
 
     @property
+    def needs_first_token(self) -> bool:
+        """Whether a text's first token must be given, since it is predicted from the token before."""
+        return self.predicts_next_token
+
+    @property
     def training_lookahead(self) -> float:
         """Share of a text to its right that a position sees in training; evaluation and samplers see all."""
         return 1.0

@@ -50,6 +50,7 @@ class WholeText:
         window: Callable[[int], int] | None = None,
         visible_of: Callable[[int, torch.device], Tensor] | None = None,
         guidance: Guidance | None = None,
+        predicts_next: bool = False,
     ) -> None:
         """Prepare.
 
@@ -62,7 +63,9 @@ class WholeText:
                 column; None: the network's own pattern.
             guidance: read each text without its prompt too; hidden states are then [R, 2 D], those without it
                 behind the others.
+            predicts_next: whether each position predicts the token behind it, instead of its own.
         """
+        self._predicts_next = predicts_next
         self._network = network
         self._guidance = guidance
         self._alpha_of = alpha_of
@@ -76,9 +79,11 @@ class WholeText:
         if self._window is not None:
             length = min(length, self._window(step))
         seen_BL, wanted = ids_BL[called, :length], wanted_BL[called, :length]
-        hidden_RD = self._hidden(seen_BL, wanted, step)
+        # The first token is given, so that nothing is moved beyond an end.
+        places = wanted.roll(-1, dims=1) if self._predicts_next else wanted
+        hidden_RD = self._hidden(seen_BL, places, step)
         if self._guidance is not None:
-            other_RD = self._hidden(self._guidance.without_prompt(seen_BL, called), wanted, step)
+            other_RD = self._hidden(self._guidance.without_prompt(seen_BL, called), places, step)
             hidden_RD = torch.cat((hidden_RD, other_RD), dim=-1)
         rows, positions = wanted.nonzero().unbind(1)
         return hidden_RD, called[rows], positions

@@ -202,6 +202,7 @@ def first_batch(config, data):
     from megatron_dlm.data.loading.blending import PlanSegment, SampleReader
     from megatron_dlm.diffusion.context import CorruptionContext
     from megatron_dlm.families.documents import corrupt
+    from megatron_dlm.families.schedules import training_objective
     from megatron_dlm.platform.rng import NoiseSource
 
     size = config.training.global_batch_size
@@ -210,7 +211,7 @@ def first_batch(config, data):
     reader = SampleReader([PlanSegment(0, data.train.blend)], data.train.rows, noise)
     batch = reader.read(positions)
     context = CorruptionContext(noise=noise, step=0, batch_start=0, global_batch_size=size, training=True)
-    objective = config.objective.build(data.vocabulary)
+    objective = training_objective(config.objective, data.vocabulary)
     return [corrupt(objective, part, context) for part in objective.split(batch, context)]
 
 

@@ -27,6 +27,7 @@ FAMILIES = {
     "ar": ARConfig(),
     "mdlm": MDLMConfig(),
     "mdlm-cosine": MDLMConfig(noise_schedule="cosine", time_conditioning=True),
+    "mdlm-shifted": MDLMConfig(shift=True),
     "duo": DuoConfig(),
     "duo-without-mask": DuoConfig(mask_in_noise=False, noise_schedule="linear"),
     "esolm": EsoLMConfig(),

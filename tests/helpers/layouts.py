@@ -26,6 +26,7 @@ FAMILIES = {
     "duo-curriculum": DuoConfig(curriculum=CurriculumConfig(steps=2), mask_in_noise=False),
     "esolm": EsoLMConfig(ssl_ratio=0.5, ssl_multiple=8),
     "esolm-two-parts": EsoLMConfig(alpha_0=0.5, batch_split=0.5, loss="elbo"),
+    "mdlm-shifted": MDLMConfig(shift=True),
     "mdlm-lookahead": MDLMConfig(schedules=("lookahead 0:0.1 4",)),
     # Data parallel ranks then run different numbers of microbatches.
     "esolm-uneven-parts": EsoLMConfig(alpha_0=0.5, batch_split=0.375),

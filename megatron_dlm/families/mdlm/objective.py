@@ -15,7 +15,7 @@ from megatron_dlm.diffusion.targets import masked_targets
 from megatron_dlm.diffusion.time_sampling import stratified_times
 from megatron_dlm.families.base import CrossEntropyObjective, Objective
 from megatron_dlm.families.diffusion_family import BidirectionalConfig, MaskedLoss, clean_tokens
-from megatron_dlm.interfaces import ModelInputs, Targets, TokenBatch, Vocabulary
+from megatron_dlm.interfaces import InputError, ModelInputs, Targets, TokenBatch, Vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,21 @@ class MDLMConfig(BidirectionalConfig):
     as in the NELBO."""
     time_conditioning: bool = False
     """Condition the network on the noise level. Off in the paper; adaLN then acts as learned constants."""
+    shift: bool = False
+    """Predict a masked token at the position before it, as an AR model does from whose weights a run may
+    start. A text's first token is then always given."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.shift and self.ssl_ratio:
+            raise InputError(
+                f"objective.ssl_ratio: {self.ssl_ratio}, and objective.shift reads whole samples"
+            )
+
+    @property
+    def needs_first_token(self) -> bool:
+        """With `shift`, whose first position has none before it."""
+        return self.shift
 
     def build(self, vocabulary: Vocabulary) -> Objective:
         """The family over `vocabulary`."""
@@ -46,27 +61,35 @@ class MDLM(CrossEntropyObjective):
     def corrupt(self, batch: TokenBatch, context: CorruptionContext) -> tuple[ModelInputs, Targets]:
         """Mask each token with probability 1 - alpha_t."""
         config = self._config
-        clean_BL = clean_tokens(batch, context, config)
+        # With the look-ahead token, which the last position predicts.
+        clean_BL = batch.token_ids.numpy() if config.shift else clean_tokens(batch, context, config)
         t_B1 = stratified_times(
             batch.sample_indices, context, time_epsilon=config.time_epsilon, order=config.time_order
         )
         alpha_B1, dalpha_B1 = alpha_and_slope(config.noise_schedule, t_B1)
-        uniform_BL = coins(batch, context, "mask", clean_BL.shape[1])
+        length = clean_BL.shape[1]
+        uniform_BL, noised_BL = coins(batch, context, "mask", length), noised_tokens(batch, length)
+        if config.shift:
+            uniform_BL[:, 0] = 1.0
+            noised_BL = noised_BL[:, 1:]
         noisy_BL, masked_BL = absorb(clean_BL, alpha_B1, uniform_BL, self._mask_token_id)
-        low_variance = context.training and config.loss == "low-variance"
+        seen_BL = noisy_BL
+        if config.shift:
+            seen_BL = np.ascontiguousarray(noisy_BL[:, :-1])
+            clean_BL, noisy_BL, masked_BL = clean_BL[:, 1:].copy(), noisy_BL[:, 1:].copy(), masked_BL[:, 1:]
         targets = masked_targets(
             clean_BL,
             noisy_BL,
             masked_BL,
             alpha_B1,
             dalpha_B1,
-            token_count=int(noised_tokens(batch, clean_BL.shape[1]).sum()),
-            low_variance=low_variance,
+            token_count=int(noised_BL.sum()),
+            low_variance=context.training and config.loss == "low-variance",
         )
         sigma_B = -np.log(alpha_B1[:, 0]) if config.time_conditioning else np.zeros(len(clean_BL))
         inputs = ModelInputs(
-            token_ids_BL=targets.noisy_BL,
-            position_ids_BL=torch.arange(clean_BL.shape[1])[None],
+            token_ids_BL=torch.from_numpy(seen_BL),
+            position_ids_BL=torch.arange(seen_BL.shape[1])[None],
             sigma_B=torch.from_numpy(sigma_B).float(),
         )
         return inputs, targets

@@ -88,7 +88,7 @@ def test_samples_follow_a_model_without_context(name):
     with torch.no_grad():
         model.output_layer.linear.weight.zero_()
         model.output_layer.linear.bias.copy_(probabilities.clamp_min(1e-9).log())
-    start = torch.ones(300, 1, dtype=torch.int64) if name == "ar" else torch.empty(300, 0, dtype=torch.int64)
+    start = torch.ones(300, int(FAMILIES[name].needs_first_token), dtype=torch.int64)
     steps = {} if name == "ar" else {"num_steps": 40}
     samples = model.generate(start, max_length=LENGTH, seed=1, **steps)[:, start.shape[1] :]
     frequencies = torch.bincount(samples.flatten(), minlength=11).double() / samples.numel()
