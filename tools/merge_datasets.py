@@ -31,7 +31,7 @@ SAME = (
     "append_eos",
     "json_key",
     "prompt_key",
-    "chat_template_sha256",
+    "chat_template",
     "special_tokens_as_text",
 )
 """What all manifests must agree on."""

@@ -41,7 +41,8 @@ def _section(claim: Claim) -> str:
         ours = None if record is None else record["found"][published.label]
         lines.append(f"| {published.label} | {' | '.join(cells(claim, published, ours))} |")
     if record is not None:
-        lines.append(f"\nRun on {record['date']} in {record['hours']} hours.")
+        begun = f", from command {record['from_command']} on" if record["from_command"] > 1 else ""
+        lines.append(f"\nRun on {record['date']} in {record['hours']} hours{begun}.")
     return "\n".join(lines) + "\n"
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 FAMILIES = {"ar": "AR", "mdlm": "MDLM", "duo": "Duo", "esolm": "Eso-LM"}
 SIZES = "19M 34M 48M 66M 85M 113M 142M 170M 206M 231M 268M 302M 336M 472M 666M 831M 944M 1233M 1476M 2121M"
 SMALL = "examples/small-scale-study"
+SBATCH = "sbatch --wait -N 16 --gpus-per-node 8 --ntasks-per-node 8"
 SMALL_SHAPE = (
     "--model.num-layers 2 --model.hidden-size 32 --model.num-attention-heads 1 --model.ffn-hidden-size 128 "
     "--schedule.warmup-steps 10 --schedule.decay-steps 120"
@@ -210,7 +211,7 @@ CLAIMS = (
         unit="times the FLOPs of training with the bound",
         digits=2,
         needs="as the IsoFLOP curves; the families of this grid are called elbo and mdlm",
-        commands=full_grid("low-variance", "elbo=examples/mdlm/113m.py mdlm=examples/mdlm/113m.py"),
+        commands=full_grid("low-variance", "elbo=examples/mdlm/113m-elbo.py mdlm=examples/mdlm/113m.py"),
         small_commands=small_grid("low-variance", f"elbo={SMALL}/mdlm_elbo.py mdlm={SMALL}/mdlm.py"),
         values=(
             Published(
@@ -233,8 +234,8 @@ CLAIMS = (
             command.replace("FAMILY", family)
             for family in FAMILIES
             for command in (
-                "sbatch -N 16 examples/slurm/train.sh examples/FAMILY/1.7b.py",
-                "sbatch -N 16 examples/slurm/train.sh examples/FAMILY/1.7b-phase2.py",
+                f"{SBATCH} examples/slurm/train.sh examples/FAMILY/1.7b.py",
+                f"{SBATCH} examples/slurm/train.sh examples/FAMILY/1.7b-phase2.py",
                 "examples/torchrun/train.sh examples/FAMILY/gsm8k.py",
                 "megatron-dlm evaluate gsm8k runs/FAMILY-1.7b-gsm8k --data gsm8k/test.jsonl "
                 "--output gsm8k/FAMILY",

@@ -70,6 +70,7 @@ def main() -> int:
         "claim": claim.name,
         "date": time.strftime("%Y-%m-%d"),
         "hours": round((time.time() - started) / 3600, 2),
+        "from_command": options.from_command,
         "commands": commands,
         "found": found,
     }

@@ -73,7 +73,12 @@ def run(arguments: list[str]) -> int:
         loaded.peers.together(),
         tqdm(desc="windows", disable=None if loaded.peers.is_first else True) as bar,
     ):
-        found = perplexity_of(texts, as_read, loaded, config.conditional, config.stride, bar.update)
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done)
+
+        found = perplexity_of(texts, as_read, loaded, config.conditional, config.stride, progress)
     if not loaded.peers.is_first:
         return 0
     from megatron_dlm.cli.evaluate_nll import show_mean
@@ -98,6 +103,8 @@ def _texts(config: PerplexityConfig) -> Sequence[str]:
 
     texts: list[str] = []
     for path in config.text:
+        if path.suffix in (".gz", ".zst") and path.with_suffix("").suffix in WHOLE_FILES:
+            raise InputError(f"text: {path}: a text that is one file is read uncompressed")
         if path.suffix not in WHOLE_FILES:
             texts += read_texts([path], config.json_key)
             continue

@@ -6,12 +6,15 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_dlm.checkpointing.layout import PROGRESS_RECORD, RUN_RECORD, read_json
+from megatron_dlm.data.shards.manifest import read_manifest
+from megatron_dlm.data.shards.token_file import as_path
 from megatron_dlm.data.tokenizers.tokenizer import load_tokenizer
 from megatron_dlm.interfaces import InputError, TokenBatch, TrainingError
 from megatron_dlm.models.config import Precision
@@ -68,7 +71,7 @@ def export_checkpoint(
     loaded = _tokenizer(record, tokenizer, data)
     from megatron_dlm.conversion.to_hugging_face import new_folder, write_card, write_folder
 
-    source = _source(record, loaded.path)
+    source = _source(record, loaded.path, _chat_template(record))
     with new_folder(output) as folder:
         write_folder(source, folder, dtype, max_shard_size)
         facts = _facts(record)
@@ -96,7 +99,16 @@ def _tokenizer(record: RunRecord, path: Path | None, data: str) -> LoadedTokeniz
     return tokenizer
 
 
-def _source(record: RunRecord, tokenizer: Path) -> ExportSource:
+def _chat_template(record: RunRecord) -> str:
+    """The template that the training data were written with, if they are chats and still here."""
+    for prefix in record.config.data.train:
+        with suppress(InputError):
+            if found := read_manifest(as_path(prefix)).chat_template:
+                return found
+    return ""
+
+
+def _source(record: RunRecord, tokenizer: Path, chat_template: str) -> ExportSource:
     from megatron_dlm.checkpointing.full_weights import FullWeights
     from megatron_dlm.conversion.to_hugging_face import ExportSource
 
@@ -109,6 +121,7 @@ def _source(record: RunRecord, tokenizer: Path) -> ExportSource:
         vocabulary=record.vocabulary,
         objective=config.objective,
         tokenizer=tokenizer,
+        chat_template=chat_template,
         seq_length=config.data.seq_length,
         batch_size=config.training.global_batch_size,
         steps=int(progress["step"]),

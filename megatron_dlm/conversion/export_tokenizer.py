@@ -14,11 +14,15 @@ from megatron_dlm.data.tokenizers.tokenizer import BOS_TOKEN, EOS_TOKEN, MASK_TO
 from megatron_dlm.interfaces import InputError, Vocabulary
 from megatron_dlm.platform.files import write_json
 
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+"""Where newer releases of transformers keep the template."""
 KEPT = ("chat_template", "unk_token", "sep_token", "cls_token", "additional_special_tokens")
 """Entries of tokenizer_config.json that an export keeps beside those it sets."""
 
 
-def write_tokenizer(tokenizer: Path, vocabulary: Vocabulary, seq_length: int, directory: Path) -> None:
+def write_tokenizer(
+    tokenizer: Path, vocabulary: Vocabulary, seq_length: int, directory: Path, chat_template: str = ""
+) -> None:
     """Write tokenizer.json and tokenizer_config.json for transformers' `PreTrainedTokenizerFast`.
 
     Args:
@@ -26,6 +30,7 @@ def write_tokenizer(tokenizer: Path, vocabulary: Vocabulary, seq_length: int, di
         vocabulary: token ids of the model; a mask token that the tokenizer lacks is added.
         seq_length: tokens that the model was trained on.
         directory: directory of the export.
+        chat_template: Jinja text of a chat template; empty: the tokenizer's own, if it has one.
 
     Raises:
         InputError: the mask token cannot be added at the model's id, since the tokenizer's ids have gaps.
@@ -34,6 +39,11 @@ def write_tokenizer(tokenizer: Path, vocabulary: Vocabulary, seq_length: int, di
     given: dict[str, Any] = {}
     if (tokenizer / CONFIG_FILE).is_file():
         given = json.loads((tokenizer / CONFIG_FILE).read_text(encoding="utf-8"))
+    own_template = tokenizer / CHAT_TEMPLATE_FILE
+    if not chat_template and own_template.is_file():
+        chat_template = own_template.read_text(encoding="utf-8")
+    if chat_template:
+        given["chat_template"] = chat_template
     names = {
         vocabulary.bos_token_id: _content(given.get("bos_token")) or BOS_TOKEN,
         vocabulary.eos_token_id: _content(given.get("eos_token")) or EOS_TOKEN,

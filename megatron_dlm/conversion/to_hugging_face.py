@@ -81,6 +81,8 @@ class ExportSource:
     objective: ObjectiveConfig
     tokenizer: Path
     """Hugging Face tokenizer directory."""
+    chat_template: str
+    """Jinja template that the training data were written with; empty: the tokenizer's own, if it has one."""
     seq_length: int
     batch_size: int
     steps: int
@@ -123,7 +125,7 @@ def write_folder(source: ExportSource, directory: Path, dtype: ExportDtype, max_
         max_shard_size: largest size of a weight file, for example "5GB".
     """
     # First: it refuses tokenizers that an export cannot have.
-    write_tokenizer(source.tokenizer, source.vocabulary, source.seq_length, directory)
+    write_tokenizer(source.tokenizer, source.vocabulary, source.seq_length, directory, source.chat_template)
     write_weights(source.read, source.shapes, directory, dtype, max_shard_size)
     padding = padding_id(directory)
     write_json(directory / CONFIG, _config(source, DTYPES[dtype]) | {"pad_token_id": padding})

@@ -239,7 +239,8 @@ class HarnessModel(LM):
             )
             if len(found) > 1:
                 self.notes[str(request.task_name)][IN_WINDOWS] += 1
-            parts += [[choice] for choice in found]
+            # Each window of all requests has noise of its own.
+            parts += [[replace(choice, number=len(parts) + i)] for i, choice in enumerate(found)]
             owner += [index] * len(found)
         totals = [0.0] * len(requests)
         with self._bar(self._own_share(len(parts)), "windows", disable_tqdm) as bar:

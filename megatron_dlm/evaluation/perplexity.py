@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,9 @@ from megatron_dlm.interfaces import InputError
 
 if TYPE_CHECKING:
     from megatron_dlm.evaluation.loaded_model import LoadedModel
+
+WINDOWS_AT_ONCE = 256
+"""Windows between two looks at the progress."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +110,7 @@ def perplexity_of(
     loaded: LoadedModel,
     config: ConditionalConfig,
     stride: int | None,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Perplexity:
     """Score texts; all of the model's peers call it.
 
@@ -117,16 +120,16 @@ def perplexity_of(
         loaded: the model.
         config: number of noisy copies; all of `max_copies` are drawn.
         stride: as for `windows`.
-        progress: callback with the number of windows this process has finished since the last call.
+        progress: callback with the number of windows done since the last call, and of all.
 
     Returns:
         The same on every process.
 
     Raises:
-        InputError: a stride that does not fit, or no text with a token.
+        InputError: a stride that does not fit, or no text with a token and a word.
     """
     objective, length = loaded.config.objective, loaded.config.data.seq_length
-    choices = [
+    parts = [
         choice
         for text in texts
         for choice in windows(
@@ -137,10 +140,17 @@ def perplexity_of(
             needs_context=objective.needs_first_token,
         )
     ]
-    if not choices:
-        raise InputError("text: no text with a token")
+    words = sum(len(text.split()) for text in texts)
+    if not parts or not words:
+        raise InputError("text: no text with a token and a word")
+    # Each window of all texts has noise of its own, so that its error averages out.
+    choices = [replace(choice, number=number) for number, choice in enumerate(parts)]
     scorer = ConditionalScorer(loaded.model, objective, loaded.vocabulary, config)
-    scored = loaded.peers.share(choices, lambda some: scorer.score([[c] for c in some], progress))
+    scored = []
+    for first in range(0, len(choices), WINDOWS_AT_ONCE):
+        some = choices[first : first + WINDOWS_AT_ONCE]
+        scored += loaded.peers.share(some, lambda own: scorer.score([[choice] for choice in own]))
+        progress(len(some), len(choices))
     nats = np.array([answer.mean for (answer,) in scored])
     tokens = np.array([len(choice.continuation) for choice in choices])
     return Perplexity(
@@ -149,7 +159,7 @@ def perplexity_of(
         texts=len(texts),
         windows=len(choices),
         tokens=int(tokens.sum()),
-        words=sum(len(text.split()) for text in texts),
+        words=words,
         num_bytes=sum(len(text.encode()) for text in texts),
         copies=len(scored[0][0].nats),
     )

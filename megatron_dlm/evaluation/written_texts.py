@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_dlm.evaluation.generation import before_end, sample_all
@@ -104,7 +104,7 @@ def _responses(
     for batch in sample_all(
         loaded.network,
         loaded.family,
-        ANSWERING.resolved(loaded.family),
+        replace(ANSWERING, temperature=0.0).resolved(loaded.family),
         [start_from([list(prompt)], length, loaded.family) for prompt, _ in records],
         batch_size=config.batch_size,
         seed=config.seed,
@@ -116,6 +116,8 @@ def _responses(
             prompt, response = (list(part) for part in records[place])
             ours = before_end(ids, given, eos)[len(prompt) :]
             theirs = response[: response.index(eos)] if eos in response else response
+            if eos not in response:
+                ours = ours[: len(theirs)]
             line = {
                 "record": place,
                 "prompt": loaded.tokenizer.decode(prompt),

@@ -106,7 +106,7 @@ class ObjectiveConfig:
 
     @property
     def training_lookahead(self) -> float:
-        """Share of a text to its right that a position sees in training; evaluation and samplers see all."""
+        """Tokens to its right that a position sees in training, as a share of the sequence length."""
         return 1.0
 
     @property

@@ -106,8 +106,9 @@ class BidirectionalConfig(DiffusionConfig):
     can_change: ClassVar[tuple[str, ...]] = (*DiffusionConfig.can_change, "lookahead")
 
     lookahead: float = 1.0
-    """Share of the text to its right that a position sees, from 0, AR's attention, to 1, all; below 1 by
-    `schedules` alone, for example "lookahead 0:0 2000" for a run that starts from an AR model's weights."""
+    """Tokens to its right that a position sees, as a share of the sequence length, from 0, AR's attention, to
+    1, all; below 1 by `schedules` alone, for example "lookahead 0:0 2000" for a run that starts from an AR
+    model's weights."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

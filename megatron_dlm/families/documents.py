@@ -20,7 +20,8 @@ def corrupt(
 ) -> tuple[ModelInputs, Targets]:
     """Corrupt a batch; with document ids, attention stays inside a document and positions restart in it.
 
-    The noise is drawn for the whole block. AR still predicts a document's first token, from the one before.
+    The noise is drawn for the whole block. Families that predict the next token, AR and MDLM with `shift`,
+    predict a document's first one from the document before.
 
     Args:
         objective: objective of the family.

@@ -213,7 +213,7 @@ def training_objective(config: ObjectiveConfig, vocabulary: Vocabulary) -> Objec
 
 
 def _seeing_ahead(inputs: ModelInputs, share: float) -> ModelInputs:
-    """Inputs whose positions see those before them, themselves, and a share of the text to their right."""
+    """Inputs whose positions see those before them, themselves, and so many (a share of all) behind them."""
     length = inputs.token_ids_BL.shape[1]
     places = torch.arange(length, dtype=torch.int32)
     mask = AttentionMask.of(reach=places + round(share * length), order=places)

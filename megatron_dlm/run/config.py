@@ -211,8 +211,9 @@ class GenerationConfig:
     gsm8k_problems: int = 32
     """Problems to answer, from the start of the file."""
     records: int = 0
-    """Records of prompts and responses, or chats, to answer, from the start of the validation data. Logged is
-    how often an answer is the record's last response, token by token. 0: none."""
+    """Records of prompts and responses, or chats, to answer, from the start of the validation data, left to
+    right and at temperature 0. Logged is how often an answer is the record's last response, token by token.
+    0: none."""
 
     def __post_init__(self) -> None:
         for name, least in (

@@ -95,8 +95,9 @@ def picture_of(runs: Sequence[WatchedRun], metric: str, width: int, height: int)
 
 def _names(runs: Sequence[WatchedRun]) -> list[str]:
     """What tells the runs from each other: their paths behind the last directory that all are in."""
-    shared = Path(os.path.commonpath([os.path.abspath(run.directory.parent) for run in runs]))
-    return [str(Path(os.path.abspath(run.directory)).relative_to(shared)) for run in runs]
+    paths = [os.path.abspath(run.directory) for run in runs]
+    shared = os.path.commonpath([os.path.dirname(path) for path in paths])
+    return [os.path.relpath(path, shared) for path in paths]
 
 
 def _table(runs: Sequence[WatchedRun], names: Sequence[str]) -> Table:

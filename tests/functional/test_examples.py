@@ -21,7 +21,7 @@ from tests.helpers.runs import arguments_for, finish, train_metrics, wait_for_st
 from tools.ports import free_port
 
 RECIPES = sorted(path for family in OBJECTIVES for path in (ROOT / "examples" / family).glob("*.py"))
-WORLD = {"tiny": 2, "113m": 8, "1.7b": 128, "1.7b-phase2": 128, "gsm8k": 8}
+WORLD = {"tiny": 2, "113m": 8, "113m-elbo": 8, "1.7b": 128, "1.7b-phase2": 128, "gsm8k": 8}
 SLOW = pytest.mark.slow
 CPU_ONLY = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 LAUNCHERS = ("torchrun", "slurm", "mpi")

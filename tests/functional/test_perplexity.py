@@ -42,6 +42,7 @@ def test_files_strides_and_processes(checkpoint, tmp_path, read_json):
         (["--text", "{here}", "--stride", 33], "stride: 33 is outside [1, 32], for windows of 32 tokens"),
         (["--text", "{here}", "--limit", 0], "limit: 0 is below 1"),
         (["--text", "{empty}"], "text: no text with a token"),
+        (["--text", "wiki.txt.gz"], "text: wiki.txt.gz: a text that is one file is read uncompressed"),
     ],
 )
 def test_bad_input_is_one_line(command, checkpoint, tmp_path, words, says):

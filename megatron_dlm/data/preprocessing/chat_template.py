@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -28,8 +27,8 @@ class ChatTemplate:
 
     render: Callable[[Sequence[dict[str, Any]], bool], str]
     """Text of messages; if the flag is set, with what announces an assistant's turn behind them."""
-    fingerprint: str
-    """SHA-256 of the template."""
+    source: str
+    """The template itself."""
     turns: ChatTurns
 
     def documents(self, messages: object) -> list[list[str]]:
@@ -62,7 +61,7 @@ class ChatTemplate:
             answered = self._rendered(messages[: number + 1], announces=False)
             if not asked.startswith(done) or not answered.startswith(asked):
                 raise ValueError(
-                    f"the chat template writes message {number} in another way than it begins before it"
+                    f"the chat template changes what is before message {number} once that is answered"
                 )
             pieces += [asked[len(done) :], answered[len(asked) :]]
             done = answered
@@ -116,7 +115,7 @@ def load_chat_template(tokenizer: Path, file: Path | None, turns: ChatTurns) -> 
         assert isinstance(text, str)
         return text
 
-    return ChatTemplate(render, hashlib.sha256(template.encode()).hexdigest(), turns)
+    return ChatTemplate(render, template, turns)
 
 
 def _checked(messages: object) -> Sequence[dict[str, Any]]:
@@ -126,10 +125,14 @@ def _checked(messages: object) -> Sequence[dict[str, Any]]:
         if not isinstance(message, dict):
             raise ValueError(f"message {number} is not an object")
         for name in ("role", "content"):
-            if not isinstance(message.get(name), str):
+            value = message.get(name)
+            if value is None:
                 raise ValueError(f"message {number} has no {name}")
+            if not isinstance(value, str):
+                raise ValueError(f"message {number}: {name} is {type(value).__name__}, not a text")
     if messages[0]["role"] == ASSISTANT:
         raise ValueError("the chat begins with an assistant turn, which answers nothing")
     if all(message["role"] != ASSISTANT for message in messages):
         raise ValueError("the chat has no assistant turn")
-    return messages
+    # A Parquet file has None where another of its messages has a value.
+    return [{name: value for name, value in message.items() if value is not None} for message in messages]

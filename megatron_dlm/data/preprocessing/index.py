@@ -228,7 +228,7 @@ def _rules(
         dtype=token_dtype(loaded.size),
         keys=config.keys,
         prompt_key=config.prompt_key,
-        chat=load_chat_template(config.tokenizer, config.chat_template, config.chat_turns)
+        chat=load_chat_template(loaded.path, config.chat_template, config.chat_turns)
         if config.chat_key
         else None,
         append_eos=config.append_eos,
@@ -251,19 +251,21 @@ def _rules(
 def _plan(config: IndexConfig, loaded: LoadedTokenizer, job: Job) -> dict[str, Any]:
     """Everything that determines the bytes of the parts, as a JSON object."""
     rules = job.rules
-    return {
+    plan = {
         "version": PLAN_VERSION,
         "tokenizer": loaded.fingerprint,
         "vocabulary": asdict(loaded.vocabulary),
         "special_tokens_as_text": config.special_tokens_as_text,
         "json_keys": list(config.keys),
         "prompt_key": config.prompt_key,
-        "chat": [] if rules.chat is None else [rules.chat.fingerprint, rules.chat.turns],
         "append_eos": config.append_eos,
         "max_line_bytes": config.max_line_bytes,
         "sources": [[source.path, source.num_bytes, source.modified] for source in job.sources],
         "units": [[unit.source, unit.start, unit.end] for unit in job.units],
     }
+    if rules.chat is not None:
+        plan["chat"] = [rules.chat.source, rules.chat.turns]
+    return plan
 
 
 def _is_done(config: IndexConfig, plan: dict[str, Any]) -> bool:

@@ -128,7 +128,7 @@ def _join_key(
         append_eos=rules.append_eos,
         json_key=rules.keys[key],
         prompt_key=rules.prompt_key,
-        chat_template_sha256="" if rules.chat is None else rules.chat.fingerprint,
+        chat_template="" if rules.chat is None else rules.chat.source,
         special_tokens_as_text=loaded.special_tokens_as_text,
         plan_sha256=space.plan_sha256,
         num_documents=sum(source.documents for source in sources),

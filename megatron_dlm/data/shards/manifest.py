@@ -52,9 +52,9 @@ class Manifest:
     """Member or column that held the text, or the responses."""
     prompt_key: str = ""
     """Member or column that held prompts: each document is a prompt and a response, one sequence each."""
-    chat_template_sha256: str = ""
-    """SHA-256 of the chat template, where each document is given text and assistant turns in turn, one
-    sequence each."""
+    chat_template: str = ""
+    """Jinja text of the chat template, where each document is given text and assistant turns in turn, one
+    sequence each; exports carry it."""
     special_tokens_as_text: bool = True
     """Text that spells a special token was encoded as plain text."""
     plan_sha256: str = ""
@@ -76,7 +76,7 @@ class Manifest:
     @property
     def has_prompts(self) -> bool:
         """Whether the sequences of each document are given and scored in turn, the first one given."""
-        return bool(self.prompt_key or self.chat_template_sha256)
+        return bool(self.prompt_key or self.chat_template)
 
     @property
     def tokens_sha256(self) -> str:

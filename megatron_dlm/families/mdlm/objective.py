@@ -32,7 +32,8 @@ class MDLMConfig(BidirectionalConfig):
     """Condition the network on the noise level. Off in the paper; adaLN then acts as learned constants."""
     shift: bool = False
     """Predict a masked token at the position before it, as an AR model does from whose weights a run may
-    start. A text's first token is then always given."""
+    start. The first token of a sample is then always given; with documents, the first ones of the others are
+    predicted from the document before, as AR's are."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

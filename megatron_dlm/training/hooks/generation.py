@@ -92,9 +92,8 @@ class GenerationHook(Hook):
             raise InputError(f"generation.judge: {config.judge}: neither a model nor a Hugging Face folder")
         if config.records:
             rows = session.data.validation.rows.values()
-            self._records = [
-                r for own in rows if isinstance(own, PromptRows) for r in own.last_turns(config.records)
-            ]
+            found = [r for own in rows if isinstance(own, PromptRows) for r in own.last_turns(config.records)]
+            self._records = found[: config.records]
             if not self._records:
                 raise InputError("generation.records: the validation data have no prompts and responses")
         if config.gsm8k is not None:

@@ -9,10 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 from tokenizers import AddedToken, Tokenizer
 
+from megatron_dlm.conversion.export_tokenizer import write_tokenizer
 from megatron_dlm.data.loading.prompt_rows import PromptRows
 from megatron_dlm.data.preprocessing.chat_template import load_chat_template
 from megatron_dlm.data.preprocessing.index import IndexConfig, build_shards
 from megatron_dlm.data.shards.shard import Shard
+from megatron_dlm.data.tokenizers.tokenizer import load_tokenizer
 from megatron_dlm.interfaces import InputError
 from tests.helpers.prompts import write
 
@@ -99,7 +101,7 @@ def test_tokens_and_scored_ones_are_those_of_transformers(index, tokenizer):
     assert manifest.num_prompt_tokens == sum(mask.count(False) for _, mask in found)
     turns = [m["content"] for record in CHATS for m in record["messages"] if m["role"] == "assistant"]
     assert manifest.num_text_bytes == sum(len(f"{turn}<|im_end|>\n") for turn in turns)
-    assert len(manifest.chat_template_sha256) == 64 and not manifest.special_tokens_as_text
+    assert manifest.chat_template == TEMPLATE and not manifest.special_tokens_as_text
 
 
 def test_a_turn_apart_is_a_prompt_and_a_response(index):
@@ -117,8 +119,15 @@ def test_a_turn_apart_is_a_prompt_and_a_response(index):
 
 
 def test_parquet_is_read_alike(index, tmp_path):
-    pq.write_table(pa.Table.from_pylist(CHATS), tmp_path / "chats.parquet")
-    assert documents_of(index(tmp_path / "chats.parquet", "columns")) == documents_of(index(CHATS))
+    """Also where one message of a file has a member that the others have not."""
+    template = tmp_path / "t.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ 'by ' if 'name' in m }}{{ m.role + ' ' + m.content + ' ' }}{% endfor %}"
+    )
+    records = [*CHATS[:2], {"messages": [CHATS[0]["messages"][0] | {"name": "Ann"}, CHATS[0]["messages"][1]]}]
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "chats.parquet")
+    columns = index(tmp_path / "chats.parquet", "columns", chat_template=template)
+    assert documents_of(columns) == documents_of(index(records, chat_template=template))
 
 
 def test_an_eos_of_the_template_is_not_repeated(index, tmp_path):
@@ -137,6 +146,7 @@ BAD = {
     "message 0 is not an object": {"messages": ["hello"]},
     "message 1 has no role": {"messages": [CHATS[0]["messages"][0], {"content": "a"}]},
     "message 0 has no content": {"messages": [{"role": "user", "content": None}]},
+    "message 0: content is list, not a text": {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
     "the chat begins with an assistant turn": chat(("assistant", "the")),
     "the chat has no assistant turn": chat(("user", "the")),
     "no key 'messages'": {"chat": []},
@@ -152,7 +162,7 @@ def test_a_record_that_is_no_chat_is_named(index, reason):
 
 TEMPLATES = {
     "the chat template: TemplateError: turns must alternate": "{{ raise_exception('turns must alternate') }}",
-    "the chat template writes message 1 in another way": "{{ messages | length }}{{ messages[-1].content }}",
+    "the chat template changes what is before message 1": "{{ messages | length }}{{ messages[-1].content }}",
     "a prompt or response without tokens": "{{ messages[0].content }}",
 }
 
@@ -163,6 +173,28 @@ def test_a_template_that_does_not_fit_is_named(index, tmp_path, reason):
     template.write_text(TEMPLATES[reason])
     with pytest.raises(InputError, match=rf"shard\.jsonl:1: {reason}"):
         index(CHATS[:1], chat_template=template)
+
+
+def test_a_tokenizer_of_the_local_cache_has_its_template(index, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("megatron_dlm.data.tokenizers.tokenizer._in_cache", lambda path: tokenizer)
+    assert len(index(CHATS, tokenizer=tmp_path / "owner" / "name").document_lengths) == len(CHATS)
+
+
+def test_an_export_carries_the_template(tokenizer, tmp_path):
+    vocabulary = load_tokenizer(tokenizer).vocabulary
+    for number, (template, expected) in enumerate((("", TEMPLATE), ("{{ messages }}", "{{ messages }}"))):
+        output = tmp_path / str(number)
+        output.mkdir()
+        write_tokenizer(tokenizer, vocabulary, 32, output, template)
+        loaded = transformers.PreTrainedTokenizerFast.from_pretrained(str(output))
+        assert loaded.chat_template == expected
+    other = tmp_path / "other"
+    shutil.copytree(tokenizer, other)
+    (other / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (tmp_path / "of-file").mkdir()
+    write_tokenizer(other, vocabulary, 32, tmp_path / "of-file")
+    loaded = transformers.PreTrainedTokenizerFast.from_pretrained(str(tmp_path / "of-file"))
+    assert loaded.chat_template == "{{ messages[0].content }}"
 
 
 def test_what_cannot_be_is_refused(index, corpus, tmp_path):

@@ -106,9 +106,19 @@ def test_windows_of_equal_context_have_noise_of_their_own():
     assert len({answer.mean for (answer,) in scorer.score([[choice] for choice in choices])}) == len(choices)
 
 
-def test_texts_without_a_token_are_refused():
-    with pytest.raises(InputError, match="text: no text with a token"):
-        perplexity_of([""], str, loaded_model("mdlm"), ConditionalConfig(), None)
+def test_equal_texts_have_noise_of_their_own():
+    loaded = loaded_model("mdlm")
+    config = ConditionalConfig(num_times=2, max_copies=2)
+    one, two = (perplexity_of(["abcabbag"] * n, str, loaded, config, None) for n in (1, 2))
+    assert two.nats != pytest.approx(2 * one.nats, rel=1e-6)
+
+
+@pytest.mark.parametrize("text", ["", " "])
+def test_texts_without_a_word_are_refused(text):
+    loaded = loaded_model("mdlm")
+    loaded.tokenizer.ids_of = lambda text: [1] * len(text)
+    with pytest.raises(InputError, match="text: no text with a token and a word"):
+        perplexity_of([text], str, loaded, ConditionalConfig(), None)
 
 
 def test_wikitext_is_read_in_its_usual_spelling():

@@ -65,6 +65,15 @@ def test_runs_are_named_by_what_differs(tmp_path):
         assert "small/mdlm" in part and "large/mdlm" in part and tmp_path.name not in part
 
 
+def test_a_run_named_by_dots_is_shown(tmp_path, monkeypatch):
+    write_run(tmp_path / "mdlm", 10, 20)
+    (tmp_path / "mdlm" / "inside").mkdir()
+    for place, name in (("mdlm", "."), ("mdlm/inside", "..")):
+        monkeypatch.chdir(tmp_path / place)
+        run = WatchedRun.read(Path(name), configured_steps(Path(name)))
+        assert "mdlm" in shown(run).rsplit("tokens/s", 1)[1]
+
+
 def test_a_long_path_is_not_cut(tmp_path):
     text = shown(write_run(tmp_path / ("a" * 60 + "-end"), 10, 20))
     assert "-end" in text.rsplit("tokens/s", 1)[1]

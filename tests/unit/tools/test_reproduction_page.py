@@ -9,6 +9,7 @@ import pytest
 
 from examples.reproduce import reproduce
 from examples.reproduce.claims import CLAIMS, FAMILIES, in_json, speed_at
+from megatron_dlm.run.config import load_recipe
 from tests.helpers.paths import ROOT
 from tools import reproduction_page
 
@@ -23,7 +24,9 @@ def test_results_are_shown_beside_what_is_published(tmp_path, monkeypatch):
     monkeypatch.setattr(reproduction_page, "RESULTS", tmp_path)
     claim = next(claim for claim in CLAIMS if claim.name == "gsm8k")
     found = dict.fromkeys((published.label for published in claim.values), None) | {"AR": 62.0, "Duo": 50.0}
-    (tmp_path / "gsm8k.json").write_text(json.dumps({"date": "2026-01-02", "hours": 7.5, "found": found}))
+    (tmp_path / "gsm8k.json").write_text(
+        json.dumps({"date": "2026-01-02", "hours": 7.5, "from_command": 1, "found": found})
+    )
     text = reproduction_page.page()
     assert "| AR | 62.9 | 2.0 | 62.0 |" in text and "| Duo | 65.8 | 2.0 | 50.0, differs |" in text
     assert "| MDLM | 58.8 | 2.0 | not run |" in text and "Run on 2026-01-02 in 7.5 hours." in text
@@ -47,8 +50,7 @@ def test_numbers_are_found_where_the_commands_leave_them(tmp_path):
         speed_at(200, "mdlm")(tmp_path)
 
 
-def test_small_grids_find_their_families(tmp_path):
-    """At other budgets than the paper's, so that none of its numbers is mistaken for ours."""
+def test_an_empty_directory_has_no_numbers(tmp_path):
     for claim in CLAIMS:
         assert all(number is None for number in reproduce.read(claim, tmp_path).values())
         assert len({published.label for published in claim.values}) == len(claim.values) > 0
@@ -61,6 +63,10 @@ def test_full_size_commands_name_what_is_there(claim):
         for word in words:
             path = word.rpartition("=")[2]
             assert not path.startswith("examples/") or (ROOT / path).is_file(), command
+        if "scaling plan" in command:
+            recipes = [ROOT / word.rpartition("=")[2] for word in words if word.endswith(".py")]
+            objectives = [load_recipe(path).objective for path in recipes]
+            assert all(objectives.count(objective) == 1 for objective in objectives), command
     told = subprocess.run(
         [sys.executable, reproduce.__file__, claim.name, "--print"],
         capture_output=True,
