@@ -106,6 +106,7 @@ def test_gaps_are_filled_in(name):
     model = build(FAMILIES[name])
     given = torch.zeros(2, LENGTH, dtype=torch.bool)
     given[0, [0, 5, 6, 11]] = given[1, [3, 4]] = True
+    given[:, 0] |= FAMILIES[name].needs_first_token
     text = torch.full((2, LENGTH), 7)
     filled = model.generate(text, given=given, num_steps=4, seed=2)
     assert (filled[given] == 7).all() and not (filled == MASK).any()
