@@ -14,6 +14,19 @@ from tests.helpers.runs import STEPS, arguments_for, train_metrics
 EXTRA = "mcore-0.19"
 TESTS = ("test_layouts.py", "test_checkpoint.py", "test_upstream_defects.py", "test_fully_sharded.py")
 
+MORE = (
+    *(
+        f"test_layouts.py::test_layout_equals_one_process[{layout}]"
+        for layout in ("2-2-1-2-", "1-2-2-2-overlap,-gather", "2-1-1-8-context-2,-sequence")
+    ),
+    "test_layouts.py::test_interleaved_stages_equal_one_process[1-2-1-2-interleaved]",
+    *(
+        f"test_checkpoint.py::test_another_layout_goes_on_with_equal_losses[{pair}]"
+        for pair in ("tp2pp2-tp2sp", "overlapping-tp2", "tp2padded-padded")
+    ),
+)
+"""Slow cases, so that each axis is tried with the others."""
+
 
 def newer_python():
     """A Python that the newer line takes, or None."""
@@ -64,11 +77,12 @@ def ended(python, *words):
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_the_newer_line_trains_and_reshards_as_the_older(newer):
-    words = ["pytest", "-q", "-p", "no:cacheprovider", "-n", "2", "-m", "not slow"]
-    said = ended(newer, *words, *(f"tests/distributed/{name}" for name in TESTS))
-    # With the table of layouts.
-    print(said)
-    assert " passed" in said and " failed" not in said
+    words = ["pytest", "-q", "-p", "no:cacheprovider", "-n", "2"]
+    for names, selection in ((TESTS, ["-m", "not slow"]), (MORE, [])):
+        said = ended(newer, *words, *selection, *(f"tests/distributed/{name}" for name in names))
+        # With the table of layouts.
+        print(said)
+        assert " passed" in said and " failed" not in said
 
 
 @pytest.mark.slow
