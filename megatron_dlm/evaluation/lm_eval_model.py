@@ -236,11 +236,11 @@ class HarnessModel(LM):
                 None,
                 self._loaded.family.empty_prompt,
                 needs_context=self._loaded.config.objective.needs_first_token,
+                first_number=len(parts),
             )
             if len(found) > 1:
                 self.notes[str(request.task_name)][IN_WINDOWS] += 1
-            # Each window of all requests has noise of its own.
-            parts += [[replace(choice, number=len(parts) + i)] for i, choice in enumerate(found)]
+            parts += [[choice] for choice in found]
             owner += [index] * len(found)
         totals = [0.0] * len(requests)
         with self._bar(self._own_share(len(parts)), "windows", disable_tqdm) as bar:

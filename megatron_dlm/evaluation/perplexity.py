@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -56,7 +56,13 @@ class Perplexity:
 
 
 def windows(
-    ids: Sequence[int], length: int, stride: int | None, empty_prompt: Sequence[int], *, needs_context: bool
+    ids: Sequence[int],
+    length: int,
+    stride: int | None,
+    empty_prompt: Sequence[int],
+    *,
+    needs_context: bool,
+    first_number: int = 0,
 ) -> list[Choice]:
     """Cut a text into windows whose last tokens are scored, given those before; each token is scored once.
 
@@ -66,6 +72,7 @@ def windows(
         stride: tokens that a window scores, the first one apart, which scores all; None: as many as it can.
         empty_prompt: what the first window is given.
         needs_context: whether a window must be given a token, as AR's must.
+        first_number: number of the first window, so that those of several texts have noise of their own.
 
     Returns:
         Choices in the order of the text, numbered.
@@ -78,8 +85,8 @@ def windows(
     if not 1 <= step <= most:
         raise InputError(f"stride: {step} is outside [1, {most}], for windows of {length} tokens")
     first = length - len(empty_prompt)
-    found = [Choice(tuple(empty_prompt), tuple(ids[:first]))] if ids else []
-    for number, end in enumerate(range(first, len(ids), step), start=1):
+    found = [Choice(tuple(empty_prompt), tuple(ids[:first]), number=first_number)] if ids else []
+    for number, end in enumerate(range(first, len(ids), step), start=first_number + 1):
         context = ids[max(0, end - (length - step)) : end]
         found.append(Choice(tuple(context), tuple(ids[end : end + step]), number=number))
     return found
@@ -129,22 +136,19 @@ def perplexity_of(
         InputError: a stride that does not fit, or no text with a token and a word.
     """
     objective, length = loaded.config.objective, loaded.config.data.seq_length
-    parts = [
-        choice
-        for text in texts
-        for choice in windows(
+    choices: list[Choice] = []
+    for text in texts:
+        choices += windows(
             loaded.tokenizer.ids_of(as_read(text)),
             length,
             stride,
             loaded.family.empty_prompt,
             needs_context=objective.needs_first_token,
+            first_number=len(choices),
         )
-    ]
     words = sum(len(text.split()) for text in texts)
-    if not parts or not words:
+    if not choices or not words:
         raise InputError("text: no text with a token and a word")
-    # Each window of all texts has noise of its own, so that its error averages out.
-    choices = [replace(choice, number=number) for number, choice in enumerate(parts)]
     scorer = ConditionalScorer(loaded.model, objective, loaded.vocabulary, config)
     scored = []
     for first in range(0, len(choices), WINDOWS_AT_ONCE):
